@@ -1,0 +1,21 @@
+"""The backbones. To add one: a file here with its config dataclass, and one line in `MODELS`."""
+
+from typing import Any
+
+from torch import nn
+
+from models.deit import DeiT, DeiTConfig
+
+__all__ = ["MODELS", "build_model"]
+
+# family -> (config dataclass, module)
+MODELS: dict[str, tuple[type, type[nn.Module]]] = {
+    "deit": (DeiTConfig, DeiT),
+}
+
+
+def build_model(config: Any, attention: Any) -> nn.Module:
+    """Build the backbone that `config` (one of the dataclasses in `MODELS`) describes, with that attention."""
+    if config.family not in MODELS:
+        raise ValueError(f"model.family must be one of {sorted(MODELS)}, got '{config.family}'")
+    return MODELS[config.family][1](config, attention)

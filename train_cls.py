@@ -1,0 +1,112 @@
+"""Train an image classifier.
+
+    python train_cls.py                                                     a small VCA DeiT on handwritten digits
+    python train_cls.py attention=softmax                                   the baseline
+    torchrun --nproc_per_node=8 train_cls.py model=deit_tiny data=imagefolder data.root=/data/imagenet
+
+The same command continues a run that was interrupted, to the bit. `--cfg job` prints the whole config.
+"""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from models import MODELS, build_model
+from vca.attention import ATTENTIONS
+from vca.config import TrainClsConfig, command_line, register_schemas
+from vca.data import load_dataset
+from vca.data.augment import BatchMixer, eval_transform, train_transform
+from vca.data.loader import MicroBatches, TrainOrder, eval_loader, train_loader
+from vca.evaluation.accuracy import evaluate
+from vca.runtime import distributed
+from vca.runtime.errors import ConfigError, check, config_errors
+from vca.runtime.rundir import RunDirectory, plain
+from vca.runtime.seeding import seed_torch
+from vca.training.classification import ClassificationLoss
+from vca.training.run import TrainingRun
+from vca.training.step import TrainState, set_precision
+
+register_schemas(
+    root={"train_cls": TrainClsConfig},
+    groups={
+        "model": {family: config for family, (config, _) in MODELS.items()},
+        "attention": {name: config for name, (config, _) in ATTENTIONS.items()},
+    },
+)
+
+
+def run(config: TrainClsConfig) -> dict[str, float]:
+    """Train, or go on training, and return the last evaluation: `val/top1`, with EMA also `ema/top1`, ..."""
+    trainer = config.trainer
+    with distributed.start(trainer.device.value, trainer.timeout_minutes) as world:
+        set_precision(trainer)
+        folder = RunDirectory(Path(config.out_dir) / config.name)
+        folder.check(plain(config))
+        micro_batch, accumulation = trainer.micro_batch_on(world.size)
+        if config.augment.mixes:
+            check(micro_batch % 2 == 0, "images of a micro-batch", "even for Mixup and CutMix", micro_batch)
+
+        seed_torch(config.seed, "model")
+        with config_errors():
+            model = build_model(config.model, config.attention)
+        images, val_images = load_dataset(config.data, train=True), load_dataset(config.data, train=False)
+        val_batches = eval_loader(val_images, eval_transform(config.data), world, trainer.eval_batch, trainer.workers)
+        order = TrainOrder(len(images), trainer.global_batch, config.seed, config.augment.repeats)
+        state = TrainState(model, trainer, config.optim, world, order.steps_per_epoch)
+
+        training = TrainingRun(folder, state, trainer, world)
+        resumed = training.resume()
+        if trainer.eval_only or training.finished:
+            if not resumed:
+                raise ConfigError(f"trainer.eval_only=true needs a checkpoint in {folder.checkpoints}")
+            return summarize(config, evaluate_weights(state, val_batches), world.is_main)
+        training.start(config.name, plain(config), config.wandb)
+        training.reporter.say(introduce(config, state, len(images), len(val_images)))
+
+        loss_of = ClassificationLoss(BatchMixer(config.augment, config.data.num_classes, config.seed))
+        shares = MicroBatches(order, world, micro_batch, accumulation, state.step, state.total_steps)
+        transform = train_transform(config.augment, config.data)
+        for batches in train_loader(images, transform, config.seed, shares, trainer.workers):
+            update = state.update([batch.to(world.device) for batch in batches], loss_of, config.seed)
+            training.record(update, batches)
+            if training.due(trainer.eval_every):
+                training.write(result := evaluate_weights(state, val_batches))
+            if training.due(trainer.checkpoint_every):
+                training.save()
+        training.finish(config.name)
+        return summarize(config, result, world.is_main)
+
+
+def evaluate_weights(state: TrainState, batches: Iterable[tuple[Tensor, Tensor]]) -> dict[str, float]:
+    """Evaluate the raw weights as `val/...` and, where there is an average, the EMA as `ema/...`."""
+    models = {"val": state.model} | ({"ema": state.ema.module} if state.ema is not None else {})
+    results = {prefix: evaluate(model, batches, state.world, state.autocast) for prefix, model in models.items()}
+    return {f"{prefix}/{key}": value for prefix, result in results.items() for key, value in result.items()}
+
+
+def introduce(config: TrainClsConfig, state: TrainState, images: int, val_images: int) -> str:
+    """What is about to happen, in a few lines."""
+    parameters = sum(p.numel() for p in state.model.parameters())
+    trainer, ranks = config.trainer, state.world.size
+    return (
+        f"{config.name}: {config.model.name} with {config.attention.name}, {parameters / 1e6:.3f} M parameters\n"
+        f"{config.data.name}: {images} training and {val_images} evaluation images\n"
+        f"{state.total_steps - state.step} of {state.total_steps} updates of {trainer.global_batch} images "
+        f"({ranks} rank(s) x {state.accumulation} x {state.micro_batch}), peak lr {state.peak_lr:.3g}, "
+        f"{trainer.precision.value} on {state.world.device.type} ({torch.get_num_threads()} threads)"
+    )
+
+
+def summarize(config: TrainClsConfig, result: dict[str, float], talk: bool) -> dict[str, float]:
+    """Print the final evaluation and return it."""
+    if talk:
+        raw = f"top-1 {result['val/top1']:.2f} % of {result['val/images']} images"
+        ema = f", EMA weights {result['ema/top1']:.2f} %" if "ema/top1" in result else ""
+        print(f"{config.out_dir}/{config.name}: {raw}{ema}", flush=True)
+    return result
+
+
+if __name__ == "__main__":
+    command_line("train_cls", run)

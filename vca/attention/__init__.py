@@ -1,0 +1,65 @@
+"""The attention core shared by every backbone: torch and nothing else.
+
+To add a variant: one file here, with a config dataclass whose `name` is its key, and one line in `ATTENTIONS`.
+"""
+
+from typing import Any
+
+from torch import nn
+
+from vca.attention.contrast import VCAConfig, VisualContrastAttention, visual_contrast_attention
+from vca.attention.replace import replace_attention
+from vca.attention.softmax import SoftmaxAttention, SoftmaxConfig
+
+__all__ = [
+    "ATTENTIONS",
+    "SoftmaxAttention",
+    "SoftmaxConfig",
+    "VCAConfig",
+    "VisualContrastAttention",
+    "build_attention",
+    "replace_attention",
+    "visual_contrast_attention",
+]
+
+# name -> (config dataclass, module). Every module has the constructor and the forward described in `build_attention`.
+ATTENTIONS: dict[str, tuple[type, type[nn.Module]]] = {
+    "softmax": (SoftmaxConfig, SoftmaxAttention),
+    "vca": (VCAConfig, VisualContrastAttention),
+}
+
+
+def build_attention(
+    config: Any,
+    dim: int,
+    num_heads: int,
+    grid: tuple[int, int],
+    pool: tuple[int, int] = (7, 7),
+    num_prefix_tokens: int = 0,
+    layer_index: int = 0,
+    qkv_bias: bool = True,
+    proj_drop: float = 0.0,
+) -> nn.Module:
+    """Build the variant that `config` (one of the dataclasses in `ATTENTIONS`) describes.
+
+    The one contract between backbones and attentions: the result maps `(B, N, C)` to `(B, N, C)` when called as
+    `attn(x)`, or as `attn(x, grid=(H, W))` on a grid other than the one it was built for.
+
+    Args:
+        config: options of the variant.
+        dim: width C.
+        num_heads: M, a divisor of `dim`.
+        grid: `(H, W)` of the patch tokens.
+        pool: the backbone's contrast grid `(h, w)`.
+        num_prefix_tokens: tokens before the grid.
+        layer_index: depth of the layer, from 0.
+        qkv_bias: bias of the qkv projection.
+        proj_drop: dropout after the output projection.
+
+    Raises:
+        ValueError: if `config.name` is not a variant, or a value is out of its range.
+    """
+    if config.name not in ATTENTIONS:
+        raise ValueError(f"attention.name must be one of {sorted(ATTENTIONS)}, got '{config.name}'")
+    module = ATTENTIONS[config.name][1]
+    return module(dim, num_heads, grid, pool, num_prefix_tokens, layer_index, qkv_bias, proj_drop, config)

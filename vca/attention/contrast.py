@@ -1,0 +1,309 @@
+"""Visual-Contrast Attention (VCA): differential attention in linear time, a drop-in replacement of MHSA.
+
+"Linear Differential Vision Transformer: Learning Visual Contrasts via Pairwise Differentials", NeurIPS 2025,
+arXiv 2511.00833. A few contrast tokens, pooled from the queries, look at the whole image twice, through a positive and
+a negative stream; every patch then reads out the difference of the two:
+
+    contrast tokens   t  = AvgPool(q on the grid),   t+ = t + e+,   t- = t + e-
+    Stage I           v^ = (1 - l_init) RMSNorm(softmax(t+ k^T / sqrt D) v - l1 softmax(t- k^T / sqrt D) v)
+    Stage II          A  = softmax(q t+^T / sqrt D) - l2 softmax(q t-^T / sqrt D)
+                      o  = (1 - l_init) RMSNorm(A v^)
+    output            y  = (o + DWConv3x3(v)) Wo
+
+    paper      name here            shape
+    q, k, v    q, k, v              (B, M, N, D)
+    t+, t-     t_pos, t_neg         (B, M, n, D)
+    e+, e-     e_pos, e_neg         (M, n, D)
+    l1, l2     lambda1, lambda2     scalar
+    l_init     lambda_init          float
+    v^         v_hat                (B, M, n, D)
+    A          weights              (B, M, N, n)
+
+Shape letters: B batch, M heads, N = P + H W tokens (P prefix tokens, then the grid), C = M D channels, D head dim,
+n = h w contrast tokens. `reference.py` is the same mathematics, slow and obvious.
+"""
+
+import math
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vca.attention.geometry import check_heads, check_tokens, is_pair, to_image
+
+
+class Stage(Enum):
+    """What a stage computes: the difference of two streams, or the positive stream alone (lambda = 0)."""
+
+    contrast = "contrast"
+    plain = "plain"
+
+
+# What a stream's tokens are made of: pooled queries (t), learned embeddings (e), or their sum (t + e, the paper).
+Stream = Enum("Stream", {name: name for name in ("pool", "embedding", "pool+embedding")})
+
+
+class Stage2Softmax(Enum):
+    """Stage II: one softmax a stream over n tokens (the equations), or one over the 2n joined scores, then split."""
+
+    separate = "separate"
+    joint = "joint"
+
+
+@dataclass
+class VCAConfig:
+    """Options of VCA; the defaults are the paper's. Strings are accepted for the enums.
+
+    Attributes:
+        pool: contrast grid `[h, w]`, or one such pair for each layer; None takes the backbone's.
+        stage1, stage2: `contrast` or `plain` (Table 3).
+        positive, negative: content of the two streams: `pool`, `embedding` or `pool+embedding` (Table 4).
+        local_branch: add the 3 x 3 depthwise convolution of v.
+        embedding_init_std: standard deviation of e+ and e- at the start.
+        stage2_softmax: `separate` or `joint`.
+    """
+
+    name: str = "vca"
+    pool: Any = None
+    stage1: Stage = Stage.contrast
+    stage2: Stage = Stage.contrast
+    positive: Stream = Stream["pool+embedding"]
+    negative: Stream = Stream["pool+embedding"]
+    local_branch: bool = True
+    embedding_init_std: float = 1.0
+    stage2_softmax: Stage2Softmax = Stage2Softmax.separate
+
+    def __post_init__(self) -> None:
+        self.stage1, self.stage2 = Stage(self.stage1), Stage(self.stage2)
+        self.positive, self.negative = Stream(self.positive), Stream(self.negative)
+        self.stage2_softmax = Stage2Softmax(self.stage2_softmax)
+        per_layer = isinstance(self.pool, (list, tuple)) and len(self.pool) > 0 and all(map(is_pair, self.pool))
+        if not (self.pool is None or is_pair(self.pool) or per_layer):
+            raise ValueError(f"attention.pool must be two integers >= 1, or such a pair a layer, got {self.pool}")
+        if not self.embedding_init_std >= 0:
+            raise ValueError(f"attention.embedding_init_std must be >= 0, got {self.embedding_init_std}")
+
+    def pool_of_layer(self, layer_index: int, default: tuple[int, int]) -> tuple[int, int]:
+        """Contrast grid `(h, w)` of one layer; `default` is the backbone's."""
+        if self.pool is None:
+            return default
+        if is_pair(self.pool):
+            return (self.pool[0], self.pool[1])
+        if layer_index >= len(self.pool):
+            raise ValueError(f"attention.pool names {len(self.pool)} layers, but the model has a layer {layer_index}")
+        return tuple(self.pool[layer_index])
+
+
+def lambda_init_of_layer(layer_index: int) -> float:
+    """`l_init = 0.8 - 0.6 exp(-0.3 layer)`, layers from 0 (Differential Transformer, arXiv 2410.05258)."""
+    return 0.8 - 0.6 * math.exp(-0.3 * layer_index)
+
+
+def pool_queries(q: Tensor, grid: tuple[int, int], pool: tuple[int, int], num_prefix_tokens: int) -> Tensor:
+    """Adaptive average pooling of the queries on the grid: `(B, M, N, D)` to `(B, M, n, D)`.
+
+    Heads lie next to each other in a token, so the grid of all heads is one channels_last image and needs no copy.
+    """
+    image = to_image(q.transpose(1, 2).flatten(2), grid, num_prefix_tokens)  # (B, C, H, W)
+    if grid[0] % pool[0] or grid[1] % pool[1]:
+        pooled = F.adaptive_avg_pool2d(image, pool)  # (B, C, h, w)
+    else:  # the same, and several times faster
+        pooled = F.avg_pool2d(image, (grid[0] // pool[0], grid[1] // pool[1]))  # (B, C, h, w)
+    return pooled.flatten(2).unflatten(1, (q.shape[1], -1)).transpose(2, 3)  # (B, M, n, D)
+
+
+def visual_contrast_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    e_pos: Tensor | None,
+    e_neg: Tensor | None,
+    lambda1: Tensor | float | None,
+    lambda2: Tensor | float | None,
+    lambda_init: float,
+    norm1_weight: Tensor,
+    norm2_weight: Tensor,
+    grid: tuple[int, int],
+    pool: tuple[int, int],
+    num_prefix_tokens: int = 0,
+    eps: float = 1e-5,
+    *,
+    streams: tuple[Stream, Stream] = (Stream["pool+embedding"], Stream["pool+embedding"]),
+    stage2_softmax: Stage2Softmax = Stage2Softmax.separate,
+) -> Tensor:
+    """The attention of VCA, before the local branch.
+
+    Softmaxes, the two differences, lambda and the two norms are taken in float32 (float64 for float64 inputs), also
+    under autocast; only the products run in the dtype of `q`.
+
+    Args:
+        q, k, v: `(B, M, N, D)`, where N is `num_prefix_tokens + H * W`, prefix tokens first.
+        e_pos, e_neg: `(M, n, D)` stream embeddings; None where `streams` does not use them.
+        lambda1, lambda2: scalar of each stage; None makes the stage plain (the positive stream alone).
+        lambda_init: the constant of the layer; both norms are scaled by `1 - lambda_init`.
+        norm1_weight, norm2_weight: `(D,)`.
+        grid: `(H, W)`.
+        pool: `(h, w)`; bins overlap where they do not divide the grid (adaptive average pooling).
+        num_prefix_tokens: P; these tokens attend and are attended to, but are not pooled.
+        eps: of the two norms.
+        streams: content of the positive and the negative stream.
+        stage2_softmax: one softmax a stream, or one over both.
+
+    Returns:
+        `(B, M, N, D)`, in the dtype of `q`.
+
+    Raises:
+        ValueError: if the tokens do not fill the grid.
+    """
+    check_tokens(q.shape[2], grid, num_prefix_tokens)
+    full = torch.promote_types(q.dtype, torch.float32)
+    num_contrast, dim = pool[0] * pool[1], q.shape[-1]
+
+    t = pool_queries(q, grid, pool, num_prefix_tokens).to(full)  # (B, M, n, D)
+    t_pos = stream_tokens(t, e_pos, streams[0])  # (B, M, n, D)
+    both = t_pos  # a plain stage reads the positive stream alone
+    if lambda1 is not None or lambda2 is not None:
+        both = torch.cat((t_pos, stream_tokens(t, e_neg, streams[1])), dim=2)  # (B, M, 2n, D)
+    both = both.to(q.dtype)
+    stage1_tokens = both if lambda1 is not None else both[:, :, :num_contrast]
+    stage2_tokens = both if lambda2 is not None else both[:, :, :num_contrast]
+
+    # Stage I, global contrast. One call serves both streams; every backend of SDPA keeps its softmax in float32.
+    seen = F.scaled_dot_product_attention(stage1_tokens, k, v).to(full)  # (B, M, 2n or n, D)
+    if lambda1 is not None:
+        v_pos, v_neg = seen.split(num_contrast, dim=2)
+        seen = v_pos - lambda1 * v_neg  # (B, M, n, D)
+    v_hat = F.rms_norm(seen, (dim,), (1 - lambda_init) * norm1_weight.to(full), eps)  # (B, M, n, D)
+
+    # Stage II, per-patch differential. The scores of both streams are one product.
+    scores = (q @ (stage2_tokens * dim**-0.5).transpose(2, 3)).to(full)  # (B, M, N, 2n or n)
+    if lambda2 is None:
+        weights = scores.softmax(-1)  # (B, M, N, n)
+    elif stage2_softmax is Stage2Softmax.joint:
+        a_pos, a_neg = scores.softmax(-1).split(num_contrast, dim=-1)
+        weights = a_pos - lambda2 * a_neg  # (B, M, N, n)
+    else:
+        a_pos, a_neg = scores.unflatten(-1, (2, num_contrast)).softmax(-1).unbind(-2)
+        weights = a_pos - lambda2 * a_neg  # (B, M, N, n)
+    out = (weights.to(q.dtype) @ v_hat.to(q.dtype)).to(full)  # (B, M, N, D)
+    return F.rms_norm(out, (dim,), (1 - lambda_init) * norm2_weight.to(full), eps).to(q.dtype)
+
+
+def stream_tokens(t: Tensor, embedding: Tensor | None, content: Stream) -> Tensor:
+    """Tokens of one stream, `(B, M, n, D)`: `t`, `e` or `t + e`."""
+    if content is Stream.pool:
+        return t
+    if embedding is None:
+        raise ValueError(f"a stream of content '{content.value}' needs its embedding, got None")
+    return embedding.to(t.dtype).expand_as(t) if content is Stream.embedding else t + embedding.to(t.dtype)
+
+
+class Lambda(nn.Module):
+    """`l = exp(q1 . k1) - exp(q2 . k2) + l_init`, four learned vectors `(D,)` shared by the heads; float32 scalar."""
+
+    def __init__(self, head_dim: int, init: float) -> None:
+        super().__init__()
+        self.init = init
+        self.q1, self.k1, self.q2, self.k2 = (nn.Parameter(0.1 * torch.randn(head_dim)) for _ in range(4))
+
+    def forward(self) -> Tensor:
+        # A product and a sum, not torch.dot: autocast would take that in half precision.
+        first, second = (self.q1 * self.k1).sum(), (self.q2 * self.k2).sum()
+        return first.exp() - second.exp() + self.init
+
+
+class VisualContrastAttention(nn.Module):
+    """VCA with its projections and local branch: `(B, N, C)` to `(B, N, C)`, in the place of MHSA.
+
+    Takes the arguments that every variant takes (see `vca.attention.build_attention`) and its own options as `config`.
+
+    Args:
+        dim: C.
+        num_heads: M.
+        grid: `(H, W)` of the patch tokens; another one can be given to `forward`, parameters do not depend on it.
+        pool: `(h, w)`, the contrast grid, unless `config.pool` names one.
+        num_prefix_tokens: P, tokens before the grid (class token, registers).
+        layer_index: depth of the layer, from 0; sets `lambda_init`.
+        qkv_bias: bias of the qkv projection.
+        proj_drop: dropout after the output projection.
+        config: the variant's options.
+
+    Raises:
+        ValueError: if `dim` is not divisible by `num_heads`.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        grid: tuple[int, int],
+        pool: tuple[int, int] = (7, 7),
+        num_prefix_tokens: int = 0,
+        layer_index: int = 0,
+        qkv_bias: bool = True,
+        proj_drop: float = 0.0,
+        config: VCAConfig | None = None,
+    ) -> None:
+        super().__init__()
+        check_heads(dim, num_heads)
+        self.config = config = config or VCAConfig()
+        self.num_heads, self.grid, self.num_prefix_tokens = num_heads, grid, num_prefix_tokens
+        self.pool = config.pool_of_layer(layer_index, default=pool)
+        self.lambda_init = lambda_init_of_layer(layer_index)
+        head_dim, num_contrast = dim // num_heads, self.pool[0] * self.pool[1]
+
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.proj = nn.Linear(dim, dim)
+        self.proj_drop = nn.Dropout(proj_drop)
+        self.local = nn.Conv2d(dim, dim, 3, padding=1, groups=dim) if config.local_branch else None
+
+        # Only what the chosen stages and streams use exists, so every parameter gets a gradient.
+        contrast1, contrast2 = config.stage1 is Stage.contrast, config.stage2 is Stage.contrast
+        self.lambda1 = Lambda(head_dim, self.lambda_init) if contrast1 else None
+        self.lambda2 = Lambda(head_dim, self.lambda_init) if contrast2 else None
+        self.norm1_weight, self.norm2_weight = nn.Parameter(torch.ones(head_dim)), nn.Parameter(torch.ones(head_dim))
+
+        def embedding(content: Stream) -> nn.Parameter | None:
+            if content is Stream.pool:
+                return None
+            return nn.Parameter(config.embedding_init_std * torch.randn(num_heads, num_contrast, head_dim))
+
+        self.e_pos = embedding(config.positive)
+        self.e_neg = embedding(config.negative) if contrast1 or contrast2 else None
+
+    def forward(self, x: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
+        """Attend: `(B, N, C)` to `(B, N, C)`; `grid` where this input's is not the one the module was built for."""
+        grid = grid or self.grid
+        qkv = self.qkv(x)  # (B, N, 3C)
+        heads = qkv.unflatten(-1, (3, self.num_heads, -1))  # (B, N, 3, M, D)
+        q, k, v = heads.permute(2, 0, 3, 1, 4).unbind(0)  # 3 x (B, M, N, D)
+        out = visual_contrast_attention(
+            q,
+            k,
+            v,
+            self.e_pos,
+            self.e_neg,
+            self.lambda1() if self.lambda1 is not None else None,
+            self.lambda2() if self.lambda2 is not None else None,
+            self.lambda_init,
+            self.norm1_weight,
+            self.norm2_weight,
+            grid,
+            self.pool,
+            self.num_prefix_tokens,
+            streams=(self.config.positive, self.config.negative),
+            stage2_softmax=self.config.stage2_softmax,
+        )
+        out = out.transpose(1, 2).flatten(2)  # (B, N, C)
+        if self.local is not None:
+            out = out + self.local_branch(qkv.chunk(3, dim=-1)[2], grid)
+        return self.proj_drop(self.proj(out))  # (B, N, C)
+
+    def local_branch(self, v: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Depthwise 3 x 3 convolution of v on the grid, `(B, N, C)` to `(B, N, C)`; prefix tokens get zeros."""
+        assert self.local is not None
+        image = self.local(to_image(v, grid, self.num_prefix_tokens))  # (B, C, H, W)
+        return F.pad(image.flatten(2).transpose(1, 2), (0, 0, self.num_prefix_tokens, 0))  # (B, N, C)

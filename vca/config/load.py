@@ -1,0 +1,186 @@
+"""The strict way from YAML files and overrides to dataclasses.
+
+Hydra composes; it refuses a misspelt key in a file or an override, but not one behind `+`, and what it says when it
+refuses is for people who know Hydra. Here every such mistake becomes one line that names key, value and remedy.
+"""
+
+import dataclasses
+import difflib
+import os
+import re
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from vca.runtime.distributed import is_main_process
+from vca.runtime.errors import ConfigError, NonFiniteError, config_errors
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+# Exit codes of the root scripts, beside 0 and Python's 1.
+EXIT_CONFIG = 2
+EXIT_NON_FINITE = 3
+
+
+def register_schemas(root: Mapping[str, type], groups: Mapping[str, Mapping[str, type]]) -> None:
+    """Tell Hydra the dataclasses behind the YAML files.
+
+    Args:
+        root: script name -> its config dataclass, stored as `<name>_schema`.
+        groups: config group -> {name: dataclass}, stored as `<group>/<name>_schema`.
+    """
+    store = ConfigStore.instance()
+    for name, node in root.items():
+        store.store(name=f"{name}_schema", node=node)
+    for group, nodes in groups.items():
+        for name, node in nodes.items():
+            store.store(group=group, name=f"{name}_schema", node=node)
+
+
+def compose(config_name: str, overrides: Iterable[str] = ()) -> Any:
+    """The dataclass that `python <config_name>.py <overrides>` would run with.
+
+    Raises:
+        ConfigError: on anything wrong in the files or the overrides.
+    """
+    with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        try:
+            return to_dataclass(hydra.compose(config_name, list(overrides)))
+        except (HydraException, OmegaConfBaseException) as error:
+            raise ConfigError(explain(error)) from error
+
+
+def command_line(config_name: str, run: Callable[[Any], Any]) -> None:
+    """Body of a root script: compose the config from the command line and run, with mistakes told in one line."""
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # so that Hydra raises instead of printing and exiting
+    if any(argument.startswith("--local-rank") for argument in sys.argv):
+        sys.exit("config error: start ranks with torchrun, which sets LOCAL_RANK; --local-rank is not an option here")
+
+    def main(config: DictConfig) -> None:
+        run(to_dataclass(config))
+
+    try:
+        hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=config_name)(main)()
+    except (ConfigError, HydraException, OmegaConfBaseException) as error:
+        message = str(error) if isinstance(error, ConfigError) else explain(error)
+        fail(f"config error: {message}", EXIT_CONFIG)
+    except NonFiniteError as error:
+        fail(f"stopped: {error}", EXIT_NON_FINITE)
+
+
+def fail(line: str, code: int) -> None:
+    """Print a line to stderr, once for all ranks, and exit."""
+    if is_main_process():
+        print(line, file=sys.stderr, flush=True)
+    sys.exit(code)
+
+
+def to_dataclass(config: DictConfig) -> Any:
+    """A composed config as its dataclasses, their ranges checked.
+
+    Raises:
+        ConfigError: on a key that no dataclass has, a missing value, or a value out of its range.
+    """
+    known = list(keys_of(config))
+    for key in extra_keys(config):
+        raise ConfigError(f"unknown key '{key}'" + did_you_mean(key, known))
+    missing = OmegaConf.missing_keys(config)
+    if missing:
+        key = sorted(missing)[0]
+        raise ConfigError(f"{key} has no value; give it one: {key}=...")
+    with config_errors():
+        try:
+            return OmegaConf.to_object(config)
+        except OmegaConfBaseException as error:
+            raise ConfigError(explain(error)) from error
+
+
+def extra_keys(config: DictConfig, prefix: str = "") -> list[str]:
+    """Full names of the keys in `config` that its dataclass does not have."""
+    schema = OmegaConf.get_type(config)
+    if not dataclasses.is_dataclass(schema):
+        return []
+    fields = {f.name for f in dataclasses.fields(schema)}
+    extra = []
+    for name in config:
+        key = f"{prefix}{name}"
+        if name not in fields:
+            extra.append(key)
+        elif isinstance(child := config._get_node(name), DictConfig) and not child._is_none():
+            extra += extra_keys(child, f"{key}.")
+    return extra
+
+
+def keys_of(config: DictConfig, prefix: str = "") -> Iterable[str]:
+    """Full names of all keys that the dataclasses behind `config` have."""
+    schema = OmegaConf.get_type(config)
+    if not dataclasses.is_dataclass(schema):
+        return
+    for field in dataclasses.fields(schema):
+        yield f"{prefix}{field.name}"
+        child = config._get_node(field.name)
+        if isinstance(child, DictConfig):
+            yield from keys_of(child, f"{prefix}{field.name}.")
+
+
+def all_known_keys() -> list[str]:
+    """Keys of every registered schema: what a misspelt key may have meant when nothing could be composed."""
+    store = ConfigStore.instance().repo
+    keys: set[str] = set()
+    for name, entry in store.items():
+        if isinstance(entry, dict):  # a group: its members' keys stand under the group's name
+            for member, node in entry.items():
+                if member.endswith("_schema.yaml"):
+                    keys.update(keys_of(node.node, f"{name}."))
+        elif name.endswith("_schema.yaml"):
+            keys.update(keys_of(entry.node))
+    return sorted(keys)
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """`"; did you mean '...'?"`, or nothing where nothing is near."""
+    known = list(known)
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    if not near:  # the right key under the wrong parent
+        tail = word.rsplit(".", 1)[-1]
+        near = [key for key in known if key.rsplit(".", 1)[-1] == tail][:1]
+    return f"; did you mean '{near[0]}'?" if near else ""
+
+
+def explain(error: BaseException) -> str:
+    """What an exception of Hydra or OmegaConf means, in one line: key, value, remedy."""
+    chain: list[BaseException] = []
+    current: BaseException | None = error
+    while current is not None and current not in chain:
+        chain.append(current)
+        current = current.__cause__ or current.__context__
+    text = "\n".join(str(link) for link in chain)
+
+    if match := re.search(r"Could not find '([^']+)'", text):
+        group, _, option = match[1].rpartition("/")
+        there = sorted(path.stem for path in (CONFIGS / group).glob("*.yaml")) if group else []
+        choices = f" (there are {', '.join(there)})" if there else ""
+        return f"{group or 'config'}={option}: no such option" + did_you_mean(option, there) + choices
+    if match := re.search(r"Could not override '([^']+)'\.\s*No match in the defaults list", text):
+        return f"unknown group '{match[1]}'" + did_you_mean(match[1], all_known_keys())
+    full_key = re.search(r"full_key: (\S+)", text)
+    if re.search(r"Key '[^']*' (is not in struct|not in '\w+')", text):
+        key = re.search(r"Could not override '([^']+)'", text) or full_key
+        if key is not None:
+            return f"unknown key '{key[1]}'" + did_you_mean(key[1], all_known_keys())
+    if match := re.search(r"Value '(.*)' of type '\w+' could not be converted to (\w+)", text):
+        return f"{full_key[1] if full_key else 'a value'} must be a {match[2].lower()}, got '{match[1]}'"
+    if match := re.search(r"Invalid value '(.*)', expected one of \[(.*)\]", text):
+        return f"{full_key[1] if full_key else 'a value'} must be one of {match[2]}, got '{match[1]}'"
+    if match := re.search(r"field '(\w+)' is not Optional|Incompatible value 'None' for field of type '(\w+)'", text):
+        return f"{full_key[1] if full_key else match[1]} may not be null"
+    if match := re.search(r"Interpolation key '([^']+)' not found", text):
+        return f"{full_key[1] if full_key else 'a value'} refers to '{match[1]}', which does not exist"
+    return " ".join(line.strip() for line in str(error).splitlines() if line.strip())

@@ -1,0 +1,39 @@
+"""The whole config of each root script, made of the dataclasses that stand beside the code they configure."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from omegaconf import MISSING
+
+from vca.data.augment import AugmentConfig
+from vca.data.config import DataConfig
+from vca.runtime.errors import check
+from vca.runtime.logging import WandbConfig
+from vca.training.optim import OptimConfig
+from vca.training.step import TrainerConfig
+
+
+@dataclass
+class TrainClsConfig:
+    """`train_cls.py`.
+
+    Attributes:
+        name: of the run; its directory is `out_dir/name`.
+        seed: of everything random.
+        model, attention: dataclasses of `models.MODELS` and `vca.attention.ATTENTIONS`.
+    """
+
+    name: str = MISSING
+    out_dir: str = "outputs"
+    seed: int = 0
+    model: Any = MISSING
+    attention: Any = MISSING
+    data: DataConfig = field(default_factory=DataConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    wandb: WandbConfig = field(default_factory=WandbConfig)
+
+    def __post_init__(self) -> None:
+        check(self.name not in ("", ".", "..") and "/" not in self.name, "name", "a folder name", self.name)
+        check(self.seed >= 0, "seed", ">= 0", self.seed)

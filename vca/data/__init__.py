@@ -1,0 +1,23 @@
+"""Data sets, augmentation and the step-addressed loader. To add a data set: a file here and a line in `DATASETS`."""
+
+from collections.abc import Callable
+from typing import Any
+
+from vca.data.cifar10 import load_cifar10
+from vca.data.config import DataConfig
+from vca.data.digits import load_digits_images
+from vca.data.imagefolder import load_imagefolder
+from vca.runtime.errors import check
+
+# name -> loader of a split: (config, train) -> data set of (PIL image, label)
+DATASETS: dict[str, Callable[[DataConfig, bool], Any]] = {
+    "cifar10": load_cifar10,
+    "digits": load_digits_images,
+    "imagefolder": load_imagefolder,
+}
+
+
+def load_dataset(config: DataConfig, train: bool) -> Any:
+    """The training or the evaluation split as a data set of `(PIL image, label)`."""
+    check(config.name in DATASETS, "data.name", f"one of {sorted(DATASETS)}", config.name)
+    return DATASETS[config.name](config, train)

@@ -1,0 +1,148 @@
+"""Transforms of one image, and the mixing of a batch; timm's, by config."""
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+import numpy as np
+import torch.nn.functional as F
+from timm.data import Mixup, create_transform
+from torch import Tensor
+from torchvision import transforms
+
+from vca.data.config import DataConfig
+from vca.runtime.errors import check
+from vca.runtime.seeding import derive_seed
+
+
+class Crop(Enum):
+    """How a training image is cut: a random resized crop, a random crop after zero padding, or not at all."""
+
+    resized = "resized"
+    padded = "padded"
+    none = "none"
+
+
+@dataclass
+class AugmentConfig:
+    """Augmentation of the training images; the defaults change nothing.
+
+    Attributes:
+        crop: `resized` (area in `scale`, aspect in `ratio`), `padded` (by `padding` pixels) or `none`.
+        interpolation: of the resized crop: `bicubic`, `bilinear` or `random`.
+        hflip: probability of a horizontal flip.
+        color_jitter: strength; ignored while `auto_augment` is set, as in timm.
+        auto_augment: timm's policy string, such as `rand-m9-mstd0.5-inc1`; null for none.
+        erase_prob, erase_mode, erase_count: random erasing.
+        mixup, cutmix: their alphas; 0 switches one off.
+        mix_prob, mix_switch_prob: probability of mixing a batch at all, and of CutMix where both are on.
+        label_smoothing: of the targets.
+        repeats: repeated augmentation: every image stands that many times in a batch; an epoch sees a 1 / `repeats` of
+            the images.
+    """
+
+    crop: Crop = Crop.none
+    scale: list[float] = field(default_factory=lambda: [0.08, 1.0])
+    ratio: list[float] = field(default_factory=lambda: [3 / 4, 4 / 3])
+    padding: int = 4
+    interpolation: str = "bicubic"
+    hflip: float = 0.0
+    color_jitter: float = 0.0
+    auto_augment: str | None = None
+    erase_prob: float = 0.0
+    erase_mode: str = "pixel"
+    erase_count: int = 1
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    mix_prob: float = 1.0
+    mix_switch_prob: float = 0.5
+    label_smoothing: float = 0.0
+    repeats: int = 1
+
+    def __post_init__(self) -> None:
+        for key in ("hflip", "erase_prob", "mix_prob", "mix_switch_prob"):
+            check(0 <= getattr(self, key) <= 1, f"augment.{key}", "in [0, 1]", getattr(self, key))
+        for key in ("color_jitter", "mixup", "cutmix", "padding"):
+            check(getattr(self, key) >= 0, f"augment.{key}", ">= 0", getattr(self, key))
+        for key in ("erase_count", "repeats"):
+            check(getattr(self, key) >= 1, f"augment.{key}", ">= 1", getattr(self, key))
+        check(0 <= self.label_smoothing < 1, "augment.label_smoothing", "in [0, 1)", self.label_smoothing)
+        for key in ("scale", "ratio"):
+            low_high = list(getattr(self, key))
+            rule = "two numbers, 0 < low <= high"
+            check(len(low_high) == 2 and 0 < low_high[0] <= low_high[1], f"augment.{key}", rule, low_high)
+        known = ("bicubic", "bilinear", "random")
+        check(self.interpolation in known, "augment.interpolation", "one of " + ", ".join(known), self.interpolation)
+        check(self.erase_mode in ("pixel", "const", "rand"), "augment.erase_mode", "pixel, const or rand", self.erase_mode)
+
+    @property
+    def mixes(self) -> bool:
+        """Whether Mixup or CutMix is on."""
+        return self.mixup > 0 or self.cutmix > 0
+
+
+def train_transform(augment: AugmentConfig, data: DataConfig) -> transforms.Compose:
+    """PIL image to a normalised `(in_chans, img_size, img_size)` tensor, with the random changes of training."""
+    size = data.img_size
+    transform = create_transform(
+        size,
+        is_training=True,
+        scale=(augment.scale[0], augment.scale[1]),
+        ratio=(augment.ratio[0], augment.ratio[1]),
+        hflip=augment.hflip,
+        color_jitter=augment.color_jitter or None,  # type: ignore[arg-type]
+        auto_augment=augment.auto_augment,
+        interpolation=augment.interpolation,
+        mean=tuple(data.mean),
+        std=tuple(data.std),
+        re_prob=augment.erase_prob,
+        re_mode=augment.erase_mode,
+        re_count=augment.erase_count,
+    )
+    if augment.crop is not Crop.resized:  # timm's list starts with the resized crop
+        whole = transforms.Resize((size, size))
+        crop = [transforms.RandomCrop(size, padding=augment.padding)] if augment.crop is Crop.padded else []
+        transform.transforms[:1] = [whole, *crop]
+    return transform
+
+
+def eval_transform(data: DataConfig) -> transforms.Compose:
+    """PIL image to a normalised `(in_chans, img_size, img_size)` tensor: resize, centre crop."""
+    return create_transform(
+        data.img_size,
+        is_training=False,
+        interpolation=data.interpolation,
+        mean=tuple(data.mean),
+        std=tuple(data.std),
+        crop_pct=data.crop_pct,
+    )
+
+
+class BatchMixer:
+    """Mixup and CutMix of a micro-batch, and its soft targets.
+
+    What is drawn (mixup or cutmix, lambda, the box) depends on `(seed, step)` only, so it is one draw for the whole
+    global batch. timm pairs image i with image b - 1 - i; the loader orders a micro-batch so that these are always
+    positions 2 j and 2 j + 1 of the global batch, whichever rank holds them.
+    """
+
+    def __init__(self, augment: AugmentConfig, num_classes: int, seed: int) -> None:
+        self.num_classes, self.smoothing, self.seed = num_classes, augment.label_smoothing, seed
+        self.mixup = None
+        if augment.mixes:
+            self.mixup = Mixup(
+                mixup_alpha=augment.mixup,
+                cutmix_alpha=augment.cutmix,
+                prob=augment.mix_prob,
+                switch_prob=augment.mix_switch_prob,
+                label_smoothing=augment.label_smoothing,
+                num_classes=num_classes,
+            )
+
+    def __call__(self, images: Tensor, labels: Tensor, step: int) -> tuple[Tensor, Tensor]:
+        """`(b, in_chans, H, W)` and `(b,)` to mixed images and soft targets `(b, num_classes)`."""
+        if self.mixup is None:
+            off = self.smoothing / self.num_classes
+            targets = F.one_hot(labels, self.num_classes).to(images.dtype)
+            return images, targets * (1 - self.smoothing) + off
+        np.random.seed(derive_seed(self.seed, "mix", step) % 2**32)  # timm's Mixup draws from numpy's global state
+        return self.mixup(images, labels)

@@ -1,0 +1,41 @@
+"""What a data set is, for the schema; the loaders are in the files named after the data sets."""
+
+from dataclasses import dataclass, field
+
+from vca.runtime.errors import check
+
+
+@dataclass
+class DataConfig:
+    """A data set and its evaluation transform.
+
+    Attributes:
+        name: the key in `vca.data.DATASETS`.
+        root: local folder; null for data that needs none.
+        img_size: pixels of a training and of an evaluation image.
+        in_chans, num_classes: of the images and labels.
+        mean, std: normalisation, one number a channel, for pixels in [0, 1].
+        crop_pct: the evaluation image is the centre `crop_pct` of the shorter side.
+        interpolation: of the evaluation resize.
+    """
+
+    name: str = "digits"
+    root: str | None = None
+    img_size: int = 224
+    in_chans: int = 3
+    num_classes: int = 1000
+    mean: list[float] = field(default_factory=lambda: [0.485, 0.456, 0.406])
+    std: list[float] = field(default_factory=lambda: [0.229, 0.224, 0.225])
+    crop_pct: float = 0.875
+    interpolation: str = "bicubic"
+
+    def __post_init__(self) -> None:
+        check(self.img_size >= 1, "data.img_size", ">= 1", self.img_size)
+        check(self.in_chans in (1, 3), "data.in_chans", "1 or 3", self.in_chans)
+        check(self.num_classes >= 2, "data.num_classes", ">= 2", self.num_classes)
+        check(len(self.mean) == self.in_chans, "data.mean", f"{self.in_chans} numbers", list(self.mean))
+        std_ok = len(self.std) == self.in_chans and min(self.std) > 0
+        check(std_ok, "data.std", f"{self.in_chans} numbers > 0", list(self.std))
+        check(0 < self.crop_pct <= 1, "data.crop_pct", "in (0, 1]", self.crop_pct)
+        known = ("bicubic", "bilinear")
+        check(self.interpolation in known, "data.interpolation", " or ".join(known), self.interpolation)

@@ -1,0 +1,51 @@
+"""Classification accuracy, exact on any number of ranks."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vca.runtime.distributed import World
+
+
+@torch.inference_mode()
+def evaluate(
+    model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], world: World, autocast: Any = None
+) -> dict[str, float]:
+    """Top-1, top-5 (where there are more than five classes), mean cross entropy, and the number of images.
+
+    Each rank counts over its own images; integers are summed over the ranks, so no image counts twice or not at all.
+
+    Args:
+        model: maps images to logits `(b, K)`.
+        batches: this rank's `(images, labels)`.
+        world: this process.
+        autocast: a context manager for the forward pass, or None.
+
+    Returns:
+        `top1` and `top5` in percent, `loss` in nats, `images`.
+    """
+    model.eval()
+    counts = torch.zeros(3, dtype=torch.int64, device=world.device)  # right in 1, right in 5, all
+    loss = torch.zeros((), dtype=torch.float64, device=world.device)
+    classes = 0
+    for images, labels in batches:
+        images, labels = images.to(world.device, non_blocking=True), labels.to(world.device, non_blocking=True)
+        if autocast is None:
+            logits = model(images).float()
+        else:
+            with autocast():
+                logits = model(images).float()
+        classes = logits.shape[1]
+        hits = logits.topk(min(5, classes), dim=1).indices == labels[:, None]  # (b, 5)
+        counts += torch.stack((hits[:, 0].sum(), hits.sum(), torch.tensor(len(labels), device=world.device)))
+        loss += F.cross_entropy(logits, labels, reduction="sum").double()
+    world.sum(counts)
+    world.sum(loss)
+    right1, right5, images_seen = counts.tolist()
+    result = {"top1": 100 * right1 / images_seen, "loss": loss.item() / images_seen, "images": images_seen}
+    if classes > 5:
+        result["top5"] = 100 * right5 / images_seen
+    return result

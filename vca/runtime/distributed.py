@@ -1,0 +1,89 @@
+"""Ranks and devices. One process is a world of one; every function here works there too."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from vca.runtime.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class World:
+    """Where this process stands: the device comes from the local rank, the data from the global one."""
+
+    rank: int
+    local_rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the one process that writes files and talks."""
+        return self.rank == 0
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Sum over all ranks, in place; the tensor must lie on `device`."""
+        if self.size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's picklable value, on every rank."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, device=self.device)
+        return box[0]
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        if self.size > 1:
+            dist.barrier()
+
+
+def pick_device(name: str, local_rank: int) -> torch.device:
+    """The device for `cpu`, `cuda` or `auto` on this rank; `ConfigError` if there is no such GPU."""
+    gpus = torch.cuda.device_count() if name != "cpu" else 0
+    if name == "cpu" or (name == "auto" and gpus == 0):
+        return torch.device("cpu")
+    if local_rank >= gpus:
+        raise ConfigError(
+            f"trainer.device={name} needs a GPU for local rank {local_rank}, but {gpus} are visible; "
+            f"set trainer.device=cpu or --nproc_per_node={max(gpus, 1)}"
+        )
+    return torch.device("cuda", local_rank)
+
+
+@contextmanager
+def start(device: str, timeout_minutes: float = 10.0) -> Iterator[World]:
+    """Join the process group that torchrun describes in the environment, and leave it at the end.
+
+    Args:
+        device: `cpu`, `cuda` or `auto`.
+        timeout_minutes: how long a collective waits for a lost rank.
+    """
+    rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
+    size = int(os.environ.get("WORLD_SIZE", 1))
+    world = World(rank, local_rank, size, pick_device(device, local_rank))
+    if world.device.type == "cuda":
+        torch.cuda.set_device(world.device)
+    if size > 1:
+        backend = "nccl" if world.device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
+    try:
+        yield world
+    finally:
+        if size > 1:
+            dist.destroy_process_group()
+
+
+def is_main_process() -> bool:
+    """Whether this is rank 0, before or after the process group exists."""
+    return int(os.environ.get("RANK", 0)) == 0

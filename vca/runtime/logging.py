@@ -1,0 +1,160 @@
+"""Reports of a run: `metrics.jsonl` (the truth), the terminal, and wandb (a copy that cannot stop a training)."""
+
+import queue
+import sys
+import threading
+import uuid
+import warnings
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from vca.runtime.errors import check
+from vca.runtime.rundir import RunDirectory
+
+
+class WandbMode(Enum):
+    """Off, or wandb's own modes."""
+
+    off = "off"
+    offline = "offline"
+    online = "online"
+
+
+@dataclass
+class WandbConfig:
+    """The copy on wandb.
+
+    Attributes:
+        mode: `off`, `offline` or `online`.
+        project, entity: where the run goes.
+        timeout_seconds: how long the end of a run waits for wandb.
+    """
+
+    mode: WandbMode = WandbMode.off
+    project: str = "vca"
+    entity: str | None = None
+    timeout_seconds: float = 60.0
+
+    def __post_init__(self) -> None:
+        check(self.timeout_seconds > 0, "wandb.timeout_seconds", "> 0", self.timeout_seconds)
+
+
+class WandbMirror:
+    """Sends records to wandb from a thread of its own: if wandb fails or hangs, the run does not notice.
+
+    A resumed run keeps its id (`wandb_id` in the run directory), and the step is an ordinary metric that the others
+    are plotted against, so that going back to a checkpoint does not collide with wandb's own counter.
+    """
+
+    def __init__(self, config: WandbConfig, folder: Path, name: str, run_config: dict[str, Any]) -> None:
+        self.config, self.folder, self.name, self.run_config = config, folder, name, run_config
+        self.queue: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
+        self.thread: threading.Thread | None = None
+        if config.mode is not WandbMode.off:
+            self.thread = threading.Thread(target=self.work, name="wandb", daemon=True)
+            self.thread.start()
+
+    def run_id(self) -> str:
+        """The run's id on wandb, made once."""
+        file = self.folder / "wandb_id"
+        if not file.exists():
+            file.write_text(uuid.uuid4().hex[:8])
+        return file.read_text().strip()
+
+    def work(self) -> None:
+        """Body of the thread."""
+        try:
+            import wandb
+
+            run = wandb.init(
+                project=self.config.project,
+                entity=self.config.entity,
+                name=self.name,
+                id=self.run_id(),
+                resume="allow",
+                mode=self.config.mode.value,
+                dir=str(self.folder),
+                config=self.run_config,
+            )
+            run.define_metric("*", step_metric="step")
+            while (record := self.queue.get()) is not None:
+                run.log(record)
+            run.finish()
+        except Exception as error:  # whatever wandb raises, the training goes on
+            warnings.warn(f"wandb is off for the rest of this run: {type(error).__name__}: {error}", stacklevel=2)
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Hand a record over; returns at once."""
+        if self.thread is not None and self.thread.is_alive():
+            self.queue.put(record)
+
+    def close(self) -> None:
+        """Let wandb finish, for at most `timeout_seconds`."""
+        if self.thread is None:
+            return
+        self.queue.put(None)
+        self.thread.join(self.config.timeout_seconds)
+        if self.thread.is_alive():
+            waited = self.config.timeout_seconds
+            warnings.warn(f"wandb did not finish within {waited:g} s; the metrics are in metrics.jsonl", stacklevel=2)
+
+
+class Reporter:
+    """Where rank 0's records go. One made without a run directory is what the other ranks hold: it does nothing.
+
+    Args:
+        folder: the run directory.
+        step, total_steps: where the run stands, and its length.
+        batch: images an update.
+    """
+
+    def __init__(
+        self, folder: RunDirectory | None = None, step: int = 0, total_steps: int = 0, batch: int = 0
+    ) -> None:
+        self.folder, self.total_steps, self.batch = folder, total_steps, batch
+        self.wandb: WandbMirror | None = None
+        self.bar: Any = None
+        if folder is not None and sys.stderr.isatty():
+            from tqdm import tqdm
+
+            images, done = total_steps * batch, step * batch
+            self.bar = tqdm(total=images, initial=done, unit="img", unit_scale=True, dynamic_ncols=True)
+
+    def advance(self) -> None:
+        """One update more on the progress bar."""
+        if self.bar is not None:
+            self.bar.update(self.batch)
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Put a record into `metrics.jsonl`, on the terminal, and on wandb."""
+        if self.folder is None:
+            return
+        self.folder.append(record)
+        if self.wandb is not None:
+            self.wandb.log(record)
+        self.say(describe(record, self.total_steps))
+
+    def say(self, line: str) -> None:
+        """Show a line above the bar, or print it."""
+        if self.bar is not None:
+            self.bar.write(line, file=sys.stdout)
+        elif self.folder is not None:
+            print(line, flush=True)
+
+    def close(self) -> None:
+        """End the bar and the copy on wandb."""
+        if self.bar is not None:
+            self.bar.close()
+        if self.wandb is not None:
+            self.wandb.close()
+
+
+def describe(record: dict[str, Any], total_steps: int) -> str:
+    """A record as one line for people."""
+    parts = [f"step {record['step']}/{total_steps}"]
+    for key, value in record.items():
+        if key not in ("step", "consumed"):
+            parts.append(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}")
+    return "  ".join(parts)

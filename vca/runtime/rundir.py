@@ -1,0 +1,142 @@
+"""One directory a run: what was asked for, what it ran on, what it measured, and its checkpoints.
+
+    config.json       the resolved config; starting with another one is refused
+    launches.jsonl    a line a start: command, commit, versions, machine, ranks, first step
+    uncommitted.diff  what the checkout held beside its commit, at the last start
+    metrics.jsonl     a line a report; the truth, of which wandb and curves.png are copies
+    checkpoints/      see vca.training.checkpoint
+"""
+
+import dataclasses
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vca.runtime.distributed import World
+from vca.runtime.errors import ConfigError
+
+# Keys that may differ between two starts of one run: they change where and how it runs, not what it computes.
+FREE_KEYS = (
+    "out_dir",
+    "trainer.checkpoint_every",
+    "trainer.device",
+    "trainer.eval_only",
+    "trainer.keep_checkpoints",
+    "trainer.timeout_minutes",
+    "trainer.workers",
+    "wandb",
+)
+
+
+class RunDirectory:
+    """The files of a run. Rank 0 writes, and only through this class."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.checkpoints = path / "checkpoints"
+        self.metrics_file = path / "metrics.jsonl"
+
+    def check(self, config: dict[str, Any]) -> None:
+        """Raise `ConfigError` if the directory belongs to a run with another config; names what differs."""
+        file = self.path / "config.json"
+        differences = compare(json.loads(file.read_text()), config) if file.exists() else []
+        if differences:
+            raise ConfigError(
+                f"{self.path} holds a run with another config ({'; '.join(differences)}); "
+                f"choose another name=... or remove the folder"
+            )
+
+    def create(self, config: dict[str, Any]) -> None:
+        """Make the directory, or enter it again, and write the config."""
+        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        write_text(self.path / "config.json", json.dumps(config, indent=2) + "\n")
+
+    def record_launch(self, world: World, step: int) -> None:
+        """Append this start to `launches.jsonl`, and keep what is not committed."""
+        launch = {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "command": shlex.join(sys.argv),
+            "first_step": step,
+            "ranks": world.size,
+            "device": torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "cpu",
+            "host": platform.node(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "commit": git("rev-parse", "HEAD"),
+        }
+        with open(self.path / "launches.jsonl", "a") as file:
+            file.write(json.dumps(launch) + "\n")
+        (self.path / "uncommitted.diff").write_text(git("diff", "HEAD") or "")
+
+    def write_failure(self, rank: int, record: dict[str, Any]) -> None:
+        """Keep what a rank saw when a gradient was not finite."""
+        write_text(self.path / f"nonfinite_rank{rank}.json", json.dumps(record) + "\n")
+
+    def append(self, record: dict[str, Any]) -> None:
+        """Add a line to `metrics.jsonl`."""
+        with open(self.metrics_file, "a") as file:
+            file.write(json.dumps(record) + "\n")
+
+    def records(self) -> list[dict[str, Any]]:
+        """All whole lines of `metrics.jsonl`."""
+        if not self.metrics_file.exists():
+            return []
+        lines = self.metrics_file.read_text().split("\n")[:-1]  # a line that a kill cut short has no end
+        return [json.loads(line) for line in lines]
+
+    def rewind(self, step: int) -> None:
+        """Forget the reports after `step`: they will be written again."""
+        kept = [json.dumps(record) + "\n" for record in self.records() if record["step"] <= step]
+        write_text(self.metrics_file, "".join(kept))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small file so that it is either the old one or the new one."""
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def plain(value: Any) -> Any:
+    """A config dataclass as plain values: dicts, lists, numbers, strings; enums by their value."""
+    if dataclasses.is_dataclass(value):
+        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    return {key: plain(item) for key, item in value.items()} if isinstance(value, dict) else value
+
+
+def compare(there: Any, here: Any, key: str = "") -> list[str]:
+    """`"key: <there> there, <here> here"` for each leaf that differs, `FREE_KEYS` left out."""
+    if key in FREE_KEYS:
+        return []
+    if isinstance(there, dict) and isinstance(here, dict):
+        differences = []
+        for name in sorted({*there, *here}):
+            path = f"{key}.{name}" if key else name
+            differences += compare(there.get(name), here.get(name), path)
+        return differences
+    return [] if there == here else [f"{key}: {there!r} there, {here!r} here"]
+
+
+def git(*arguments: str) -> str | None:
+    """Output of a git command on this checkout, or None where there is no git or no checkout."""
+    root = Path(__file__).parents[2]
+    try:
+        done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None

@@ -1,0 +1,78 @@
+"""Checkpoints that survive a kill at any moment.
+
+A checkpoint is one file of tensors and plain values, `step_00001000.pt`. It is written under a temporary name, flushed
+to the disk and renamed, so a file with the final name is complete. Should the disk lose part of it all the same, the
+newest file that loads is taken, and the damaged one is passed over with a warning.
+"""
+
+import os
+import re
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+NAME = re.compile(r"step_(\d+)\.pt")
+
+
+def checkpoint_path(folder: Path, step: int) -> Path:
+    """Where the checkpoint after `step` updates lies."""
+    return folder / f"step_{step:08d}.pt"
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Complete checkpoints, oldest first, by the number in the name."""
+    found = [(int(m[1]), path) for path in folder.glob("step_*.pt") if (m := NAME.fullmatch(path.name))]
+    return [path for _, path in sorted(found)]
+
+
+def save_checkpoint(folder: Path, step: int, state: dict[str, Any], keep: int = 2) -> Path:
+    """Write `state` atomically and delete all but the newest `keep`; one `OSError` while writing is retried.
+
+    Raises:
+        OSError: if the second try fails too; the earlier checkpoints are still there.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = checkpoint_path(folder, step)
+    try:
+        write_atomically(path, state)
+    except OSError as error:
+        warnings.warn(f"writing {path.name} failed ({error}); trying once more", stacklevel=2)
+        time.sleep(1.0)
+        write_atomically(path, state)
+    for old in list_checkpoints(folder)[:-keep]:
+        old.unlink(missing_ok=True)
+    return path
+
+
+def write_atomically(path: Path, state: dict[str, Any]) -> None:
+    """Save under a temporary name, fsync, rename, fsync the folder."""
+    temporary = path.with_suffix(".tmp")
+    with open(temporary, "wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a checkpoint to the CPU, tensors and plain values only (`weights_only=True`)."""
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def load_latest(folder: Path) -> dict[str, Any] | None:
+    """The newest checkpoint that can be read, or None; unreadable ones are passed over with a warning."""
+    for path in reversed(list_checkpoints(folder)):
+        try:
+            return load_checkpoint(path)
+        except Exception as error:  # a damaged file raises whatever its first bad byte leads to
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            warnings.warn(f"{path.name} is damaged ({reason}); taking the one before it", stacklevel=2)
+    return None

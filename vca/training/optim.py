@@ -1,0 +1,76 @@
+"""AdamW, its parameter groups, and the learning rate as a pure function of the step."""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from vca.runtime.errors import check
+
+
+@dataclass
+class OptimConfig:
+    """AdamW with linear warm-up and cosine decay.
+
+    Attributes:
+        lr: peak learning rate; null derives it as `base_lr * trainer.global_batch / 512`.
+        warmup_epochs: length of the linear warm-up from `warmup_lr`; fractions are allowed.
+        min_lr: where the cosine ends.
+        clip_grad: largest norm of the whole gradient; null does not clip.
+    """
+
+    lr: float | None = None
+    base_lr: float = 5e-4
+    weight_decay: float = 0.05
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    eps: float = 1e-8
+    warmup_epochs: float = 5.0
+    warmup_lr: float = 1e-6
+    min_lr: float = 1e-5
+    clip_grad: float | None = None
+
+    def __post_init__(self) -> None:
+        check(self.lr is None or self.lr > 0, "optim.lr", "> 0 or null", self.lr)
+        check(self.base_lr > 0, "optim.base_lr", "> 0", self.base_lr)
+        check(self.weight_decay >= 0, "optim.weight_decay", ">= 0", self.weight_decay)
+        two = len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)
+        check(two, "optim.betas", "two numbers in [0, 1)", list(self.betas))
+        check(self.eps > 0, "optim.eps", "> 0", self.eps)
+        check(self.warmup_epochs >= 0, "optim.warmup_epochs", ">= 0", self.warmup_epochs)
+        check(self.warmup_lr >= 0, "optim.warmup_lr", ">= 0", self.warmup_lr)
+        check(self.min_lr >= 0, "optim.min_lr", ">= 0", self.min_lr)
+        check(self.clip_grad is None or self.clip_grad > 0, "optim.clip_grad", "> 0 or null", self.clip_grad)
+
+    def peak_lr(self, global_batch: int) -> float:
+        """The peak learning rate: `lr`, or the linear scaling rule."""
+        return self.lr if self.lr is not None else self.base_lr * global_batch / 512
+
+
+def learning_rate(config: OptimConfig, step: int, total_steps: int, steps_per_epoch: float, peak: float) -> float:
+    """Learning rate of update number `step` (from 0): linear warm-up, then half a cosine over all of `total_steps`."""
+    warmup = config.warmup_epochs * steps_per_epoch
+    if step < warmup:
+        return config.warmup_lr + (peak - config.warmup_lr) * step / warmup
+    return config.min_lr + 0.5 * (peak - config.min_lr) * (1 + math.cos(math.pi * step / total_steps))
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """Two groups, decayed and not decayed.
+
+    Not decayed: everything 1-D (biases, norm weights, lambda vectors) and what `model.no_weight_decay()` names. Build
+    them from the bare model: under DDP or `torch.compile` the names carry a prefix, and the list would be lost.
+    """
+    no_decay: Iterable[str] = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()
+    groups: tuple[list, list] = ([], [])
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            groups[parameter.ndim <= 1 or name in no_decay].append(parameter)
+    return [{"params": groups[0], "weight_decay": weight_decay}, {"params": groups[1], "weight_decay": 0.0}]
+
+
+def build_optimizer(config: OptimConfig, model: nn.Module, peak: float) -> torch.optim.AdamW:
+    """AdamW over `parameter_groups`, in its fused form on CPU and GPU alike."""
+    groups = parameter_groups(model, config.weight_decay)
+    return torch.optim.AdamW(groups, lr=peak, betas=(config.betas[0], config.betas[1]), eps=config.eps, fused=True)

@@ -1,0 +1,134 @@
+"""A training run around its updates, the same for both trainers: resume, reports, checkpoints, the end."""
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vca.runtime.distributed import World
+from vca.runtime.errors import NonFiniteError
+from vca.runtime.logging import Reporter, WandbConfig, WandbMirror
+from vca.runtime.rundir import RunDirectory
+from vca.training.checkpoint import load_latest, save_checkpoint
+from vca.training.curves import draw_curves
+from vca.training.step import Precision, StepResult, TrainerConfig, TrainState
+
+MASK = 2**63 - 1
+
+
+class TrainingRun:
+    """Counts what the updates of a `TrainState` used and cost, reports it, and keeps checkpoints.
+
+    Attributes:
+        consumed: sum of the fingerprints of all images used so far, over all ranks, modulo 2^63. Two runs that used
+            the same images the same number of times agree on it.
+    """
+
+    def __init__(self, folder: RunDirectory, state: TrainState, trainer: TrainerConfig, world: World) -> None:
+        self.folder, self.state, self.trainer, self.world = folder, state, trainer, world
+        self.consumed = 0
+        self.pending = 0  # fingerprints of this rank not yet summed over the ranks
+        self.losses: list[Tensor] = []
+        self.clock = time.perf_counter()
+        self.reporter = Reporter()
+
+    @property
+    def finished(self) -> bool:
+        """Whether all updates are made."""
+        return self.state.step >= self.state.total_steps
+
+    def resume(self) -> bool:
+        """Take the newest checkpoint that can be read; False if there is none.
+
+        Rank 0 chooses and reads, so that ranks which see the folder differently cannot go on from different steps.
+        """
+        saved = self.world.broadcast(load_latest(self.folder.checkpoints) if self.world.is_main else None)
+        if saved is None:
+            return False
+        self.state.load_state_dict(saved)
+        self.consumed = saved["consumed"]
+        return True
+
+    def start(self, name: str, config: dict[str, Any], wandb: WandbConfig) -> None:
+        """Open the run directory for writing and drop the reports that will be made again."""
+        if self.world.is_main:
+            self.folder.create(config)
+            self.folder.rewind(self.state.step)
+            self.folder.record_launch(self.world, self.state.step)
+            step, total = self.state.step, self.state.total_steps
+            self.reporter = Reporter(self.folder, step, total, self.trainer.global_batch)
+            self.reporter.wandb = WandbMirror(wandb, self.folder.path, name, config)
+        self.clock = time.perf_counter()
+
+    def due(self, every: int) -> bool:
+        """Whether something that happens every so many updates (0: only at the end) happens now."""
+        return self.finished or (every > 0 and self.state.step % every == 0)
+
+    def record(self, update: StepResult, batches: Sequence[Any]) -> None:
+        """Account for an update; report if it is time.
+
+        Raises:
+            NonFiniteError: on every rank alike, if the gradient was not finite.
+        """
+        if not update.applied and not self.tolerable():
+            indices = [index for batch in batches for index in batch.indices.tolist()]
+            failure = {"step": self.state.step - 1, "grad_norm": str(update.grad_norm), "loss": str(float(update.loss))}
+            self.folder.write_failure(self.world.rank, {**failure, "indices": indices})
+            raise NonFiniteError(
+                f"gradient norm {update.grad_norm} in step {self.state.step - 1}; loss and image indices of each rank "
+                f"are in {self.folder.path}/nonfinite_rank*.json; the newest checkpoint is from before"
+            )
+        self.pending += sum(int(batch.fingerprints.sum()) for batch in batches)
+        self.losses.append(update.loss)
+        self.reporter.advance()
+        if self.due(self.trainer.log_every):
+            self.report(update)
+
+    def tolerable(self) -> bool:
+        """In fp16 an overflow only lowers the loss scale, until there is nothing left to lower."""
+        return self.trainer.precision is Precision.fp16 and self.state.scaler.get_scale() >= 1
+
+    def report(self, update: StepResult) -> None:
+        """Write a record of the updates since the last one."""
+        loss = self.world.sum(torch.stack(self.losses).mean()) / self.world.size
+        seconds = time.perf_counter() - self.clock
+        images = len(self.losses) * self.trainer.global_batch
+        self.write(
+            {
+                "epoch": self.state.step / self.state.steps_per_epoch,
+                "loss": loss.item(),
+                "lr": update.lr,
+                "grad_norm": update.grad_norm,
+                "consumed": self.sum_consumed(),
+                "images_per_second": images / seconds,
+            }
+        )
+        self.losses, self.clock = [], time.perf_counter()
+
+    def sum_consumed(self) -> int:
+        """Bring `consumed` up to date over all ranks."""
+        total = self.world.sum(torch.tensor(self.pending & MASK, device=self.world.device))  # int64, wraps around
+        self.consumed = (self.consumed + int(total)) & MASK
+        self.pending = 0
+        return self.consumed
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Report something about the current step."""
+        self.reporter.write({"step": self.state.step, **record})
+        self.clock = time.perf_counter()
+
+    def save(self) -> None:
+        """Write a checkpoint."""
+        state = {**self.state.state_dict(), "consumed": self.sum_consumed()}
+        if self.world.is_main:
+            save_checkpoint(self.folder.checkpoints, self.state.step, state, self.trainer.keep_checkpoints)
+        self.clock = time.perf_counter()
+
+    def finish(self, name: str) -> None:
+        """Draw the curves and end the reports."""
+        if self.world.is_main:
+            draw_curves({name: self.folder.records()}, self.folder.path / "curves.png")
+        self.reporter.close()
+        self.world.barrier()

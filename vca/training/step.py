@@ -1,0 +1,242 @@
+"""One update, shared by both trainers: accumulation, autocast, clipping, the optimizer, EMA, and their state."""
+
+import math
+import os
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from vca.runtime.distributed import World
+from vca.runtime.errors import ConfigError, check
+from vca.runtime.seeding import seed_torch
+from vca.training.ema import Ema
+from vca.training.optim import OptimConfig, build_optimizer, learning_rate
+
+
+class Device(Enum):
+    """Where to run; `auto` takes a GPU if there is one."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+class Precision(Enum):
+    """Arithmetic of the products; parameters, optimizer and EMA are float32 in each."""
+
+    fp32 = "fp32"
+    tf32 = "tf32"
+    bf16 = "bf16"
+    fp16 = "fp16"
+
+    @property
+    def autocast_dtype(self) -> torch.dtype | None:
+        """The dtype of autocast, or None where it is off."""
+        return {Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16}.get(self)
+
+
+@dataclass
+class TrainerConfig:
+    """How long, how large, how often.
+
+    Attributes:
+        epochs: length of the training; an epoch is `images // global_batch` updates.
+        steps: length in updates; overrides `epochs`.
+        global_batch: images an update, over all ranks and accumulation steps.
+        micro_batch: images a rank takes at once; accumulation follows from it. Null: `global_batch / ranks`, none.
+        ema_decay: null keeps no average.
+        log_every, eval_every, checkpoint_every: in updates; `eval_every=0` evaluates at the end only.
+        keep_checkpoints: how many of the newest to keep.
+        workers: loader processes a rank; 0 loads in the training process. Results do not depend on it.
+        deterministic: ask CUDA for deterministic kernels (exact resume there needs it; slower).
+        eval_only: evaluate the newest checkpoint of the run directory and stop.
+        timeout_minutes: how long the ranks wait for a lost one.
+    """
+
+    epochs: int = 300
+    steps: int | None = None
+    global_batch: int = 1024
+    micro_batch: int | None = None
+    eval_batch: int = 250
+    precision: Precision = Precision.fp32
+    device: Device = Device.auto
+    compile: bool = False
+    ema_decay: float | None = None
+    log_every: int = 50
+    eval_every: int = 0
+    checkpoint_every: int = 1000
+    keep_checkpoints: int = 2
+    workers: int = 4
+    deterministic: bool = False
+    eval_only: bool = False
+    timeout_minutes: float = 10.0
+
+    def __post_init__(self) -> None:
+        for key in ("epochs", "global_batch", "eval_batch", "log_every", "checkpoint_every", "keep_checkpoints"):
+            check(getattr(self, key) >= 1, f"trainer.{key}", ">= 1", getattr(self, key))
+        for key in ("steps", "micro_batch"):
+            value = getattr(self, key)
+            check(value is None or value >= 1, f"trainer.{key}", ">= 1 or null", value)
+        for key in ("eval_every", "workers"):
+            check(getattr(self, key) >= 0, f"trainer.{key}", ">= 0", getattr(self, key))
+        decay_ok = self.ema_decay is None or 0 <= self.ema_decay < 1
+        check(decay_ok, "trainer.ema_decay", "in [0, 1) or null", self.ema_decay)
+        check(self.timeout_minutes > 0, "trainer.timeout_minutes", "> 0", self.timeout_minutes)
+
+    def micro_batch_on(self, world_size: int) -> tuple[int, int]:
+        """`(images a rank takes at once, accumulation steps)` for that many ranks.
+
+        Raises:
+            ConfigError: if the global batch cannot be cut that way; names the nearest sizes that can.
+        """
+        unit = world_size * (self.micro_batch or 1)
+        if self.global_batch % unit:
+            below, above = self.global_batch // unit * unit, -(-self.global_batch // unit) * unit
+            valid = f"{below} or {above}" if below else f"{above}"
+            micro = f" x micro_batch {self.micro_batch}" if self.micro_batch else ""
+            raise ConfigError(
+                f"trainer.global_batch must be a multiple of {world_size} ranks{micro}, got {self.global_batch}; "
+                f"try {valid}"
+            )
+        micro = self.micro_batch or self.global_batch // world_size
+        return micro, self.global_batch // (world_size * micro)
+
+    def total_steps(self, steps_per_epoch: int) -> int:
+        """Length of the training in updates."""
+        return self.steps if self.steps is not None else self.epochs * steps_per_epoch
+
+
+@dataclass
+class StepResult:
+    """What one update tells: mean loss over this rank's images `()`, norm of the global gradient, learning rate."""
+
+    loss: Tensor
+    grad_norm: float
+    lr: float
+    applied: bool
+
+
+class TrainState:
+    """Model, optimizer, EMA and gradient scaler: everything that an update changes and a checkpoint holds.
+
+    `model` stays the bare network; `forward_model` is its DDP or compiled wrapper. Names, parameter groups, EMA and
+    checkpoints come from the bare one.
+
+    Args:
+        model: the network, on any device; it is moved to `world.device`.
+        trainer, optim: configs.
+        world: this process.
+        steps_per_epoch: for the schedule, whose warm-up is given in epochs.
+    """
+
+    def __init__(
+        self, model: nn.Module, trainer: TrainerConfig, optim: OptimConfig, world: World, steps_per_epoch: int
+    ) -> None:
+        self.trainer, self.optim, self.world, self.steps_per_epoch = trainer, optim, world, steps_per_epoch
+        self.total_steps = trainer.total_steps(steps_per_epoch)
+        self.micro_batch, self.accumulation = trainer.micro_batch_on(world.size)
+        self.model = model.to(world.device)
+        self.peak_lr = optim.peak_lr(trainer.global_batch)
+        self.optimizer = build_optimizer(optim, self.model, self.peak_lr)
+        self.ema = Ema(self.model, trainer.ema_decay) if trainer.ema_decay is not None else None
+        self.scaler = torch.amp.GradScaler(world.device.type, enabled=trainer.precision is Precision.fp16)
+        self.step = 0
+
+        self.forward_model: nn.Module = self.model
+        if world.size > 1:
+            ids = [world.local_rank] if world.device.type == "cuda" else None
+            self.forward_model = DistributedDataParallel(self.model, device_ids=ids)
+        if trainer.compile:
+            self.forward_model = torch.compile(self.forward_model)  # type: ignore[assignment]
+
+    def autocast(self) -> Any:
+        """Autocast in the configured precision."""
+        return autocast(self.trainer.precision, self.world.device)
+
+    def update(
+        self, batches: Sequence[Any], loss_of: Callable[[nn.Module, Any, int], Tensor], seed: int
+    ) -> StepResult:
+        """Make update number `self.step` from this rank's micro-batches.
+
+        Dropout and stochastic depth are seeded by `(seed, step, micro-batch)`, where micro-batches are counted over
+        all ranks: the numbers do not depend on how many ranks share the work.
+
+        Args:
+            batches: `accumulation` micro-batches, on the device.
+            loss_of: maps the network, a micro-batch and the step to the mean loss of the micro-batch.
+            seed: the run's seed.
+
+        Returns:
+            The result; on a gradient that is not finite `applied` is False and nothing was changed. The gradient is
+            the same on every rank, so all ranks see it at once.
+        """
+        step = self.step
+        lr = learning_rate(self.optim, step, self.total_steps, self.steps_per_epoch, self.peak_lr)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.forward_model.train()
+        total = torch.zeros((), device=self.world.device)
+        for index, batch in enumerate(batches):
+            last = index == len(batches) - 1
+            seed_torch(seed, "forward", step, self.world.rank * len(batches) + index)
+            with nullcontext() if last or self.world.size == 1 else self.forward_model.no_sync():
+                with self.autocast():
+                    loss = loss_of(self.forward_model, batch, step)
+                self.scaler.scale(loss / len(batches)).backward()
+            total += loss.detach().float() / len(batches)
+
+        self.scaler.unscale_(self.optimizer)
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        norm = nn.utils.get_total_norm(gradients)
+        if self.optim.clip_grad is not None:
+            nn.utils.clip_grads_with_norm_(self.model.parameters(), self.optim.clip_grad, norm)
+        grad_norm = float(norm)
+        finite = math.isfinite(grad_norm)
+        if finite:
+            self.scaler.step(self.optimizer)
+            if self.ema is not None:
+                self.ema.update(self.model)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step = step + 1
+        return StepResult(total, grad_norm, lr, finite)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain values, for `save_checkpoint`."""
+        return {
+            "step": self.step,
+            "model": self.model.state_dict(),
+            "ema": self.ema.module.state_dict() if self.ema is not None else None,
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where `state_dict` was taken."""
+        self.step = state["step"]
+        self.model.load_state_dict(state["model"])
+        if self.ema is not None:
+            self.ema.module.load_state_dict(state["ema"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+
+
+def autocast(precision: Precision, device: torch.device) -> Any:
+    """Autocast context of a precision on a device; does nothing for fp32 and tf32."""
+    dtype = precision.autocast_dtype
+    return torch.autocast(device.type, dtype=dtype) if dtype is not None else nullcontext()
+
+
+def set_precision(trainer: TrainerConfig) -> None:
+    """Set torch's process-wide switches: TF32 only where it is asked for, deterministic kernels where asked for."""
+    torch.set_float32_matmul_precision("high" if trainer.precision is Precision.tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = trainer.precision is Precision.tf32
+    if trainer.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(trainer.deterministic)
