@@ -210,6 +210,7 @@ class Lambda(nn.Module):
         self.q1, self.k1, self.q2, self.k2 = (nn.Parameter(0.1 * torch.randn(head_dim)) for _ in range(4))
 
     def forward(self) -> Tensor:
+        """The scalar lambda."""
         # A product and a sum, not torch.dot: autocast would take that in half precision.
         first, second = (self.q1 * self.k1).sum(), (self.q2 * self.k2).sum()
         return first.exp() - second.exp() + self.init

@@ -1,7 +1,7 @@
 """Put VCA into a timm Vision Transformer that already exists, keeping its pretrained projections.
 
-    model = timm.create_model("deit_small_patch16_224", pretrained=True)
-    replaced = vca.replace_attention(model, pool=(7, 7))        # 12
+model = timm.create_model("deit_small_patch16_224", pretrained=True)
+replaced = vca.replace_attention(model, pool=(7, 7))        # 12
 """
 
 from dataclasses import replace
@@ -55,9 +55,7 @@ def replace_attention(
     found = [(index, block) for index, block in enumerate(blocks) if hasattr(getattr(block, "attn", None), "qkv")]
     if not found:
         raise ValueError(f"replace_attention: {type(model).__name__} has no blocks[i].attn with a qkv projection")
-    new = [
-        from_timm(block.attn, (grid[0], grid[1]), pool, num_prefix_tokens, index, config) for index, block in found
-    ]
+    new = [from_timm(block.attn, (grid[0], grid[1]), pool, num_prefix_tokens, index, config) for index, block in found]
     for (_, block), attention in zip(found, new, strict=True):  # only now: an error above leaves the model as it was
         block.attn = attention
     return len(new)

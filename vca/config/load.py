@@ -9,7 +9,8 @@ import difflib
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -64,13 +65,22 @@ def command_line(config_name: str, run: Callable[[Any], Any]) -> None:
         sys.exit("config error: start ranks with torchrun, which sets LOCAL_RANK; --local-rank is not an option here")
 
     def main(config: DictConfig) -> None:
-        run(to_dataclass(config))
+        with mistakes_in_one_line():
+            run(to_dataclass(config))
 
-    try:
+    with mistakes_in_one_line():
         hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=config_name)(main)()
-    except (ConfigError, HydraException, OmegaConfBaseException) as error:
-        message = str(error) if isinstance(error, ConfigError) else explain(error)
-        fail(f"config error: {message}", EXIT_CONFIG)
+
+
+@contextmanager
+def mistakes_in_one_line() -> Iterator[None]:
+    """Exit with one line on an error that is the user's to mend; others keep their traceback."""
+    try:
+        yield
+    except ConfigError as error:
+        fail(f"config error: {error}", EXIT_CONFIG)
+    except (HydraException, OmegaConfBaseException) as error:
+        fail(f"config error: {explain(error)}", EXIT_CONFIG)
     except NonFiniteError as error:
         fail(f"stopped: {error}", EXIT_NON_FINITE)
 
@@ -179,7 +189,7 @@ def explain(error: BaseException) -> str:
         return f"{full_key[1] if full_key else 'a value'} must be a {match[2].lower()}, got '{match[1]}'"
     if match := re.search(r"Invalid value '(.*)', expected one of \[(.*)\]", text):
         return f"{full_key[1] if full_key else 'a value'} must be one of {match[2]}, got '{match[1]}'"
-    if match := re.search(r"field '(\w+)' is not Optional|Incompatible value 'None' for field of type '(\w+)'", text):
+    if match := re.search(r"field '([\w.]+)' is not Optional|Incompatible value 'None' for field of type '(\w+)'", text):
         return f"{full_key[1] if full_key else match[1]} may not be null"
     if match := re.search(r"Interpolation key '([^']+)' not found", text):
         return f"{full_key[1] if full_key else 'a value'} refers to '{match[1]}', which does not exist"

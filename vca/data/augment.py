@@ -72,7 +72,9 @@ class AugmentConfig:
             check(len(low_high) == 2 and 0 < low_high[0] <= low_high[1], f"augment.{key}", rule, low_high)
         known = ("bicubic", "bilinear", "random")
         check(self.interpolation in known, "augment.interpolation", "one of " + ", ".join(known), self.interpolation)
-        check(self.erase_mode in ("pixel", "const", "rand"), "augment.erase_mode", "pixel, const or rand", self.erase_mode)
+        check(
+            self.erase_mode in ("pixel", "const", "rand"), "augment.erase_mode", "pixel, const or rand", self.erase_mode
+        )
 
     @property
     def mixes(self) -> bool:

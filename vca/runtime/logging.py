@@ -110,9 +110,7 @@ class Reporter:
         batch: images an update.
     """
 
-    def __init__(
-        self, folder: RunDirectory | None = None, step: int = 0, total_steps: int = 0, batch: int = 0
-    ) -> None:
+    def __init__(self, folder: RunDirectory | None = None, step: int = 0, total_steps: int = 0, batch: int = 0) -> None:
         self.folder, self.total_steps, self.batch = folder, total_steps, batch
         self.wandb: WandbMirror | None = None
         self.bar: Any = None

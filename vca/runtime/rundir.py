@@ -1,10 +1,10 @@
 """One directory a run: what was asked for, what it ran on, what it measured, and its checkpoints.
 
-    config.json       the resolved config; starting with another one is refused
-    launches.jsonl    a line a start: command, commit, versions, machine, ranks, first step
-    uncommitted.diff  what the checkout held beside its commit, at the last start
-    metrics.jsonl     a line a report; the truth, of which wandb and curves.png are copies
-    checkpoints/      see vca.training.checkpoint
+config.json       the resolved config; starting with another one is refused
+launches.jsonl    a line a start: command, commit, versions, machine, ranks, first step
+uncommitted.diff  what the checkout held beside its commit, at the last start
+metrics.jsonl     a line a report; the truth, of which wandb and curves.png are copies
+checkpoints/      see vca.training.checkpoint
 """
 
 import dataclasses

@@ -19,5 +19,6 @@ class ClassificationLoss:
         self.mixer = mixer
 
     def __call__(self, model: nn.Module, batch: Batch, step: int) -> Tensor:
+        """Mean loss of a micro-batch."""
         images, targets = self.mixer(batch.images, batch.labels, step)
         return soft_cross_entropy(model(images), targets)

@@ -159,9 +159,7 @@ class TrainState:
         """Autocast in the configured precision."""
         return autocast(self.trainer.precision, self.world.device)
 
-    def update(
-        self, batches: Sequence[Any], loss_of: Callable[[nn.Module, Any, int], Tensor], seed: int
-    ) -> StepResult:
+    def update(self, batches: Sequence[Any], loss_of: Callable[[nn.Module, Any, int], Tensor], seed: int) -> StepResult:
         """Make update number `self.step` from this rank's micro-batches.
 
         Dropout and stochastic depth are seeded by `(seed, step, micro-batch)`, where micro-batches are counted over

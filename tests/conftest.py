@@ -1,0 +1,112 @@
+"""Shared fixtures: the golden figures, the scripts as subprocesses, and small configs that run in seconds."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+GOLDEN = ROOT / "tests" / "golden"
+
+# A classification run of 24 updates with everything random switched on; about 12 updates are an epoch.
+TINY = (
+    "trainer.steps=24",
+    "trainer.global_batch=120",
+    "trainer.device=cpu",
+    "trainer.log_every=1",
+    "trainer.eval_every=0",
+    "trainer.workers=0",
+    "model.embed_dim=32",
+    "model.depth=2",
+    "model.drop_rate=0.1",
+    "model.drop_path_rate=0.2",
+    "augment.mixup=0.8",
+    "augment.cutmix=1.0",
+)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Small tensors: more threads only fight each other."""
+    torch.set_num_threads(1)
+
+
+def environment(**extra: str) -> dict[str, str]:
+    """Environment of a subprocess: one thread, this checkout importable."""
+    inherited = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+    return {**inherited, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **extra}
+
+
+def launcher(ranks: int) -> list[str]:
+    """`python`, or torchrun on a free port."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    return [sys.executable] if ranks == 1 else torchrun
+
+
+def train(*overrides: str, ranks: int = 1, script: str = "train_cls.py", timeout: int = 300, **env: str):
+    """Run a training script to its end; returns the finished process."""
+    command = [*launcher(ranks), str(ROOT / script), *overrides]
+    return subprocess.run(
+        command, env=environment(**env), cwd=ROOT, capture_output=True, text=True, timeout=timeout, check=False
+    )
+
+
+def train_and_kill(folder: Path, at_step: int, *overrides: str, ranks: int = 1) -> int:
+    """Start a training, `kill -9` all of its processes once `metrics.jsonl` reports `at_step`; the step reached."""
+    command = [*launcher(ranks), str(ROOT / "train_cls.py"), *overrides]
+    process = subprocess.Popen(
+        command, env=environment(), cwd=ROOT, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline and process.poll() is None:
+        steps = [record["step"] for record in metrics(folder)]
+        if steps and steps[-1] >= at_step:
+            break
+        time.sleep(0.005)
+    assert process.poll() is None, f"ended before it could be killed:\n{process.communicate()[0].decode()[-3000:]}"
+    kill_session(process.pid)
+    process.communicate()
+    return metrics(folder)[-1]["step"]
+
+
+def kill_session(leader: int) -> None:
+    """SIGKILL every process of the session: torchrun gives each rank a group of its own."""
+    listed = subprocess.run(["ps", "-eo", "pid=,sess="], capture_output=True, text=True, check=True).stdout
+    for line in listed.splitlines():
+        pid, session = map(int, line.split())
+        if session == leader:
+            os.kill(pid, signal.SIGKILL)
+
+
+def metrics(folder: Path) -> list[dict]:
+    """Whole lines of a run's `metrics.jsonl`."""
+    file = folder / "metrics.jsonl"
+    return [json.loads(line) for line in file.read_text().split("\n")[:-1]] if file.exists() else []
+
+
+def untimed(folder: Path) -> list[dict]:
+    """The records without what the clock decides."""
+    return [{k: v for k, v in record.items() if k != "images_per_second"} for record in metrics(folder)]
+
+
+def assert_same(one, other, path: str = "") -> None:
+    """Equality to the bit of nested dicts, lists and tensors; names the first place that differs."""
+    assert type(one) is type(other), path
+    if isinstance(one, dict):
+        assert one.keys() == other.keys(), path
+        for key in one:
+            assert_same(one[key], other[key], f"{path}.{key}")
+    elif isinstance(one, (list, tuple)):
+        assert len(one) == len(other), path
+        for index, pair in enumerate(zip(one, other, strict=True)):
+            assert_same(*pair, f"{path}[{index}]")
+    elif isinstance(one, torch.Tensor):
+        assert torch.equal(one, other), f"{path} differs by {(one - other).abs().max()}"
+    else:
+        assert one == other, path

@@ -1,0 +1,139 @@
+"""Configs: everything in `configs/` composes and builds; every mistake is one line, told before data is read."""
+
+import dataclasses
+import re
+import sys
+
+import pytest
+
+import train_cls
+from tests.conftest import ROOT, train
+from vca.config import command_line, compose
+from vca.runtime.errors import ConfigError
+from vca.runtime.rundir import plain
+
+GROUPS = sorted(path.name for path in (ROOT / "configs").iterdir() if path.is_dir())
+OPTIONS = [
+    f"{group}={path.relative_to(ROOT / 'configs' / group).with_suffix('')}"
+    for group in GROUPS
+    for path in sorted((ROOT / "configs" / group).rglob("*.yaml"))
+]
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_every_option_composes(option):
+    config = compose("train_cls", ["data=imagefolder", "data.root=somewhere", "model.patch_size=8", option])
+    assert dataclasses.is_dataclass(config.model)
+    assert dataclasses.is_dataclass(config.attention)
+    assert plain(config)["name"] == config.name
+
+
+def test_defaults_and_overrides_arrive():
+    config = compose("train_cls", ["model=deit_tiny", "model.patch_size=4", "trainer.steps=7", "optim.lr=3e-4", "trainer.precision=bf16"])
+    assert (config.model.embed_dim, config.model.num_classes, config.model.in_chans) == (192, 10, 1)
+    assert (config.trainer.steps, config.optim.lr, config.trainer.precision.value) == (7, 3e-4, "bf16")
+    assert config.name == "digits-deit_tiny-vca-seed0"
+
+
+def test_every_yaml_states_its_purpose():
+    """A reader of an experiment learns from its first lines what it is."""
+    for path in (ROOT / "configs").glob("experiment/**/*.yaml"):
+        lines = path.read_text().splitlines()
+        assert lines[0] == "# @package _global_", path
+        assert lines[1].startswith("# "), path
+
+
+# command line -> what the one line must say
+WRONG = {
+    "model.dpeth=3": r"unknown key 'model.dpeth'; did you mean 'model.depth'\?",
+    "+model.dpeth=3": r"unknown key 'model.dpeth'; did you mean 'model.depth'\?",
+    "+optim.lrr=1": r"unknown key 'optim.lrr'; did you mean 'optim.lr'\?",
+    "++trainer.epoch=1": r"unknown key 'trainer.epoch'; did you mean 'trainer.epochs'\?",
+    "steps=10": r"unknown key 'steps'; did you mean 'trainer.steps'\?",
+    "optim.lr=abc": r"optim.lr must be a float, got 'abc'",
+    "optim.clip_grad='None'": r"optim.clip_grad must be a float, got 'None'",
+    "optim.weight_decay=null": r"optim.weight_decay may not be null",
+    "optim.lr=-1": r"optim.lr must be > 0 or null, got -1",
+    "optim.betas=[0.9]": r"optim.betas must be two numbers in \[0, 1\), got \[0.9\]",
+    "model=deit_tinny": r"model=deit_tinny: no such option; did you mean 'deit_tiny'\? \(there are .*deit_base",
+    "attention=agnet": r"attention=agnet: no such option.*softmax, vca",
+    "modle=deit_tiny": r"unknown key 'modle'|unknown group 'modle'; did you mean 'model'\?",
+    "attention.pool=[7]": r"attention.pool must be two integers >= 1, or such a pair a layer, got \[7\]",
+    "attention.pool=[[2,2]]": r"attention.pool names 1 layers, but the model has a layer 1",
+    "attention.stage1=both": r"attention.stage1 must be one of contrast, plain, got 'both'",
+    "attention.positive=pooled": r"attention.positive must be one of pool, embedding, pool\+embedding, got 'pooled'",
+    "attention=softmax attention.stage1=plain": r"unknown key 'attention.stage1'",
+    "model.num_heads=5": r"model.num_heads must divide model.embed_dim 64, got 5",
+    "model.patch_size=3": r"model.img_size must be a multiple of model.patch_size 3, got 8",
+    "model.depth=0": r"model.depth must be >= 1, got 0",
+    "model.family=dait": r"model.family must be one of \['deit'\], got 'dait'",
+    "model.drop_path_rate=1.5": r"model.drop_path_rate must be in \[0, 1\), got 1.5",
+    "trainer.precision=fp8": r"trainer.precision must be one of fp32, tf32, bf16, fp16, got 'fp8'",
+    "trainer.steps=0": r"trainer.steps must be >= 1 or null, got 0",
+    "trainer.steps=1.5": r"trainer.steps must be a int(eger)?, got '1.5'",
+    "trainer.global_batch=60 trainer.micro_batch=16": r"global_batch must be a multiple of .* 16, got 60; try 48 or 64",
+    "trainer.ema_decay=1": r"trainer.ema_decay must be in \[0, 1\) or null, got 1",
+    "trainer.checkpoint_every=0": r"trainer.checkpoint_every must be >= 1, got 0",
+    "trainer.device=tpu": r"trainer.device must be one of auto, cpu, cuda, got 'tpu'",
+    "augment.mixup=-1": r"augment.mixup must be >= 0, got -1",
+    "augment.mixup=1 trainer.global_batch=63": r"must be even for Mixup and CutMix, got 63",
+    "augment.crop=center": r"augment.crop must be one of resized, padded, none, got 'center'",
+    "data.name=mnist": r"data.name must be one of \['cifar10', 'digits', 'imagefolder'\], got 'mnist'",
+    "data=cifar10 data.root=nowhere": r"data.root must be a folder that holds cifar-10-batches-py/, got 'nowhere'",
+    "data=imagefolder data.root=nowhere": r"data.root must be a folder that holds train/ and val/.*got 'nowhere'",
+    "data=imagefolder": r"data.root must be a folder that holds train/ and val/ class folders, got None",
+    "data.std=[0.0]": r"data.std must be 1 numbers > 0, got \[0.0\]",
+    "name=a/b": r"name must be a folder name, got 'a/b'",
+    "seed=-1": r"seed must be >= 0, got -1",
+    "seed=one": r"seed must be a int(eger)?, got 'one'",
+    "trainer.eval_only=true": r"trainer.eval_only=true needs a checkpoint in .*checkpoints",
+    "experiment=tabel1": r"experiment=tabel1: no such option",
+    "trainer.device=cuda": r"trainer.device=cuda needs a GPU for local rank 0, but 0 are visible",
+    "optim.lr=": r"optim.lr must be a float, got ''",
+    "nonsense": r"nonsense",
+}
+
+
+@pytest.mark.parametrize("line", WRONG)
+def test_wrong_input(line, tmp_path, monkeypatch, capsys):
+    """Exit code 2 and one line with key, value and remedy; no image is read, nothing is written."""
+    if line == "trainer.device=cuda":
+        monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+
+    def no_data(*_, **__):
+        raise AssertionError("data was read")
+
+    monkeypatch.setattr("vca.data.digits.Digits.__getitem__", no_data)
+    monkeypatch.setattr("torchvision.datasets.folder.default_loader", no_data)
+    monkeypatch.setattr(sys, "argv", ["train_cls.py", f"out_dir={tmp_path}/out", *line.split()])
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        command_line("train_cls", train_cls.run)
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert said.startswith("config error: ")
+    assert said.count("\n") == 1, said
+    assert re.search(WRONG[line], said), said
+    assert not list(tmp_path.iterdir()), "something was written"
+
+
+def test_typo_in_an_experiment_file(tmp_path, monkeypatch):
+    """A misspelt key in a file is refused as one on the command line is."""
+    monkeypatch.setattr("vca.config.load.CONFIGS", tmp_path)
+    for path in (ROOT / "configs").rglob("*.yaml"):
+        target = tmp_path / path.relative_to(ROOT / "configs")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(path.read_text())
+    (tmp_path / "experiment" / "typo.yaml").write_text("# @package _global_\nmodel:\n  dpeth: 3\n")
+    with pytest.raises(ConfigError, match=r"unknown key 'model.dpeth'; did you mean 'model.depth'\?"):
+        compose("train_cls", ["experiment=typo"])
+
+
+def test_the_real_command_line():
+    """The same through a real process, also under torchrun: one line, once."""
+    for ranks in (1, 2):
+        done = train("model.dpeth=3", ranks=ranks)
+        assert done.returncode != 0
+        said = [line for line in done.stderr.splitlines() if line.startswith("config error:")]
+        assert said == ["config error: unknown key 'model.dpeth'; did you mean 'model.depth'?"], done.stderr
+        assert ranks > 1 or done.returncode == 2

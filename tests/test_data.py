@@ -1,0 +1,206 @@
+"""The step-addressed loader, the data sets and the augmentation."""
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import train_cls  # noqa: F401 - registers the schemas
+from vca.config import compose
+from vca.data import load_dataset
+from vca.data.augment import AugmentConfig, BatchMixer, eval_transform, train_transform
+from vca.data.loader import AddressedImages, Address, MicroBatches, TrainOrder, eval_loader, train_loader
+from vca.runtime.distributed import World
+from vca.runtime.errors import ConfigError
+from vca.runtime.seeding import derive_seed, seed_everything
+
+CPU = torch.device("cpu")
+
+
+def world(rank=0, size=1):
+    return World(rank, rank, size, CPU)
+
+
+def digits(*overrides):
+    config = compose("train_cls", list(overrides))
+    return config, load_dataset(config.data, train=True)
+
+
+def step_batches(size, micro, first=0, last=4, workers=0, repeats=1, global_batch=48):
+    """Images, labels and indices of each step's global batch, gathered from all ranks and put back in place."""
+    config, images = digits("augment.hflip=0.5", "augment.erase_prob=0.5")
+    order = TrainOrder(len(images), global_batch, seed=3, repeats=repeats)
+    steps = [[] for _ in range(first, last)]
+    accumulation = global_batch // (size * micro)
+    for rank in range(size):
+        share = MicroBatches(order, world(rank, size), micro, accumulation, first, last)
+        transform = train_transform(config.augment, config.data)
+        for index, batches in enumerate(train_loader(images, transform, 3, share, workers)):
+            for batch in batches:
+                places = list(range(micro))
+                places = places[0::2] + places[1::2][::-1]
+                back = torch.tensor(places).argsort()
+                steps[index].append([tensor[back] for tensor in batch])
+    return [[torch.cat(parts) for parts in zip(*step, strict=True)] for step in steps]
+
+
+def assert_equal_batches(one, other):
+    assert len(one) == len(other)
+    for a, b in zip(one, other, strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize(
+    "how",
+    [{"size": 2, "micro": 24}, {"size": 4, "micro": 12}, {"size": 3, "micro": 4}, {"size": 1, "micro": 12}],
+    ids=str,
+)
+def test_batch_does_not_depend_on_ranks(how):
+    assert_equal_batches(step_batches(1, 48), step_batches(**how))
+
+
+def test_batch_does_not_depend_on_workers_or_resume():
+    whole = step_batches(1, 48, last=6)
+    assert_equal_batches(whole, step_batches(1, 48, last=6, workers=2))
+    assert_equal_batches(whole[3:], step_batches(2, 24, first=3, last=6))
+
+
+def test_augmentation_differs_between_epochs_and_seeds():
+    config, images = digits("augment.erase_prob=1.0")
+    transform = train_transform(config.augment, config.data)
+    one = AddressedImages(images, transform, seed=0)
+    first = one[Address(0, 5, 0)][0]
+    assert torch.equal(first, one[Address(0, 5, 0)][0])
+    for other in (Address(1, 5, 0), Address(0, 5, 1)):
+        assert not torch.equal(first, one[other][0])
+    assert not torch.equal(first, AddressedImages(images, transform, seed=1)[Address(0, 5, 0)][0])
+
+
+@pytest.mark.parametrize(("images", "batch"), [(103, 10), (96, 48), (10, 32)])
+def test_an_epoch_is_the_data_set(images, batch):
+    order = TrainOrder(images, batch, seed=0)
+    stream = [order.address(position) for position in range(3 * images)]
+    for epoch in range(3):
+        part = stream[epoch * images : (epoch + 1) * images]
+        assert sorted(address.index for address in part) == list(range(images))
+        assert {address.epoch for address in part} == {epoch}
+    assert [a.index for a in stream[:images]] != [a.index for a in stream[images : 2 * images]]
+
+
+def test_repeated_augmentation():
+    """Every image stands three times in an epoch that sees a third of them; copies are not always mixed."""
+    order = TrainOrder(120, 60, seed=0, repeats=3)
+    epoch = [a for step in range(2) for a in order.batch(step, 0, 60)]
+    counts = np.bincount([a.index for a in epoch], minlength=120)
+    assert sorted(set(counts)) == [0, 3]
+    assert (counts == 3).sum() == 40
+    assert all(sorted(a.repeat for a in epoch if a.index == i) == [0, 1, 2] for i in np.flatnonzero(counts))
+    pairs = [epoch[p].index == epoch[p + 1].index for p in range(0, 120, 2)]
+    assert sum(pairs) < 10
+    assert_equal_batches(step_batches(1, 48, repeats=3), step_batches(4, 6, repeats=3))
+
+
+@pytest.mark.parametrize("cut", [1, 2, 4])
+def test_mixing_does_not_depend_on_the_cut(cut):
+    """Mixup and CutMix of a global batch are the same however many micro-batches it is cut into."""
+    mixer = BatchMixer(AugmentConfig(mixup=0.8, cutmix=1.0, label_smoothing=0.1), num_classes=5, seed=0)
+    torch.manual_seed(0)
+    images, labels = torch.randn(16, 1, 8, 8), torch.randint(5, (16,))
+
+    def mixed(step, cut):
+        size = 16 // cut
+        places = list(range(size))
+        places = torch.tensor(places[0::2] + places[1::2][::-1])
+        out_images, out_targets = torch.empty_like(images), torch.empty(16, 5)
+        for start in range(0, 16, size):
+            where = start + places
+            x, y = mixer(images[where].clone(), labels[where], step)
+            out_images[where], out_targets[where] = x, y
+        return out_images, out_targets
+
+    for step in range(6):
+        whole, parts = mixed(step, 1), mixed(step, cut)
+        assert all(torch.equal(a, b) for a, b in zip(whole, parts, strict=True))
+        torch.testing.assert_close(whole[1].sum(1), torch.ones(16))
+    assert not torch.equal(mixed(0, 1)[0], mixed(1, 1)[0])
+
+
+def test_label_smoothing_without_mixing():
+    mixer = BatchMixer(AugmentConfig(label_smoothing=0.1), num_classes=4, seed=0)
+    images = torch.randn(2, 1, 2, 2)
+    same, targets = mixer(images, torch.tensor([1, 3]), 0)
+    assert torch.equal(same, images)
+    torch.testing.assert_close(targets[0], torch.tensor([0.025, 0.925, 0.025, 0.025]))
+
+
+def test_digits():
+    config, train = digits()
+    held_out = load_dataset(config.data, train=False)
+    assert (len(train), len(held_out)) == (1438, 359)
+    assert set(train.labels) == set(held_out.labels) == set(range(10))
+    image = eval_transform(config.data)(train[0][0])
+    assert image.shape == (1, 8, 8)
+    pixels = torch.stack([eval_transform(config.data)(train[i][0]) for i in range(len(train))])
+    assert abs(pixels.mean()) < 0.01
+    assert abs(pixels.std() - 1) < 0.01
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+def test_evaluation_shares_cover_the_set_once(count):
+    config, _ = digits()
+    images = load_dataset(config.data, train=False)
+    loaders = [eval_loader(images, eval_transform(config.data), world(r, count), 50, 0) for r in range(count)]
+    labels = [label for loader in loaders for _, batch in loader for label in batch.tolist()]
+    assert sorted(labels) == sorted(images.labels)
+
+
+def write_image_folder(root, classes=("cat", "dog"), images=4, splits=("train", "val")):
+    generator = np.random.default_rng(0)
+    for split in splits:
+        for name in classes:
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for index in range(images):
+                pixels = generator.integers(0, 256, (30, 40 + index, 3), dtype=np.uint8)
+                image = Image.fromarray(pixels) if index else Image.fromarray(pixels[..., 0])  # one of them is grey
+                image.save(folder / f"{index}.jpg")
+
+
+def test_imagefolder(tmp_path):
+    write_image_folder(tmp_path)
+    options = ["data=imagefolder", f"data.root={tmp_path}", "data.img_size=32", "augment=imagenet"]
+    config, images = digits(*options, "data.num_classes=2")
+    assert len(images) == 8
+    augmented = AddressedImages(images, train_transform(config.augment, config.data), 0)[Address(0, 0, 0)][0]
+    assert augmented.shape == eval_transform(config.data)(images[0][0]).shape == (3, 32, 32)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda root: shutil.rmtree(root / "val"), "must be a folder that holds train/ and val/"),
+        (lambda root: shutil.rmtree(root / "train" / "dog"), "holds 1 class folders; set data.num_classes=1"),
+        (lambda root: (root / "val" / "dog").rename(root / "val" / "doge"), "class folder 'dog' is in only one"),
+        (lambda root: [f.unlink() for f in (root / "val" / "cat").iterdir()], "no valid file for the classes cat"),
+    ],
+)
+def test_imagefolder_is_checked(tmp_path, damage, message):
+    write_image_folder(tmp_path)
+    damage(tmp_path)
+    config = compose("train_cls", ["data=imagefolder", f"data.root={tmp_path}", "data.num_classes=2"])
+    with pytest.raises(ConfigError, match=message):
+        for train in (True, False):
+            load_dataset(config.data, train)
+
+
+def test_seeds_are_addresses():
+    assert derive_seed(1, "a", 2) == derive_seed(1, "a", 2)
+    addresses = [(1, "a", 2), (1, "a", 3), (2, "a", 1), (1, "b", 2), (1, 2), (12,)]
+    assert len({derive_seed(*address) for address in addresses}) == len(addresses)
+    assert derive_seed(0, "order", 0) == 3801269635843653784  # the same on every machine, or no run can be repeated
+    seed_everything(5, "x")
+    drawn = (torch.rand(1), np.random.rand())
+    seed_everything(5, "x")
+    assert drawn == (torch.rand(1), np.random.rand())

@@ -1,0 +1,125 @@
+"""What the project promises about itself: who imports whom, what it needs, what its files agree on."""
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+
+import pytest
+import yaml
+
+from tests.conftest import ROOT, environment
+
+STANDARD = set(sys.stdlib_module_names)
+SCIENTIFIC = {"torch", "torchvision", "timm", "numpy", "scipy", "PIL", "sklearn", "matplotlib", "tqdm", "wandb"}
+
+# package -> what a module of it may import, at any level of the file
+ALLOWED = {
+    "vca/attention": {"torch", "vca.attention"},
+    "vca/runtime": {"torch", "vca.runtime", "numpy", "tqdm", "wandb"},  # the last three inside functions only
+    "vca/data": SCIENTIFIC | {"vca.data", "vca.runtime"},
+    "vca/training": SCIENTIFIC | {"vca.training", "vca.data", "vca.runtime"},
+    "vca/evaluation": SCIENTIFIC | {"vca.evaluation", "vca.data", "vca.runtime"},
+    "vca/config": {"hydra", "omegaconf", "vca.attention", "vca.data", "vca.runtime", "vca.training", "vca.evaluation"},
+    "models": {"torch", "timm", "vca.attention", "models"},
+}
+LAZY = {"wandb", "tqdm", "matplotlib", "sklearn", "torchvision.datasets", "diffusers", "torch_fidelity"}
+
+
+def imports(path, top_level_only=False):
+    """Full names of the modules that a file imports."""
+    tree = ast.parse(path.read_text())
+    for node in tree.body if top_level_only else ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module
+
+
+@pytest.mark.parametrize("package", ALLOWED)
+def test_import_directions(package):
+    files = sorted((ROOT / package).rglob("*.py"))
+    assert files
+    for path in files:
+        for name in imports(path):
+            if name.split(".")[0] in STANDARD:
+                continue
+            allowed = any(name == a or name.startswith(f"{a}.") for a in ALLOWED[package])
+            if package == "vca/config" and name == "vca.config":
+                continue
+            assert allowed or name.startswith("vca.config.") and package == "vca/config", f"{path}: {name}"
+
+
+def test_nothing_imports_a_root_script():
+    roots = {path.stem for path in ROOT.glob("*.py")}
+    for folder in ("vca", "models"):
+        for path in (ROOT / folder).rglob("*.py"):
+            assert not roots & {name.split(".")[0] for name in imports(path)}, path
+
+
+def test_heavy_packages_are_imported_where_used():
+    for folder in ("vca", "models"):
+        for path in (ROOT / folder).rglob("*.py"):
+            assert not LAZY & set(imports(path, top_level_only=True)), path
+
+
+def test_vca_needs_torch_alone():
+    """`import vca` with every other package of the project made unimportable."""
+    code = """
+import sys
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.split('.')[0] in {'timm', 'torchvision', 'hydra', 'omegaconf', 'numpy', 'PIL', 'models', 'wandb'}:
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Refuse())
+import torch
+from vca import VisualContrastAttention, replace_attention
+print(VisualContrastAttention(8, 2, (2, 2), pool=(1, 1))(torch.randn(1, 4, 8)).shape)
+"""
+    done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "torch.Size([1, 4, 8])" in done.stdout
+
+
+def test_importing_changes_nothing():
+    """No flags, filters or files at import time."""
+    code = """
+import os, warnings, torch
+import timm, torchvision, hydra
+before = (torch.get_float32_matmul_precision(), list(warnings.filters), dict(os.environ), torch.get_rng_state().sum())
+import train_cls, models, vca
+after = (torch.get_float32_matmul_precision(), list(warnings.filters), dict(os.environ), torch.get_rng_state().sum())
+assert before == after
+"""
+    subprocess.run([sys.executable, "-c", code], env=environment(), check=True)
+
+
+def test_environment_files_agree():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    environment_yml = yaml.safe_load((ROOT / "environment.yml").read_text())
+    listed = environment_yml["dependencies"][-1]["pip"]
+    assert sorted(listed) == sorted(project["dependencies"] + project["optional-dependencies"]["research"])
+    python = next(d for d in environment_yml["dependencies"] if isinstance(d, str) and d.startswith("python="))
+    assert project["requires-python"] == f">={python.removeprefix('python=')}"
+
+
+def test_constraints_pin_what_is_required():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = project["dependencies"] + [r for extra in project["optional-dependencies"].values() for r in extra]
+    pinned = dict(re.findall(r"(?m)^([\w.-]+)==(\S+)$", (ROOT / "constraints.txt").read_text()))
+    pinned = {name.lower().replace("_", "-"): version for name, version in pinned.items()}
+    for requirement in wanted:
+        name = re.match(r"[\w-]+", requirement)[0]
+        assert name in pinned, f"{name} has no tested version in constraints.txt"
+
+
+def test_no_machine_paths():
+    """Nothing in the project points into somebody's machine."""
+    files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.split()
+    if not files:
+        pytest.skip("not a git checkout")
+    for name in files:
+        path = ROOT / name
+        if path.suffix in (".py", ".md", ".yaml", ".yml", ".toml", ".txt") and path.exists():
+            assert not re.search(r"/(home|root|work)/\w", path.read_text()), name
