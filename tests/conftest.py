@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -23,6 +24,7 @@ TINY = (
     "trainer.eval_every=0",
     "trainer.workers=0",
     "model.embed_dim=32",
+    "model.num_heads=2",
     "model.depth=2",
     "model.drop_rate=0.1",
     "model.drop_path_rate=0.2",
@@ -76,12 +78,19 @@ def train_and_kill(folder: Path, at_step: int, *overrides: str, ranks: int = 1) 
 
 
 def kill_session(leader: int) -> None:
-    """SIGKILL every process of the session: torchrun gives each rank a group of its own."""
-    listed = subprocess.run(["ps", "-eo", "pid=,sess="], capture_output=True, text=True, check=True).stdout
-    for line in listed.splitlines():
-        pid, session = map(int, line.split())
-        if session == leader:
-            os.kill(pid, signal.SIGKILL)
+    """SIGKILL every process of the session, until none is left: torchrun gives each rank a group of its own, and a
+    loader worker may be born while the others die."""
+    while members := [pid for pid, session in sessions() if session == leader]:
+        for pid in members:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+
+def sessions() -> list[tuple[int, int]]:
+    """`(pid, session)` of every process that is not a zombie."""
+    listed = subprocess.run(["ps", "-eo", "pid=,sess=,stat="], capture_output=True, text=True, check=True).stdout
+    rows = [line.split() for line in listed.splitlines()]
+    return [(int(pid), int(session)) for pid, session, state in rows if not state.startswith("Z")]
 
 
 def metrics(folder: Path) -> list[dict]:

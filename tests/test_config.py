@@ -63,7 +63,7 @@ WRONG = {
     "attention.stage1=both": r"attention.stage1 must be one of contrast, plain, got 'both'",
     "attention.positive=pooled": r"attention.positive must be one of pool, embedding, pool\+embedding, got 'pooled'",
     "attention=softmax attention.stage1=plain": r"unknown key 'attention.stage1'",
-    "model.num_heads=5": r"model.num_heads must divide model.embed_dim 64, got 5",
+    "model.num_heads=5": r"model.num_heads must divide model.embed_dim 96, got 5",
     "model.patch_size=3": r"model.img_size must be a multiple of model.patch_size 3, got 8",
     "model.depth=0": r"model.depth must be >= 1, got 0",
     "model.family=dait": r"model.family must be one of \['deit'\], got 'dait'",

@@ -259,7 +259,10 @@ class VisualContrastAttention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
-        self.local = nn.Conv2d(dim, dim, 3, padding=1, groups=dim) if config.local_branch else None
+        self.local = None
+        if config.local_branch:  # its images are channels_last, and so will be the gradient of its weight
+            local = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
+            self.local = local.to(memory_format=torch.channels_last)
 
         # Only what the chosen stages and streams use exists, so every parameter gets a gradient.
         contrast1, contrast2 = config.stage1 is Stage.contrast, config.stage2 is Stage.contrast

@@ -9,6 +9,7 @@ import os
 import re
 import time
 import warnings
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,14 @@ def write_atomically(path: Path, state: dict[str, Any]) -> None:
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a checkpoint to the CPU, tensors and plain values only (`weights_only=True`)."""
+    """Read a checkpoint to the CPU, tensors and plain values only (`weights_only=True`).
+
+    Raises:
+        zipfile.BadZipFile: if the file is cut short, or a byte of it changed (torch does not look at the checksums).
+    """
+    with zipfile.ZipFile(path) as archive:
+        if (member := archive.testzip()) is not None:
+            raise zipfile.BadZipFile(f"wrong checksum of {member}")
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
