@@ -29,7 +29,10 @@ def test_every_option_composes(option):
 
 
 def test_defaults_and_overrides_arrive():
-    config = compose("train_cls", ["model=deit_tiny", "model.patch_size=4", "trainer.steps=7", "optim.lr=3e-4", "trainer.precision=bf16"])
+    config = compose(
+        "train_cls",
+        ["model=deit_tiny", "model.patch_size=4", "trainer.steps=7", "optim.lr=3e-4", "trainer.precision=bf16"],
+    )
     assert (config.model.embed_dim, config.model.num_classes, config.model.in_chans) == (192, 10, 1)
     assert (config.trainer.steps, config.optim.lr, config.trainer.precision.value) == (7, 3e-4, "bf16")
     assert config.name == "digits-deit_tiny-vca-seed0"

@@ -11,7 +11,7 @@ import train_cls  # noqa: F401 - registers the schemas
 from vca.config import compose
 from vca.data import load_dataset
 from vca.data.augment import AugmentConfig, BatchMixer, eval_transform, train_transform
-from vca.data.loader import AddressedImages, Address, MicroBatches, TrainOrder, eval_loader, train_loader
+from vca.data.loader import Address, AddressedImages, MicroBatches, TrainOrder, eval_loader, train_loader
 from vca.runtime.distributed import World
 from vca.runtime.errors import ConfigError
 from vca.runtime.seeding import derive_seed, seed_everything
@@ -84,20 +84,20 @@ def test_an_epoch_is_the_data_set(images, batch):
     stream = [order.address(position) for position in range(3 * images)]
     for epoch in range(3):
         part = stream[epoch * images : (epoch + 1) * images]
-        assert sorted(address.index for address in part) == list(range(images))
+        assert sorted(address.image for address in part) == list(range(images))
         assert {address.epoch for address in part} == {epoch}
-    assert [a.index for a in stream[:images]] != [a.index for a in stream[images : 2 * images]]
+    assert [a.image for a in stream[:images]] != [a.image for a in stream[images : 2 * images]]
 
 
 def test_repeated_augmentation():
     """Every image stands three times in an epoch that sees a third of them; copies are not always mixed."""
     order = TrainOrder(120, 60, seed=0, repeats=3)
     epoch = [a for step in range(2) for a in order.batch(step, 0, 60)]
-    counts = np.bincount([a.index for a in epoch], minlength=120)
+    counts = np.bincount([a.image for a in epoch], minlength=120)
     assert sorted(set(counts)) == [0, 3]
     assert (counts == 3).sum() == 40
-    assert all(sorted(a.repeat for a in epoch if a.index == i) == [0, 1, 2] for i in np.flatnonzero(counts))
-    pairs = [epoch[p].index == epoch[p + 1].index for p in range(0, 120, 2)]
+    assert all(sorted(a.repeat for a in epoch if a.image == i) == [0, 1, 2] for i in np.flatnonzero(counts))
+    pairs = [epoch[p].image == epoch[p + 1].image for p in range(0, 120, 2)]
     assert sum(pairs) < 10
     assert_equal_batches(step_batches(1, 48, repeats=3), step_batches(4, 6, repeats=3))
 
@@ -191,8 +191,7 @@ def test_imagefolder_is_checked(tmp_path, damage, message):
     damage(tmp_path)
     config = compose("train_cls", ["data=imagefolder", f"data.root={tmp_path}", "data.num_classes=2"])
     with pytest.raises(ConfigError, match=message):
-        for train in (True, False):
-            load_dataset(config.data, train)
+        _ = [load_dataset(config.data, train) for train in (True, False)]
 
 
 def test_seeds_are_addresses():

@@ -137,7 +137,7 @@ def test_replace_attention(name):
 
 
 def test_replace_attention_refuses():
-    with pytest.raises(ValueError, match="no patch_embed.grid_size"):
+    with pytest.raises(ValueError, match=r"no patch_embed\.grid_size"):
         vca.replace_attention(nn.Linear(2, 2))
     with pytest.raises(ValueError, match="no blocks"):
         vca.replace_attention(nn.Linear(2, 2), grid=(2, 2))

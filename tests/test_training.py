@@ -76,7 +76,9 @@ def test_the_recipe_survives_wrapping(wrap, process_group):
     if wrap == "ddp":
         state.forward_model = DistributedDataParallel(state.model)
     assert state.forward_model is not state.model
-    wrapped = [{"params": group["params"], "weight_decay": group["weight_decay"]} for group in state.optimizer.param_groups]
+    wrapped = [
+        {"params": group["params"], "weight_decay": group["weight_decay"]} for group in state.optimizer.param_groups
+    ]
     assert names_in(wrapped, state.model) == names_in(parameter_groups(raw, 0.05), raw)
     assert [group["weight_decay"] for group in wrapped] == [0.05, 0.0]
 

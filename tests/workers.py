@@ -64,7 +64,7 @@ def indices(world):
     micro, accumulation = TrainerConfig(global_batch=8).micro_batch_on(world.size)
     share = MicroBatches(order, world, micro, accumulation, 0, 12)
     return {
-        "train": [address.index for batch in share for address in batch],
+        "train": [address.image for batch in share for address in batch],
         "eval": list(eval_loader(Pictures(), None, world, 8, 0).dataset.indices),
     }
 

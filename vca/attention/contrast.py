@@ -43,7 +43,7 @@ class Stage(Enum):
 
 
 # What a stream's tokens are made of: pooled queries (t), learned embeddings (e), or their sum (t + e, the paper).
-Stream = Enum("Stream", {name: name for name in ("pool", "embedding", "pool+embedding")})
+Stream = Enum("Stream", {"pool": "pool", "embedding": "embedding", "pool+embedding": "pool+embedding"})
 
 
 class Stage2Softmax(Enum):
@@ -175,7 +175,7 @@ def visual_contrast_attention(
     seen = F.scaled_dot_product_attention(stage1_tokens, k, v).to(full)  # (B, M, 2n or n, D)
     if lambda1 is not None:
         v_pos, v_neg = seen.split(num_contrast, dim=2)
-        seen = v_pos - lambda1 * v_neg  # (B, M, n, D)
+        seen = difference(v_pos, v_neg, lambda1)  # (B, M, n, D)
     v_hat = F.rms_norm(seen, (dim,), (1 - lambda_init) * norm1_weight.to(full), eps)  # (B, M, n, D)
 
     # Stage II, per-patch differential. The scores of both streams are one product.
@@ -184,12 +184,17 @@ def visual_contrast_attention(
         weights = scores.softmax(-1)  # (B, M, N, n)
     elif stage2_softmax is Stage2Softmax.joint:
         a_pos, a_neg = scores.softmax(-1).split(num_contrast, dim=-1)
-        weights = a_pos - lambda2 * a_neg  # (B, M, N, n)
+        weights = difference(a_pos, a_neg, lambda2)  # (B, M, N, n)
     else:
         a_pos, a_neg = scores.unflatten(-1, (2, num_contrast)).softmax(-1).unbind(-2)
-        weights = a_pos - lambda2 * a_neg  # (B, M, N, n)
+        weights = difference(a_pos, a_neg, lambda2)  # (B, M, N, n)
     out = (weights.to(q.dtype) @ v_hat.to(q.dtype)).to(full)  # (B, M, N, D)
     return F.rms_norm(out, (dim,), (1 - lambda_init) * norm2_weight.to(full), eps).to(q.dtype)
+
+
+def difference(positive: Tensor, negative: Tensor, weight: Tensor | float) -> Tensor:
+    """`positive - weight * negative` in one pass over memory."""
+    return torch.addcmul(positive, negative, torch.as_tensor(-weight, dtype=positive.dtype, device=positive.device))
 
 
 def stream_tokens(t: Tensor, embedding: Tensor | None, content: Stream) -> Tensor:

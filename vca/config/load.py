@@ -120,7 +120,7 @@ def extra_keys(config: DictConfig, prefix: str = "") -> list[str]:
     fields = {f.name for f in dataclasses.fields(schema)}
     extra = []
     for name in config:
-        key = f"{prefix}{name}"
+        key = f"{prefix}{name!s}"
         if name not in fields:
             extra.append(key)
         elif isinstance(child := config._get_node(name), DictConfig) and not child._is_none():
@@ -189,7 +189,9 @@ def explain(error: BaseException) -> str:
         return f"{full_key[1] if full_key else 'a value'} must be a {match[2].lower()}, got '{match[1]}'"
     if match := re.search(r"Invalid value '(.*)', expected one of \[(.*)\]", text):
         return f"{full_key[1] if full_key else 'a value'} must be one of {match[2]}, got '{match[1]}'"
-    if match := re.search(r"field '([\w.]+)' is not Optional|Incompatible value 'None' for field of type '(\w+)'", text):
+    if match := re.search(
+        r"field '([\w.]+)' is not Optional|Incompatible value 'None' for field of type '(\w+)'", text
+    ):
         return f"{full_key[1] if full_key else match[1]} may not be null"
     if match := re.search(r"Interpolation key '([^']+)' not found", text):
         return f"{full_key[1] if full_key else 'a value'} refers to '{match[1]}', which does not exist"

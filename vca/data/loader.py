@@ -19,10 +19,10 @@ from vca.runtime.seeding import derive_seed, seed_everything
 
 
 class Address(NamedTuple):
-    """One training image: the `repeat`-th version of image `index` in `epoch`."""
+    """One training image: the `repeat`-th version of image number `image` in `epoch`."""
 
     epoch: int
-    index: int
+    image: int
     repeat: int
 
 
@@ -107,15 +107,15 @@ class MicroBatches(Sampler[list[Address]]):
 
 
 class AddressedImages(Dataset):
-    """Training images by address: everything random in the transform is seeded by `(seed, epoch, index, repeat)`."""
+    """Training images by address: everything random in the transform is seeded by `(seed, epoch, image, repeat)`."""
 
     def __init__(self, images: Any, transform: Any, seed: int) -> None:
         self.images, self.transform, self.seed = images, transform, seed
 
     def __getitem__(self, address: Address) -> tuple[Tensor, int, int, int]:
-        image, label = self.images[address.index]
+        picture, label = self.images[address.image]
         seed_everything(self.seed, "augment", *address)
-        return self.transform(image), label, address.index, derive_seed(*address)
+        return self.transform(picture), label, address.image, derive_seed(*address)
 
 
 class EvalImages(Dataset):

@@ -68,13 +68,14 @@ class WandbMirror:
         try:
             import wandb
 
+            mode: Any = self.config.mode.value
             run = wandb.init(
                 project=self.config.project,
                 entity=self.config.entity,
                 name=self.name,
                 id=self.run_id(),
                 resume="allow",
-                mode=self.config.mode.value,
+                mode=mode,
                 dir=str(self.folder),
                 config=self.run_config,
             )

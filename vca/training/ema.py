@@ -23,7 +23,8 @@ class Ema:
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
         """Move the average towards `model`; buffers are copied."""
-        averages, parameters = list(self.module.parameters()), [p.detach() for p in model.parameters()]
+        averages = [p.detach() for p in self.module.parameters()]
+        parameters = [p.detach() for p in model.parameters()]
         torch._foreach_lerp_(averages, parameters, 1 - self.decay)
         for mine, theirs in zip(self.module.buffers(), model.buffers(), strict=True):
             mine.copy_(theirs)

@@ -1,8 +1,8 @@
 """AdamW, its parameter groups, and the learning rate as a pure function of the step."""
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -62,7 +62,8 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     Not decayed: everything 1-D (biases, norm weights, lambda vectors) and what `model.no_weight_decay()` names. Build
     them from the bare model: under DDP or `torch.compile` the names carry a prefix, and the list would be lost.
     """
-    no_decay: Iterable[str] = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()
+    listed: Any = getattr(model, "no_weight_decay", set)
+    no_decay: set[str] = listed()
     groups: tuple[list, list] = ([], [])
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:

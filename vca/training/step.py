@@ -99,9 +99,9 @@ class TrainerConfig:
         if self.global_batch % unit:
             below, above = self.global_batch // unit * unit, -(-self.global_batch // unit) * unit
             valid = f"{below} or {above}" if below else f"{above}"
-            micro = f" x micro_batch {self.micro_batch}" if self.micro_batch else ""
+            times = f" x micro_batch {self.micro_batch}" if self.micro_batch else ""
             raise ConfigError(
-                f"trainer.global_batch must be a multiple of {world_size} ranks{micro}, got {self.global_batch}; "
+                f"trainer.global_batch must be a multiple of {world_size} ranks{times}, got {self.global_batch}; "
                 f"try {valid}"
             )
         micro = self.micro_batch or self.global_batch // world_size
@@ -148,12 +148,12 @@ class TrainState:
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=trainer.precision is Precision.fp16)
         self.step = 0
 
-        self.forward_model: nn.Module = self.model
+        self.forward_model: Any = self.model
         if world.size > 1:
             ids = [world.local_rank] if world.device.type == "cuda" else None
             self.forward_model = DistributedDataParallel(self.model, device_ids=ids)
         if trainer.compile:
-            self.forward_model = torch.compile(self.forward_model)  # type: ignore[assignment]
+            self.forward_model = torch.compile(self.forward_model)
 
     def autocast(self) -> Any:
         """Autocast in the configured precision."""

@@ -1,0 +1,178 @@
+"""Timings that can be repeated: two things side by side in one run, interleaved, as a ratio with its spread.
+
+    python scripts/benchmark.py attention --device cpu      the VCA layer beside timm's Attention (softmax, SDPA)
+    python scripts/benchmark.py loop --device cpu           the trainer's loop beside a bare loop on the same batches
+
+Machines are noisy: quote the ratio and its spread, not the milliseconds. `--json FILE` keeps the figures.
+"""
+
+import argparse
+import copy
+import json
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+# Width, and (grid, prefix tokens, contrast grid): the shapes of DeiT and of DiT, then longer inputs.
+WIDTH, HEADS = 384, 6
+SHAPES = [
+    ((14, 14), 1, (7, 7)),
+    ((16, 16), 0, (8, 8)),
+    ((32, 32), 0, (8, 8)),
+    ((64, 64), 0, (8, 8)),
+]
+
+
+def interleaved(
+    one: Callable[[], object], other: Callable[[], object], rounds: int, device: torch.device
+) -> dict[str, float]:
+    """Time two functions in turn, the order changing each round; the ratio one / other, and the median ms of each."""
+
+    def clock(function: Callable[[], object]) -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        function()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - start
+
+    for _ in range(2):
+        one(), other()
+    pairs = []
+    for turn in range(rounds):
+        first, second = (one, other) if turn % 2 else (other, one)
+        times = clock(first), clock(second)
+        pairs.append(times if turn % 2 else times[::-1])
+    ratios = sorted(a / b for a, b in pairs)
+    return {
+        "ratio": statistics.median(ratios),
+        "low": ratios[len(ratios) // 4],
+        "high": ratios[-1 - len(ratios) // 4],
+        "ms": 1e3 * statistics.median(a for a, _ in pairs),
+        "other_ms": 1e3 * statistics.median(b for _, b in pairs),
+    }
+
+
+def benchmark_attention(device: torch.device, rounds: int) -> list[dict]:
+    """VCA beside timm's Attention at width 384: forward, and forward + backward."""
+    from timm.layers import Attention
+
+    from vca import VisualContrastAttention
+
+    print(f"{'N':>6} {'n':>4}  {'pass':<18} {'VCA ms':>9} {'timm ms':>9} {'ratio':>7}  middle half")
+    rows = []
+    for grid, prefix, pool in SHAPES:
+        tokens = prefix + grid[0] * grid[1]
+        ours = VisualContrastAttention(WIDTH, HEADS, grid, pool, prefix).to(device)
+        theirs = Attention(WIDTH, HEADS, qkv_bias=True).to(device)
+        x = torch.randn(max(1, 2048 // tokens), tokens, WIDTH, device=device, requires_grad=True)
+
+        def forward(module: nn.Module, x: Tensor = x) -> None:
+            with torch.no_grad():
+                module(x)
+
+        def both(module: nn.Module, x: Tensor = x) -> None:
+            module(x).sum().backward()
+
+        for name, run in (("forward", forward), ("forward + backward", both)):
+            times = interleaved(lambda run=run, m=ours: run(m), lambda run=run, m=theirs: run(m), rounds, device)  # type: ignore[misc]
+            rows.append({"tokens": tokens, "contrast_tokens": pool[0] * pool[1], "pass": name, **times})
+            print(
+                f"{tokens:>6} {pool[0] * pool[1]:>4}  {name:<18} {times['ms']:>9.2f} {times['other_ms']:>9.2f} "
+                f"{times['ratio']:>7.2f}  {times['low']:.2f} to {times['high']:.2f}"
+            )
+    return rows
+
+
+def benchmark_loop(device: torch.device, rounds: int) -> list[dict]:
+    """What the trainer adds to forward, backward and step: seeds, norms, EMA, reports, on a small and a usual model."""
+    return [
+        loop_row(device, rounds, "deit_mini on digits", 64, ["trainer.log_every=22"]),
+        loop_row(device, rounds, "deit_mini on 32 px", 128, ["data=cifar10", "model.patch_size=4", "model.depth=6"]),
+    ]
+
+
+def loop_row(device: torch.device, rounds: int, name: str, batch: int, overrides: list[str]) -> dict:
+    """Rounds of ten updates each: the trainer's, and a bare loop's on a copy of the model and the same batches."""
+    import train_cls  # noqa: F401 - registers the schemas
+    from models import build_model
+    from vca.config import compose
+    from vca.data.augment import BatchMixer
+    from vca.data.loader import Batch
+    from vca.runtime.distributed import World
+    from vca.runtime.rundir import RunDirectory, plain
+    from vca.training.classification import ClassificationLoss
+    from vca.training.optim import build_optimizer
+    from vca.training.run import TrainingRun
+    from vca.training.step import TrainState
+
+    config = compose("train_cls", [f"trainer.global_batch={batch}", "trainer.steps=1000000", *overrides])
+    world = World(0, 0, 1, device)
+    state = TrainState(build_model(config.model, config.attention), config.trainer, config.optim, world, 100)
+    bare = copy.deepcopy(state.model)
+    optimizer = build_optimizer(config.optim, bare, 1e-3)
+    loss_of = ClassificationLoss(BatchMixer(config.augment, config.data.num_classes, 0))
+    shape = (batch, config.data.in_chans, config.data.img_size, config.data.img_size)
+    numbers = torch.arange(batch)
+    batches = [Batch(torch.randn(shape), numbers % config.data.num_classes, numbers, numbers) for _ in range(10)]
+
+    def bare_loop() -> None:
+        for step, cpu_batch in enumerate(batches):
+            loss = loss_of(bare, cpu_batch.to(device), step)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+    with tempfile.TemporaryDirectory() as folder:
+        training = TrainingRun(RunDirectory(Path(folder)), state, config.trainer, world)
+        training.start("benchmark", plain(config), config.wandb)
+        training.reporter.say = lambda line: None  # type: ignore[method-assign]
+
+        def trainer_loop() -> None:
+            for cpu_batch in batches:
+                update = state.update([cpu_batch.to(device)], loss_of, config.seed)
+                training.record(update, [cpu_batch])
+
+        times = interleaved(trainer_loop, bare_loop, rounds, device)
+    overhead = 100 * (times["ratio"] - 1)
+    print(
+        f"{name:<22} trainer {times['ms'] / 10:.2f} ms/update, bare {times['other_ms'] / 10:.2f} ms/update: "
+        f"{overhead:+.1f} % ({100 * (times['low'] - 1):+.1f} to {100 * (times['high'] - 1):+.1f})"
+    )
+    return {"loop": name, "batch": batch, **times}
+
+
+def main() -> None:
+    """Parse the command line and run one benchmark."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("attention", "loop"))
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
+    parser.add_argument("--rounds", type=int, default=15, help="pairs of timings for each figure (default 15)")
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    options = parser.parse_args()
+    if options.rounds < 3 or options.threads < 1:
+        parser.error("--rounds must be >= 3 and --threads >= 1")
+    torch.set_num_threads(options.threads)
+    device = torch.device(options.device)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU"
+    machine = {"device": name, "threads": options.threads, "torch": torch.__version__, "dtype": "float32"}
+    print(f"{options.what}: {name}, {options.threads} thread(s), torch {torch.__version__}, float32")
+    rows = {"attention": benchmark_attention, "loop": benchmark_loop}[options.what](device, options.rounds)
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        options.json.write_text(json.dumps({"what": options.what, **machine, "rows": rows}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

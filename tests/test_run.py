@@ -1,0 +1,224 @@
+"""The run directory, the reports, wandb, evaluation of saved files: what stays when a run is over."""
+
+import json
+import os
+import pty
+import select
+import subprocess
+import sys
+import termios
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import train_cls
+from tests.conftest import ROOT, TINY, assert_same, environment, metrics, train, untimed
+from vca.config import compose
+from vca.runtime.errors import ConfigError
+from vca.runtime.rundir import RunDirectory, compare, plain
+from vca.training.checkpoint import load_latest
+
+SHORT = (*TINY, "trainer.steps=6", "trainer.ema_decay=0.5")
+
+
+def run(tmp_path, *overrides, name="run"):
+    return train_cls.run(compose("train_cls", [f"out_dir={tmp_path}", f"name={name}", *SHORT, *overrides]))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run that is over, its directory and its result."""
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("finished")
+    return folder, run(folder)
+
+
+def test_what_a_run_leaves(finished):
+    folder, result = finished
+    records = metrics(folder / "run")
+    assert [record["step"] for record in records] == [1, 2, 3, 4, 5, 6, 6]
+    assert {"loss", "lr", "grad_norm", "epoch", "consumed", "images_per_second"} <= set(records[0])
+    assert {key: records[-1][key] for key in result} == result
+    assert {"val/top1", "val/top5", "val/loss", "val/images", "ema/top1"} <= set(result)
+    config = json.loads((folder / "run" / "config.json").read_text())
+    assert config == plain(compose("train_cls", [f"out_dir={folder}", "name=run", *SHORT]))
+    assert (folder / "run" / "curves.png").read_bytes().startswith(b"\x89PNG")
+    launch = json.loads((folder / "run" / "launches.jsonl").read_text())
+    assert launch["torch"] == torch.__version__
+    assert launch["first_step"] == 0
+
+
+def test_checkpoint_is_plain(finished):
+    """Tensors and plain values: loads without trusting the file."""
+    path = finished[0] / "run" / "checkpoints" / "step_00000006.pt"
+    state = torch.load(path, weights_only=True)
+    assert set(state) == {"step", "consumed", "model", "ema", "optimizer", "scaler"}
+
+
+def test_the_same_command_again_only_tells_the_result(finished):
+    folder, result = finished
+    before = (folder / "run" / "metrics.jsonl").read_bytes()
+    assert run(folder) == result
+    assert (folder / "run" / "metrics.jsonl").read_bytes() == before
+    assert len((folder / "run" / "launches.jsonl").read_text().splitlines()) == 1
+
+
+def test_stand_alone_evaluation_gives_the_same_figure(finished):
+    """In training, by `trainer.eval_only=true`, and on another batch size: one figure."""
+    folder, result = finished
+    assert run(folder, "trainer.eval_only=true") == result
+    done = train(f"out_dir={folder}", "name=run", *SHORT, "trainer.eval_only=true", ranks=2)
+    assert f"top-1 {result['val/top1']:.2f} % of 359 images" in done.stdout
+
+
+def test_another_config_is_refused(finished):
+    folder, _ = finished
+    with pytest.raises(ConfigError, match=r"another config \(optim.lr: 0.001 there, 0.5 here\); choose another name"):
+        run(folder, "optim.lr=0.5")
+    run(folder, "trainer.workers=1", "trainer.checkpoint_every=3")  # these change nothing that is computed
+
+
+def test_compare_names_every_difference():
+    here = {"a": 1, "b": {"c": 2, "d": [1]}, "out_dir": "x", "trainer": {"workers": 1}}
+    there = {"a": 1, "b": {"c": 3, "e": 0}, "out_dir": "y", "trainer": {"workers": 2}}
+    assert compare(there, here) == ["b.c: 3 there, 2 here", "b.d: None there, [1] here", "b.e: 0 there, None here"]
+
+
+def test_rewind_forgets_what_comes_again(tmp_path):
+    folder = RunDirectory(tmp_path)
+    for step in (1, 2, 3):
+        folder.append({"step": step})
+    with open(folder.metrics_file, "a") as file:
+        file.write('{"step": 4, "lo')  # a kill in mid-line
+    folder.rewind(2)
+    assert folder.records() == [{"step": 1}, {"step": 2}]
+    assert RunDirectory(tmp_path / "new").records() == []
+
+
+def test_results_do_not_depend_on_workers_or_threads_of_the_loader(tmp_path):
+    run(tmp_path, name="none")
+    run(tmp_path, "trainer.workers=2", name="two")
+    one, two = (load_latest(tmp_path / name / "checkpoints") for name in ("none", "two"))
+    assert_same(one, two)
+
+
+@pytest.mark.parametrize("attention", ["vca", "softmax"])
+def test_compiled_equals_eager(tmp_path, attention):
+    """`trainer.compile=true` trains the same model up to rounding."""
+    small = [
+        f"attention={attention}",
+        "model.depth=1",
+        "trainer.steps=3",
+        "model.drop_rate=0",
+        "model.drop_path_rate=0",
+    ]
+    eager = run(tmp_path, *small, name="eager")
+    compiled = run(tmp_path, *small, "trainer.compile=true", name="compiled")
+    assert compiled["val/loss"] == pytest.approx(eager["val/loss"], rel=1e-3)
+
+
+def test_a_bar_when_a_person_watches(tmp_path):
+    """On a terminal: images/s and the time left; in a file: lines."""
+    main, second = pty.openpty()
+    termios.tcsetwinsize(second, (24, 120))
+    command = [sys.executable, "train_cls.py", f"out_dir={tmp_path}", "name=run", *SHORT, "trainer.log_every=3"]
+    process = subprocess.Popen(command, env=environment(), cwd=ROOT, stdout=subprocess.PIPE, stderr=second, text=True)
+    os.close(second)
+    shown = b""
+    while True:
+        ready, _, _ = select.select([main], [], [], 120)
+        try:
+            chunk = os.read(main, 4096) if ready else b""
+        except OSError:  # the other end is closed
+            break
+        if not chunk:
+            break
+        shown += chunk
+    out, _ = process.communicate(timeout=60)
+    os.close(main)
+    assert process.returncode == 0, shown.decode()
+    assert "img/s" in shown.decode()
+    assert "100%" in shown.decode()
+    assert "step 6/6" in out
+    quiet = train(f"out_dir={tmp_path}", "name=quiet", *SHORT)
+    assert "img/s" not in quiet.stderr
+    assert "images_per_second" in quiet.stdout
+
+
+class StubRun:
+    """A run of wandb that works."""
+
+    def define_metric(self, *_, **__):
+        pass
+
+    def log(self, record):
+        pass
+
+    def finish(self):
+        pass
+
+
+def raises(*_, **__):
+    raise OSError("no network")
+
+
+def hangs(*_, **__):
+    time.sleep(30)
+
+
+# How wandb may fail: the module that stands in for it, None for one that is not installed.
+BROKEN = {
+    "init raises": SimpleNamespace(init=raises),
+    "init hangs": SimpleNamespace(init=hangs),
+    "log raises": SimpleNamespace(init=lambda **_: type("Run", (StubRun,), {"log": raises})()),
+    "finish hangs": SimpleNamespace(init=lambda **_: type("Run", (StubRun,), {"finish": hangs})()),
+    "missing": None,
+}
+
+
+@pytest.mark.parametrize("how", BROKEN)
+def test_wandb_cannot_stop_a_training(tmp_path, how, finished, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", BROKEN[how])
+    with pytest.warns(UserWarning, match="wandb"):
+        run(tmp_path, "wandb.mode=online", "wandb.timeout_seconds=1")
+    assert untimed(tmp_path / "run") == untimed(finished[0] / "run")
+
+
+def history(folder):
+    """What an offline run of wandb recorded, from its own file (leveldb's log format around protobuf records)."""
+    from wandb.proto import wandb_internal_pb2
+
+    rows = []
+    for file in sorted(folder.glob("wandb/offline-run-*/*.wandb")):
+        data, position, record = file.read_bytes(), 7, b""
+        while position + 7 <= len(data):
+            if 32768 - position % 32768 < 7:  # the tail of a block is padding
+                position += 32768 - position % 32768
+                continue
+            length, kind = int.from_bytes(data[position + 4 : position + 6], "little"), data[position + 6]
+            record += data[position + 7 : position + 7 + length]
+            position += 7 + length
+            if kind in (1, 4):  # full, or last part
+                message = wandb_internal_pb2.Record.FromString(record)
+                record = b""
+                if message.HasField("history"):
+                    items = {(i.key or ".".join(i.nested_key)): json.loads(i.value_json) for i in message.history.item}
+                    rows.append({key: value for key, value in items.items() if not key.startswith("_")})
+    return rows
+
+
+def test_offline_wandb_equals_the_metrics_file(tmp_path):
+    """Real wandb, offline, over an interruption: the same records, one id, the step as the axis."""
+    options = [f"out_dir={tmp_path}", "name=run", *SHORT, "wandb.mode=offline"]
+    assert train(*options).returncode == 0
+    first = history(tmp_path / "run")
+    assert first == metrics(tmp_path / "run")
+    run_id = (tmp_path / "run" / "wandb_id").read_text()
+    (tmp_path / "run" / "checkpoints" / "step_00000006.pt").unlink()
+    assert train(*options).returncode == 0
+    second = history(tmp_path / "run")
+    assert second == first + metrics(tmp_path / "run")
+    assert (tmp_path / "run" / "wandb_id").read_text() == run_id
+    assert len(list((tmp_path / "run").glob(f"wandb/offline-run-*-{run_id}"))) == 2
