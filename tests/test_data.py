@@ -116,7 +116,7 @@ def test_mixing_does_not_depend_on_the_cut(cut):
         out_images, out_targets = torch.empty_like(images), torch.empty(16, 5)
         for start in range(0, 16, size):
             where = start + places
-            x, y = mixer(images[where].clone(), labels[where], step)
+            x, y = mixer(images[where], labels[where], step)
             out_images[where], out_targets[where] = x, y
         return out_images, out_targets
 
@@ -125,6 +125,9 @@ def test_mixing_does_not_depend_on_the_cut(cut):
         assert all(torch.equal(a, b) for a, b in zip(whole, parts, strict=True))
         torch.testing.assert_close(whole[1].sum(1), torch.ones(16))
     assert not torch.equal(mixed(0, 1)[0], mixed(1, 1)[0])
+    before = images.clone()
+    mixer(images, labels, 0)
+    assert torch.equal(images, before), "the batch was changed in place"
 
 
 def test_label_smoothing_without_mixing():

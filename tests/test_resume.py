@@ -16,7 +16,7 @@ def run(tmp_path, name, *overrides, ranks=1):
     return tmp_path / name
 
 
-@pytest.mark.parametrize(("ranks", "workers"), [(1, 2), (2, 0)], ids=["one rank", "two ranks"])
+@pytest.mark.parametrize(("ranks", "workers"), [(1, 2), (2, 0), (3, 0)], ids=["one rank", "two ranks", "three ranks"])
 def test_kill_and_resume_is_exact(tmp_path, ranks, workers):
     options = [f"trainer.workers={workers}"]
     whole = run(tmp_path, "whole", *options, ranks=ranks)

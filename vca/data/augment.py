@@ -147,4 +147,4 @@ class BatchMixer:
             targets = F.one_hot(labels, self.num_classes).to(images.dtype)
             return images, targets * (1 - self.smoothing) + off
         np.random.seed(derive_seed(self.seed, "mix", step) % 2**32)  # timm's Mixup draws from numpy's global state
-        return self.mixup(images, labels)
+        return self.mixup(images.clone(), labels)  # it mixes in place

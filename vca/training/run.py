@@ -11,7 +11,7 @@ from vca.runtime.distributed import World
 from vca.runtime.errors import NonFiniteError
 from vca.runtime.logging import Reporter, WandbConfig, WandbMirror
 from vca.runtime.rundir import RunDirectory
-from vca.training.checkpoint import load_latest, save_checkpoint
+from vca.training.checkpoint import checkpoint_path, load_checkpoint, load_latest, save_checkpoint
 from vca.training.curves import draw_curves
 from vca.training.step import Precision, StepResult, TrainerConfig, TrainState
 
@@ -42,11 +42,13 @@ class TrainingRun:
     def resume(self) -> bool:
         """Take the newest checkpoint that can be read; False if there is none.
 
-        Rank 0 chooses and reads, so that ranks which see the folder differently cannot go on from different steps.
+        Rank 0 chooses, so that ranks which see the folder differently cannot go on from different steps.
         """
-        saved = self.world.broadcast(load_latest(self.folder.checkpoints) if self.world.is_main else None)
-        if saved is None:
+        saved = load_latest(self.folder.checkpoints) if self.world.is_main else None
+        step = self.world.broadcast(saved["step"] if saved is not None else None)
+        if step is None:
             return False
+        saved = saved or load_checkpoint(checkpoint_path(self.folder.checkpoints, step))
         self.state.load_state_dict(saved)
         self.consumed = saved["consumed"]
         return True

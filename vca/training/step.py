@@ -147,6 +147,7 @@ class TrainState:
         self.ema = Ema(self.model, trainer.ema_decay) if trainer.ema_decay is not None else None
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=trainer.precision is Precision.fp16)
         self.step = 0
+        self.settled = False
 
         self.forward_model: Any = self.model
         if world.size > 1:
@@ -179,6 +180,8 @@ class TrainState:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.forward_model.train()
+        if self.world.size > 1 and not self.settled:
+            self.settle_buckets(batches[0], loss_of)
         total = torch.zeros((), device=self.world.device)
         for index, batch in enumerate(batches):
             last = index == len(batches) - 1
@@ -204,6 +207,19 @@ class TrainState:
         self.optimizer.zero_grad(set_to_none=True)
         self.step = step + 1
         return StepResult(total, grad_norm, lr, finite)
+
+    def settle_buckets(self, batch: Any, loss_of: Callable[[nn.Module, Any, int], Tensor]) -> None:
+        """Make one backward pass for nothing.
+
+        DDP rearranges its buckets after the first backward pass, and the arrangement decides how a sum over three or
+        more ranks rounds. With that pass out of the way, the first update after a resume is arranged, and so rounds,
+        as the same update of an unbroken run.
+        """
+        with self.autocast():
+            loss = loss_of(self.forward_model, batch, self.step)
+        loss.backward()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.settled = True
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain values, for `save_checkpoint`."""
