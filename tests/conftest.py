@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import uuid
 from contextlib import suppress
 from pathlib import Path
 
@@ -62,8 +63,9 @@ def train(*overrides: str, ranks: int = 1, script: str = "train_cls.py", timeout
 def train_and_kill(folder: Path, at_step: int, *overrides: str, ranks: int = 1) -> int:
     """Start a training, `kill -9` all of its processes once `metrics.jsonl` reports `at_step`; the step reached."""
     command = [*launcher(ranks), str(ROOT / "train_cls.py"), *overrides]
+    mark = uuid.uuid4().hex
     process = subprocess.Popen(
-        command, env=environment(), cwd=ROOT, start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        command, env=environment(VCA_TEST=mark), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
     deadline = time.monotonic() + 240
     while time.monotonic() < deadline and process.poll() is None:
@@ -72,25 +74,29 @@ def train_and_kill(folder: Path, at_step: int, *overrides: str, ranks: int = 1) 
             break
         time.sleep(0.005)
     assert process.poll() is None, f"ended before it could be killed:\n{process.communicate()[0].decode()[-3000:]}"
-    kill_session(process.pid)
+    kill_all(mark)
     process.communicate()
-    return metrics(folder)[-1]["step"]
+    reached = metrics(folder)[-1]["step"]
+    time.sleep(0.2)
+    assert metrics(folder)[-1]["step"] == reached, "something survived"
+    return reached
 
 
-def kill_session(leader: int) -> None:
-    """SIGKILL every process of the session, until none is left: torchrun gives each rank a group of its own, and a
-    loader worker may be born while the others die."""
-    while members := [pid for pid, session in sessions() if session == leader]:
-        for pid in members:
+def kill_all(mark: str) -> None:
+    """SIGKILL every process with `mark` in its environment, until none is left: torchrun puts each rank into a session
+    of its own, and a loader worker may be born while the others die."""
+    while found := [int(p.name) for p in Path("/proc").glob("[0-9]*") if has_mark(int(p.name), mark)]:
+        for pid in found:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
 
 
-def sessions() -> list[tuple[int, int]]:
-    """`(pid, session)` of every process that is not a zombie."""
-    listed = subprocess.run(["ps", "-eo", "pid=,sess=,stat="], capture_output=True, text=True, check=True).stdout
-    rows = [line.split() for line in listed.splitlines()]
-    return [(int(pid), int(session)) for pid, session, state in rows if not state.startswith("Z")]
+def has_mark(pid: int, mark: str) -> bool:
+    """Whether a process was started with `VCA_TEST=<mark>`; one that is gone was not."""
+    try:
+        return f"VCA_TEST={mark}".encode() in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    except OSError:
+        return False
 
 
 def metrics(folder: Path) -> list[dict]:
