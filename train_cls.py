@@ -25,8 +25,9 @@ from vca.runtime.errors import ConfigError, check, config_errors
 from vca.runtime.rundir import RunDirectory, plain
 from vca.runtime.seeding import seed_torch
 from vca.training.classification import ClassificationLoss
+from vca.training.config import set_precision
 from vca.training.run import TrainingRun
-from vca.training.step import TrainState, set_precision
+from vca.training.step import TrainState
 
 register_schemas(
     root={"train_cls": TrainClsConfig},

@@ -14,9 +14,10 @@ from models import build_model
 from vca.config import compose
 from vca.runtime.distributed import World
 from vca.runtime.errors import ConfigError
+from vca.training.config import Precision, TrainerConfig
 from vca.training.ema import Ema
 from vca.training.optim import OptimConfig, learning_rate, parameter_groups
-from vca.training.step import Precision, TrainerConfig, TrainState
+from vca.training.step import TrainState
 
 WORLD = World(0, 0, 1, torch.device("cpu"))
 

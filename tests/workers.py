@@ -15,8 +15,9 @@ from vca.data.loader import MicroBatches, TrainOrder, eval_loader, train_loader
 from vca.evaluation.accuracy import evaluate
 from vca.runtime import distributed
 from vca.training.classification import ClassificationLoss
+from vca.training.config import TrainerConfig
 from vca.training.optim import OptimConfig
-from vca.training.step import TrainerConfig, TrainState
+from vca.training.step import TrainState
 
 
 class Pictures(torch.utils.data.Dataset):

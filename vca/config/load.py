@@ -186,7 +186,8 @@ def explain(error: BaseException) -> str:
         if key is not None:
             return f"unknown key '{key[1]}'" + did_you_mean(key[1], all_known_keys())
     if match := re.search(r"Value '(.*)' of type '\w+' could not be converted to (\w+)", text):
-        return f"{full_key[1] if full_key else 'a value'} must be a {match[2].lower()}, got '{match[1]}'"
+        null = " (write null for no value)" if match[1].lower() == "none" else ""
+        return f"{full_key[1] if full_key else 'a value'} must be a {match[2].lower()}, got '{match[1]}'{null}"
     if match := re.search(r"Invalid value '(.*)', expected one of \[(.*)\]", text):
         return f"{full_key[1] if full_key else 'a value'} must be one of {match[2]}, got '{match[1]}'"
     if match := re.search(

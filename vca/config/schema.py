@@ -9,8 +9,8 @@ from vca.data.augment import AugmentConfig
 from vca.data.config import DataConfig
 from vca.runtime.errors import check
 from vca.runtime.logging import WandbConfig
+from vca.training.config import TrainerConfig
 from vca.training.optim import OptimConfig
-from vca.training.step import TrainerConfig
 
 
 @dataclass

@@ -12,8 +12,9 @@ from vca.runtime.errors import NonFiniteError
 from vca.runtime.logging import Reporter, WandbConfig, WandbMirror
 from vca.runtime.rundir import RunDirectory
 from vca.training.checkpoint import checkpoint_path, load_checkpoint, load_latest, save_checkpoint
+from vca.training.config import Precision, TrainerConfig
 from vca.training.curves import draw_curves
-from vca.training.step import Precision, StepResult, TrainerConfig, TrainState
+from vca.training.step import StepResult, TrainState
 
 MASK = 2**63 - 1
 

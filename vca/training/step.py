@@ -1,11 +1,9 @@
 """One update, shared by both trainers: accumulation, autocast, clipping, the optimizer, EMA, and their state."""
 
 import math
-import os
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from enum import Enum
 from typing import Any
 
 import torch
@@ -13,103 +11,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from vca.runtime.distributed import World
-from vca.runtime.errors import ConfigError, check
 from vca.runtime.seeding import seed_torch
+from vca.training.config import Precision, TrainerConfig, autocast
 from vca.training.ema import Ema
 from vca.training.optim import OptimConfig, build_optimizer, learning_rate
-
-
-class Device(Enum):
-    """Where to run; `auto` takes a GPU if there is one."""
-
-    auto = "auto"
-    cpu = "cpu"
-    cuda = "cuda"
-
-
-class Precision(Enum):
-    """Arithmetic of the products; parameters, optimizer and EMA are float32 in each."""
-
-    fp32 = "fp32"
-    tf32 = "tf32"
-    bf16 = "bf16"
-    fp16 = "fp16"
-
-    @property
-    def autocast_dtype(self) -> torch.dtype | None:
-        """The dtype of autocast, or None where it is off."""
-        return {Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16}.get(self)
-
-
-@dataclass
-class TrainerConfig:
-    """How long, how large, how often.
-
-    Attributes:
-        epochs: length of the training; an epoch is `images // global_batch` updates.
-        steps: length in updates; overrides `epochs`.
-        global_batch: images an update, over all ranks and accumulation steps.
-        micro_batch: images a rank takes at once; accumulation follows from it. Null: `global_batch / ranks`, none.
-        ema_decay: null keeps no average.
-        log_every, eval_every, checkpoint_every: in updates; `eval_every=0` evaluates at the end only.
-        keep_checkpoints: how many of the newest to keep.
-        workers: loader processes a rank; 0 loads in the training process. Results do not depend on it.
-        deterministic: ask CUDA for deterministic kernels (exact resume there needs it; slower).
-        eval_only: evaluate the newest checkpoint of the run directory and stop.
-        timeout_minutes: how long the ranks wait for a lost one.
-    """
-
-    epochs: int = 300
-    steps: int | None = None
-    global_batch: int = 1024
-    micro_batch: int | None = None
-    eval_batch: int = 250
-    precision: Precision = Precision.fp32
-    device: Device = Device.auto
-    compile: bool = False
-    ema_decay: float | None = None
-    log_every: int = 50
-    eval_every: int = 0
-    checkpoint_every: int = 1000
-    keep_checkpoints: int = 2
-    workers: int = 4
-    deterministic: bool = False
-    eval_only: bool = False
-    timeout_minutes: float = 10.0
-
-    def __post_init__(self) -> None:
-        for key in ("epochs", "global_batch", "eval_batch", "log_every", "checkpoint_every", "keep_checkpoints"):
-            check(getattr(self, key) >= 1, f"trainer.{key}", ">= 1", getattr(self, key))
-        for key in ("steps", "micro_batch"):
-            value = getattr(self, key)
-            check(value is None or value >= 1, f"trainer.{key}", ">= 1 or null", value)
-        for key in ("eval_every", "workers"):
-            check(getattr(self, key) >= 0, f"trainer.{key}", ">= 0", getattr(self, key))
-        decay_ok = self.ema_decay is None or 0 <= self.ema_decay < 1
-        check(decay_ok, "trainer.ema_decay", "in [0, 1) or null", self.ema_decay)
-        check(self.timeout_minutes > 0, "trainer.timeout_minutes", "> 0", self.timeout_minutes)
-
-    def micro_batch_on(self, world_size: int) -> tuple[int, int]:
-        """`(images a rank takes at once, accumulation steps)` for that many ranks.
-
-        Raises:
-            ConfigError: if the global batch cannot be cut that way; names the nearest sizes that can.
-        """
-        unit = world_size * (self.micro_batch or 1)
-        if self.global_batch % unit:
-            below, above = self.global_batch // unit * unit, -(-self.global_batch // unit) * unit
-            valid = f"{below} or {above}" if below else f"{above}"
-            times = f" x micro_batch {self.micro_batch}" if self.micro_batch else ""
-            raise ConfigError(
-                f"trainer.global_batch must be a multiple of {world_size} ranks{times}, got {self.global_batch}; "
-                f"try {valid}"
-            )
-        micro = self.micro_batch or self.global_batch // world_size
-        return micro, self.global_batch // (world_size * micro)
-
-    def total_steps(self, steps_per_epoch: int) -> int:
-        """Length of the training in updates."""
-        return self.steps if self.steps is not None else self.epochs * steps_per_epoch
 
 
 @dataclass
@@ -239,18 +144,3 @@ class TrainState:
             self.ema.module.load_state_dict(state["ema"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
-
-
-def autocast(precision: Precision, device: torch.device) -> Any:
-    """Autocast context of a precision on a device; does nothing for fp32 and tf32."""
-    dtype = precision.autocast_dtype
-    return torch.autocast(device.type, dtype=dtype) if dtype is not None else nullcontext()
-
-
-def set_precision(trainer: TrainerConfig) -> None:
-    """Set torch's process-wide switches: TF32 only where it is asked for, deterministic kernels where asked for."""
-    torch.set_float32_matmul_precision("high" if trainer.precision is Precision.tf32 else "highest")
-    torch.backends.cudnn.allow_tf32 = trainer.precision is Precision.tf32
-    if trainer.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(trainer.deterministic)
