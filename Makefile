@@ -23,4 +23,4 @@ test: .venv/ready
 	touch $@
 
 clean:
-	rm -rf .venv outputs
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache

@@ -2,9 +2,10 @@
 
     python train_cls.py                                                     a small VCA DeiT on handwritten digits
     python train_cls.py attention=softmax                                   the baseline
-    torchrun --nproc_per_node=8 train_cls.py model=deit_tiny data=imagefolder data.root=/data/imagenet
+    torchrun --nproc_per_node=8 train_cls.py model=deit_tiny data=imagefolder data.root=/data/imagenet \\
+        augment=imagenet optim=adamw trainer=imagenet
 
-The same command continues a run that was interrupted, to the bit. `--cfg job` prints the whole config.
+The same command continues a run that was interrupted, to the bit. `--cfg job --resolve` prints the whole config.
 """
 
 from collections.abc import Iterable
@@ -47,36 +48,37 @@ def run(config: TrainClsConfig) -> dict[str, float]:
         folder.check(plain(config))
         micro_batch, accumulation = trainer.micro_batch_on(world.size)
         if config.augment.mixes:
-            check(micro_batch % 2 == 0, "images of a micro-batch", "even for Mixup and CutMix", micro_batch)
+            key = "trainer.micro_batch (if null, trainer.global_batch / ranks)"
+            check(micro_batch % 2 == 0, key, "even for Mixup and CutMix, which mix images in pairs", micro_batch)
 
         seed_torch(config.seed, "model")
         with config_errors():
             model = build_model(config.model, config.attention)
         images, val_images = load_dataset(config.data, train=True), load_dataset(config.data, train=False)
+        transform = train_transform(config.augment, config.data)
         val_batches = eval_loader(val_images, eval_transform(config.data), world, trainer.eval_batch, trainer.workers)
         order = TrainOrder(len(images), trainer.global_batch, config.seed, config.augment.repeats)
         state = TrainState(model, trainer, config.optim, world, order.steps_per_epoch)
 
         training = TrainingRun(folder, state, trainer, world)
-        resumed = training.resume()
+        if not training.resume() and trainer.eval_only:
+            raise ConfigError(f"trainer.eval_only=true needs a checkpoint in {folder.checkpoints}")
         if trainer.eval_only or training.finished:
-            if not resumed:
-                raise ConfigError(f"trainer.eval_only=true needs a checkpoint in {folder.checkpoints}")
+            training.draw(config.name)
             return summarize(config, evaluate_weights(state, val_batches), world.is_main)
-        training.start(config.name, plain(config), config.wandb)
-        training.reporter.say(introduce(config, state, len(images), len(val_images)))
 
-        loss_of = ClassificationLoss(BatchMixer(config.augment, config.data.num_classes, config.seed))
-        shares = MicroBatches(order, world, micro_batch, accumulation, state.step, state.total_steps)
-        transform = train_transform(config.augment, config.data)
-        for batches in train_loader(images, transform, config.seed, shares, trainer.workers):
-            update = state.update([batch.to(world.device) for batch in batches], loss_of, config.seed)
-            training.record(update, batches)
-            if training.due(trainer.eval_every):
-                training.write(result := evaluate_weights(state, val_batches))
-            if training.due(trainer.checkpoint_every):
-                training.save()
-        training.finish(config.name)
+        with training.open(config.name, plain(config), config.wandb):
+            training.reporter.say(introduce(config, state, len(images), len(val_images)))
+            loss_of = ClassificationLoss(BatchMixer(config.augment, config.data.num_classes, config.seed))
+            shares = MicroBatches(order, world, micro_batch, accumulation, state.step, state.total_steps)
+            for batches in train_loader(images, transform, config.seed, shares, trainer.workers):
+                update = state.update([batch.to(world.device) for batch in batches], loss_of, config.seed)
+                training.record(update, batches)
+                if training.due(trainer.eval_every):
+                    training.write(result := evaluate_weights(state, val_batches))
+                if training.due(trainer.checkpoint_every):
+                    training.save()
+        training.draw(config.name)
         return summarize(config, result, world.is_main)
 
 

@@ -18,4 +18,9 @@ def build_model(config: Any, attention: Any) -> nn.Module:
     """Build the backbone that `config` (one of the dataclasses in `MODELS`) describes, with that attention."""
     if config.family not in MODELS:
         raise ValueError(f"model.family must be one of {sorted(MODELS)}, got '{config.family}'")
-    return MODELS[config.family][1](config, attention)
+    config_class, module = MODELS[config.family]
+    if type(config) is not config_class:
+        raise ValueError(
+            f"model.family '{config.family}' goes with {config_class.__name__}, got {type(config).__name__}"
+        )
+    return module(config, attention)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from models.layers import init_linear, select_options
 from vca.attention import SoftmaxConfig, build_attention
+from vca.attention.geometry import is_pair
 
 
 @dataclass
@@ -45,16 +46,23 @@ class DeiTConfig:
     contrast_grid: list[int] = field(default_factory=lambda: [7, 7])
 
     def __post_init__(self) -> None:
-        height, width = to_2tuple(self.img_size)
+        for key in ("patch_size", "in_chans", "embed_dim", "depth", "num_heads"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"model.{key} must be >= 1, got {getattr(self, key)}")
+        if not self.mlp_ratio > 0:
+            raise ValueError(f"model.mlp_ratio must be > 0, got {self.mlp_ratio}")
+        size = to_2tuple(self.img_size) if not isinstance(self.img_size, str) else None
+        if size is None or not is_pair(size):
+            raise ValueError(f"model.img_size must be an integer or two, >= 1, got {self.img_size!r}")
+        height, width = size
         if height % self.patch_size or width % self.patch_size:
-            raise ValueError(f"model.img_size must be a multiple of model.patch_size {self.patch_size}, got {height}")
-        if self.num_heads < 1 or self.embed_dim % self.num_heads:
+            sizes = f"{height} x {width}" if height != width else height
+            raise ValueError(f"model.img_size must be a multiple of model.patch_size {self.patch_size}, got {sizes}")
+        if self.embed_dim % self.num_heads:
             raise ValueError(f"model.num_heads must divide model.embed_dim {self.embed_dim}, got {self.num_heads}")
-        if self.depth < 1:
-            raise ValueError(f"model.depth must be >= 1, got {self.depth}")
         if self.num_classes < 0:
             raise ValueError(f"model.num_classes must be >= 0, got {self.num_classes}")
-        if not (len(self.contrast_grid) == 2 and min(self.contrast_grid) >= 1):
+        if not is_pair(self.contrast_grid):
             raise ValueError(f"model.contrast_grid must be two integers >= 1, got {self.contrast_grid}")
         for key in ("drop_rate", "drop_path_rate"):
             if not 0 <= getattr(self, key) < 1:

@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -95,36 +96,45 @@ def benchmark_attention(device: torch.device, rounds: int) -> list[dict]:
 
 
 def benchmark_loop(device: torch.device, rounds: int) -> list[dict]:
-    """What the trainer adds to forward, backward and step: seeds, norms, EMA, reports, on a small and a usual model."""
+    """What the trainer adds to forward, backward and step (seeds, norms, clipping, EMA, reports): two sizes of model.
+
+    Each round is ten updates of the trainer, and of a bare loop on a copy of the model and the same batches.
+    """
+    from models.deit import DeiTConfig
+
     return [
-        loop_row(device, rounds, "deit_mini on digits", 64, ["trainer.log_every=22"]),
-        loop_row(device, rounds, "deit_mini on 32 px", 128, ["data=cifar10", "model.patch_size=4", "model.depth=6"]),
+        loop_row(device, rounds, "8 px, 16 tokens", DeiTConfig(img_size=8, patch_size=2, depth=4, **SMALL), 64),
+        loop_row(device, rounds, "32 px, 64 tokens", DeiTConfig(img_size=32, patch_size=4, depth=6, **SMALL), 128),
     ]
 
 
-def loop_row(device: torch.device, rounds: int, name: str, batch: int, overrides: list[str]) -> dict:
-    """Rounds of ten updates each: the trainer's, and a bare loop's on a copy of the model and the same batches."""
-    import train_cls  # noqa: F401 - registers the schemas
+SMALL: dict[str, Any] = {"embed_dim": 96, "num_heads": 3, "num_classes": 10, "contrast_grid": [2, 2]}
+
+
+def loop_row(device: torch.device, rounds: int, name: str, model_config: Any, batch: int) -> dict:
+    """The trainer's loop beside the bare one for one model."""
     from models import build_model
-    from vca.config import compose
-    from vca.data.augment import BatchMixer
+    from vca import VCAConfig
+    from vca.data.augment import AugmentConfig, BatchMixer
     from vca.data.loader import Batch
     from vca.runtime.distributed import World
-    from vca.runtime.rundir import RunDirectory, plain
+    from vca.runtime.logging import WandbConfig
+    from vca.runtime.rundir import RunDirectory
     from vca.training.classification import ClassificationLoss
-    from vca.training.optim import build_optimizer
+    from vca.training.config import TrainerConfig
+    from vca.training.optim import OptimConfig, build_optimizer
     from vca.training.run import TrainingRun
     from vca.training.step import TrainState
 
-    config = compose("train_cls", [f"trainer.global_batch={batch}", "trainer.steps=1000000", *overrides])
-    world = World(0, 0, 1, device)
-    state = TrainState(build_model(config.model, config.attention), config.trainer, config.optim, world, 100)
+    trainer = TrainerConfig(steps=1_000_000, global_batch=batch, ema_decay=0.99, log_every=20)
+    optim = OptimConfig(lr=1e-3, clip_grad=1.0)
+    state = TrainState(build_model(model_config, VCAConfig()), trainer, optim, World(0, 0, 1, device), 100)
     bare = copy.deepcopy(state.model)
-    optimizer = build_optimizer(config.optim, bare, 1e-3)
-    loss_of = ClassificationLoss(BatchMixer(config.augment, config.data.num_classes, 0))
-    shape = (batch, config.data.in_chans, config.data.img_size, config.data.img_size)
+    optimizer = build_optimizer(optim, bare, 1e-3)
+    loss_of = ClassificationLoss(BatchMixer(AugmentConfig(), 10, 0))
     numbers = torch.arange(batch)
-    batches = [Batch(torch.randn(shape), numbers % config.data.num_classes, numbers, numbers) for _ in range(10)]
+    size = model_config.img_size
+    batches = [Batch(torch.randn(batch, 3, size, size), numbers % 10, numbers, numbers) for _ in range(10)]
 
     def bare_loop() -> None:
         for step, cpu_batch in enumerate(batches):
@@ -134,20 +144,21 @@ def loop_row(device: torch.device, rounds: int, name: str, batch: int, overrides
             optimizer.zero_grad(set_to_none=True)
 
     with tempfile.TemporaryDirectory() as folder:
-        training = TrainingRun(RunDirectory(Path(folder)), state, config.trainer, world)
-        training.start("benchmark", plain(config), config.wandb)
-        training.reporter.say = lambda line: None  # type: ignore[method-assign]
+        training = TrainingRun(RunDirectory(Path(folder)), state, trainer, state.world)
 
         def trainer_loop() -> None:
             for cpu_batch in batches:
-                update = state.update([cpu_batch.to(device)], loss_of, config.seed)
+                update = state.update([cpu_batch.to(device)], loss_of, 0)
                 training.record(update, [cpu_batch])
 
-        times = interleaved(trainer_loop, bare_loop, rounds, device)
-    overhead = 100 * (times["ratio"] - 1)
+        with training.open("benchmark", {}, WandbConfig()):
+            training.reporter.say = lambda line: None  # type: ignore[method-assign]
+            times = interleaved(trainer_loop, bare_loop, rounds, device)
+    overhead, low, high = (100 * (times[key] - 1) for key in ("ratio", "low", "high"))
     print(
-        f"{name:<22} trainer {times['ms'] / 10:.2f} ms/update, bare {times['other_ms'] / 10:.2f} ms/update: "
-        f"{overhead:+.1f} % ({100 * (times['low'] - 1):+.1f} to {100 * (times['high'] - 1):+.1f})"
+        f"{name:<18} trainer {times['ms'] / 10:.2f} ms/update, bare {times['other_ms'] / 10:.2f} ms/update: "
+        f"{overhead:+.1f} % ({low:+.1f} to {high:+.1f})",
+        flush=True,
     )
     return {"loop": name, "batch": batch, **times}
 

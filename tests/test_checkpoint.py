@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import resource
 import signal
 import time
 from contextlib import nullcontext
@@ -9,6 +10,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 
+from vca.runtime.errors import ConfigError
 from vca.training import checkpoint
 from vca.training.checkpoint import list_checkpoints, load_checkpoint, load_latest, save_checkpoint
 
@@ -56,16 +58,32 @@ def test_damaged_newest_is_passed_over(saved, damage):
         middle = content.find(torch.full((4,), 3.0).numpy().tobytes())
         content[middle + 2] ^= 0xFF
     path.write_bytes({"truncated": content[: len(content) // 2], "empty": b"", "flipped": content}[damage])
-    with pytest.warns(UserWarning, match=r"step_00000003.pt is damaged .*; taking the one before it"):
+    with pytest.warns(UserWarning, match=r"step_00000003.pt is damaged .*; passing it over"):
         state = load_latest(saved)
     assert state["step"] == 2
 
 
-def test_all_damaged_is_none(saved):
+def test_all_damaged_is_an_error(saved):
+    """Starting over would write over what is left of the run."""
     for path in list_checkpoints(saved):
         path.write_bytes(b"")
+    with pytest.warns(UserWarning, match="damaged"), pytest.raises(ConfigError, match="all checkpoints in"):
+        load_latest(saved)
+
+
+def test_nothing_saved_is_none(tmp_path):
+    assert load_latest(tmp_path) is None
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_damaged_files_do_not_push_out_good_ones(saved, keep):
+    """A damaged newer file is set aside; what is written next is kept, whatever its number."""
+    list_checkpoints(saved)[-1].write_bytes(b"")
     with pytest.warns(UserWarning, match="damaged"):
-        assert load_latest(saved) is None
+        assert load_latest(saved)["step"] == 2
+    assert (saved / "step_00000003.pt.damaged").exists()
+    save_checkpoint(saved, 3, {"step": 3}, keep=keep)
+    assert load_latest(saved)["step"] == 3
 
 
 def test_keeps_the_newest(saved):
@@ -76,20 +94,40 @@ def test_keeps_the_newest(saved):
 
 @pytest.mark.parametrize("failures", [1, 2])
 def test_an_oserror_is_retried_once(saved, monkeypatch, failures):
-    write, calls = checkpoint.write_atomically, []
+    """The disk refuses the bytes, once or twice."""
+    fsync, calls = os.fsync, []
 
-    def flaky(path, state):
-        calls.append(path)
+    def flaky(descriptor):
+        calls.append(descriptor)
         if len(calls) <= failures:
             raise OSError(28, "No space left on device")
-        write(path, state)
+        fsync(descriptor)
 
-    monkeypatch.setattr(checkpoint, "write_atomically", flaky)
+    monkeypatch.setattr(checkpoint.os, "fsync", flaky)
     monkeypatch.setattr(checkpoint.time, "sleep", lambda seconds: None)
     twice = pytest.raises(OSError, match="No space left") if failures == 2 else nullcontext()
     with pytest.warns(UserWarning, match="trying once more"), twice:
         save_checkpoint(saved, 4, {"step": 4})
     assert load_latest(saved)["step"] == (4 if failures == 1 else 3)
+
+
+def test_a_full_disk_is_an_oserror(tmp_path):
+    """Really: a limit on the size of files."""
+
+    def child():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        try:
+            checkpoint.write_atomically(tmp_path / "step_00000001.pt", {"x": torch.zeros(100_000)})
+        except OSError:
+            os._exit(7)
+        os._exit(0)
+
+    process = multiprocessing.get_context("fork").Process(target=child)
+    process.start()
+    process.join()
+    assert process.exitcode == 7
+    assert list_checkpoints(tmp_path) == []
 
 
 def test_numbers_not_names_or_times_decide(saved):

@@ -184,7 +184,11 @@ def test_imagefolder(tmp_path):
     ("damage", "message"),
     [
         (lambda root: shutil.rmtree(root / "val"), "must be a folder that holds train/ and val/"),
-        (lambda root: shutil.rmtree(root / "train" / "dog"), "holds 1 class folders; set data.num_classes=1"),
+        (
+            lambda root: [shutil.rmtree(root / split / "dog") for split in ("train", "val")],
+            "holds 1 class folders; set data.num_classes=1",
+        ),
+        (lambda root: shutil.rmtree(root / "train" / "dog"), "class folder 'dog' is in only one"),
         (lambda root: (root / "val" / "dog").rename(root / "val" / "doge"), "class folder 'dog' is in only one"),
         (lambda root: [f.unlink() for f in (root / "val" / "cat").iterdir()], "no valid file for the classes cat"),
     ],

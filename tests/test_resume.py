@@ -7,7 +7,15 @@ from tests.conftest import TINY, assert_same, metrics, train, train_and_kill, un
 from vca.training.checkpoint import list_checkpoints, load_latest
 
 # 60 updates of 120 of the 1,438 digits: an epoch is 11.98 updates, so every cut is in mid-epoch.
-LONG = (*TINY, "trainer.steps=60", "trainer.checkpoint_every=5", "trainer.ema_decay=0.9", "trainer.eval_every=25")
+LONG = (
+    *TINY,
+    "trainer.steps=60",
+    "trainer.checkpoint_every=5",
+    "trainer.micro_batch=20",
+    "trainer.log_every=3",
+    "trainer.ema_decay=0.9",
+    "trainer.eval_every=25",
+)
 
 
 def run(tmp_path, name, *overrides, ranks=1):

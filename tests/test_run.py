@@ -54,7 +54,7 @@ def test_checkpoint_is_plain(finished):
     """Tensors and plain values: loads without trusting the file."""
     path = finished[0] / "run" / "checkpoints" / "step_00000006.pt"
     state = torch.load(path, weights_only=True)
-    assert set(state) == {"step", "consumed", "model", "ema", "optimizer", "scaler"}
+    assert set(state) == {"step", "consumed", "report", "model", "ema", "optimizer", "scaler"}
 
 
 def test_the_same_command_again_only_tells_the_result(finished):
@@ -66,7 +66,7 @@ def test_the_same_command_again_only_tells_the_result(finished):
 
 
 def test_stand_alone_evaluation_gives_the_same_figure(finished):
-    """In training, by `trainer.eval_only=true`, and on another batch size: one figure."""
+    """In training, by `trainer.eval_only=true`, and on two ranks: one figure."""
     folder, result = finished
     assert run(folder, "trainer.eval_only=true") == result
     done = train(f"out_dir={folder}", "name=run", *SHORT, "trainer.eval_only=true", ranks=2)
@@ -97,7 +97,7 @@ def test_rewind_forgets_what_comes_again(tmp_path):
     assert RunDirectory(tmp_path / "new").records() == []
 
 
-def test_results_do_not_depend_on_workers_or_threads_of_the_loader(tmp_path):
+def test_results_do_not_depend_on_workers(tmp_path):
     run(tmp_path, name="none")
     run(tmp_path, "trainer.workers=2", name="two")
     one, two = (load_latest(tmp_path / name / "checkpoints") for name in ("none", "two"))
@@ -107,16 +107,16 @@ def test_results_do_not_depend_on_workers_or_threads_of_the_loader(tmp_path):
 @pytest.mark.parametrize("attention", ["vca", "softmax"])
 def test_compiled_equals_eager(tmp_path, attention):
     """`trainer.compile=true` trains the same model up to rounding."""
-    small = [
-        f"attention={attention}",
-        "model.depth=1",
-        "trainer.steps=3",
-        "model.drop_rate=0",
-        "model.drop_path_rate=0",
-    ]
+    still = ["model.drop_rate=0", "model.drop_path_rate=0", "augment.mixup=0", "augment.cutmix=0"]
+    small = [f"attention={attention}", "model.depth=1", "trainer.steps=40", "optim.lr=5e-3", "optim.warmup_epochs=0"]
+    small += still
     eager = run(tmp_path, *small, name="eager")
     compiled = run(tmp_path, *small, "trainer.compile=true", name="compiled")
-    assert compiled["val/loss"] == pytest.approx(eager["val/loss"], rel=1e-3)
+    names = ("eager", "compiled")
+    losses = [[record["loss"] for record in metrics(tmp_path / name) if "loss" in record] for name in names]
+    assert losses[0][-1] < losses[0][0] - 0.05, "it does not learn, so the comparison says nothing"
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+    assert compiled["val/loss"] == pytest.approx(eager["val/loss"], rel=1e-2)
 
 
 def test_a_bar_when_a_person_watches(tmp_path):
@@ -173,6 +173,8 @@ BROKEN = {
     "init raises": SimpleNamespace(init=raises),
     "init hangs": SimpleNamespace(init=hangs),
     "log raises": SimpleNamespace(init=lambda **_: type("Run", (StubRun,), {"log": raises})()),
+    "log hangs": SimpleNamespace(init=lambda **_: type("Run", (StubRun,), {"log": hangs})()),
+    "finish raises": SimpleNamespace(init=lambda **_: type("Run", (StubRun,), {"finish": raises})()),
     "finish hangs": SimpleNamespace(init=lambda **_: type("Run", (StubRun,), {"finish": hangs})()),
     "missing": None,
 }
@@ -222,3 +224,27 @@ def test_offline_wandb_equals_the_metrics_file(tmp_path):
     assert second == first + metrics(tmp_path / "run")
     assert (tmp_path / "run" / "wandb_id").read_text() == run_id
     assert len(list((tmp_path / "run").glob(f"wandb/offline-run-*-{run_id}"))) == 2
+
+
+def test_the_fp16_run_reports_what_it_skipped_as_null(tmp_path, monkeypatch):
+    """A skipped update is no number: `metrics.jsonl` stays valid JSON."""
+    update = train_cls.TrainState.update
+
+    def overflow(self, batches, loss_of, seed):
+        if self.step == 2:
+            return update(self, batches, lambda *a: loss_of(*a) * 1e38, seed)
+        return update(self, batches, loss_of, seed)
+
+    monkeypatch.setattr(train_cls.TrainState, "update", overflow)
+    run(tmp_path, "trainer.precision=fp16", "augment.mixup=0", "augment.cutmix=0")
+    records = [record for record in metrics(tmp_path / "run") if "lr" in record]
+    assert [record["grad_norm"] is None for record in records] == [False, False, True, False, False, False]
+    assert "NaN" not in (tmp_path / "run" / "metrics.jsonl").read_text()
+    assert "Infinity" not in (tmp_path / "run" / "metrics.jsonl").read_text()
+
+
+def test_curves_are_drawn_when_a_kill_came_just_before(finished):
+    folder, _ = finished
+    (folder / "run" / "curves.png").unlink()
+    run(folder)
+    assert (folder / "run" / "curves.png").exists()

@@ -61,5 +61,9 @@ def build_attention(
     """
     if config.name not in ATTENTIONS:
         raise ValueError(f"attention.name must be one of {sorted(ATTENTIONS)}, got '{config.name}'")
-    module = ATTENTIONS[config.name][1]
+    config_class, module = ATTENTIONS[config.name]
+    if type(config) is not config_class:
+        raise ValueError(
+            f"attention.name '{config.name}' goes with {config_class.__name__}, got {type(config).__name__}"
+        )
     return module(dim, num_heads, grid, pool, num_prefix_tokens, layer_index, qkv_bias, proj_drop, config)

@@ -308,11 +308,11 @@ class VisualContrastAttention(nn.Module):
         )
         out = out.transpose(1, 2).flatten(2)  # (B, N, C)
         if self.local is not None:
-            out = out + self.local_branch(qkv.chunk(3, dim=-1)[2], grid)
+            out[:, self.num_prefix_tokens :] += self.local_branch(qkv.chunk(3, dim=-1)[2], grid)
         return self.proj_drop(self.proj(out))  # (B, N, C)
 
     def local_branch(self, v: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Depthwise 3 x 3 convolution of v on the grid, `(B, N, C)` to `(B, N, C)`; prefix tokens get zeros."""
+        """Depthwise 3 x 3 convolution of v on the grid: `(B, N, C)` to `(B, H W, C)`, nothing for prefix tokens."""
         assert self.local is not None
         image = self.local(to_image(v, grid, self.num_prefix_tokens))  # (B, C, H, W)
-        return F.pad(image.flatten(2).transpose(1, 2), (0, 0, self.num_prefix_tokens, 0))  # (B, N, C)
+        return image.flatten(2).transpose(1, 2)  # (B, H W, C)

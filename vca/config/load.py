@@ -9,6 +9,7 @@ import difflib
 import os
 import re
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -86,9 +87,10 @@ def mistakes_in_one_line() -> Iterator[None]:
 
 
 def fail(line: str, code: int) -> None:
-    """Print a line to stderr, once for all ranks, and exit."""
-    if is_main_process():
-        print(line, file=sys.stderr, flush=True)
+    """Print a line to stderr and exit. Where all ranks fail alike, torchrun ends the others while they wait."""
+    if not is_main_process():
+        time.sleep(3.0)
+    print(line, file=sys.stderr, flush=True)
     sys.exit(code)
 
 
@@ -188,6 +190,10 @@ def explain(error: BaseException) -> str:
     if match := re.search(r"Value '(.*)' of type '\w+' could not be converted to (\w+)", text):
         null = " (write null for no value)" if match[1].lower() == "none" else ""
         return f"{full_key[1] if full_key else 'a value'} must be a {match[2].lower()}, got '{match[1]}'{null}"
+    if match := re.search(r"Value '(.*)' is not a valid bool", text):
+        return f"{full_key[1] if full_key else 'a value'} must be true or false, got '{match[1]}'"
+    if match := re.search(r"Invalid value assigned: (\w+) is not a ListConfig, list or tuple", text):
+        return f"{full_key[1] if full_key else 'a value'} must be a list such as [1, 2], got a {match[1]}"
     if match := re.search(r"Invalid value '(.*)', expected one of \[(.*)\]", text):
         return f"{full_key[1] if full_key else 'a value'} must be one of {match[2]}, got '{match[1]}'"
     if match := re.search(

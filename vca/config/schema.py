@@ -36,4 +36,7 @@ class TrainClsConfig:
 
     def __post_init__(self) -> None:
         check(self.name not in ("", ".", "..") and "/" not in self.name, "name", "a folder name", self.name)
-        check(self.seed >= 0, "seed", ">= 0", self.seed)
+        check(0 <= self.seed < 2**63, "seed", ">= 0 and below 2^63", self.seed)
+        for key in ("num_classes", "in_chans"):
+            ours, theirs = getattr(self.model, key), getattr(self.data, key)
+            check(ours == theirs, f"model.{key}", f"data.{key}, {theirs}", ours)

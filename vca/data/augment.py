@@ -70,6 +70,11 @@ class AugmentConfig:
             low_high = list(getattr(self, key))
             rule = "two numbers, 0 < low <= high"
             check(len(low_high) == 2 and 0 < low_high[0] <= low_high[1], f"augment.{key}", rule, low_high)
+        if self.auto_augment is not None:
+            policy = self.auto_augment.split("-")[0]
+            policies = ("rand", "augmix", "original", "originalr", "v0", "v0r", "3a")
+            rule = f"null or a policy of timm ({', '.join(policies)}), such as rand-m9-mstd0.5-inc1"
+            check(policy in policies, "augment.auto_augment", rule, self.auto_augment)
         known = ("bicubic", "bilinear", "random")
         check(self.interpolation in known, "augment.interpolation", "one of " + ", ".join(known), self.interpolation)
         check(

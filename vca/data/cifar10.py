@@ -5,7 +5,7 @@ from pathlib import Path
 from torch.utils.data import Dataset
 
 from vca.data.config import DataConfig
-from vca.runtime.errors import ConfigError
+from vca.runtime.errors import ConfigError, check
 
 
 def load_cifar10(config: DataConfig, train: bool) -> Dataset:
@@ -16,6 +16,8 @@ def load_cifar10(config: DataConfig, train: bool) -> Dataset:
     """
     from torchvision.datasets import CIFAR10
 
+    check(config.in_chans == 3, "data.in_chans", "3 for cifar10", config.in_chans)
+    check(config.num_classes == 10, "data.num_classes", "10 for cifar10", config.num_classes)
     if config.root is None or not (Path(config.root) / CIFAR10.base_folder).is_dir():
         raise ConfigError(f"data.root must be a folder that holds {CIFAR10.base_folder}/, got {config.root!r}")
     try:

@@ -5,6 +5,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from vca.data.config import DataConfig
+from vca.runtime.errors import check
 
 
 class Digits(Dataset):
@@ -29,4 +30,6 @@ class Digits(Dataset):
 
 def load_digits_images(config: DataConfig, train: bool) -> Dataset:
     """The training (1,438) or the held-out (359) digits."""
+    check(config.in_chans == 1, "data.in_chans", "1 for digits", config.in_chans)
+    check(config.num_classes == 10, "data.num_classes", "10 for digits", config.num_classes)
     return Digits(train)

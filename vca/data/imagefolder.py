@@ -25,13 +25,13 @@ def load_imagefolder(config: DataConfig, train: bool) -> Dataset:
         images = ImageFolder(str(folder))
     except FileNotFoundError as error:
         raise ConfigError(f"data.root={config.root}: {folder.name}/: {error}") from error
+    splits = [{entry.name for entry in (root / split).iterdir() if entry.is_dir()} for split in ("train", "val")]
+    if splits[0] != splits[1]:
+        odd = sorted(splits[0] ^ splits[1])[0]
+        raise ConfigError(f"data.root={config.root}: class folder '{odd}' is in only one of train/ and val/")
     if len(images.classes) != config.num_classes:
         raise ConfigError(
             f"data.num_classes is {config.num_classes}, but {folder} holds {len(images.classes)} class folders; "
             f"set data.num_classes={len(images.classes)} or mend the folder"
         )
-    other = {entry.name for entry in (root / "train").iterdir() if entry.is_dir()}
-    if set(images.classes) != other:
-        odd = sorted(set(images.classes) ^ other)[0]
-        raise ConfigError(f"data.root={config.root}: class folder '{odd}' is in only one of train/ and val/")
     return images

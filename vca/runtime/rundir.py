@@ -57,7 +57,10 @@ class RunDirectory:
 
     def create(self, config: dict[str, Any]) -> None:
         """Make the directory, or enter it again, and write the config."""
-        self.checkpoints.mkdir(parents=True, exist_ok=True)
+        try:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"out_dir: {self.path} cannot be made: {error.strerror}") from error
         write_text(self.path / "config.json", json.dumps(config, indent=2) + "\n")
 
     def record_launch(self, world: World, step: int) -> None:

@@ -5,7 +5,9 @@ to the disk and renamed, so a file with the final name is complete. Should the d
 newest file that loads is taken, and the damaged one is passed over with a warning.
 """
 
+import io
 import os
+import pickle
 import re
 import time
 import warnings
@@ -14,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from vca.runtime.errors import ConfigError
 
 NAME = re.compile(r"step_(\d+)\.pt")
 
@@ -43,16 +47,19 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any], keep: int = 
         warnings.warn(f"writing {path.name} failed ({error}); trying once more", stacklevel=2)
         time.sleep(1.0)
         write_atomically(path, state)
-    for old in list_checkpoints(folder)[:-keep]:
+    older = [other for other in list_checkpoints(folder) if other != path]
+    for old in older[: len(older) + 1 - keep]:
         old.unlink(missing_ok=True)
     return path
 
 
 def write_atomically(path: Path, state: dict[str, Any]) -> None:
-    """Save under a temporary name, fsync, rename, fsync the folder."""
+    """Save under a temporary name, fsync, rename, fsync the folder; a full disk is an `OSError`."""
     temporary = path.with_suffix(".tmp")
+    content = io.BytesIO()  # torch.save hides the OSError of a file that it writes to itself
+    torch.save(state, content)
     with open(temporary, "wb") as file:
-        torch.save(state, file)
+        file.write(content.getbuffer())
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
@@ -76,11 +83,21 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def load_latest(folder: Path) -> dict[str, Any] | None:
-    """The newest checkpoint that can be read, or None; unreadable ones are passed over with a warning."""
-    for path in reversed(list_checkpoints(folder)):
+    """The newest checkpoint that can be read, or None if there is no checkpoint.
+
+    A damaged one is passed over with a warning, and set aside as `<name>.damaged` so that it does not count as newest.
+
+    Raises:
+        ConfigError: if there are checkpoints and all of them are damaged: starting over would lose the run's history.
+        OSError: if a file cannot be read at all.
+    """
+    found = list_checkpoints(folder)
+    for path in reversed(found):
         try:
             return load_checkpoint(path)
-        except Exception as error:  # a damaged file raises whatever its first bad byte leads to
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            warnings.warn(f"{path.name} is damaged ({reason}); taking the one before it", stacklevel=2)
+        except (zipfile.BadZipFile, RuntimeError, pickle.UnpicklingError, EOFError) as error:
+            warnings.warn(f"{path.name} is damaged ({str(error).splitlines()[0]}); passing it over", stacklevel=2)
+            path.rename(path.with_suffix(".pt.damaged"))
+    if found:
+        raise ConfigError(f"all checkpoints in {folder} are damaged; choose another name=... or remove the folder")
     return None

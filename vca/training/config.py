@@ -46,7 +46,8 @@ class TrainerConfig:
         log_every, eval_every, checkpoint_every: in updates; `eval_every=0` evaluates at the end only.
         keep_checkpoints: how many of the newest to keep.
         workers: loader processes a rank; 0 loads in the training process. Results do not depend on it.
-        deterministic: ask CUDA for deterministic kernels (exact resume there needs it; slower).
+        deterministic: ask CUDA for deterministic kernels (exact resume there needs it; slower). CUDA has none for a
+            contrast grid that does not divide the token grid, and stops with an error there.
         eval_only: evaluate the newest checkpoint of the run directory and stop.
         timeout_minutes: how long the ranks wait for a lost one.
     """

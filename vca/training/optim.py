@@ -41,6 +41,7 @@ class OptimConfig:
         check(self.warmup_epochs >= 0, "optim.warmup_epochs", ">= 0", self.warmup_epochs)
         check(self.warmup_lr >= 0, "optim.warmup_lr", ">= 0", self.warmup_lr)
         check(self.min_lr >= 0, "optim.min_lr", ">= 0", self.min_lr)
+        check(self.lr is None or self.min_lr <= self.lr, "optim.min_lr", f"<= optim.lr {self.lr}", self.min_lr)
         check(self.clip_grad is None or self.clip_grad > 0, "optim.clip_grad", "> 0 or null", self.clip_grad)
 
     def peak_lr(self, global_batch: int) -> float:

@@ -1,7 +1,8 @@
 """A training run around its updates, the same for both trainers: resume, reports, checkpoints, the end."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -31,7 +32,10 @@ class TrainingRun:
         self.folder, self.state, self.trainer, self.world = folder, state, trainer, world
         self.consumed = 0
         self.pending = 0  # fingerprints of this rank not yet summed over the ranks
-        self.losses: list[Tensor] = []
+        self.loss = torch.zeros((), device=world.device)  # sum over this rank's updates since the last report
+        self.updates = 0  # how many these are
+        self.timed = 0  # how many of them this process made, and in how long; neither counts pauses
+        self.seconds = 0.0
         self.clock = time.perf_counter()
         self.reporter = Reporter()
 
@@ -52,10 +56,13 @@ class TrainingRun:
         saved = saved or load_checkpoint(checkpoint_path(self.folder.checkpoints, step))
         self.state.load_state_dict(saved)
         self.consumed = saved["consumed"]
+        # Of the mean loss over all ranks, each now holds the same part.
+        self.loss, self.updates = saved["report"]["loss"].to(self.world.device), saved["report"]["updates"]
         return True
 
-    def start(self, name: str, config: dict[str, Any], wandb: WandbConfig) -> None:
-        """Open the run directory for writing and drop the reports that will be made again."""
+    @contextmanager
+    def open(self, name: str, config: dict[str, Any], wandb: WandbConfig) -> Iterator[None]:
+        """Open the run directory for writing, drop the reports that will be made again; however it ends, close it."""
         if self.world.is_main:
             self.folder.create(config)
             self.folder.rewind(self.state.step)
@@ -64,6 +71,10 @@ class TrainingRun:
             self.reporter = Reporter(self.folder, step, total, self.trainer.global_batch)
             self.reporter.wandb = WandbMirror(wandb, self.folder.path, name, config)
         self.clock = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.reporter.close()
 
     def due(self, every: int) -> bool:
         """Whether something that happens every so many updates (0: only at the end) happens now."""
@@ -84,7 +95,12 @@ class TrainingRun:
                 f"are in {self.folder.path}/nonfinite_rank*.json; the newest checkpoint is from before"
             )
         self.pending += sum(int(batch.fingerprints.sum()) for batch in batches)
-        self.losses.append(update.loss)
+        if update.applied:
+            self.loss += update.loss
+            self.updates += 1
+        self.timed += 1
+        self.seconds += time.perf_counter() - self.clock
+        self.clock = time.perf_counter()
         self.reporter.advance()
         if self.due(self.trainer.log_every):
             self.report(update)
@@ -95,20 +111,23 @@ class TrainingRun:
 
     def report(self, update: StepResult) -> None:
         """Write a record of the updates since the last one."""
-        loss = self.world.sum(torch.stack(self.losses).mean()) / self.world.size
-        seconds = time.perf_counter() - self.clock
-        images = len(self.losses) * self.trainer.global_batch
         self.write(
             {
                 "epoch": self.state.step / self.state.steps_per_epoch,
-                "loss": loss.item(),
+                "loss": self.mean_loss().item() / self.updates if self.updates else None,
                 "lr": update.lr,
-                "grad_norm": update.grad_norm,
+                "grad_norm": update.grad_norm if update.applied else None,
                 "consumed": self.sum_consumed(),
-                "images_per_second": images / seconds,
+                "images_per_second": self.timed * self.trainer.global_batch / self.seconds,
             }
         )
-        self.losses, self.clock = [], time.perf_counter()
+        self.loss.zero_()
+        self.updates, self.timed, self.seconds = 0, 0, 0.0
+
+    def mean_loss(self) -> Tensor:
+        """The sum of losses since the last report, averaged over the ranks and the same on each."""
+        self.loss = self.world.sum(self.loss) / self.world.size
+        return self.loss
 
     def sum_consumed(self) -> int:
         """Bring `consumed` up to date over all ranks."""
@@ -124,14 +143,13 @@ class TrainingRun:
 
     def save(self) -> None:
         """Write a checkpoint."""
-        state = {**self.state.state_dict(), "consumed": self.sum_consumed()}
+        report = {"loss": self.mean_loss(), "updates": self.updates}
+        state = {**self.state.state_dict(), "consumed": self.sum_consumed(), "report": report}
         if self.world.is_main:
             save_checkpoint(self.folder.checkpoints, self.state.step, state, self.trainer.keep_checkpoints)
         self.clock = time.perf_counter()
 
-    def finish(self, name: str) -> None:
-        """Draw the curves and end the reports."""
+    def draw(self, name: str) -> None:
+        """Draw the curves of all that is reported."""
         if self.world.is_main:
             draw_curves({name: self.folder.records()}, self.folder.path / "curves.png")
-        self.reporter.close()
-        self.world.barrier()

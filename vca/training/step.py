@@ -69,7 +69,7 @@ class TrainState:
         """Make update number `self.step` from this rank's micro-batches.
 
         Dropout and stochastic depth are seeded by `(seed, step, micro-batch)`, where micro-batches are counted over
-        all ranks: the numbers do not depend on how many ranks share the work.
+        all ranks: with `trainer.micro_batch` set, the numbers do not depend on how many ranks share the work.
 
         Args:
             batches: `accumulation` micro-batches, on the device.
@@ -77,8 +77,8 @@ class TrainState:
             seed: the run's seed.
 
         Returns:
-            The result; on a gradient that is not finite `applied` is False and nothing was changed. The gradient is
-            the same on every rank, so all ranks see it at once.
+            The result; on a gradient that is not finite `applied` is False, and parameters, optimizer and EMA are as
+            they were. The gradient is the same on every rank, so all ranks see it at once.
         """
         step = self.step
         lr = learning_rate(self.optim, step, self.total_steps, self.steps_per_epoch, self.peak_lr)
