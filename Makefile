@@ -1,4 +1,4 @@
-# make demo   set up .venv, train VCA and softmax attention on handwritten digits, compare them (about four minutes)
+# make demo   set up .venv, train VCA and softmax attention on handwritten digits, compare them (two to four minutes)
 # make test   set up .venv, check style and types, run the tests
 
 PYTHON ?= python3

@@ -27,7 +27,7 @@ def main() -> None:
     options = parser.parse_args()
 
     print("Training a small Vision Transformer on handwritten digits twice: with VCA and with softmax attention.")
-    print("On two CPU cores this takes three to four minutes; nothing is downloaded.", flush=True)
+    print("On two CPU cores this takes two to four minutes; nothing is downloaded.", flush=True)
     start = time.perf_counter()
     folders = {}
     for attention in ("vca", "softmax"):

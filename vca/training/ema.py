@@ -1,6 +1,7 @@
 """Exponential moving average of the weights: `ema <- decay ema + (1 - decay) model` after every update."""
 
 import copy
+from typing import Any
 
 import torch
 from torch import nn
@@ -23,8 +24,7 @@ class Ema:
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
         """Move the average towards `model`; buffers are copied."""
-        averages = [p.detach() for p in self.module.parameters()]
-        parameters = [p.detach() for p in model.parameters()]
-        torch._foreach_lerp_(averages, parameters, 1 - self.decay)
+        averages: list[Any] = list(self.module.parameters())
+        torch._foreach_lerp_(averages, list(model.parameters()), 1 - self.decay)
         for mine, theirs in zip(self.module.buffers(), model.buffers(), strict=True):
             mine.copy_(theirs)

@@ -84,7 +84,8 @@ class TrainState:
         lr = learning_rate(self.optim, step, self.total_steps, self.steps_per_epoch, self.peak_lr)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        self.forward_model.train()
+        if not self.model.training:  # after an evaluation
+            self.forward_model.train()
         if self.world.size > 1 and not self.settled:
             self.settle_buckets(batches[0], loss_of)
         total = torch.zeros((), device=self.world.device)
@@ -100,10 +101,10 @@ class TrainState:
         self.scaler.unscale_(self.optimizer)
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         norm = nn.utils.get_total_norm(gradients)
-        if self.optim.clip_grad is not None:
-            nn.utils.clip_grads_with_norm_(self.model.parameters(), self.optim.clip_grad, norm)
         grad_norm = float(norm)
         finite = math.isfinite(grad_norm)
+        if finite and self.optim.clip_grad is not None and grad_norm > self.optim.clip_grad:
+            nn.utils.clip_grads_with_norm_(self.model.parameters(), self.optim.clip_grad, norm)
         if finite:
             self.scaler.step(self.optimizer)
             if self.ema is not None:
