@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 # Width, and (grid, prefix tokens, contrast grid): the shapes of DeiT and of DiT, then longer inputs.
 WIDTH, HEADS = 384, 6
-CALLS = 4  # a timing is that many calls in a row, as the layers of a model are: one alone pays for fresh memory
+CALLS = 4  # a timing is that many calls in a row, as the layers of a model are
 SHAPES = [
     ((14, 14), 1, (7, 7)),
     ((16, 16), 0, (8, 8)),
