@@ -2,14 +2,16 @@
 
     python train_cls.py                                                     a small VCA DeiT on handwritten digits
     python train_cls.py attention=softmax                                   the baseline
-    torchrun --nproc_per_node=8 train_cls.py model=deit_tiny data=imagefolder data.root=/data/imagenet \\
-        augment=imagenet optim=adamw trainer=imagenet
+    torchrun --nproc_per_node=8 train_cls.py experiment=table1/deit_tiny_vca data.root=/data/imagenet
+    python train_cls.py model=pvt_tiny attention=softmax data=imagefolder data.root=/data/imagenet \\
+        trainer.init_from=pvt_tiny.pth trainer.eval_only=true               evaluate a published checkpoint
 
 The same command continues a run that was interrupted, to the bit. `--cfg job --resolve` prints the whole config.
 """
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,14 +21,18 @@ from vca.attention import ATTENTIONS
 from vca.config import TrainClsConfig, command_line, register_schemas
 from vca.data import load_dataset
 from vca.data.augment import BatchMixer, eval_transform, train_transform
+from vca.data.config import DataConfig
+from vca.data.doctor import examine
 from vca.data.loader import MicroBatches, TrainOrder, eval_loader, train_loader
 from vca.evaluation.accuracy import evaluate
 from vca.runtime import distributed
+from vca.runtime.distributed import World
 from vca.runtime.errors import ConfigError, check, config_errors
 from vca.runtime.rundir import RunDirectory, plain
 from vca.runtime.seeding import seed_torch
 from vca.training.classification import ClassificationLoss
 from vca.training.config import set_precision
+from vca.training.init import InitReport, init_from
 from vca.training.run import TrainingRun
 from vca.training.step import TrainState
 
@@ -51,24 +57,31 @@ def run(config: TrainClsConfig) -> dict[str, float]:
             key = "trainer.micro_batch (if null, trainer.global_batch / ranks)"
             check(micro_batch % 2 == 0, key, "even for Mixup and CutMix, which mix images in pairs", micro_batch)
 
+        images, val_images = load_dataset(config.data, train=True), load_dataset(config.data, train=False)
         seed_torch(config.seed, "model")
         with config_errors():
             model = build_model(config.model, config.attention)
-        images, val_images = load_dataset(config.data, train=True), load_dataset(config.data, train=False)
+            model.set_grad_checkpointing(trainer.grad_checkpointing)
         transform = train_transform(config.augment, config.data)
         val_batches = eval_loader(val_images, eval_transform(config.data), world, trainer.eval_batch, trainer.workers)
         order = TrainOrder(len(images), trainer.global_batch, config.seed, config.augment.repeats)
+        started_from = init_from(model, Path(trainer.init_from)) if trainer.init_from is not None else None
         state = TrainState(model, trainer, config.optim, world, order.steps_per_epoch)
 
         training = TrainingRun(folder, state, trainer, world)
-        if not training.resume() and trainer.eval_only:
-            raise ConfigError(f"trainer.eval_only=true needs a checkpoint in {folder.checkpoints}")
+        resumed = training.resume()
         if trainer.eval_only or training.finished:
-            training.draw(config.name)
+            if resumed:
+                training.draw(config.name)
+            else:
+                check_complete(started_from, folder)
             return summarize(config, evaluate_weights(state, val_batches), world.is_main)
+        check_files(config.data, [images, val_images], world)
 
         with training.open(config.name, plain(config), config.wandb):
             training.reporter.say(introduce(config, state, len(images), len(val_images)))
+            if started_from is not None and not resumed:
+                training.reporter.say(f"starting from {trainer.init_from}\n{started_from}")
             loss_of = ClassificationLoss(BatchMixer(config.augment, config.data.num_classes, config.seed))
             shares = MicroBatches(order, world, micro_batch, accumulation, state.step, state.total_steps)
             for batches in train_loader(images, transform, config.seed, shares, trainer.workers):
@@ -80,6 +93,27 @@ def run(config: TrainClsConfig) -> dict[str, float]:
                     training.save()
         training.draw(config.name)
         return summarize(config, result, world.is_main)
+
+
+def check_complete(started_from: InitReport | None, folder: RunDirectory) -> None:
+    """Raise `ConfigError` unless there is something to evaluate: every parameter of the model, from a file."""
+    if started_from is None:
+        raise ConfigError(f"trainer.eval_only=true needs a checkpoint in {folder.checkpoints}, or trainer.init_from")
+    if started_from.new:
+        missing = f"{started_from.new[0]} and {len(started_from.new) - 1} others"
+        raise ConfigError(
+            f"trainer.eval_only=true needs every parameter from trainer.init_from; {missing} are not in it"
+        )
+
+
+def check_files(data: DataConfig, datasets: list[Any], world: World) -> None:
+    """Read image files for a while; print what is found, and raise `ConfigError` if a training cannot use it."""
+    result = world.broadcast(examine(datasets, data.check_seconds) if world.is_main else None)
+    if result.errors:
+        more = f" ({len(result.errors)} such files; scripts/doctor.py lists them)" if len(result.errors) > 1 else ""
+        raise ConfigError(f"{result.errors[0]}{more}")
+    if world.is_main and result.findings:
+        print(f"data: {result}, such as {result.findings[0]}", flush=True)
 
 
 def evaluate_weights(state: TrainState, batches: Iterable[tuple[Tensor, Tensor]]) -> dict[str, float]:

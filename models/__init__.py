@@ -4,17 +4,23 @@ from typing import Any
 
 from torch import nn
 
+from models.cswin import CSWin, CSWinConfig
 from models.deit import DeiT, DeiTConfig
+from models.pvt import PVT, PVTConfig
+from models.swin import Swin, SwinConfig
 
 __all__ = ["MODELS", "build_model"]
 
 # family -> (config dataclass, module)
 MODELS: dict[str, tuple[type, type[nn.Module]]] = {
+    "cswin": (CSWinConfig, CSWin),
     "deit": (DeiTConfig, DeiT),
+    "pvt": (PVTConfig, PVT),
+    "swin": (SwinConfig, Swin),
 }
 
 
-def build_model(config: Any, attention: Any) -> nn.Module:
+def build_model(config: Any, attention: Any) -> Any:
     """Build the backbone that `config` (one of the dataclasses in `MODELS`) describes, with that attention."""
     if config.family not in MODELS:
         raise ValueError(f"model.family must be one of {sorted(MODELS)}, got '{config.family}'")

@@ -1,13 +1,142 @@
-"""What several backbones need and timm does not have."""
+"""What several backbones are made of.
+
+Shape letters: B batch, N tokens (of a grid H x W, after P prefix tokens), C channels, K classes, L tokens of a window.
+"""
 
 from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any, TypeVar
 
-from timm.layers import trunc_normal_
-from torch import nn
+import torch
+from timm.layers import DropPath, Mlp, trunc_normal_
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from models.config import BackboneConfig, check_size
 
 Config = TypeVar("Config")
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block: `x + Attention(LN(x))`, then `x + MLP(LN(x))`, each under stochastic depth."""
+
+    def __init__(
+        self, dim: int, attention: nn.Module, mlp_ratio: float, drop: float, drop_path: float, norm_eps: float
+    ) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=norm_eps)
+        self.attn = attention
+        self.norm2 = nn.LayerNorm(dim, eps=norm_eps)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=drop)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        """`(B, N, C)` to `(B, N, C)`."""
+        x = x + self.drop_path(self.attn(self.norm1(x), grid))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+class Backbone(nn.Module):
+    """An image classifier: the size check, the head, and what timm's models offer around them.
+
+    A subclass defines `forward_features` and `pool`, and calls `init_weights` at the end of its constructor.
+
+    Args:
+        config: the size.
+        num_features: width of the last tokens.
+        num_prefix_tokens: P of the last tokens.
+    """
+
+    def __init__(self, config: BackboneConfig, num_features: int, num_prefix_tokens: int) -> None:
+        super().__init__()
+        self.config = config
+        self.num_features = self.head_hidden_size = num_features
+        self.num_prefix_tokens = num_prefix_tokens
+        self.num_classes = config.num_classes
+        self.size_multiple = config.size_multiple
+        self.grad_checkpointing = False
+        self.reset_classifier(config.num_classes)
+
+    def init_weights(self) -> None:
+        """Linear layers truncated normal 0.02, their biases zero."""
+        self.apply(init_linear)
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of parameters with two or more dimensions that the recipe does not decay."""
+        return set()
+
+    def convert_official(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Parameters by their names in the original code to this model's; names that are ours already stay."""
+        return dict(state)
+
+    def check_images(self, images: Tensor) -> None:
+        """Raise `ValueError` with the valid sizes if images `(B, in_chans, height, width)` do not fit."""
+        check_size((images.shape[-2], images.shape[-1]), self.size_multiple, "image height and width")
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Keep only the input of each block for the backward pass, and compute the rest again there."""
+        self.grad_checkpointing = enable
+
+    def run_block(self, block: nn.Module, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        """A block, under gradient checkpointing if it is on: `(B, N, C)` to `(B, N, C)`."""
+        if self.grad_checkpointing and self.training and torch.is_grad_enabled():
+            return checkpoint(block, x, grid, use_reentrant=False)
+        return block(x, grid)
+
+    def get_classifier(self) -> nn.Module:
+        """The last linear layer."""
+        return self.head
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """A new head for that many classes; 0 leaves the pooled features. `global_pool` cannot be changed."""
+        if global_pool is not None:
+            raise ValueError(f"global_pool is fixed by the architecture, got '{global_pool}'")
+        self.num_classes = num_classes
+        self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
+        init_linear(self.head)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Images `(B, in_chans, height, width)` to normalised tokens `(B, N, C)`."""
+        raise NotImplementedError
+
+    def pool(self, x: Tensor) -> Tensor:
+        """Tokens `(B, N, C)` to features `(B, C)`: the class token if there is one, or the mean."""
+        return x[:, 0] if self.num_prefix_tokens else x.mean(dim=1)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Tokens `(B, N, C)` to logits `(B, K)`, or to the features `(B, C)` before them."""
+        x = self.pool(x)
+        return x if pre_logits else self.head(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images `(B, in_chans, height, width)` to logits `(B, K)`."""
+        return self.forward_head(self.forward_features(x))
+
+
+class ConvEmbed(nn.Module):
+    """A strided convolution and a norm: an image, or the tokens of a stage as one, to the tokens of the next."""
+
+    def __init__(self, in_chans: int, dim: int, kernel: int, stride: int, padding: int = 0) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(in_chans, dim, kernel, stride, padding)
+        self.norm = nn.LayerNorm(dim)
+
+    def forward(self, image: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """`(B, in_chans, height, width)` to tokens `(B, N, C)` and their grid."""
+        image = self.proj(image)  # (B, C, H, W)
+        return self.norm(image.flatten(2).transpose(1, 2)), (image.shape[2], image.shape[3])
+
+
+def split_windows(x: Tensor, window: tuple[int, int]) -> Tensor:
+    """Cut `(B, H, W, C)` into windows `(B, H W / L, L, C)`, row by row; `window` must divide the grid."""
+    x = x.unflatten(2, (-1, window[1])).unflatten(1, (-1, window[0]))  # (B, H / h, h, W / w, w, C)
+    return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)
+
+
+def join_windows(x: Tensor, window: tuple[int, int], grid: tuple[int, int]) -> Tensor:
+    """Windows `(B, H W / L, L, C)` back to `(B, H, W, C)`."""
+    x = x.unflatten(2, window).unflatten(1, (grid[0] // window[0], grid[1] // window[1]))  # (B, H/h, W/w, h, w, C)
+    return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)
 
 
 def init_linear(module: nn.Module) -> None:
@@ -18,6 +147,11 @@ def init_linear(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
+def drop_path_rates(rate: float, depth: int) -> list[float]:
+    """Stochastic depth of each of `depth` blocks: from 0 to `rate`, linearly."""
+    return [rate * index / max(depth - 1, 1) for index in range(depth)]
+
+
 def select_options(config_class: type[Config], options: Mapping[str, Any]) -> Config:
     """Build a config dataclass from a mapping of its fields; `ValueError` names a key that it does not have."""
     known = {f.name for f in fields(config_class)}  # type: ignore[arg-type]
@@ -25,3 +159,15 @@ def select_options(config_class: type[Config], options: Mapping[str, Any]) -> Co
     if unknown:
         raise ValueError(f"{config_class.__name__} has no key '{unknown[0]}'; it has {', '.join(sorted(known))}")
     return config_class(**options)
+
+
+def load_official(model: Any, state_dict: Mapping[str, Any]) -> Any:
+    """`model` with the weights of the original code, which may lie under `model`, `state_dict` or `state_dict_ema`.
+
+    Raises:
+        RuntimeError: on a missing, unexpected or misshapen parameter.
+    """
+    for key in ("state_dict_ema", "model", "state_dict"):
+        state_dict = state_dict.get(key, state_dict)
+    model.load_state_dict(model.convert_official(state_dict))
+    return model

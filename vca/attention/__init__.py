@@ -9,7 +9,7 @@ from torch import nn
 
 from vca.attention.contrast import VCAConfig, VisualContrastAttention, visual_contrast_attention
 from vca.attention.replace import replace_attention
-from vca.attention.softmax import SoftmaxAttention, SoftmaxConfig
+from vca.attention.softmax import SoftmaxAttention, SoftmaxConfig, softmax_attention
 
 __all__ = [
     "ATTENTIONS",
@@ -19,6 +19,7 @@ __all__ = [
     "VisualContrastAttention",
     "build_attention",
     "replace_attention",
+    "softmax_attention",
     "visual_contrast_attention",
 ]
 

@@ -1,8 +1,9 @@
 """Multi-head self-attention (MHSA), the baseline that every variant is compared with.
 
-    o = softmax(q k^T / sqrt D) v,    y = o Wo
+    o = softmax(q k^T / sqrt D + bias) v,    y = o Wo
 
-Parameters are named as in timm's `Attention` (`qkv`, `proj`), so that its checkpoints load as they are.
+Parameters are named as in timm's `Attention` (`qkv`, `proj`), so that its checkpoints load as they are. The windows
+and stripes of the backbones call the function with the tokens they have chosen.
 
 Shape letters: B batch, N tokens, C channels, M heads, D = C / M head dim.
 """
@@ -15,15 +16,25 @@ from torch import Tensor, nn
 from vca.attention.geometry import check_heads
 
 
+def softmax_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Softmax attention of `(B, M, N, D)` queries over `(B, M, N', D)` keys and values: `(B, M, N, D)`.
+
+    `bias` is added to the scores; `(M, N, N')` or anything that broadcasts to `(B, M, N, N')`.
+    """
+    if bias is not None:
+        bias = bias.to(q.dtype)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+
+
 @dataclass
 class SoftmaxConfig:
-    """MHSA has no options of its own."""
+    """MHSA has no options of its own. A backbone with windows, stripes or spatial reduction keeps them under it."""
 
     name: str = "softmax"
 
 
 class SoftmaxAttention(nn.Module):
-    """MHSA through `scaled_dot_product_attention`.
+    """MHSA over all tokens.
 
     Takes the arguments that every variant takes (see `vca.attention.build_attention`); the token grid and the
     contrast pool mean nothing to it.
@@ -55,5 +66,5 @@ class SoftmaxAttention(nn.Module):
         """Attend over all tokens: `(B, N, C)` to `(B, N, C)`. `grid` is accepted and not needed."""
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # (B, N, 3, M, D)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # 3 x (B, M, N, D)
-        out = F.scaled_dot_product_attention(q, k, v)  # (B, M, N, D)
+        out = softmax_attention(q, k, v)  # (B, M, N, D)
         return self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))  # (B, N, C)

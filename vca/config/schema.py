@@ -40,3 +40,10 @@ class TrainClsConfig:
         for key in ("num_classes", "in_chans"):
             ours, theirs = getattr(self.model, key), getattr(self.data, key)
             check(ours == theirs, f"model.{key}", f"data.{key}, {theirs}", ours)
+
+
+@dataclass
+class DoctorConfig:
+    """`scripts/doctor.py`."""
+
+    data: DataConfig = field(default_factory=DataConfig)

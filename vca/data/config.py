@@ -17,6 +17,7 @@ class DataConfig:
         mean, std: normalisation, one number a channel, for pixels in [0, 1].
         crop_pct: the evaluation image is the centre `crop_pct` of the shorter side.
         interpolation: of the evaluation resize.
+        check_seconds: how long to read image files, in a random order, before a training starts; 0 does not.
     """
 
     name: str = "digits"
@@ -28,6 +29,7 @@ class DataConfig:
     std: list[float] = field(default_factory=lambda: [0.229, 0.224, 0.225])
     crop_pct: float = 0.875
     interpolation: str = "bicubic"
+    check_seconds: float = 5.0
 
     def __post_init__(self) -> None:
         check(self.img_size >= 1, "data.img_size", ">= 1", self.img_size)
@@ -37,5 +39,6 @@ class DataConfig:
         std_ok = len(self.std) == self.in_chans and min(self.std) > 0
         check(std_ok, "data.std", f"{self.in_chans} numbers > 0", list(self.std))
         check(0 < self.crop_pct <= 1, "data.crop_pct", "in (0, 1]", self.crop_pct)
+        check(self.check_seconds >= 0, "data.check_seconds", ">= 0", self.check_seconds)
         known = ("bicubic", "bilinear")
         check(self.interpolation in known, "data.interpolation", " or ".join(known), self.interpolation)

@@ -1,5 +1,6 @@
 """Images in class folders, as ImageNet is laid out: `root/train/<class>/*.jpg` and `root/val/<class>/*.jpg`."""
 
+import os
 from pathlib import Path
 
 from torch.utils.data import Dataset
@@ -7,31 +8,43 @@ from torch.utils.data import Dataset
 from vca.data.config import DataConfig
 from vca.runtime.errors import ConfigError
 
+SPLITS = ("train", "val")
+
 
 def load_imagefolder(config: DataConfig, train: bool) -> Dataset:
     """`(RGB PIL image, label)`; classes are numbered by the sorted names of the folders in `train`.
 
     Raises:
-        ConfigError: if a folder is missing, a class has no image, or the classes are not `data.num_classes` ones or
-            not the same in both splits.
+        ConfigError: if a folder is missing or has no class folders, a class has no image, or the classes are not
+            `data.num_classes` ones or not the same in both splits.
     """
     from torchvision.datasets import ImageFolder
 
     root = Path(config.root or "")
     if config.root is None or not (root / "train").is_dir() or not (root / "val").is_dir():
         raise ConfigError(f"data.root must be a folder that holds train/ and val/ class folders, got {config.root!r}")
-    folder = root / ("train" if train else "val")
-    try:
-        images = ImageFolder(str(folder))
-    except FileNotFoundError as error:
-        raise ConfigError(f"data.root={config.root}: {folder.name}/: {error}") from error
-    splits = [{entry.name for entry in (root / split).iterdir() if entry.is_dir()} for split in ("train", "val")]
-    if splits[0] != splits[1]:
-        odd = sorted(splits[0] ^ splits[1])[0]
-        raise ConfigError(f"data.root={config.root}: class folder '{odd}' is in only one of train/ and val/")
-    if len(images.classes) != config.num_classes:
+    classes = {split: {entry.name for entry in os.scandir(root / split) if entry.is_dir()} for split in SPLITS}
+    for split in SPLITS:
+        if not classes[split]:
+            files = sum(1 for entry in os.scandir(root / split) if entry.is_file())
+            raise ConfigError(
+                f"data.root={config.root}: {split}/ holds {files} files and no class folders; "
+                f"sort them into {split}/<class>/"
+            )
+    if odd := sorted(classes["train"] ^ classes["val"]):
+        there, lacking = SPLITS if odd[0] in classes["train"] else SPLITS[::-1]
+        others = f" and {len(odd) - 1} more" if len(odd) > 1 else ""
         raise ConfigError(
-            f"data.num_classes is {config.num_classes}, but {folder} holds {len(images.classes)} class folders; "
-            f"set data.num_classes={len(images.classes)} or mend the folder"
+            f"data.root={config.root}: class folder '{odd[0]}'{others} is in {there}/ and not in {lacking}/; "
+            f"complete {lacking}/ or remove it"
         )
-    return images
+    if len(classes["train"]) != config.num_classes:
+        raise ConfigError(
+            f"data.num_classes is {config.num_classes}, but {root / 'train'} holds {len(classes['train'])} class "
+            f"folders; complete it, or set data.num_classes={len(classes['train'])}"
+        )
+    split = "train" if train else "val"
+    try:
+        return ImageFolder(str(root / split))
+    except FileNotFoundError as error:  # a class without an image
+        raise ConfigError(f"data.root={config.root}: {split}/: {error}") from error

@@ -27,9 +27,12 @@ from vca.runtime.errors import ConfigError
 # Keys that may differ between two starts of one run: they change where and how it runs, not what it computes.
 FREE_KEYS = (
     "out_dir",
+    "data.check_seconds",
+    "data.root",
     "trainer.checkpoint_every",
     "trainer.device",
     "trainer.eval_only",
+    "trainer.grad_checkpointing",
     "trainer.keep_checkpoints",
     "trainer.timeout_minutes",
     "trainer.workers",

@@ -48,7 +48,9 @@ class TrainerConfig:
         workers: loader processes a rank; 0 loads in the training process. Results do not depend on it.
         deterministic: ask CUDA for deterministic kernels (exact resume there needs it; slower). CUDA has none for a
             contrast grid that does not divide the token grid, and stops with an error there.
-        eval_only: evaluate the newest checkpoint of the run directory and stop.
+        grad_checkpointing: keep only the input of each block for the backward pass: less memory, about a third slower.
+        init_from: file of weights to start from, of this project or of the original repositories; what fits is taken.
+        eval_only: evaluate the newest checkpoint of the run directory, or the weights of `init_from`, and stop.
         timeout_minutes: how long the ranks wait for a lost one.
     """
 
@@ -67,6 +69,8 @@ class TrainerConfig:
     keep_checkpoints: int = 2
     workers: int = 4
     deterministic: bool = False
+    grad_checkpointing: bool = False
+    init_from: str | None = None
     eval_only: bool = False
     timeout_minutes: float = 10.0
 

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Any
 
 import torch
@@ -10,13 +11,28 @@ from torch import nn
 from vca.runtime.errors import check
 
 
+class Schedule(Enum):
+    """When the learning rate moves.
+
+    `per_step`: at every update, as in Swin. `per_epoch`: at the start of an epoch, as in timm's own training script and
+    CSWin. `per_epoch_late`: likewise one epoch late, as in DeiT and PVT, which step the schedule with the number of the
+    epoch that has just ended: epochs 0 and 1 both run at `warmup_lr`.
+    """
+
+    per_step = "per_step"
+    per_epoch = "per_epoch"
+    per_epoch_late = "per_epoch_late"
+
+
 @dataclass
 class OptimConfig:
     """AdamW with linear warm-up and cosine decay.
 
     Attributes:
         lr: peak learning rate; null derives it as `base_lr * trainer.global_batch / 512`.
+        schedule: `per_step`, `per_epoch` or `per_epoch_late`.
         warmup_epochs: length of the linear warm-up from `warmup_lr`; fractions are allowed.
+        cooldown_epochs: how many epochs at the end, of those that `trainer` counts, run at `min_lr`.
         min_lr: where the cosine ends.
         clip_grad: largest norm of the whole gradient; null does not clip.
     """
@@ -26,7 +42,9 @@ class OptimConfig:
     weight_decay: float = 0.05
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
     eps: float = 1e-8
+    schedule: Schedule = Schedule.per_step
     warmup_epochs: float = 5.0
+    cooldown_epochs: float = 0.0
     warmup_lr: float = 1e-6
     min_lr: float = 1e-5
     clip_grad: float | None = None
@@ -38,9 +56,8 @@ class OptimConfig:
         two = len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas)
         check(two, "optim.betas", "two numbers in [0, 1)", list(self.betas))
         check(self.eps > 0, "optim.eps", "> 0", self.eps)
-        check(self.warmup_epochs >= 0, "optim.warmup_epochs", ">= 0", self.warmup_epochs)
-        check(self.warmup_lr >= 0, "optim.warmup_lr", ">= 0", self.warmup_lr)
-        check(self.min_lr >= 0, "optim.min_lr", ">= 0", self.min_lr)
+        for key in ("warmup_epochs", "cooldown_epochs", "warmup_lr", "min_lr"):
+            check(getattr(self, key) >= 0, f"optim.{key}", ">= 0", getattr(self, key))
         check(self.lr is None or self.min_lr <= self.lr, "optim.min_lr", f"<= optim.lr {self.lr}", self.min_lr)
         check(self.clip_grad is None or self.clip_grad > 0, "optim.clip_grad", "> 0 or null", self.clip_grad)
 
@@ -49,12 +66,22 @@ class OptimConfig:
         return self.lr if self.lr is not None else self.base_lr * global_batch / 512
 
 
-def learning_rate(config: OptimConfig, step: int, total_steps: int, steps_per_epoch: float, peak: float) -> float:
-    """Learning rate of update number `step` (from 0): linear warm-up, then half a cosine over all of `total_steps`."""
-    warmup = config.warmup_epochs * steps_per_epoch
-    if step < warmup:
-        return config.warmup_lr + (peak - config.warmup_lr) * step / warmup
-    return config.min_lr + 0.5 * (peak - config.min_lr) * (1 + math.cos(math.pi * step / total_steps))
+def learning_rate(config: OptimConfig, step: int, total_steps: int, steps_per_epoch: int, peak: float) -> float:
+    """Learning rate of update number `step` (from 0).
+
+    Linear warm-up, then half a cosine that counts from the start of the training, then `min_lr`.
+    """
+    epoch = step / steps_per_epoch
+    if config.schedule is not Schedule.per_step:
+        epoch = step // steps_per_epoch
+    if config.schedule is Schedule.per_epoch_late:
+        epoch = max(epoch - 1, 0)
+    length = total_steps / steps_per_epoch - config.cooldown_epochs
+    if epoch < config.warmup_epochs:
+        return config.warmup_lr + (peak - config.warmup_lr) * epoch / config.warmup_epochs
+    if epoch >= length:
+        return config.min_lr
+    return config.min_lr + 0.5 * (peak - config.min_lr) * (1 + math.cos(math.pi * epoch / length))
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:

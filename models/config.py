@@ -1,0 +1,122 @@
+"""The fields that the configs of several backbones share, and their ranges. Names as in timm."""
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from timm.layers import to_2tuple
+
+from vca.attention.geometry import is_pair
+
+
+@dataclass
+class BackboneConfig:
+    """Every backbone.
+
+    Attributes:
+        family: the key in `models.MODELS`.
+        name: what runs and tables call this size.
+        img_size: pixels, one integer or `[height, width]`.
+        drop_rate: dropout after positions, projections and in the MLPs.
+        drop_path_rate: stochastic depth of the last block; it grows linearly from 0 at the first.
+    """
+
+    family: str = ""
+    name: str = ""
+    img_size: Any = 224
+    in_chans: int = 3
+    num_classes: int = 1000
+    drop_rate: float = 0.0
+    drop_path_rate: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.in_chans < 1:
+            raise ValueError(f"model.in_chans must be >= 1, got {self.in_chans}")
+        if self.num_classes < 0:
+            raise ValueError(f"model.num_classes must be >= 0, got {self.num_classes}")
+        for key in ("drop_rate", "drop_path_rate"):
+            if not 0 <= getattr(self, key) < 1:
+                raise ValueError(f"model.{key} must be in [0, 1), got {getattr(self, key)}")
+        size = self.img_size
+        if not (type(size) is int and size >= 1) and not is_pair(size):
+            raise ValueError(f"model.img_size must be an integer or two, >= 1, got {size!r}")
+        check_size(self.size, self.size_multiple, "model.img_size")
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """`(height, width)` in pixels."""
+        return to_2tuple(self.img_size)
+
+    @property
+    def size_multiple(self) -> int:
+        """What height and width of an image must be multiples of."""
+        raise NotImplementedError
+
+    def check_positive(self, *keys: str) -> None:
+        """Raise `ValueError` unless each of these numbers is positive, or each entry of these lists."""
+        for key in keys:
+            value = getattr(self, key)
+            entries = value if isinstance(value, (list, tuple)) else [value]
+            if not entries or not all(entry > 0 for entry in entries):
+                raise ValueError(f"model.{key} must be > 0, got {value}")
+
+
+@dataclass
+class PyramidConfig(BackboneConfig):
+    """Backbones of several stages, each of half the resolution of the one before.
+
+    Attributes:
+        patch_size: stride of the first embedding, pixels.
+        depths, num_heads: blocks and heads of each stage.
+        attention_stages: the stages, from 1, in which a variant such as VCA takes the place of the backbone's own
+            attention and sees the whole grid. The softmax baseline keeps the backbone's own everywhere.
+        contrast_grids: `[h, w]` of the contrast tokens of each stage, unless `attention.pool` names another.
+    """
+
+    patch_size: int = 4
+    depths: list[int] = field(default_factory=lambda: [2, 2, 2, 2])
+    num_heads: list[int] = field(default_factory=lambda: [1, 2, 4, 8])
+    qkv_bias: bool = True
+    attention_stages: list[int] = field(default_factory=lambda: [1, 2, 3, 4])
+    contrast_grids: list[list[int]] = field(default_factory=lambda: [[3, 3], [4, 4], [7, 7], [7, 7]])
+
+    # Keys whose lists have one entry a stage.
+    per_stage: ClassVar[tuple[str, ...]] = ("num_heads", "contrast_grids")
+
+    def __post_init__(self) -> None:
+        self.check_positive("patch_size", "depths", "num_heads")
+        super().__post_init__()
+        stages = len(self.depths)
+        for key in self.per_stage:
+            if len(getattr(self, key)) != stages:
+                raise ValueError(f"model.{key} must have {stages} entries, one a stage, got {list(getattr(self, key))}")
+        if not set(self.attention_stages) <= set(range(1, stages + 1)):
+            raise ValueError(f"model.attention_stages must name stages from 1 to {stages}, got {self.attention_stages}")
+        for pair in self.contrast_grids:
+            if not is_pair(pair):
+                raise ValueError(f"model.contrast_grids must be pairs of integers >= 1, got {pair}")
+        for stage, heads in enumerate(self.num_heads):
+            if self.dim(stage) % heads:
+                raise ValueError(f"model.num_heads must divide the widths of the stages: {heads} and {self.dim(stage)}")
+
+    @property
+    def size_multiple(self) -> int:
+        """The stride of the last stage."""
+        return self.patch_size * 2 ** (len(self.depths) - 1)
+
+    def dim(self, stage: int) -> int:
+        """Width of a stage, counted from 0."""
+        raise NotImplementedError
+
+    def grid(self, stage: int) -> tuple[int, int]:
+        """`(H, W)` of the tokens of a stage, counted from 0."""
+        stride = self.patch_size * 2**stage
+        return self.size[0] // stride, self.size[1] // stride
+
+
+def check_size(size: tuple[int, int], multiple: int, what: str) -> None:
+    """Raise `ValueError` with the nearest valid sizes unless both sides are multiples of `multiple`."""
+    if size[0] % multiple == 0 and size[1] % multiple == 0:
+        return
+    shown = f"{size[0]} x {size[1]}" if size[0] != size[1] else str(size[0])
+    near = sorted({max(1, side // multiple + up) * multiple for side in size for up in (0, 1)})
+    raise ValueError(f"{what} must be a multiple of {multiple}, such as {' or '.join(map(str, near))}, got {shown}")

@@ -1,0 +1,185 @@
+"""PVT v1: the Pyramid Vision Transformer (arXiv 2102.12122).
+
+Its own attention is spatial-reduction attention: keys and values come from a strided convolution of the grid. Under
+`attention=softmax` it is the original, class token included. With VCA in all four stages it is the PVT of Table 1 of
+the VCA paper: no spatial reduction, and the mean over the last tokens in the place of the class token.
+
+Shape letters: B batch, N tokens of a grid H x W (in stage 4 after the class token), C channels, M heads, D = C / M head
+dim, S tokens after the spatial reduction.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from timm.layers import trunc_normal_
+from torch import Tensor, nn
+
+from models.config import PyramidConfig
+from models.layers import ConvEmbed, load_official, select_options
+from models.pyramid import Pyramid, keeps_own
+from vca.attention import SoftmaxConfig, softmax_attention
+from vca.attention.geometry import to_image
+
+
+@dataclass
+class PVTConfig(PyramidConfig):
+    """Size of a PVT; names as in its repository.
+
+    Attributes:
+        embed_dims, mlp_ratios: width and MLP ratio of each stage.
+        sr_ratios: of each stage, how far height and width shrink for the keys and values; 1 does not.
+        norm_eps: of the norms in the blocks and after them.
+    """
+
+    family: str = "pvt"
+    name: str = "pvt_tiny"
+    embed_dims: list[int] = field(default_factory=lambda: [64, 128, 320, 512])
+    num_heads: list[int] = field(default_factory=lambda: [1, 2, 5, 8])
+    mlp_ratios: list[float] = field(default_factory=lambda: [8, 8, 4, 4])
+    sr_ratios: list[int] = field(default_factory=lambda: [8, 4, 2, 1])
+    norm_eps: float = 1e-6
+
+    per_stage: ClassVar[tuple[str, ...]] = (*PyramidConfig.per_stage, "embed_dims", "mlp_ratios", "sr_ratios")
+
+    def __post_init__(self) -> None:
+        self.check_positive("embed_dims", "mlp_ratios", "sr_ratios", "norm_eps")
+        super().__post_init__()
+        if self.sr_ratios[-1] != 1:
+            raise ValueError(f"model.sr_ratios must end with 1, the stage of the class token, got {self.sr_ratios}")
+        for stage, ratio in enumerate(self.sr_ratios):
+            if min(self.grid(stage)) < ratio:
+                raise ValueError(f"model.sr_ratios: {ratio} is larger than the grid {self.grid(stage)} of its stage")
+
+    def dim(self, stage: int) -> int:
+        """Width of a stage, counted from 0."""
+        return self.embed_dims[stage]
+
+
+class SpatialReductionAttention(nn.Module):
+    """MHSA whose keys and values are taken from a grid `sr_ratio` times smaller in each direction.
+
+    `qkv` is one layer, as in every attention here, although its rows for q and for k, v see different tokens.
+    """
+
+    def __init__(self, dim: int, num_heads: int, sr_ratio: int, qkv_bias: bool, proj_drop: float) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.proj = nn.Linear(dim, dim)
+        self.proj_drop = nn.Dropout(proj_drop)
+        self.sr = nn.Conv2d(dim, dim, sr_ratio, sr_ratio) if sr_ratio > 1 else None
+        self.norm = nn.LayerNorm(dim) if sr_ratio > 1 else None
+
+    def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        """`(B, N, C)` to `(B, N, C)`."""
+        dim = x.shape[-1]
+        source = x  # (B, S, C)
+        if self.sr is not None and self.norm is not None:
+            source = self.norm(self.sr(to_image(x, grid, 0)).flatten(2).transpose(1, 2))  # (B, S, C)
+        (q_weight, kv_weight), (q_bias, kv_bias) = self.qkv.weight.split((dim, 2 * dim)), (None, None)
+        if self.qkv.bias is not None:
+            q_bias, kv_bias = self.qkv.bias.split((dim, 2 * dim))
+        q = F.linear(x, q_weight, q_bias).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)  # (B, M, N, D)
+        kv = F.linear(source, kv_weight, kv_bias).unflatten(-1, (2, self.num_heads, -1))  # (B, S, 2, M, D)
+        k, v = kv.permute(2, 0, 3, 1, 4).unbind(0)  # 2 x (B, M, S, D)
+        out = softmax_attention(q, k, v)  # (B, M, N, D)
+        return self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))  # (B, N, C)
+
+
+class PVT(Pyramid):
+    """Four stages with learned positions; a class token in the last, as long as that keeps the original attention.
+
+    Args:
+        config: the size.
+        attention: config of an attention variant, one of `vca.attention.ATTENTIONS`.
+    """
+
+    config: PVTConfig
+
+    def __init__(self, config: PVTConfig, attention: Any) -> None:
+        last = len(config.depths) - 1
+        class_tokens = 1 if keeps_own(config, attention, last) else 0
+        widths, strides = [config.in_chans, *config.embed_dims], [config.patch_size] + [2] * last
+
+        def own_attention(stage: int, block: int) -> nn.Module:
+            return SpatialReductionAttention(
+                config.dim(stage), config.num_heads[stage], config.sr_ratios[stage], config.qkv_bias, config.drop_rate
+            )
+
+        super().__init__(
+            config,
+            attention,
+            [ConvEmbed(widths[i], widths[i + 1], stride, stride) for i, stride in enumerate(strides)],
+            own_attention,
+            config.mlp_ratios,
+            config.norm_eps,
+            num_prefix_tokens=class_tokens,
+        )
+        counts = [config.grid(stage)[0] * config.grid(stage)[1] for stage in range(last + 1)]
+        counts[last] += class_tokens
+        self.pos_embeds = nn.ParameterList(
+            nn.Parameter(torch.zeros(1, count, config.dim(stage))) for stage, count in enumerate(counts)
+        )
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, config.dim(last))) if class_tokens else None
+        self.pos_drop = nn.Dropout(config.drop_rate)
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """As the original: linear layers, positions and the class token truncated normal 0.02, biases zero."""
+        super().init_weights()
+        for tokens in [*self.pos_embeds, *([self.cls_token] if self.cls_token is not None else [])]:
+            trunc_normal_(tokens, std=0.02)
+
+    def no_weight_decay(self) -> set[str]:
+        """The class token; the original does decay its positions."""
+        return {"cls_token"} if self.cls_token is not None else set()
+
+    def enter(self, stage: int, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Put the class token before the tokens `(B, H W, C)` of the last stage, and add the positions."""
+        prefix = 0
+        if self.cls_token is not None and stage == len(self.stages) - 1:
+            prefix = 1
+            x = torch.cat((self.cls_token.expand(x.shape[0], -1, -1), x), dim=1)  # (B, N, C)
+        return self.pos_drop(x + self.positions(stage, grid, prefix))  # (B, N, C)
+
+    def positions(self, stage: int, grid: tuple[int, int], prefix: int) -> Tensor:
+        """Positions `(1, N, C)` of a stage, interpolated where the grid is not the one they were made for."""
+        embed, made_for = self.pos_embeds[stage], self.config.grid(stage)
+        if grid == made_for:
+            return embed
+        image = to_image(embed, made_for, prefix)  # (1, C, H, W)
+        resized = F.interpolate(image, size=grid, mode="bilinear").flatten(2).transpose(1, 2)  # (1, H W, C)
+        return torch.cat((embed[:, :prefix], resized), dim=1)  # (1, N, C)
+
+    def convert_official(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Names of the PVT repository to ours; its `q` and `kv` become one `qkv`."""
+        renamed = {}
+        for name, tensor in state.items():
+            if ".attn.kv." in name:
+                continue
+            if ".attn.q." in name and (kv := state.get(name.replace(".q.", ".kv."))) is not None:
+                name, tensor = name.replace(".q.", ".qkv."), torch.cat((tensor, kv))
+            name = re.sub(r"^pos_embed(\d)", lambda m: f"pos_embeds.{int(m[1]) - 1}", name)
+            name = re.sub(r"^patch_embed(\d)", lambda m: f"stages.{int(m[1]) - 1}.embed", name)
+            name = re.sub(r"^block(\d)", lambda m: f"stages.{int(m[1]) - 1}.blocks", name)
+            renamed[name] = tensor
+        return renamed
+
+
+def from_official(config: Mapping[str, Any], state_dict: Mapping[str, Any]) -> PVT:
+    """The softmax baseline with the weights of the PVT repository.
+
+    Args:
+        config: its own keys (`embed_dims`, `depths`, `num_heads`, `mlp_ratios`, `sr_ratios`, ...); what is not named is
+            PVT-Tiny's.
+        state_dict: parameters by name, or a checkpoint that holds them.
+
+    Raises:
+        ValueError: on a key that PVT does not have.
+        RuntimeError: on a missing, unexpected or misshapen parameter.
+    """
+    return load_official(PVT(select_options(PVTConfig, config), SoftmaxConfig()), state_dict)

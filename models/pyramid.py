@@ -1,0 +1,112 @@
+"""What PVT, Swin and CSWin share: stages of blocks over token grids, each grid half as high and wide as the last.
+
+In the stages that `attention_stages` names, the attention is the variant of the config and sees the whole grid; in the
+others, and everywhere under the softmax baseline, it is the backbone's own, with its windows, stripes or reductions.
+Both are called `attn(x, grid)`, and no block knows which it holds.
+
+Shape letters: B batch, N tokens of a grid H x W (after P prefix tokens), C channels of the stage.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from models.config import PyramidConfig
+from models.layers import Backbone, Block, drop_path_rates
+from vca.attention import SoftmaxConfig, build_attention
+from vca.attention.geometry import to_image
+
+
+class Stage(nn.Module):
+    """An embedding, which also halves the grid, and the blocks after it."""
+
+    def __init__(self, embed: nn.Module, blocks: Sequence[Block]) -> None:
+        super().__init__()
+        self.embed = embed
+        self.blocks = nn.ModuleList(blocks)
+
+
+def keeps_own(config: PyramidConfig, attention: Any, stage: int) -> bool:
+    """Whether a stage, counted from 0, keeps the backbone's own attention."""
+    return isinstance(attention, SoftmaxConfig) or stage + 1 not in config.attention_stages
+
+
+class Pyramid(Backbone):
+    """Stages over shrinking grids.
+
+    Args:
+        config: the size.
+        attention: config of an attention variant, one of `vca.attention.ATTENTIONS`.
+        embeds: of each stage: maps an image `(B, C, H, W)` to tokens and their grid.
+        own_attention: `(stage, block) -> module`, the backbone's own attention of that block.
+        mlp_ratios: of each stage.
+        norm_eps: of the norms in the blocks and after them.
+        num_prefix_tokens: of the last stage.
+    """
+
+    config: PyramidConfig
+
+    def __init__(
+        self,
+        config: PyramidConfig,
+        attention: Any,
+        embeds: Sequence[nn.Module],
+        own_attention: Callable[[int, int], nn.Module],
+        mlp_ratios: Sequence[float],
+        norm_eps: float = 1e-5,
+        num_prefix_tokens: int = 0,
+    ) -> None:
+        last = len(config.depths) - 1
+        super().__init__(config, config.dim(last), num_prefix_tokens)
+        rates = iter(drop_path_rates(config.drop_path_rate, sum(config.depths)))
+
+        def choose_attention(stage: int, block: int) -> nn.Module:
+            if keeps_own(config, attention, stage):
+                return own_attention(stage, block)
+            return build_attention(
+                attention,
+                config.dim(stage),
+                config.num_heads[stage],
+                config.grid(stage),
+                (config.contrast_grids[stage][0], config.contrast_grids[stage][1]),
+                num_prefix_tokens=num_prefix_tokens if stage == last else 0,
+                layer_index=sum(config.depths[:stage]) + block,
+                qkv_bias=config.qkv_bias,
+                proj_drop=config.drop_rate,
+            )
+
+        self.stages = nn.ModuleList(
+            Stage(
+                embed,
+                [
+                    Block(
+                        config.dim(stage),
+                        choose_attention(stage, block),
+                        mlp_ratios[stage],
+                        config.drop_rate,
+                        next(rates),
+                        norm_eps,
+                    )
+                    for block in range(config.depths[stage])
+                ],
+            )
+            for stage, embed in enumerate(embeds)
+        )
+        self.norm = nn.LayerNorm(self.num_features, eps=norm_eps)
+
+    def enter(self, stage: int, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        """What happens to the tokens `(B, H W, C)` between the embedding and the blocks of a stage."""
+        return x
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Images `(B, in_chans, height, width)` to normalised tokens `(B, N, C)` of the last stage."""
+        self.check_images(x)
+        stage: Any
+        for index, stage in enumerate(self.stages):
+            tokens, grid = stage.embed(x)  # (B, H W, C)
+            tokens = self.enter(index, tokens, grid)  # (B, N, C)
+            for block in stage.blocks:
+                tokens = self.run_block(block, tokens, grid)  # (B, N, C)
+            x = to_image(tokens, grid, tokens.shape[1] - grid[0] * grid[1])  # (B, C, H, W)
+        return self.norm(tokens)  # (B, N, C)

@@ -1,0 +1,116 @@
+"""The check of a data set's files before a training reads them for days.
+
+Images are visited in a random order until a time is spent, so that a set of thousands is read whole and one of a
+million is sampled. What stops a training, or would spoil it, is an error; what is only worth knowing is a note.
+"""
+
+import random
+import time
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, UnidentifiedImageError
+
+HIGH_DEPTH = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")  # PIL's modes of more than 8 bits a channel
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing wrong with one file, and what to do about it; a training cannot use it if it is `fatal`."""
+
+    path: str
+    problem: str
+    remedy: str
+    fatal: bool
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.problem}; {self.remedy}"
+
+
+@dataclass
+class Examination:
+    """What was found in how many images of how many, in how many seconds."""
+
+    findings: list[Finding]
+    checked: int
+    images: int
+    seconds: float
+
+    @property
+    def errors(self) -> list[Finding]:
+        """The findings that a training cannot live with."""
+        return [finding for finding in self.findings if finding.fatal]
+
+    def __str__(self) -> str:
+        part = "all" if self.checked == self.images else f"{self.checked} of"
+        notes = len(self.findings) - len(self.errors)
+        return f"read {part} {self.images} images in {self.seconds:.1f} s: {len(self.errors)} errors, {notes} notes"
+
+
+def examine(datasets: Iterable[Any], seconds: float) -> Examination:
+    """Read the image files of data sets that list them as `samples`, as torchvision's `ImageFolder` does.
+
+    Args:
+        datasets: one or several; those without files have nothing to examine.
+        seconds: after which to stop.
+    """
+    paths = [path for dataset in datasets for path, _ in getattr(dataset, "samples", ())]
+    random.Random(0).shuffle(paths)
+    start, findings, checked = time.perf_counter(), [], 0
+    for path in paths:
+        if time.perf_counter() - start >= seconds:
+            break
+        findings += examine_image(path)
+        checked += 1
+    return Examination(findings, checked, len(paths), time.perf_counter() - start)
+
+
+def examine_image(path: str) -> list[Finding]:
+    """What is wrong with one image file; mostly nothing."""
+    file = Path(path)
+    if not file.exists():
+        broken = file.is_symlink()
+        return [Finding(path, "is a link to nothing" if broken else "is gone", "restore it or remove it", True)]
+    if file.stat().st_size == 0:
+        return [Finding(path, "is empty", "copy it again", True)]
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            with Image.open(path) as image:
+                image.draft("RGB", (image.width // 8, image.height // 8))  # all of the file, but few of its pixels
+                image.load()
+                mode = image.mode
+                exif_problem = read_exif(image)
+    except UnidentifiedImageError:
+        return [Finding(path, "is not an image", "replace it or remove it", True)]
+    except (OSError, SyntaxError, ValueError) as error:
+        return [Finding(path, f"cannot be decoded ({error})", "copy it again", True)]
+    findings = []
+    exif_problem = exif_problem or next((str(w.message) for w in caught if "EXIF" in str(w.message)), None)
+    if exif_problem:
+        findings.append(
+            Finding(
+                path, f"has bad EXIF data ({exif_problem.strip()})", "harmless; `exiftool -all= FILE` drops it", False
+            )
+        )
+    if mode in HIGH_DEPTH:
+        findings.append(
+            Finding(
+                path, f"has more than 8 bits a pixel (mode {mode})", "it would turn white; convert it to 8 bits", True
+            )
+        )
+    if mode == "CMYK":
+        findings.append(Finding(path, "is CMYK", "harmless; it is read as RGB without its colour profile", False))
+    return findings
+
+
+def read_exif(image: Image.Image) -> str | None:
+    """What goes wrong when the EXIF data is read, or None."""
+    try:
+        image.getexif().get_ifd(0x8769)
+    except Exception as error:  # PIL lets through whatever its parser of untrusted bytes ran into
+        return f"{type(error).__name__}: {error}"
+    return None
