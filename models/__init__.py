@@ -1,9 +1,13 @@
-"""The backbones. To add one: a file here with its config dataclass, and one line in `MODELS`."""
+"""The backbones. To add one: a file here with its config dataclass, and one line in `MODELS`.
+
+Importing this package registers every file of `configs/model/` with timm, as `vca_<name>...`; see `timm_registry`.
+"""
 
 from typing import Any
 
 from torch import nn
 
+from models import timm_registry
 from models.cswin import CSWin, CSWinConfig
 from models.deit import DeiT, DeiTConfig
 from models.pvt import PVT, PVTConfig
@@ -30,3 +34,6 @@ def build_model(config: Any, attention: Any) -> Any:
             f"model.family '{config.family}' goes with {config_class.__name__}, got {type(config).__name__}"
         )
     return module(config, attention)
+
+
+timm_registry.register(MODELS)

@@ -1,0 +1,74 @@
+"""The model configs as timm models: importing `models` makes `timm.create_model("vca_deit_tiny_patch16_224")` work.
+
+Every file of `configs/model/` is one name. Keyword arguments override its fields (`num_classes`, `img_size`,
+`drop_path_rate`, `depth`, ...); `attention` is the name of a variant, a mapping of its options, or its config.
+"""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+
+from models.layers import select_options
+from vca.attention import ATTENTIONS
+
+SIZES = Path(__file__).parents[1] / "configs" / "model"
+
+__all__: list[str] = []  # timm adds the names that it registers
+default_cfgs: dict[str, Any] = {}
+
+
+def load_sizes() -> dict[str, dict[str, Any]]:
+    """Fields of each file of `configs/model/` by the name that runs call it, with its `family`."""
+    sizes = {}
+    for file in sorted(SIZES.glob("*.yaml")):
+        content = yaml.safe_load(file.read_text())
+        family = content.pop("defaults")[0].removesuffix("_schema")
+        sizes[content["name"]] = {"family": family, **content}
+    return sizes
+
+
+def timm_name(size: Mapping[str, Any]) -> str:
+    """What timm calls a size: with its patch and window where timm's own models of the family have them."""
+    parts = {"deit": "_patch{patch_size}", "swin": "_patch4_window{window_size}"}
+    return f"vca_{size['name']}{parts.get(size['family'], '').format(**size)}_224"
+
+
+def attention_config(attention: Any) -> Any:
+    """An attention's config from its name, a mapping of its options with `name` among them, or itself."""
+    options = {"name": attention} if isinstance(attention, str) else attention
+    if not isinstance(options, Mapping):
+        return attention
+    if options.get("name") not in ATTENTIONS:
+        raise ValueError(f"attention must name one of {sorted(ATTENTIONS)}, got {attention!r}")
+    return select_options(ATTENTIONS[options["name"]][0], options)
+
+
+def entry_point(size: Mapping[str, Any], registry: Mapping[str, tuple[type, type]]) -> Callable[..., Any]:
+    """The function that timm calls for one name."""
+    config_class, module = registry[size["family"]]
+
+    def build(attention: Any = "vca", **fields: Any) -> Any:
+        return module(select_options(config_class, {**size, **fields}), attention_config(attention))
+
+    def create(pretrained: bool = False, **kwargs: Any) -> Any:
+        if kwargs.get("features_only"):
+            raise ValueError(f"{create.__name__} has no features_only; use forward_features")
+        return build_model_with_cfg(build, create.__name__, pretrained, **kwargs)
+
+    create.__name__, create.__module__ = timm_name(size), __name__
+    create.__doc__ = f"`configs/model/{size['name']}.yaml`."
+    return create
+
+
+def register(registry: Mapping[str, tuple[type, type]]) -> None:
+    """Register every size of the families in `registry` with timm."""
+    for size in load_sizes().values():
+        name = timm_name(size)
+        first = "patch_embed.proj" if size["family"] == "deit" else "stages.0.embed.proj"
+        cfg = {"input_size": (3, 224, 224), "crop_pct": 0.9 if size["family"] == "cswin" else 0.875}
+        cfg |= {"interpolation": "bicubic", "first_conv": first, "classifier": "head", "license": "mit"}
+        default_cfgs.update(generate_default_cfgs({name: cfg}))
+        register_model(entry_point(size, registry))

@@ -1,0 +1,63 @@
+"""Parameters and multiply-adds of every model config at 224 px, with each attention, beside the paper's figures.
+
+python scripts/complexity.py
+python scripts/complexity.py --json         [{"model": ..., "attention": ..., "params": ..., "macs": ...}, ...]
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import train_cls  # noqa: F401 - registers the schemas
+from models import build_model
+from vca.config import compose
+from vca.config.load import CONFIGS
+from vca.evaluation.complexity import Complexity, count
+
+IMAGE = (3, 224, 224)
+
+# Table 1 of the paper: millions of parameters, billions of multiply-adds, top-1 in percent. Its base figures for Swin
+# (28.9) and CSWin (20.5) match no known model.
+PAPER = {
+    ("deit_tiny", "softmax"): (5.7, 1.2, 72.2),
+    ("deit_tiny", "vca"): (6.0, 1.2, 75.6),
+    ("deit_small", "softmax"): (22.1, 4.6, 79.8),
+    ("deit_small", "vca"): (22.6, 4.6, 80.7),
+    ("pvt_tiny", "softmax"): (13.2, 1.9, 75.1),
+    ("pvt_tiny", "vca"): (11.6, 2.0, 78.2),
+    ("swin_tiny", "softmax"): (28.9, 4.5, 81.3),
+    ("swin_tiny", "vca"): (28.5, 4.6, 82.3),
+    ("cswin_tiny", "softmax"): (20.5, 4.3, 82.7),
+    ("cswin_tiny", "vca"): (20.4, 4.3, 83.3),
+}
+
+
+def complexity_of(model: str, attention: str) -> Complexity:
+    """Counts of `model=... attention=...` on ImageNet."""
+    config = compose("train_cls", [f"model={model}", f"attention={attention}", "data=imagefolder"])
+    return count(lambda: build_model(config.model, config.attention), IMAGE)
+
+
+def main() -> None:
+    """Count and print."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--json", action="store_true", help="rows as JSON")
+    as_json = parser.parse_args().json
+
+    models, attentions = (sorted(p.stem for p in (CONFIGS / group).glob("*.yaml")) for group in ("model", "attention"))
+    rows = [(model, attention, complexity_of(model, attention)) for model in models for attention in attentions]
+    if as_json:
+        print(json.dumps([{"model": m, "attention": a, "params": c.params, "macs": c.macs} for m, a, c in rows]))
+        return
+    print(f"{'model':22}{'attention':10}{'params (M)':>12}{'MACs (G)':>10}   paper: params  MACs")
+    for model, attention, counts in rows:
+        paper = PAPER.get((model, attention))
+        beside = f"{paper[0]:>16}{paper[1]:>6}" if paper else ""
+        print(f"{model:22}{attention:10}{counts.params / 1e6:12.3f}{counts.macs / 1e9:10.3f}{beside}")
+
+
+if __name__ == "__main__":
+    main()
