@@ -2,6 +2,10 @@
 
     python scripts/benchmark.py attention --device cpu      the VCA layer beside timm's Attention (softmax, SDPA)
     python scripts/benchmark.py loop --device cpu           the trainer's loop beside a bare loop on the same batches
+    python scripts/benchmark.py data --root DIR             the ImageNet training pipeline beside timm's loader
+    python scripts/benchmark.py table1 --root DIR           the ten rows of Table 1: 20 updates, a kill, a resume
+
+DIR holds images as `data=imagefolder` reads them.
 
 Machines are noisy: quote the ratio and its spread, not the milliseconds. `--json FILE` keeps the figures.
 """
@@ -9,8 +13,11 @@ Machines are noisy: quote the ratio and its spread, not the milliseconds. `--jso
 import argparse
 import copy
 import json
+import os
 import platform
+import signal
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -66,7 +73,7 @@ def interleaved(
 
 
 def benchmark_attention(device: torch.device, rounds: int) -> list[dict]:
-    """VCA beside timm's Attention at width 384: forward, and forward + backward."""
+    """VCA beside timm's Attention at width 384 in float32: forward, and forward + backward."""
     from timm.layers import Attention
 
     from vca import VisualContrastAttention
@@ -167,23 +174,160 @@ def loop_row(device: torch.device, rounds: int, name: str, model_config: Any, ba
     return {"loop": name, "batch": batch, **times}
 
 
+def benchmark_data(root: Path, rounds: int) -> list[dict]:
+    """Images per second of one core: our loader and timm's, the same transforms on the same photos, no workers.
+
+    Each round is four batches of 16 images of each. RandAugment draws its own operations on either side.
+    """
+    from timm.data import ImageDataset, create_loader
+
+    import train_cls  # noqa: F401 - registers the schemas
+    from vca.config import compose
+    from vca.data import load_dataset
+    from vca.data.augment import train_transform
+    from vca.data.loader import MicroBatches, TrainOrder, train_loader
+    from vca.runtime.distributed import World
+
+    classes = sum(entry.is_dir() for entry in (root / "train").iterdir())
+    options = ["data=imagefolder", f"data.root={root}", f"data.num_classes={classes}", "recipe=deit_original"]
+    config = compose("train_cls", [*options, "augment.repeats=1"])
+    data, augment, batch, batches = config.data, config.augment, 16, 4
+
+    images = load_dataset(data, train=True)
+    world = World(0, 0, 1, torch.device("cpu"))
+    shares = MicroBatches(TrainOrder(len(images), batch, 0), world, batch, 1, 0, 1_000_000)
+    ours = iter(train_loader(images, train_transform(augment, data), 0, shares, workers=0))
+
+    loader = create_loader(
+        ImageDataset(str(root / "train")),
+        (3, data.img_size, data.img_size),
+        batch,
+        is_training=True,
+        use_prefetcher=False,
+        scale=(augment.scale[0], augment.scale[1]),
+        ratio=(augment.ratio[0], augment.ratio[1]),
+        hflip=augment.hflip,
+        color_jitter=augment.color_jitter,
+        auto_augment=augment.auto_augment,
+        interpolation=augment.interpolation,
+        mean=tuple(data.mean),
+        std=tuple(data.std),
+        re_prob=augment.erase_prob,
+        re_mode=augment.erase_mode,
+        re_count=augment.erase_count,
+        num_workers=0,
+        pin_memory=False,
+        persistent_workers=False,
+        device=torch.device("cpu"),
+    )
+    endless = (item for _ in range(1_000_000) for item in loader)
+
+    def draw(batches_of: Any) -> None:
+        for _ in range(batches):
+            next(batches_of)
+
+    times = interleaved(lambda: draw(endless), lambda: draw(ours), rounds, world.device)
+    rate, timm_rate = (1e3 * batch * batches / times[key] for key in ("other_ms", "ms"))
+    print(
+        f"ours {rate:.1f} images/s, timm {timm_rate:.1f} images/s; ours / timm "
+        f"{times['ratio']:.3f} ({times['low']:.3f} to {times['high']:.3f})"
+    )
+    row = {"images_per_second": rate, "timm_images_per_second": timm_rate}
+    return [{**row, **{key: times[key] for key in ("ratio", "low", "high")}}]
+
+
+def benchmark_table1(root: Path, threads: int) -> list[dict]:
+    """Each row of Table 1 by its own experiment file: 20 updates of 16 images, killed after the 12th and resumed."""
+    from vca.config.load import CONFIGS
+
+    classes = sum(entry.is_dir() for entry in (root / "train").iterdir())
+    rows = []
+    print(f"{'row':<22} {'s / update':>10} {'memory GiB':>10} {'loss':>7}  evaluated images, resumed at")
+    for file in sorted((CONFIGS / "experiment" / "table1").glob("*.yaml")):
+        with tempfile.TemporaryDirectory() as folder:
+            row = {"row": file.stem, **train_row(file.stem, root, classes, Path(folder), threads)}
+        rows.append(row)
+        print(
+            f"{row['row']:<22} {row['seconds_per_update']:>10.2f} {row['memory_gib']:>10.2f} {row['loss']:>7.3f}  "
+            f"{row['evaluated']}, {row['resumed_at']}",
+            flush=True,
+        )
+    return rows
+
+
+def train_row(row: str, root: Path, classes: int, folder: Path, threads: int) -> dict[str, Any]:
+    """Train one row in a process of its own, twice: to a `kill -9`, and from the last checkpoint to the end."""
+    options = ["trainer.steps=20", "trainer.global_batch=16", "trainer.log_every=1", "trainer.checkpoint_every=5"]
+    options += [
+        f"data.root={root}",
+        f"data.num_classes={classes}",
+        f"out_dir={folder}",
+        "name=row",
+        "trainer.workers=0",
+    ]
+    options += ["trainer.eval_every=0", "trainer.eval_batch=50", "trainer.device=cpu", "augment.repeats=1"]
+    command = [sys.executable, "train_cls.py", f"experiment=table1/{row}", *options]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+
+    def records() -> list[dict]:
+        file = folder / "row" / "metrics.jsonl"
+        return [json.loads(line) for line in file.read_text().split("\n")[:-1]] if file.exists() else []
+
+    def start() -> subprocess.Popen:
+        here = Path(__file__).parents[1]
+        return subprocess.Popen(command, cwd=here, env=environment, stdout=subprocess.DEVNULL)
+
+    process = start()
+    while process.poll() is None and not any(record["step"] >= 12 for record in records()):
+        time.sleep(0.1)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+
+    process = start()
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        raise RuntimeError(f"{row} failed: {' '.join(command)}")
+    launches = [json.loads(line) for line in (folder / "row" / "launches.jsonl").read_text().splitlines()]
+    training = [record for record in records() if "loss" in record]
+    evaluation = next(record for record in records() if "val/top1" in record)
+    if [record["step"] for record in training] != list(range(1, 21)):
+        raise RuntimeError(f"{row} reported steps {[record['step'] for record in training]}")
+    return {
+        "seconds_per_update": statistics.median(16 / record["images_per_second"] for record in training),
+        "memory_gib": usage.ru_maxrss / 2**20,
+        "loss": training[-1]["loss"],
+        "evaluated": evaluation["val/images"],
+        "resumed_at": launches[-1]["first_step"],
+    }
+
+
 def main() -> None:
     """Parse the command line and run one benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("attention", "loop"))
+    parser.add_argument("what", choices=("attention", "loop", "data", "table1"))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
     parser.add_argument("--rounds", type=int, default=15, help="pairs of timings for each figure (default 15)")
+    parser.add_argument("--root", type=Path, help="folder with train/ and val/, for data and table1")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     options = parser.parse_args()
+    if options.what in ("data", "table1"):
+        if options.root is None or not (options.root / "train").is_dir():
+            parser.error(f"{options.what} needs --root, a folder that holds train/ and val/")
+        options.device = "cpu"
     if options.rounds < 3 or options.threads < 1:
         parser.error("--rounds must be >= 3 and --threads >= 1")
     torch.set_num_threads(options.threads)
     device = torch.device(options.device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU"
-    machine = {"device": name, "threads": options.threads, "torch": torch.__version__, "dtype": "float32"}
-    print(f"{options.what}: {name}, {options.threads} thread(s), torch {torch.__version__}, float32")
-    rows = {"attention": benchmark_attention, "loop": benchmark_loop}[options.what](device, options.rounds)
+    machine = {"device": name, "threads": options.threads, "torch": torch.__version__}
+    print(f"{options.what}: {name}, {options.threads} thread(s), torch {torch.__version__}")
+    rows = {
+        "attention": lambda: benchmark_attention(device, options.rounds),
+        "loop": lambda: benchmark_loop(device, options.rounds),
+        "data": lambda: benchmark_data(options.root, options.rounds),
+        "table1": lambda: benchmark_table1(options.root, options.threads),
+    }[options.what]()
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps({"what": options.what, **machine, "rows": rows}, indent=2) + "\n")

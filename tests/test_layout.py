@@ -12,7 +12,7 @@ import yaml
 from tests.conftest import ROOT, environment
 
 STANDARD = set(sys.stdlib_module_names)
-SCIENTIFIC = {"torch", "torchvision", "timm", "numpy", "scipy", "PIL", "sklearn", "matplotlib", "tqdm", "wandb"}
+SCIENTIFIC = {"torch", "torchvision", "timm", "numpy", "scipy", "PIL", "sklearn", "matplotlib", "safetensors"}
 
 # package -> what a module of it may import, at any level of the file
 ALLOWED = {
@@ -31,7 +31,7 @@ ALLOWED = {
         "vca.training",
         "vca.evaluation",
     },
-    "models": {"torch", "timm", "vca.attention", "models"},
+    "models": {"torch", "timm", "yaml", "vca.attention", "models"},
 }
 LAZY = {"wandb", "tqdm", "matplotlib", "sklearn", "torchvision.datasets", "diffusers", "torch_fidelity"}
 

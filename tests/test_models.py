@@ -1,102 +1,285 @@
-"""Backbones: timm's weights, the checkpoints people have, counts of the paper, gradients, other sizes."""
+"""Backbones: the original code's figures, the checkpoints people have, counts of the paper, gradients, other sizes."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
+import models.cswin
 import models.deit
+import models.pvt
+import models.swin
 import train_cls  # noqa: F401 - registers the schemas
 import vca
 from models import MODELS, build_model
+from scripts.complexity import PAPER, complexity_of
 from tests.conftest import GOLDEN, ROOT
-from vca.attention import SoftmaxConfig, VCAConfig
+from vca.attention import ATTENTIONS, SoftmaxAttention, SoftmaxConfig, VCAConfig, VisualContrastAttention
 from vca.config import compose
 
+ATTENTION_NAMES = sorted(ATTENTIONS)
 MODEL_FILES = sorted(path.stem for path in (ROOT / "configs" / "model").glob("*.yaml"))
-DEIT = {
-    "tiny": {"embed_dim": 192, "num_heads": 3},
-    "small": {"embed_dim": 384, "num_heads": 6},
-    "base": {"embed_dim": 768, "num_heads": 12},
+CONTRACTS = json.loads((GOLDEN / "state_dict_contracts.json").read_text())
+
+# timm's name -> (family, the original's config keys)
+TIMM = {
+    "deit_tiny_patch16_224": ("deit", {"embed_dim": 192, "depth": 12, "num_heads": 3}),
+    "deit_small_patch16_224": ("deit", {"embed_dim": 384, "depth": 12, "num_heads": 6}),
+    "deit_base_patch16_224": ("deit", {"embed_dim": 768, "depth": 12, "num_heads": 12}),
+    "swin_tiny_patch4_window7_224": ("swin", {"embed_dim": 96, "depths": [2, 2, 6, 2], "num_heads": [3, 6, 12, 24]}),
+    "swin_small_patch4_window7_224": ("swin", {"embed_dim": 96, "depths": [2, 2, 18, 2], "num_heads": [3, 6, 12, 24]}),
+    "swin_base_patch4_window7_224": ("swin", {"embed_dim": 128, "depths": [2, 2, 18, 2], "num_heads": [4, 8, 16, 32]}),
 }
 
-# Table 1 of the paper, exact figures settled by arithmetic: millions of parameters, billions of multiply-adds at 224.
-PAPER = [
-    ("deit_tiny", "softmax", 5.717416, 1.254),
-    ("deit_tiny", "vca", 5.974, 1.235),
-    ("deit_small", "softmax", 22.050664, 4.599),
-    ("deit_small", "vca", 22.556, 4.561),
-]
+# Millions of parameters and billions of multiply-adds at 224 px that the paper's rounded figures stand for. PVT-Tiny's
+# 1.933 counts the class token in its last stage, as every other figure counts its tokens; without it, it is 1.926.
+SETTLED = {
+    ("deit_tiny", "softmax"): (5.717416, 1.254),
+    ("deit_tiny", "vca"): (5.974, 1.235),
+    ("deit_small", "softmax"): (22.050664, 4.599),
+    ("deit_small", "vca"): (22.556, 4.561),
+    ("pvt_tiny", "softmax"): (13.229288, 1.933),
+    ("pvt_tiny", "vca"): (11.556, 2.033),
+    ("swin_tiny", "softmax"): (28.288354, 4.491),
+    ("swin_tiny", "vca"): (28.547, 4.597),
+    ("cswin_tiny", "softmax"): (20.393, 4.342),
+    ("cswin_tiny", "vca"): (20.414, 4.322),
+}
+
+# Two blocks in a stage, so that one of Swin's is shifted; as small as the families allow.
+SMALL = {
+    "deit": {"img_size": 32, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2},
+    "pvt": {"img_size": 64, "embed_dims": [8, 16, 24, 32], "num_heads": [1, 2, 3, 4]},
+    "swin": {"img_size": 128, "embed_dim": 8, "depths": [2, 2, 2, 2], "num_heads": [1, 2, 4, 8], "window_size": 4},
+    "cswin": {
+        "img_size": 64,
+        "embed_dim": 8,
+        "depths": [1, 1, 2, 1],
+        "num_heads": [2, 2, 4, 8],
+        "split_size": [1, 2, 2, 2],
+    },
+}
 
 
-def build(model: str, attention: str, *overrides: str) -> nn.Module:
-    config = compose("train_cls", [f"model={model}", f"attention={attention}", *overrides])
-    return build_model(config.model, config.attention)
-
-
-def at_224(model: str, attention: str) -> nn.Module:
-    with torch.device("meta"):
-        return build(model, attention, "data=imagefolder", "data.root=none").eval()
-
-
-@pytest.mark.parametrize("size", DEIT)
-def test_equals_timm(size):
+def small(family: str, attention: str, **fields) -> nn.Module:
+    """A network of a family in its smallest form, with ten classes."""
+    config_class, module = MODELS[family]
     torch.manual_seed(0)
-    theirs = timm.create_model(f"deit_{size}_patch16_224").eval()
-    ours = models.deit.from_official(DEIT[size], theirs.state_dict()).eval()
+    return module(config_class(**{**SMALL[family], "num_classes": 10, **fields}), ATTENTIONS[attention][0]())
+
+
+def official(family: str):
+    """`from_official` of a family."""
+    return getattr(models, family).from_official
+
+
+@pytest.mark.parametrize("name", TIMM)
+def test_equals_timm(name):
+    family, config = TIMM[name]
+    torch.manual_seed(0)
+    theirs = timm.create_model(name).eval()
+    ours = official(family)(config, theirs.state_dict()).eval()
     images = torch.randn(2, 3, 224, 224)
     with torch.no_grad():
         expected, out = theirs(images), ours(images)
-        features = ours.forward_features(images)
+        features, theirs_features = ours.forward_features(images), theirs.forward_features(images)
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(features, theirs.forward_features(images), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(features, theirs_features.reshape(features.shape), rtol=1e-5, atol=1e-5)
 
 
-def test_official_checkpoint_layout():
-    """Weights may lie under `model`, as in the DeiT repository's files; a wrong key is named."""
-    contract = json.loads((GOLDEN / "state_dict_contracts.json").read_text())["deit_tiny_patch16_224 (timm)"]
-    state = {name: torch.zeros(shape) for name, shape in contract.items()}
-    models.deit.from_official(DEIT["tiny"], {"model": state})
-    with pytest.raises(ValueError, match="no key 'embed_dims'"):
-        models.deit.from_official({"embed_dims": 192}, state)
-    with pytest.raises(RuntimeError, match="cls_token"):
-        models.deit.from_official(DEIT["tiny"], {k: v for k, v in state.items() if k != "cls_token"})
+@pytest.mark.parametrize("size", [(256, 256), (96, 160), (64, 64), (224, 448)])
+def test_swin_equals_timm_at_other_sizes(size):
+    """Windows that do not divide the grid, grids smaller than a window, images that are not square."""
+    torch.manual_seed(0)
+    theirs = timm.create_model("swin_tiny_patch4_window7_224", img_size=size).eval()
+    ours = models.swin.from_official({"img_size": list(size)}, theirs.state_dict()).eval()
+    images = torch.randn(1, 3, *size)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(images), theirs(images), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(("model", "attention", "params", "macs"), PAPER)
-def test_counts_of_the_paper(model, attention, params, macs):
-    network = at_224(model, attention)
-    assert sum(p.numel() for p in network.parameters()) / 1e6 == pytest.approx(params, abs=1e-3)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        network(torch.empty(1, 3, 224, 224, device="meta"))
-    assert counter.get_total_flops() / 2e9 == pytest.approx(macs, abs=5e-3)
+@pytest.mark.parametrize("family", ["pvt", "cswin"])
+def test_equals_the_original_code(family):
+    golden = np.load(GOLDEN / f"{family}_forward.npz")
+    state = {name[6:]: torch.from_numpy(golden[name]) for name in golden.files if name.startswith("param/")}
+    ours = official(family)(json.loads(str(golden["config"])), state).eval()
+    with torch.no_grad():
+        out = ours(torch.from_numpy(golden["x"]))
+    expected = torch.from_numpy(golden["out"])
+    assert (out - expected).abs().max() / expected.abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("attention", ["softmax", "vca"])
-@pytest.mark.parametrize("model", MODEL_FILES)
-def test_every_model_file(model, attention):
-    """Every YAML builds; on a small image every parameter gets a gradient."""
-    overrides = ("model.depth=2",) if model.startswith("deit") else ()
-    network = build(model, attention, "data=cifar10", *overrides).train()
-    network(torch.randn(2, 3, 32, 32)).square().mean().backward()
-    # The head reads the class token alone, which the last block's local branch does not reach.
-    unreached = {f"blocks.{len(network.blocks) - 1}.attn.local.{kind}" for kind in ("weight", "bias")}
+CONTRACT_OF = {
+    "deit": "deit_tiny_patch16_224 (timm)",
+    "swin": "swin_tiny_patch4_window7_224 (timm)",
+    "pvt": "pvt_tiny (official)",
+    "cswin": "CSWin_64_12211_tiny_224 (official)",
+}
+
+
+@pytest.mark.parametrize("family", CONTRACT_OF)
+def test_official_checkpoint_layout(family):
+    """Every name and shape of the published files loads, also from under `model`; what is wrong is named."""
+    state = {name: torch.randn(shape) for name, shape in CONTRACTS[CONTRACT_OF[family]].items()}
+    model = official(family)({}, {"model": state})
+    assert sum(p.numel() for p in model.parameters()) == sum(tensor.numel() for tensor in state.values())
+    with pytest.raises(ValueError, match="no key 'widths'"):
+        official(family)({"widths": 192}, state)
+    first = next(iter(state))
+    with pytest.raises(RuntimeError, match="Missing key"):
+        official(family)({}, {k: v for k, v in state.items() if k != first})
+    with pytest.raises(RuntimeError, match=r"Unexpected key.*stranger"):
+        official(family)({}, {**state, "stranger": torch.zeros(1)})
+
+
+def test_layout_of_the_swin_repository():
+    """It counts a merging to the stage before, calls the head `head`, and stores two buffers."""
+    state = {}
+    for name, tensor in timm.create_model("swin_tiny_patch4_window7_224").state_dict().items():
+        stage = name.split(".")[1]
+        if ".downsample." in name:
+            name = name.replace(f"layers.{stage}.", f"layers.{int(stage) - 1}.")
+        state[name.replace("head.fc.", "head.")] = tensor
+    state["layers.0.blocks.1.attn_mask"] = torch.zeros(64, 49, 49)
+    state["layers.0.blocks.1.attn.relative_position_index"] = torch.zeros(49, 49)
+    ours = models.swin.from_official({}, {"model": state})
+    merged = ours.stages[2].embed.reduction.weight
+    assert torch.equal(merged, state["layers.1.downsample.reduction.weight"])
+
+
+@pytest.mark.parametrize(("model", "attention"), SETTLED)
+def test_counts_of_the_paper(model, attention):
+    counts = complexity_of(model, attention)
+    params, macs = SETTLED[model, attention]
+    assert counts.params / 1e6 == pytest.approx(params, abs=1e-3)
+    assert counts.macs / 1e9 == pytest.approx(macs, abs=5e-3)
+    assert set(SETTLED) == set(PAPER)
+
+
+def test_counts_of_every_model_file():
+    """`scripts/complexity.py --json`: a row for each model file and attention."""
+    command = [sys.executable, "scripts/complexity.py", "--json"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    rows = json.loads(done.stdout)
+    expected = {(model, attention) for model in MODEL_FILES for attention in ATTENTION_NAMES}
+    assert {(row["model"], row["attention"]) for row in rows} == expected
+    counts = {(row["model"], row["attention"]): row["params"] for row in rows}
+    assert counts["cswin_tiny_original", "softmax"] == 22_320_552
+    assert counts["pvt_tiny", "softmax"] == 13_229_288
+
+
+@pytest.mark.parametrize("attention", ATTENTION_NAMES)
+@pytest.mark.parametrize("family", MODELS)
+def test_every_parameter_gets_a_gradient(family, attention):
+    network = small(family, attention, drop_rate=0.1, drop_path_rate=0.1).train()
+    network(torch.randn(4, 3, *network.config.size)).square().mean().backward()
+    unreached = set()
+    if family == "deit":  # the head reads the class token alone, which the last block's local branch does not reach
+        unreached = {f"blocks.1.attn.local.{kind}" for kind in ("weight", "bias")}
     for name, parameter in network.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.abs().sum() > 0 or name in unreached, name
 
 
-@pytest.mark.parametrize("attention", ["softmax", "vca"])
-@pytest.mark.parametrize("size", [(32, 32), (48, 16), (8, 40)])
-def test_other_sizes(size, attention):
-    network = build("deit_mini", attention, "data=cifar10")
-    assert network(torch.randn(1, 3, *size)).shape == (1, 10)
-    with pytest.raises(ValueError, match="multiples of 2"):
-        network(torch.randn(1, 3, 31, 32))
+@pytest.mark.parametrize("attention", ATTENTION_NAMES)
+@pytest.mark.parametrize("family", MODELS)
+def test_gradient_checkpointing_changes_nothing(family, attention):
+    """Output and every gradient to the bit, with dropout and stochastic depth on."""
+    network = small(family, attention, drop_rate=0.1, drop_path_rate=0.3).train()
+    images = torch.randn(4, 3, *network.config.size)
+    seen = []
+    for enable in (False, True):
+        network.set_grad_checkpointing(enable)
+        network.zero_grad(set_to_none=True)
+        torch.manual_seed(1)
+        out = network(images)
+        out.square().mean().backward()
+        seen.append((out.detach(), {name: p.grad.clone() for name, p in network.named_parameters()}))
+    assert torch.equal(seen[0][0], seen[1][0])
+    assert all(torch.equal(seen[0][1][name], seen[1][1][name]) for name in seen[0][1])
+
+
+OTHER_SIZES = {
+    "deit": [(32, 32), (48, 16), (8, 40)],
+    "pvt": [(64, 64), (96, 32), (32, 160)],
+    "swin": [(128, 128), (160, 96), (32, 64)],
+    "cswin": [(64, 64), (128, 64), (32, 96)],
+}
+
+
+@pytest.mark.parametrize("attention", ATTENTION_NAMES)
+@pytest.mark.parametrize("family", MODELS)
+def test_other_sizes(family, attention):
+    """Also ones that are not square, and each image for itself; other sizes are refused with the nearest valid ones."""
+    network = small(family, attention).eval()
+    for size in OTHER_SIZES[family]:
+        images = torch.randn(2, 3, *size)
+        with torch.no_grad():
+            out = network(images)
+            assert out.shape == (2, 10)
+            torch.testing.assert_close(network(images[1:]), out[1:])
+    multiple = network.size_multiple
+    with pytest.raises(ValueError, match=rf"multiple of {multiple}, such as {multiple} or {2 * multiple}, got "):
+        network(torch.randn(1, 3, multiple + 1, multiple + 1))
+    with pytest.raises(ValueError, match=r"img_size must be a multiple of .*, got 33"):
+        small(family, attention, img_size=33)
+
+
+def test_stripes_decide_which_sizes_fit():
+    """With VCA in the first stages, only the stripes that are left count."""
+    assert models.cswin.CSWin(models.cswin.CSWinConfig(), SoftmaxConfig()).size_multiple == 224
+    with pytest.raises(
+        ValueError, match=r"split_size \[1, 2, 7, 7\], model.img_size must be a multiple of 224, .* 448"
+    ):
+        models.cswin.CSWin(models.cswin.CSWinConfig(img_size=384), VCAConfig())
+    wide = models.cswin.CSWinConfig(img_size=384, split_size=[1, 2, 12, 12], embed_dim=8, num_heads=[2, 2, 2, 2])
+    assert models.cswin.CSWin(wide, SoftmaxConfig()).size_multiple == 192
+    everywhere = models.cswin.CSWinConfig(img_size=96, attention_stages=[1, 2, 3], embed_dim=8, num_heads=[2, 2, 2, 2])
+    assert models.cswin.CSWin(everywhere, VCAConfig()).size_multiple == 32
+
+
+@pytest.mark.parametrize("family", ["pvt", "swin", "cswin"])
+def test_which_stages_hold_which_attention(family):
+    """`attention_stages` and `contrast_grids` are config; the softmax baseline keeps the original everywhere."""
+
+    def kinds(network):
+        return [type(stage.blocks[0].attn) for stage in network.stages]
+
+    own = kinds(small(family, "softmax"))
+    assert VisualContrastAttention not in own
+    assert SoftmaxAttention not in own
+    grids = [[1, 2], [2, 2], [3, 2], [1, 1]]
+    network = small(family, "vca", attention_stages=[1, 3], contrast_grids=grids)
+    assert kinds(network) == [VisualContrastAttention, own[1], VisualContrastAttention, own[3]]
+    assert network.stages[0].blocks[0].attn.pool == (1, 2)
+    assert network.stages[2].blocks[-1].attn.pool == (3, 2)
+    depths = network.config.depths
+    blocks = [block.attn for stage in network.stages for block in stage.blocks]
+    third = blocks[depths[0] + depths[1]]
+    assert third.lambda_init == pytest.approx(0.8 - 0.6 * np.exp(-0.3 * (depths[0] + depths[1])))
+
+
+def test_layout_of_table_1():
+    """Where VCA stands in the networks of the paper, and with which grids."""
+    layout = {
+        "pvt_tiny": [(3, 3), (4, 4), (7, 7), (7, 7)],
+        "swin_tiny": [(3, 3), (4, 4), (7, 7), None],
+        "cswin_tiny": [(3, 3), (4, 4), None, None],
+    }
+    for name, pools in layout.items():
+        config = compose("train_cls", [f"model={name}", "attention=vca", "data=imagefolder"])
+        with torch.device("meta"):
+            network = build_model(config.model, config.attention)
+        assert [getattr(stage.blocks[0].attn, "pool", None) for stage in network.stages] == pools
+        assert network.num_prefix_tokens == 0
+    config = compose("train_cls", ["model=pvt_tiny", "attention=softmax", "data=imagefolder"])
+    assert build_model(config.model, config.attention).num_prefix_tokens == 1
 
 
 def test_non_square_model():
@@ -106,16 +289,72 @@ def test_non_square_model():
 
 
 def test_one_attention_core():
-    """Every family gets its attention from the one core."""
-    for family, (_, module) in MODELS.items():
-        source = Path(__import__(module.__module__, fromlist=["_"]).__file__).read_text()
-        assert "build_attention" in source, family
-        assert "scaled_dot_product_attention" not in source, family
+    """Every family gets its attention from the one core: the very same functions, and no softmax of its own."""
+    import models.pyramid
+
+    assert models.deit.build_attention is models.pyramid.build_attention is vca.attention.build_attention
+    for family in (models.pvt, models.swin, models.cswin):
+        assert family.softmax_attention is vca.attention.softmax_attention
+        assert family.Pyramid is models.pyramid.Pyramid
+    for path in Path(models.__file__).parent.glob("*.py"):
+        source = path.read_text()
+        assert "scaled_dot_product_attention" not in source, path
+        assert ".softmax(" not in source, path
+
+
+WRONG_CONFIGS = {
+    "pvt": [({"sr_ratios": [8, 4, 2, 2]}, "sr_ratios must end with 1"), ({"depths": [1, 1]}, "must have 2 entries")],
+    "swin": [({"attention_stages": [0]}, "stages from 1 to 4"), ({"window_size": 0}, "window_size must be > 0, got 0")],
+    "cswin": [({"num_heads": [1, 2, 4, 8]}, "must be even"), ({"contrast_grids": [[1]] * 4}, "pairs of integers")],
+    "deit": [({"num_heads": 5}, "must divide"), ({"drop_path_rate": 1.0}, r"must be in \[0, 1\), got 1.0")],
+}
+
+
+@pytest.mark.parametrize("family", WRONG_CONFIGS)
+def test_wrong_sizes_are_refused(family):
+    for fields, message in WRONG_CONFIGS[family]:
+        with pytest.raises(ValueError, match=message):
+            small(family, "vca", **fields)
 
 
 def test_features_without_a_head():
-    network = models.deit.DeiT(models.deit.DeiTConfig(num_classes=0, depth=1), SoftmaxConfig())
-    assert network(torch.randn(1, 3, 224, 224)).shape == (1, 192)
+    for family in MODELS:
+        network = small(family, "vca", num_classes=0)
+        images = torch.randn(1, 3, *network.config.size)
+        assert network(images).shape == (1, network.num_features)
+        network.reset_classifier(3)
+        assert network(images).shape == (1, 3)
+
+
+@pytest.mark.parametrize("name", timm.list_models("vca_*"))
+def test_timm_names(name):
+    """What timm's users expect of a model, on the meta device."""
+    size = 8 if "mini" in name else 448
+    with torch.device("meta"):
+        network = timm.create_model(name, num_classes=0, img_size=size, in_chans=1, drop_path_rate=0.1)
+        assert network.get_classifier().__class__ is nn.Identity
+        network.set_grad_checkpointing()
+        images = torch.empty(1, 1, size, size)
+        assert network(images).shape == (1, network.num_features)
+        features = network.forward_features(images)
+        assert features.shape[2] == network.num_features
+        assert network.forward_head(features, pre_logits=True).shape == (1, network.num_features)
+        baseline = timm.create_model(name, img_size=size, attention="softmax")
+    assert not any(isinstance(module, VisualContrastAttention) for module in baseline.modules())
+    assert timm.data.resolve_data_config({}, model=baseline)["crop_pct"] == (0.9 if "cswin" in name else 0.875)
+
+
+def test_timm_refuses():
+    assert len(timm.list_models("vca_*")) == len(MODEL_FILES)
+    assert "vca_deit_tiny_patch16_224" in timm.list_models("vca_*")
+    with pytest.raises(RuntimeError, match="No pretrained weights exist"):
+        timm.create_model("vca_pvt_tiny_224", pretrained=True)
+    with pytest.raises(ValueError, match="has no key 'windows'"):
+        timm.create_model("vca_pvt_tiny_224", windows=3)
+    with pytest.raises(ValueError, match=r"attention must name one of \['softmax', 'vca'\], got 'linear'"):
+        timm.create_model("vca_pvt_tiny_224", attention="linear")
+    with pytest.raises(ValueError, match="has no features_only"):
+        timm.create_model("vca_pvt_tiny_224", features_only=True)
 
 
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "vit_small_patch16_224", "deit3_small_patch16_224"])
