@@ -17,6 +17,21 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
+def launch_script(script, out, ranks):
+    """A script on that many ranks of one node; what each of them wrote to `<out>/<rank>.pt`."""
+    done = subprocess.run(
+        [*launcher(ranks), str(script), str(out)],
+        env=environment(),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [torch.load(out / f"{rank}.pt", weights_only=True) for rank in range(ranks)]
+
+
 def launch(out, nodes, ranks):
     """`workers.py` on `nodes` x `ranks`; several nodes are several torchrun agents on this machine."""
     out.mkdir()
