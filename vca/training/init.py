@@ -1,7 +1,6 @@
 """Starting from the weights of a file: what fits is taken, and what was taken, left and new is told."""
 
 import argparse
-import pickle
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,7 +54,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             # The original repositories store their command line; a Namespace holds values and runs nothing.
             with torch.serialization.safe_globals([argparse.Namespace]):
                 content = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, OSError, ValueError) as error:
+    except Exception as error:  # whatever the parser of unknown bytes ran into
         raise ConfigError(f"trainer.init_from: '{path}' is not a readable checkpoint: {first_line(error)}") from error
     if isinstance(content, dict):
         content = next((content[key] for key in WRAPPERS if isinstance(content.get(key), dict)), content)

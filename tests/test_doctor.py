@@ -1,0 +1,156 @@
+"""The data check: every kind of broken folder gives its line, from the script and at the start of a training."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import train_cls
+from tests.conftest import ROOT, environment
+from tests.test_data import write_image_folder
+from vca.config import compose
+from vca.data import load_dataset
+from vca.data.doctor import examine, examine_image
+from vca.runtime.errors import ConfigError
+
+TINY_RUN = ("model=deit_mini", "augment=none", "data.img_size=8", "trainer.steps=1", "trainer.global_batch=2")
+
+
+def doctor(root, *options):
+    command = [sys.executable, "scripts/doctor.py", "data=imagefolder", f"data.root={root}", *options]
+    return subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)
+
+
+def flat_val(root):
+    for name in ("cat", "dog"):
+        for file in (root / "val" / name).iterdir():
+            file.rename(root / "val" / f"{name}{file.name}")
+        (root / "val" / name).rmdir()
+
+
+def truncate(root):
+    file = root / "train" / "cat" / "1.jpg"
+    file.write_bytes(file.read_bytes()[:-300])
+
+
+def sixteen_bits(root):
+    (root / "val" / "dog" / "1.jpg").unlink()
+    Image.fromarray(np.full((30, 30), 40_000, dtype=np.uint16)).save(root / "val" / "dog" / "deep.png")
+
+
+def dangling_link(root):
+    file = root / "train" / "dog" / "2.jpg"
+    file.unlink()
+    file.symlink_to(root / "nowhere.jpg")
+
+
+def cmyk(root):
+    Image.new("CMYK", (30, 30), (10, 20, 30, 40)).save(root / "train" / "cat" / "press.jpg")
+
+
+def bad_exif(root):
+    exif = b"Exif\0\0II*\0\x08\0\0\0\x05\0" + b"\xff" * 40  # a directory of five entries that are nonsense
+    Image.new("RGB", (30, 30), (9, 9, 9)).save(root / "train" / "cat" / "camera.jpg", exif=exif)
+
+
+# What a training cannot use. kind -> (damage, what the line must say)
+BROKEN = {
+    "flat val": (flat_val, r"val/ holds 8 files and no class folders; sort them into val/<class>/"),
+    "a class too few": (
+        lambda root: [shutil.rmtree(root / split / "dog") for split in ("train", "val")],
+        r"data.num_classes is 2, but .*train holds 1 class folders; complete it, or set data.num_classes=1",
+    ),
+    "a class in val only": (lambda root: shutil.rmtree(root / "train" / "dog"), r"'dog' is in val/ and not in train/"),
+    "an empty class": (
+        lambda root: [file.unlink() for file in (root / "val" / "cat").iterdir()],
+        r"val/: .*no valid file for the classes cat",
+    ),
+    "a missing file": (dangling_link, r"train/dog/2.jpg: is a link to nothing; restore it or remove it"),
+    "an empty file": (lambda root: (root / "val" / "cat" / "0.jpg").write_bytes(b""), r"val/cat/0.jpg: is empty; copy"),
+    "a truncated file": (truncate, r"train/cat/1.jpg: cannot be decoded \(.*truncated.*\); copy it again"),
+    "no image": (lambda root: (root / "val" / "cat" / "0.jpg").write_text("hello"), r"0.jpg: is not an image; replace"),
+    "16-bit grey": (sixteen_bits, r"val/dog/deep.png: has more than 8 bits a pixel .*it would turn white; convert it"),
+}
+NOTED = {
+    "CMYK": (cmyk, r"note: .*train/cat/press.jpg: is CMYK; harmless"),
+    "bad EXIF": (bad_exif, r"note: .*train/cat/camera.jpg: has bad EXIF data .*; harmless"),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_broken_folders_stop_a_run(tmp_path, kind):
+    root = tmp_path / "data"
+    write_image_folder(root)
+    damage, message = BROKEN[kind]
+    damage(root)
+    options = ["data=imagefolder", f"data.root={root}", "data.num_classes=2", f"out_dir={tmp_path}/out", *TINY_RUN]
+    start = time.perf_counter()
+    with pytest.raises(ConfigError, match=message) as stopped:
+        train_cls.run(compose("train_cls", options))
+    assert "\n" not in str(stopped.value)
+    assert not (tmp_path / "out").exists(), "something was written"
+    assert time.perf_counter() - start < 30
+
+
+@pytest.mark.parametrize("kind", NOTED)
+def test_oddities_are_noted(tmp_path, kind, capsys):
+    """ImageNet has such images: they are told, and read."""
+    root = tmp_path / "data"
+    write_image_folder(root)
+    damage, message = NOTED[kind]
+    damage(root)
+    options = ["data=imagefolder", f"data.root={root}", "data.num_classes=2", f"out_dir={tmp_path}/out", *TINY_RUN]
+    train_cls.run(compose("train_cls", options))
+    said = capsys.readouterr().out
+    assert "0 errors, 1 notes, such as " in said
+    assert re.search(message.removeprefix("note: "), said), said
+
+
+def test_the_script_lists_everything(tmp_path):
+    """All damages of files at once: a line each, exit code 2; a sound folder: exit code 0."""
+    write_image_folder(tmp_path)
+    sound = doctor(tmp_path, "data.num_classes=2")
+    assert sound.returncode == 0, sound.stderr
+    assert "read all 16 images" in sound.stdout
+    assert "0 errors, 0 notes" in sound.stdout
+    for damage in (truncate, sixteen_bits, dangling_link, cmyk, bad_exif):
+        damage(tmp_path)
+    done = doctor(tmp_path, "data.num_classes=2")
+    assert done.returncode == 2
+    assert done.stdout.count("\nerror: ") == 3
+    assert done.stdout.count("\nnote: ") == 2
+    for kind, pattern in {**BROKEN, **NOTED}.items():
+        if kind in ("a missing file", "a truncated file", "16-bit grey", *NOTED):
+            assert re.search(pattern[1], done.stdout), (kind, done.stdout)
+    assert done.stderr.count("\n") == 1
+    assert "3 files that a training cannot use" in done.stderr
+
+
+def test_the_script_tells_a_flat_val(tmp_path):
+    write_image_folder(tmp_path)
+    flat_val(tmp_path)
+    done = doctor(tmp_path, "data.num_classes=2")
+    assert done.returncode == 2
+    assert "val/ holds 8 files and no class folders" in done.stderr
+
+
+def test_the_check_is_bounded(tmp_path):
+    """A time that is over leaves the rest unread, and says so."""
+    write_image_folder(tmp_path)
+    config = compose("train_cls", ["data=imagefolder", f"data.root={tmp_path}", "data.num_classes=2"])
+    result = examine([load_dataset(config.data, True)], seconds=0)
+    assert str(result).startswith("read 0 of 8 images")
+    assert examine([object()], 1).images == 0
+
+
+def test_what_a_sound_image_is(tmp_path):
+    for mode in ("RGB", "L", "P", "RGBA", "1"):
+        path = tmp_path / f"{mode}.png"
+        Image.new(mode, (40, 30)).save(path)
+        assert examine_image(os.fspath(path)) == []
