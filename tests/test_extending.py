@@ -1,0 +1,169 @@
+"""Adding a backbone and an attention takes the files and lines that CONTRIBUTING.md promises, and no other edit.
+
+Both are added to a copy of the project, then trained together, and the attention inside the other backbones too.
+"""
+
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from tests.conftest import ROOT, environment, metrics
+
+ATTENTION = '''"""Every token gets the mean of all values: attention with nothing to attend to."""
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+
+@dataclass
+class MeanConfig:
+    """Options.
+
+    Attributes:
+        gain: factor on the mean.
+    """
+
+    name: str = "mean"
+    gain: float = 1.0
+
+
+class MeanAttention(nn.Module):
+    """The mean of v over all tokens."""
+
+    def __init__(self, dim, num_heads, grid, pool=(7, 7), num_prefix_tokens=0, layer_index=0, qkv_bias=True,
+                 proj_drop=0.0, config=None):
+        super().__init__()
+        self.config = config or MeanConfig()
+        self.v, self.proj = nn.Linear(dim, dim, bias=qkv_bias), nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, grid=None) -> Tensor:
+        """`(B, N, C)` to `(B, N, C)`."""
+        return self.proj(self.config.gain * self.v(x).mean(dim=1, keepdim=True).expand_as(x))
+'''
+
+BACKBONE = '''"""One stage of blocks over large patches, the mean over tokens."""
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from models.config import BackboneConfig
+from models.layers import Backbone, Block, ConvEmbed
+from vca.attention import build_attention
+
+
+@dataclass
+class FlatConfig(BackboneConfig):
+    """Size."""
+
+    family: str = "flat"
+    name: str = "flat_one"
+    patch_size: int = 4
+    embed_dim: int = 16
+
+    @property
+    def size_multiple(self) -> int:
+        """The patch size."""
+        return self.patch_size
+
+
+class Flat(Backbone):
+    """A backbone of one block."""
+
+    def __init__(self, config, attention):
+        super().__init__(config, config.embed_dim, num_prefix_tokens=0)
+        self.embed = ConvEmbed(config.in_chans, config.embed_dim, config.patch_size, config.patch_size)
+        grid = (config.size[0] // config.patch_size, config.size[1] // config.patch_size)
+        attn = build_attention(attention, config.embed_dim, 2, grid, (1, 1))
+        self.block = Block(config.embed_dim, attn, 2.0, config.drop_rate, config.drop_path_rate, 1e-6)
+        self.init_weights()
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Images to tokens."""
+        self.check_images(x)
+        x, grid = self.embed(x)
+        return self.run_block(self.block, x, grid)
+'''
+
+
+@pytest.fixture(scope="module")
+def extended(tmp_path_factory):
+    """The project with `mean` and `flat` added."""
+    root = tmp_path_factory.mktemp("extended")
+    for name in ("vca", "models", "configs", "scripts"):
+        shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / "train_cls.py", root)
+    (root / "vca" / "attention" / "mean.py").write_text(ATTENTION)
+    (root / "configs" / "attention" / "mean.yaml").write_text("defaults:\n  - mean_schema\n  - _self_\n")
+    (root / "models" / "flat.py").write_text(BACKBONE)
+    (root / "configs" / "model" / "flat_one.yaml").write_text(
+        "defaults:\n  - flat_schema\n  - _self_\n\nname: flat_one\n"
+    )
+
+    register(root / "vca" / "attention" / "__init__.py", "vca.attention.mean", "MeanConfig, MeanAttention", "mean")
+    register(root / "models" / "__init__.py", "models.flat", "FlatConfig, Flat", "flat")
+    return root
+
+
+def register(file, module, names, key):
+    """The one line in a registry, and the import that it needs."""
+    text = file.read_text()
+    opening = next(line for line in text.splitlines() if line.endswith("= {") and line[:4].isupper())
+    text = text.replace(opening, f'{opening}\n    "{key}": ({names}),', 1)
+    file.write_text(
+        text.replace("from torch import nn\n", f"from torch import nn\n\nfrom {module} import {names}\n", 1)
+    )
+
+
+def python(root, *arguments):
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        cwd=root,
+        env=environment(PYTHONPATH=str(root)),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def test_trains_together(extended, tmp_path):
+    options = [
+        "trainer.steps=2",
+        "trainer.log_every=1",
+        "trainer.device=cpu",
+        "trainer.workers=0",
+        f"out_dir={tmp_path}",
+    ]
+    python(extended, "train_cls.py", "model=flat_one", "attention=mean", "attention.gain=0.5", "name=new", *options)
+    steps = [record["step"] for record in metrics(tmp_path / "new") if "loss" in record]
+    assert steps == [1, 2]
+    state = torch.load(tmp_path / "new" / "checkpoints" / "step_00000002.pt", weights_only=True)["model"]
+    assert "block.attn.v.weight" in state
+
+
+def test_fits_everywhere(extended):
+    """The new attention in the old backbones, the new backbone under timm, both in the table of counts."""
+    code = """
+import models, timm, torch
+with torch.device("meta"):
+    for name in timm.list_models("vca_*"):
+        network = timm.create_model(name, attention={"name": "mean", "gain": 2.0}, num_classes=3)
+        found = [type(m).__name__ for m in network.modules()].count("MeanAttention")
+        print(name, found)
+"""
+    found = dict(line.split() for line in python(extended, "-c", code).splitlines())
+    assert found["vca_flat_one_224"] == "1"
+    assert found["vca_deit_tiny_patch16_224"] == "12"
+    assert found["vca_swin_tiny_patch4_window7_224"] == "10"  # stages 1 to 3
+    assert found["vca_cswin_tiny_224"] == "6"  # stages 1 and 2
+    assert found["vca_pvt_tiny_224"] == "8"
+    rows = python(extended, "scripts/complexity.py")
+    assert "flat_one" in rows
+    assert " mean " in rows
