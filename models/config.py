@@ -57,7 +57,8 @@ class BackboneConfig:
             value = getattr(self, key)
             entries = value if isinstance(value, (list, tuple)) else [value]
             if not entries or not all(entry > 0 for entry in entries):
-                raise ValueError(f"model.{key} must be > 0, got {value}")
+                least = "> 0" if any(isinstance(entry, float) for entry in entries) else ">= 1"
+                raise ValueError(f"model.{key} must be {least}, got {value}")
 
 
 @dataclass

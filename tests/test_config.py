@@ -22,7 +22,7 @@ OPTIONS = [
 
 @pytest.mark.parametrize("option", OPTIONS)
 def test_every_option_composes(option):
-    config = compose("train_cls", ["data=imagefolder", "data.root=somewhere", "model.patch_size=8", option])
+    config = compose("train_cls", ["data=imagefolder", "data.root=somewhere", option])
     assert dataclasses.is_dataclass(config.model)
     assert dataclasses.is_dataclass(config.attention)
     assert plain(config)["name"] == config.name
@@ -67,9 +67,18 @@ WRONG = {
     "attention.positive=pooled": r"attention.positive must be one of pool, embedding, pool\+embedding, got 'pooled'",
     "attention=softmax attention.stage1=plain": r"unknown key 'attention.stage1'",
     "model.num_heads=5": r"model.num_heads must divide model.embed_dim 96, got 5",
-    "model.patch_size=3": r"model.img_size must be a multiple of model.patch_size 3, got 8",
+    "model.patch_size=3": r"model.img_size must be a multiple of 3, such as 6 or 9, got 8",
+    "model=pvt_tiny": r"model.img_size must be a multiple of 32, such as 32, got 8",
+    "model=swin_tiny model.depths=[2,2]": r"model.num_heads must have 2 entries, one a stage, got \[3, 6, 12, 24\]",
+    "model=cswin_tiny data.img_size=384": r"with model.split_size \[1, 2, 7, 7\], model.img_size must be .* 224, .*448",
+    "model=pvt_tiny data.img_size=64 model.attention_stages=[5]": r"model.attention_stages must name stages from 1 to 4, got \[5\]",
+    "trainer.init_from=nowhere.pth": r"trainer.init_from must be a file, got 'nowhere.pth'",
+    "recipe=dait": r"recipe=dait: no such option.*leaplab_deit_small",
+    "optim.schedule=step": r"optim.schedule must be one of per_step, per_epoch, per_epoch_late, got 'step'",
+    "optim.cooldown_epochs=-1": r"optim.cooldown_epochs must be >= 0, got -1",
+    "data.check_seconds=-1": r"data.check_seconds must be >= 0, got -1",
     "model.depth=0": r"model.depth must be >= 1, got 0",
-    "model.family=dait": r"model.family must be one of \['deit'\], got 'dait'",
+    "model.family=dait": r"model.family must be one of \['cswin', 'deit', 'pvt', 'swin'\], got 'dait'",
     "model.drop_path_rate=1.5": r"model.drop_path_rate must be in \[0, 1\), got 1.5",
     "trainer.precision=fp8": r"trainer.precision must be one of fp32, tf32, bf16, fp16, got 'fp8'",
     "trainer.steps=0": r"trainer.steps must be >= 1 or null, got 0",

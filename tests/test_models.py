@@ -304,7 +304,10 @@ def test_one_attention_core():
 
 WRONG_CONFIGS = {
     "pvt": [({"sr_ratios": [8, 4, 2, 2]}, "sr_ratios must end with 1"), ({"depths": [1, 1]}, "must have 2 entries")],
-    "swin": [({"attention_stages": [0]}, "stages from 1 to 4"), ({"window_size": 0}, "window_size must be > 0, got 0")],
+    "swin": [
+        ({"attention_stages": [0]}, "stages from 1 to 4"),
+        ({"window_size": 0}, "window_size must be >= 1, got 0"),
+    ],
     "cswin": [({"num_heads": [1, 2, 4, 8]}, "must be even"), ({"contrast_grids": [[1]] * 4}, "pairs of integers")],
     "deit": [({"num_heads": 5}, "must divide"), ({"drop_path_rate": 1.0}, r"must be in \[0, 1\), got 1.0")],
 }
