@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 import train_cls
 from models import MODELS
+from scripts.export import export
 from tests.conftest import ROOT, TINY, environment
 from tests.test_data import write_image_folder
 from tests.test_models import CONTRACT_OF, CONTRACTS
@@ -193,12 +194,11 @@ def test_starting_from_a_run(tmp_path, capsys):
 @pytest.mark.parametrize("attention", ["vca", "softmax"])
 @pytest.mark.parametrize("weights", ["ema", "raw"])
 def test_export(tmp_path, attention, weights):
-    """What timm loads is what was evaluated, by both of its ways, in a process that imports `models` and timm only."""
+    """What timm loads, by both of its ways, is what was evaluated."""
     run(tmp_path, "name=run", f"attention={attention}", "trainer.ema_decay=0.5")
     out = tmp_path / "exported"
-    command = [sys.executable, "scripts/export.py", tmp_path / "run", "--weights", weights, "--out", out]
-    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=True)
-    assert done.stdout == f"{out}: vca_deit_mini_patch2_224, {weights} weights of step 3\n"
+    said = export(tmp_path / "run", weights, out)
+    assert said == f"{out}: vca_deit_mini_patch2_224, {weights} weights of step 3"
     described = json.loads((out / "config.json").read_text())
     assert described["model_args"]["depth"] == 2
     assert ("attention" in described["model_args"]) == (attention == "softmax")
@@ -214,26 +214,20 @@ def test_export(tmp_path, attention, weights):
     assert (report.left, report.new) == ({}, [])
 
 
-def test_export_refuses(tmp_path):
-    def export(*arguments):
-        command = [sys.executable, "scripts/export.py", *arguments]
-        return subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)
+def test_exporting_from_the_command_line(tmp_path):
+    def command(*arguments):
+        line = [sys.executable, "scripts/export.py", *map(str, arguments)]
+        return subprocess.run(line, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)
 
-    run(tmp_path, "name=run")
-    for arguments, message in (
-        ([str(tmp_path / "nowhere")], "RUN must be a run directory with a config.json, got"),
-        ([str(tmp_path / "run"), "--weights", "ema"], "keeps no EMA; use --weights raw"),
-    ):
-        if "ema" in arguments:
-            config = json.loads((tmp_path / "run" / "config.json").read_text())
-            assert config["trainer"]["ema_decay"] is not None
-            checkpoint = tmp_path / "run" / "checkpoints" / "step_00000003.pt"
-            state = torch.load(checkpoint, weights_only=True)
-            torch.save({**state, "ema": None}, checkpoint)
-        done = export(*arguments)
-        assert done.returncode == 2
-        assert done.stderr.startswith("error: ")
-        assert message in done.stderr
-        assert done.stderr.count("\n") == 1
+    run(tmp_path, "name=run", "trainer.ema_decay=null")
+    done = command(tmp_path / "run")
+    assert done.stdout == f"{tmp_path}/run/export: vca_deit_mini_patch2_224, raw weights of step 3\n"
+    assert (tmp_path / "run" / "export" / "model.safetensors").exists()
+    done = command(tmp_path / "run", "--weights", "ema")
+    assert (done.returncode, done.stderr) == (2, f"error: {tmp_path}/run keeps no EMA; use --weights raw\n")
+
+    with pytest.raises(ConfigError, match=r"RUN must be a run directory with a config.json, got '.*nowhere'"):
+        export(tmp_path / "nowhere", None, tmp_path)
     shutil.rmtree(tmp_path / "run" / "checkpoints")
-    assert "holds no checkpoint" in export(str(tmp_path / "run")).stderr
+    with pytest.raises(ConfigError, match="holds no checkpoint"):
+        export(tmp_path / "run", None, tmp_path)

@@ -18,7 +18,7 @@ import models.swin
 import train_cls  # noqa: F401 - registers the schemas
 import vca
 from models import MODELS, build_model
-from scripts.complexity import PAPER, complexity_of
+from scripts.complexity import PAPER
 from tests.conftest import GOLDEN, ROOT
 from vca.attention import ATTENTIONS, SoftmaxAttention, SoftmaxConfig, VCAConfig, VisualContrastAttention
 from vca.config import compose
@@ -153,25 +153,28 @@ def test_layout_of_the_swin_repository():
     assert torch.equal(merged, state["layers.1.downsample.reduction.weight"])
 
 
-@pytest.mark.parametrize(("model", "attention"), SETTLED)
-def test_counts_of_the_paper(model, attention):
-    counts = complexity_of(model, attention)
-    params, macs = SETTLED[model, attention]
-    assert counts.params / 1e6 == pytest.approx(params, abs=1e-3)
-    assert counts.macs / 1e9 == pytest.approx(macs, abs=5e-3)
-    assert set(SETTLED) == set(PAPER)
-
-
-def test_counts_of_every_model_file():
-    """`scripts/complexity.py --json`: a row for each model file and attention."""
+@pytest.fixture(scope="module")
+def counts():
+    """`scripts/complexity.py --json` as `{(model, attention): row}`."""
     command = [sys.executable, "scripts/complexity.py", "--json"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    rows = json.loads(done.stdout)
-    expected = {(model, attention) for model in MODEL_FILES for attention in ATTENTION_NAMES}
-    assert {(row["model"], row["attention"]) for row in rows} == expected
-    counts = {(row["model"], row["attention"]): row["params"] for row in rows}
-    assert counts["cswin_tiny_original", "softmax"] == 22_320_552
-    assert counts["pvt_tiny", "softmax"] == 13_229_288
+    return {(row["model"], row["attention"]): row for row in json.loads(done.stdout)}
+
+
+@pytest.mark.parametrize(("model", "attention"), SETTLED)
+def test_counts_of_the_paper(counts, model, attention):
+    row = counts[model, attention]
+    params, macs = SETTLED[model, attention]
+    assert row["params"] / 1e6 == pytest.approx(params, abs=1e-3)
+    assert row["macs"] / 1e9 == pytest.approx(macs, abs=5e-3)
+
+
+def test_counts_of_every_model_file(counts):
+    """A row for each model file and attention; the rows of the paper are all settled."""
+    assert set(counts) == {(model, attention) for model in MODEL_FILES for attention in ATTENTION_NAMES}
+    assert set(SETTLED) == set(PAPER)
+    assert counts["cswin_tiny_original", "softmax"]["params"] == 22_320_552
+    assert counts["pvt_tiny", "softmax"]["params"] == 13_229_288
 
 
 @pytest.mark.parametrize("attention", ATTENTION_NAMES)
