@@ -9,6 +9,7 @@
 The same command continues a run that was interrupted, to the bit. `--cfg job --resolve` prints the whole config.
 """
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,7 @@ from vca.attention import ATTENTIONS
 from vca.config import TrainClsConfig, command_line, register_schemas
 from vca.data import load_dataset
 from vca.data.augment import BatchMixer, eval_transform, train_transform
-from vca.data.config import DataConfig
-from vca.data.doctor import examine
+from vca.data.doctor import examine, shared_memory_note
 from vca.data.loader import MicroBatches, TrainOrder, eval_loader, train_loader
 from vca.evaluation.accuracy import evaluate
 from vca.runtime import distributed
@@ -76,7 +76,7 @@ def run(config: TrainClsConfig) -> dict[str, float]:
             else:
                 check_complete(started_from, folder)
             return summarize(config, evaluate_weights(state, val_batches), world.is_main)
-        check_files(config.data, [images, val_images], world)
+        check_data(config, [images, val_images], micro_batch, world)
 
         with training.open(config.name, plain(config), config.wandb):
             training.reporter.say(introduce(config, state, len(images), len(val_images)))
@@ -106,14 +106,21 @@ def check_complete(started_from: InitReport | None, folder: RunDirectory) -> Non
         )
 
 
-def check_files(data: DataConfig, datasets: list[Any], world: World) -> None:
+def check_data(config: TrainClsConfig, datasets: list[Any], micro_batch: int, world: World) -> None:
     """Read image files for a while; print what is found, and raise `ConfigError` if a training cannot use it."""
+    data = config.data
     result = world.broadcast(examine(datasets, data.check_seconds) if world.is_main else None)
     if result.errors:
         more = f" ({len(result.errors)} such files; scripts/doctor.py lists them)" if len(result.errors) > 1 else ""
         raise ConfigError(f"{result.errors[0]}{more}")
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    shortage = shared_memory_note(
+        config.trainer.workers * ranks_here, micro_batch * 4 * data.in_chans * data.img_size**2
+    )
     if world.is_main and result.findings:
         print(f"data: {result}, such as {result.findings[0]}", flush=True)
+    if world.is_main and shortage:
+        print(f"data: {shortage}", flush=True)
 
 
 def evaluate_weights(state: TrainState, batches: Iterable[tuple[Tensor, Tensor]]) -> dict[str, float]:

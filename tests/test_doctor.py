@@ -16,7 +16,7 @@ from tests.conftest import ROOT, environment
 from tests.test_data import write_image_folder
 from vca.config import compose
 from vca.data import load_dataset
-from vca.data.doctor import examine, examine_image
+from vca.data.doctor import examine, examine_image, shared_memory_note
 from vca.runtime.errors import ConfigError
 
 TINY_RUN = ("model=deit_mini", "augment=none", "data.img_size=8", "trainer.steps=1", "trainer.global_batch=2")
@@ -154,3 +154,13 @@ def test_what_a_sound_image_is(tmp_path):
         path = tmp_path / f"{mode}.png"
         Image.new(mode, (40, 30)).save(path)
         assert examine_image(os.fspath(path)) == []
+
+
+def test_too_little_shared_memory():
+    """pytorch#5040: workers die with a bus error when the batches they hold ready do not fit."""
+    free = shutil.disk_usage("/dev/shm").free
+    assert shared_memory_note(4, free // 10) is None
+    note = shared_memory_note(4, free)
+    assert re.fullmatch(r"/dev/shm has \d+ MiB free, and 4 workers may fill \d+ MiB; give .*", note)
+    assert shared_memory_note(0, 10 * free) is None
+    assert shared_memory_note(4, 10 * free, folder="/nowhere") is None

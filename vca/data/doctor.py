@@ -5,6 +5,7 @@ million is sampled. What stops a training, or would spoil it, is an error; what 
 """
 
 import random
+import shutil
 import time
 import warnings
 from collections.abc import Iterable
@@ -66,6 +67,25 @@ def examine(datasets: Iterable[Any], seconds: float) -> Examination:
         findings += examine_image(path)
         checked += 1
     return Examination(findings, checked, len(paths), time.perf_counter() - start)
+
+
+def shared_memory_note(workers: int, batch_bytes: int, folder: str = "/dev/shm") -> str | None:
+    """A line if the batches that loader workers hold ready may not fit into shared memory, which kills them (SIGBUS).
+
+    Args:
+        workers: of all ranks on this machine.
+        batch_bytes: of one batch.
+        folder: where shared memory is mounted.
+    """
+    if not workers or not Path(folder).is_dir():
+        return None
+    needed, free = workers * 2 * batch_bytes, shutil.disk_usage(folder).free  # a worker keeps two batches ready
+    if free >= needed:
+        return None
+    return (
+        f"{folder} has {free >> 20} MiB free, and {workers} workers may fill {needed >> 20} MiB; "
+        f"give the container a larger --shm-size, or set trainer.workers lower"
+    )
 
 
 def examine_image(path: str) -> list[Finding]:
