@@ -30,6 +30,7 @@ from vca.runtime.distributed import World
 from vca.runtime.errors import ConfigError, check, config_errors
 from vca.runtime.rundir import RunDirectory, plain
 from vca.runtime.seeding import seed_torch
+from vca.training.checkpoint import list_checkpoints
 from vca.training.classification import ClassificationLoss
 from vca.training.config import set_precision
 from vca.training.init import InitReport, init_from
@@ -65,7 +66,9 @@ def run(config: TrainClsConfig) -> dict[str, float]:
         transform = train_transform(config.augment, config.data)
         val_batches = eval_loader(val_images, eval_transform(config.data), world, trainer.eval_batch, trainer.workers)
         order = TrainOrder(len(images), trainer.global_batch, config.seed, config.augment.repeats)
-        started_from = init_from(model, Path(trainer.init_from)) if trainer.init_from is not None else None
+        started_from = None
+        if trainer.init_from is not None and not world.broadcast(list_checkpoints(folder.checkpoints)):
+            started_from = init_from(model, Path(trainer.init_from), trainer.init_weights)
         state = TrainState(model, trainer, config.optim, world, order.steps_per_epoch)
 
         training = TrainingRun(folder, state, trainer, world)
@@ -75,12 +78,13 @@ def run(config: TrainClsConfig) -> dict[str, float]:
                 training.draw(config.name)
             else:
                 check_complete(started_from, folder)
+                state.ema = None  # a copy of what was read
             return summarize(config, evaluate_weights(state, val_batches), world.is_main)
         check_data(config, [images, val_images], micro_batch, world)
 
         with training.open(config.name, plain(config), config.wandb):
             training.reporter.say(introduce(config, state, len(images), len(val_images)))
-            if started_from is not None and not resumed:
+            if started_from is not None:
                 training.reporter.say(f"starting from {trainer.init_from}\n{started_from}")
             loss_of = ClassificationLoss(BatchMixer(config.augment, config.data.num_classes, config.seed))
             shares = MicroBatches(order, world, micro_batch, accumulation, state.step, state.total_steps)
@@ -96,13 +100,14 @@ def run(config: TrainClsConfig) -> dict[str, float]:
 
 
 def check_complete(started_from: InitReport | None, folder: RunDirectory) -> None:
-    """Raise `ConfigError` unless there is something to evaluate: every parameter of the model, from a file."""
+    """Raise `ConfigError` unless there is something to evaluate: the weights of a file, all of them and no others."""
     if started_from is None:
         raise ConfigError(f"trainer.eval_only=true needs a checkpoint in {folder.checkpoints}, or trainer.init_from")
-    if started_from.new:
-        missing = f"{started_from.new[0]} and {len(started_from.new) - 1} others"
+    if not started_from.complete:
+        differs = [*started_from.new, *started_from.left, *started_from.adapted]
         raise ConfigError(
-            f"trainer.eval_only=true needs every parameter from trainer.init_from; {missing} are not in it"
+            f"trainer.eval_only=true needs a trainer.init_from that holds this model exactly; "
+            f"{len(differs)} parameters differ, such as {differs[0]}"
         )
 
 

@@ -1,4 +1,4 @@
-"""The fields that the configs of several backbones share, and their ranges. Names as in timm."""
+"""The fields that the configs of several backbones share, and their ranges."""
 
 from dataclasses import dataclass, field
 from typing import Any, ClassVar

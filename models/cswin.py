@@ -131,7 +131,7 @@ class CSWin(Pyramid):
         strides = [config.patch_size * 2**stage * config.split_size[stage] for stage in striped]
         self.size_multiple = math.lcm(config.size_multiple, *strides)
         check_size(config.size, self.size_multiple, f"with model.split_size {list(config.split_size)}, model.img_size")
-        self.init_weights()
+        self.add_head()
 
     def convert_official(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Names of the CSWin repository to ours; the LePE convolutions of two branches become one `local`."""

@@ -15,7 +15,7 @@ from timm.layers import PatchEmbed, resample_abs_pos_embed, trunc_normal_
 from torch import Tensor, nn
 
 from models.config import BackboneConfig
-from models.layers import Backbone, Block, drop_path_rates, load_official, select_options
+from models.layers import Backbone, Block, drop_path_rates, load_official, select_options, square_side
 from vca.attention import SoftmaxConfig, build_attention
 from vca.attention.geometry import is_pair
 
@@ -89,7 +89,7 @@ class DeiT(Backbone):
             for index, drop_path in enumerate(drop_path_rates(config.drop_path_rate, depth))
         )
         self.norm = nn.LayerNorm(dim, eps=1e-6)
-        self.init_weights()
+        self.add_head()
 
     def init_weights(self) -> None:
         """As timm: linear layers and positions truncated normal 0.02, biases zero, the class token almost zero."""
@@ -100,6 +100,13 @@ class DeiT(Backbone):
     def no_weight_decay(self) -> set[str]:
         """The positions and the class token."""
         return {"pos_embed", "cls_token"}
+
+    def adapt(self, name: str, tensor: Tensor) -> Tensor | None:
+        """Positions of a square image of another size, interpolated."""
+        side = square_side(tensor.shape[1] - 1) if name == "pos_embed" else None
+        if side is None or tensor.shape[2] != self.pos_embed.shape[2]:
+            return None
+        return resample_abs_pos_embed(tensor, list(self.grid), [side, side], num_prefix_tokens=1)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Images `(B, in_chans, height, width)` to normalised tokens `(B, N, C)`."""

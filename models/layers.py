@@ -3,6 +3,7 @@
 Shape letters: B batch, N tokens (of a grid H x W, after P prefix tokens), C channels, K classes, L tokens of a window.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any, TypeVar
@@ -39,7 +40,7 @@ class Block(nn.Module):
 class Backbone(nn.Module):
     """An image classifier: the size check, the head, and what timm's models offer around them.
 
-    A subclass defines `forward_features` and `pool`, and calls `init_weights` at the end of its constructor.
+    A subclass defines `forward_features`, and calls `add_head` at the end of its constructor.
 
     Args:
         config: the size.
@@ -52,10 +53,18 @@ class Backbone(nn.Module):
         self.config = config
         self.num_features = self.head_hidden_size = num_features
         self.num_prefix_tokens = num_prefix_tokens
-        self.num_classes = config.num_classes
         self.size_multiple = config.size_multiple
         self.grad_checkpointing = False
-        self.reset_classifier(config.num_classes)
+
+    def add_head(self) -> None:
+        """The last layer, and the initialisation of all of them."""
+        self.num_classes = self.config.num_classes
+        self.head = self.new_head(self.num_classes)
+        self.init_weights()
+
+    def new_head(self, num_classes: int) -> nn.Module:
+        """A linear layer, or nothing for no classes."""
+        return nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
 
     def init_weights(self) -> None:
         """Linear layers truncated normal 0.02, their biases zero."""
@@ -68,6 +77,10 @@ class Backbone(nn.Module):
     def convert_official(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Parameters by their names in the original code to this model's; names that are ours already stay."""
         return dict(state)
+
+    def adapt(self, name: str, tensor: Tensor) -> Tensor | None:
+        """A parameter that a file holds in another shape, made to fit; None where that has no meaning."""
+        return None
 
     def check_images(self, images: Tensor) -> None:
         """Raise `ValueError` with the valid sizes if images `(B, in_chans, height, width)` do not fit."""
@@ -91,8 +104,9 @@ class Backbone(nn.Module):
         """A new head for that many classes; 0 leaves the pooled features. `global_pool` cannot be changed."""
         if global_pool is not None:
             raise ValueError(f"global_pool is fixed by the architecture, got '{global_pool}'")
+        like = next(self.parameters())
         self.num_classes = num_classes
-        self.head = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
+        self.head = self.new_head(num_classes).to(device=like.device, dtype=like.dtype)
         init_linear(self.head)
 
     def forward_features(self, x: Tensor) -> Tensor:
@@ -165,9 +179,17 @@ def load_official(model: Any, state_dict: Mapping[str, Any]) -> Any:
     """`model` with the weights of the original code, which may lie under `model`, `state_dict` or `state_dict_ema`.
 
     Raises:
+        ValueError: if they lie under more than one of these.
         RuntimeError: on a missing, unexpected or misshapen parameter.
     """
-    for key in ("state_dict_ema", "model", "state_dict"):
-        state_dict = state_dict.get(key, state_dict)
-    model.load_state_dict(model.convert_official(state_dict))
+    held = [key for key in ("model", "state_dict", "state_dict_ema") if isinstance(state_dict.get(key), Mapping)]
+    if len(held) > 1:
+        raise ValueError(f"the checkpoint holds {' and '.join(held)}; pass the one that is meant")
+    model.load_state_dict(model.convert_official(state_dict[held[0]] if held else state_dict))
     return model
+
+
+def square_side(count: int) -> int | None:
+    """The side of a square of `count` tokens, or None if there is none: the grid of a file that does not name it."""
+    side = math.isqrt(count)
+    return side if side * side == count else None

@@ -19,7 +19,7 @@ from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
 from models.config import PyramidConfig
-from models.layers import ConvEmbed, load_official, select_options
+from models.layers import ConvEmbed, load_official, select_options, square_side
 from models.pyramid import Pyramid, keeps_own
 from vca.attention import SoftmaxConfig, softmax_attention
 from vca.attention.geometry import to_image
@@ -90,6 +90,15 @@ class SpatialReductionAttention(nn.Module):
         return self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))  # (B, N, C)
 
 
+def resize_positions(embed: Tensor, old: tuple[int, int], new: tuple[int, int], prefix: int) -> Tensor:
+    """Positions `(1, N, C)` of one grid, after those of `prefix` tokens, interpolated for another."""
+    if new == old:
+        return embed
+    image = to_image(embed, old, prefix)  # (1, C, H, W)
+    resized = F.interpolate(image, size=new, mode="bilinear").flatten(2).transpose(1, 2)  # (1, H W, C)
+    return torch.cat((embed[:, :prefix], resized), dim=1)  # (1, N, C)
+
+
 class PVT(Pyramid):
     """Four stages with learned positions; a class token in the last, as long as that keeps the original attention.
 
@@ -126,7 +135,7 @@ class PVT(Pyramid):
         )
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.dim(last))) if class_tokens else None
         self.pos_drop = nn.Dropout(config.drop_rate)
-        self.init_weights()
+        self.add_head()
 
     def init_weights(self) -> None:
         """As the original: linear layers, positions and the class token truncated normal 0.02, biases zero."""
@@ -148,12 +157,20 @@ class PVT(Pyramid):
 
     def positions(self, stage: int, grid: tuple[int, int], prefix: int) -> Tensor:
         """Positions `(1, N, C)` of a stage, interpolated where the grid is not the one they were made for."""
-        embed, made_for = self.pos_embeds[stage], self.config.grid(stage)
-        if grid == made_for:
-            return embed
-        image = to_image(embed, made_for, prefix)  # (1, C, H, W)
-        resized = F.interpolate(image, size=grid, mode="bilinear").flatten(2).transpose(1, 2)  # (1, H W, C)
-        return torch.cat((embed[:, :prefix], resized), dim=1)  # (1, N, C)
+        made_for = self.config.grid(stage)
+        return resize_positions(self.pos_embeds[stage], made_for, grid, prefix)
+
+    def adapt(self, name: str, tensor: Tensor) -> Tensor | None:
+        """Positions of a square image of another size, interpolated; that of a class token goes where there is none."""
+        if not (match := re.fullmatch(r"pos_embeds\.(\d)", name)):
+            return None
+        stage = int(match[1])
+        prefix = 0 if square_side(tensor.shape[1]) else 1
+        side = square_side(tensor.shape[1] - prefix)
+        if side is None or tensor.shape[2] != self.config.dim(stage):
+            return None
+        resized = resize_positions(tensor, (side, side), self.config.grid(stage), prefix)
+        return resized[:, -self.pos_embeds[stage].shape[1] :]
 
     def convert_official(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Names of the PVT repository to ours; its `q` and `kv` become one `qkv`."""

@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import trunc_normal_
+from timm.layers import resize_rel_pos_bias_table, trunc_normal_
 from torch import Tensor, nn
 
 from models.config import PyramidConfig
-from models.layers import ConvEmbed, join_windows, load_official, select_options, split_windows
+from models.layers import ConvEmbed, join_windows, load_official, select_options, split_windows, square_side
 from models.pyramid import Pyramid
 from vca.attention import SoftmaxConfig, softmax_attention
 
@@ -177,18 +177,28 @@ class Swin(Pyramid):
         first = ConvEmbed(config.in_chans, config.embed_dim, config.patch_size, config.patch_size)
         embeds = [first, *(PatchMerging(config.dim(stage)) for stage in range(stages - 1))]
         super().__init__(config, attention, embeds, own_attention, [config.mlp_ratio] * stages)
-        self.init_weights()
+        self.add_head()
 
     def no_weight_decay(self) -> set[str]:
         """The tables of the relative position bias."""
         return {name for name, _ in self.named_parameters() if name.endswith("relative_position_bias_table")}
+
+    def adapt(self, name: str, tensor: Tensor) -> Tensor | None:
+        """A table of the relative position bias for windows of another size, interpolated."""
+        if not name.endswith("relative_position_bias_table"):
+            return None
+        attention: Any = self.get_submodule(name.rpartition(".")[0])
+        table = attention.relative_position_bias_table
+        if tensor.shape[1:] != table.shape[1:] or square_side(tensor.shape[0]) is None:
+            return None
+        return resize_rel_pos_bias_table(tensor, new_window_size=attention.window, new_bias_shape=table.shape)
 
     def convert_official(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Names of timm, or of the Swin repository, to ours.
 
         The repository counts a merging to the stage before it, and stores two buffers that follow from the config.
         """
-        merges_after = "head.weight" in state
+        merges_after = any(name.startswith("layers.0.downsample.") for name in state)
         renamed = {}
         for name, tensor in state.items():
             if name.endswith(("relative_position_index", "attn_mask")):

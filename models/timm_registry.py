@@ -21,19 +21,46 @@ default_cfgs: dict[str, Any] = {}
 
 
 def load_sizes() -> dict[str, dict[str, Any]]:
-    """Fields of each file of `configs/model/` by the name that runs call it, with its `family`."""
-    sizes = {}
-    for file in sorted(SIZES.glob("*.yaml")):
-        content = yaml.safe_load(file.read_text())
-        family = content.pop("defaults")[0].removesuffix("_schema")
-        sizes[content["name"]] = {"family": family, **content}
-    return sizes
+    """Fields of each file of `configs/model/` by the file's name, with its `family`."""
+    return {file.stem: {"name": file.stem, **load_size(file.stem)} for file in sorted(SIZES.glob("*.yaml"))}
+
+
+def load_size(stem: str) -> dict[str, Any]:
+    """Fields of one file as Hydra composes them: the files of its defaults list in their order, itself at `_self_`.
+
+    What refers to another part of the config (`${...}`) is left out: a timm model has only itself.
+    """
+    own = yaml.safe_load((SIZES / f"{stem}.yaml").read_text()) or {}
+    defaults = own.pop("defaults", [])
+    own = {key: value for key, value in own.items() if not (isinstance(value, str) and value.startswith("${"))}
+    fields: dict[str, Any] = {}
+    for entry in defaults if "_self_" in defaults else [*defaults, "_self_"]:
+        if entry == "_self_":
+            fields |= own
+        elif entry.endswith("_schema"):
+            fields["family"] = entry.removesuffix("_schema")
+        else:
+            fields |= load_size(entry)
+    return fields
+
+
+def pretrained_cfg(size: Mapping[str, Any]) -> dict[str, Any]:
+    """What timm wants to know of a model besides its arguments."""
+    return {
+        "input_size": (3, 224, 224),
+        "crop_pct": 0.9 if size["family"] == "cswin" else 0.875,
+        "interpolation": "bicubic",
+        "first_conv": "patch_embed.proj" if size["family"] == "deit" else "stages.0.embed.proj",
+        "classifier": "head",
+        "license": "mit",
+    }
 
 
 def timm_name(size: Mapping[str, Any]) -> str:
     """What timm calls a size: with its patch and window where timm's own models of the family have them."""
-    parts = {"deit": "_patch{patch_size}", "swin": "_patch4_window{window_size}"}
-    return f"vca_{size['name']}{parts.get(size['family'], '').format(**size)}_224"
+    patch, window = size.get("patch_size", 16), size.get("window_size", 7)
+    parts = {"deit": f"_patch{patch}", "swin": f"_patch4_window{window}"}
+    return f"vca_{size['name']}{parts.get(size['family'], '')}_224"
 
 
 def attention_config(attention: Any) -> Any:
@@ -66,9 +93,5 @@ def entry_point(size: Mapping[str, Any], registry: Mapping[str, tuple[type, type
 def register(registry: Mapping[str, tuple[type, type]]) -> None:
     """Register every size of the families in `registry` with timm."""
     for size in load_sizes().values():
-        name = timm_name(size)
-        first = "patch_embed.proj" if size["family"] == "deit" else "stages.0.embed.proj"
-        cfg = {"input_size": (3, 224, 224), "crop_pct": 0.9 if size["family"] == "cswin" else 0.875}
-        cfg |= {"interpolation": "bicubic", "first_conv": first, "classifier": "head", "license": "mit"}
-        default_cfgs.update(generate_default_cfgs({name: cfg}))
+        default_cfgs.update(generate_default_cfgs({timm_name(size): pretrained_cfg(size)}))
         register_model(entry_point(size, registry))

@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from safetensors.torch import save_file
 
 from models import MODELS
-from models.timm_registry import load_sizes, timm_name
+from models.timm_registry import load_sizes, pretrained_cfg, timm_name
 from vca.attention import VCAConfig
 from vca.runtime.errors import ConfigError
 from vca.runtime.rundir import plain
@@ -43,6 +43,7 @@ def describe(config: dict[str, Any]) -> dict[str, Any]:
         differs["attention"] = attention
     data = config["data"]
     described = {
+        **pretrained_cfg(size),
         "input_size": [model["in_chans"], data["img_size"], data["img_size"]],
         "num_classes": model["num_classes"],
         **{key: data[key] for key in ("mean", "std", "crop_pct", "interpolation")},
@@ -69,7 +70,10 @@ def export(run: Path, weights: str | None, out: Path) -> str:
     description = describe(config)
     description["run"] = {"weights": weights, "step": saved["step"], "config": config}
 
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--out: {out} cannot be made: {error.strerror}") from error
     save_file({name: tensor.contiguous() for name, tensor in parameters.items()}, out / "model.safetensors")
     (out / "config.json").write_text(json.dumps(description, indent=2) + "\n")
     return f"{out}: {description['architecture']}, {weights} weights of step {saved['step']}"

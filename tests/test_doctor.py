@@ -71,11 +71,14 @@ BROKEN = {
         lambda root: [file.unlink() for file in (root / "val" / "cat").iterdir()],
         r"val/: .*no valid file for the classes cat",
     ),
-    "a missing file": (dangling_link, r"train/dog/2.jpg: is a link to nothing; restore it or remove it"),
+    "a missing file": (dangling_link, r"train/dog/2.jpg: is a link to nothing; restore or remove it"),
     "an empty file": (lambda root: (root / "val" / "cat" / "0.jpg").write_bytes(b""), r"val/cat/0.jpg: is empty; copy"),
     "a truncated file": (truncate, r"train/cat/1.jpg: cannot be decoded \(.*truncated.*\); copy it again"),
     "no image": (lambda root: (root / "val" / "cat" / "0.jpg").write_text("hello"), r"0.jpg: is not an image; replace"),
-    "16-bit grey": (sixteen_bits, r"val/dog/deep.png: has more than 8 bits a pixel .*it would turn white; convert it"),
+    "16-bit grey": (
+        sixteen_bits,
+        r"val/dog/deep.png: has more than 8 bits a pixel .*values up to 40000\); it would be clipped",
+    ),
 }
 NOTED = {
     "CMYK": (cmyk, r"note: .*train/cat/press.jpg: is CMYK; harmless"),
@@ -154,6 +157,19 @@ def test_what_a_sound_image_is(tmp_path):
         path = tmp_path / f"{mode}.png"
         Image.new(mode, (40, 30)).save(path)
         assert examine_image(os.fspath(path)) == []
+    for size in ((6, 6), (7, 100)):
+        Image.new("RGB", size).save(tmp_path / "small.jpg")
+        assert examine_image(os.fspath(tmp_path / "small.jpg")) == []
+    Image.fromarray(np.full((30, 30), 200, dtype=np.uint16)).save(tmp_path / "eight_of_sixteen.png")
+    assert examine_image(os.fspath(tmp_path / "eight_of_sixteen.png")) == []
+
+
+def test_an_image_that_is_a_bomb(tmp_path):
+    """PIL refuses to decode it, with an error of its own kind."""
+    Image.new("1", (20_000, 10_000)).save(tmp_path / "huge.png")
+    (finding,) = examine_image(os.fspath(tmp_path / "huge.png"))
+    assert finding.fatal
+    assert "decompression bomb" in finding.problem
 
 
 def test_too_little_shared_memory():

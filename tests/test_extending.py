@@ -80,7 +80,7 @@ class Flat(Backbone):
         grid = (config.size[0] // config.patch_size, config.size[1] // config.patch_size)
         attn = build_attention(attention, config.embed_dim, 2, grid, (1, 1))
         self.block = Block(config.embed_dim, attn, 2.0, config.drop_rate, config.drop_path_rate, 1e-6)
-        self.init_weights()
+        self.add_head()
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Images to tokens."""
@@ -103,6 +103,10 @@ def extended(tmp_path_factory):
     (root / "configs" / "model" / "flat_one.yaml").write_text(
         "defaults:\n  - flat_schema\n  - _self_\n\nname: flat_one\n"
     )
+
+    # One size on top of another, as Hydra's users write it.
+    size = "defaults:\n  - deit_tiny\n  - _self_\n\nname: deit_tiny_64\ncontrast_grid: [8, 8]\n"
+    (root / "configs" / "model" / "deit_tiny_64.yaml").write_text(size)
 
     register(root / "vca" / "attention" / "__init__.py", "vca.attention.mean", "MeanConfig, MeanAttention", "mean")
     register(root / "models" / "__init__.py", "models.flat", "FlatConfig, Flat", "flat")
@@ -160,6 +164,7 @@ with torch.device("meta"):
 """
     found = dict(line.split() for line in python(extended, "-c", code).splitlines())
     assert found["vca_flat_one_224"] == "1"
+    assert found["vca_deit_tiny_64_patch16_224"] == "12"
     assert found["vca_deit_tiny_patch16_224"] == "12"
     assert found["vca_swin_tiny_patch4_window7_224"] == "10"  # stages 1 to 3
     assert found["vca_cswin_tiny_224"] == "6"  # stages 1 and 2

@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
+from fractions import Fraction
 
 import pytest
 import timm
@@ -22,7 +23,7 @@ from vca.config import compose
 from vca.data import load_dataset
 from vca.data.augment import eval_transform
 from vca.runtime.errors import ConfigError
-from vca.training.init import init_from, read_weights
+from vca.training.init import InitWeights, init_from, read_weights, strip_wrappers
 
 SHORT = (*TINY, "trainer.steps=3", "trainer.log_every=3")
 
@@ -47,7 +48,8 @@ def test_official_weights_into_the_baseline(family, tmp_path):
     torch.save({"model": state_of(family)}, tmp_path / "official.pth")
     model = network(family, SoftmaxConfig())
     report = init_from(model, tmp_path / "official.pth")
-    assert (report.left, report.new) == ({}, [])
+    assert report.complete
+    assert report.source == "model"
     assert len(report.taken) == len(model.state_dict())
 
 
@@ -55,7 +57,7 @@ def test_official_weights_into_the_baseline(family, tmp_path):
 VCA_PARTS = ("e_pos", "e_neg", "lambda1", "lambda2", "norm1_weight", "norm2_weight", "local")
 LEFT = {
     "deit": (),
-    "pvt": ("cls_token", "pos_embeds.3", "attn.sr.", "attn.norm."),
+    "pvt": ("cls_token", "attn.sr.", "attn.norm."),
     "swin": ("relative_position_bias_table",),
     "cswin": (),
 }
@@ -67,10 +69,12 @@ def test_official_weights_into_the_vca_variant(family, tmp_path):
     torch.save(state_of(family), tmp_path / "official.pth")
     model = network(family, VCAConfig())
     report = init_from(model, tmp_path / "official.pth")
-    misshapen = {"pos_embeds.3"} if family == "pvt" else set()  # the class token has no position any more
-    assert all(any(part in name for part in VCA_PARTS) for name in set(report.new) - misshapen), report.new
+    assert all(any(part in name for part in VCA_PARTS) for name in report.new), report.new
     assert all(any(part in name for part in LEFT[family]) for name in report.left), report.left
-    assert set(report.left.values()) <= {"the model has none", "1 x 50 x 512 there, 1 x 49 x 512 here"}
+    assert set(report.left.values()) <= {"the model has none"}
+    if family == "pvt":  # the class token's position goes, the others stay as they are
+        assert report.adapted == {"pos_embeds.3": "1 x 50 x 512 there, 1 x 49 x 512 here"}
+        assert torch.equal(model.pos_embeds[3], state_of(family)["pos_embed4"][:, 1:])
     if family == "cswin":
         assert not any(".local." in name for name in report.new)  # LePE is the local branch
     taken = dict(model.state_dict())
@@ -106,22 +110,51 @@ def test_another_head(tmp_path):
     ]
 
 
+@pytest.mark.parametrize(
+    ("family", "fields", "adapted"),
+    [
+        ("deit", {"img_size": 384}, {"pos_embed"}),
+        ("pvt", {"img_size": 256}, {f"pos_embeds.{stage}" for stage in range(4)}),
+        ("swin", {"window_size": 8, "img_size": 256}, None),
+    ],
+)
+def test_another_image_size(family, fields, adapted, tmp_path):
+    """Positions are interpolated: nothing starts from random ones."""
+    torch.save(state_of(family), tmp_path / "official.pth")
+    model = network(family, SoftmaxConfig(), **fields)
+    report = init_from(model, tmp_path / "official.pth")
+    assert (report.left, report.new) == ({}, [])
+    assert not report.complete
+    if adapted is not None:
+        assert set(report.adapted) == adapted
+    assert all("pos" in name for name in report.adapted)
+    shapes = "1 x 197 x 192 there, 1 x 577 x 192 here"
+    assert family != "deit" or f"adapted: pos_embed ({shapes})" in str(report).splitlines()
+    if family == "deit":  # the class token's is taken, a constant field stays one
+        position = torch.ones(1, 197, 192)
+        assert torch.equal(model.pos_embed[:, 0], state_of(family)["pos_embed"][:, 0])
+        torch.testing.assert_close(model.adapt("pos_embed", position), torch.ones(1, 577, 192))
+        assert model.adapt("pos_embed", torch.ones(1, 198, 192)) is None  # a distilled DeiT's
+
+
 def test_files_that_are_read(tmp_path):
     """Plain, wrapped, with an average, from DDP, with the command line of the original trainers, safetensors."""
     raw, average = {"head.bias": torch.zeros(2)}, {"head.bias": torch.ones(2)}
     files = {
-        "plain.pth": (raw, 0),
-        "wrapped.pth": ({"state_dict": {f"module.{name}": value for name, value in raw.items()}, "epoch": 3}, 0),
-        "ema.pth": ({"model": raw, "ema": average, "step": 3}, 1),
-        "no_ema.pth": ({"model": raw, "ema": None}, 0),
-        "cswin.pth": ({"state_dict": raw, "state_dict_ema": average}, 1),
-        "swin.pth": ({"model": raw, "args": argparse.Namespace(lr=1e-3), "config": "yacs"}, 0),
+        "plain.pth": (raw, 0, 0),
+        "wrapped.pth": ({"state_dict": {f"module._orig_mod.{name}": value for name, value in raw.items()}}, 0, 0),
+        "ema.pth": ({"model": raw, "ema": average, "step": 3}, 1, 0),
+        "no_ema.pth": ({"model": raw, "ema": None}, 0, 0),
+        "cswin.pth": ({"state_dict": raw, "state_dict_ema": average}, 1, 0),
+        "deit.pth": ({"model": raw, "model_ema": average, "args": argparse.Namespace(lr=1e-3)}, 1, 0),
     }
-    for name, (content, value) in files.items():
+    for name, (content, ema, plain) in files.items():
         torch.save(content, tmp_path / name)
-        assert read_weights(tmp_path / name)["head.bias"].tolist() == [value, value], name
+        assert read_weights(tmp_path / name)[0]["head.bias"].tolist() == [ema, ema], name
+        assert read_weights(tmp_path / name, InitWeights.raw)[0]["head.bias"].tolist() == [plain, plain], name
     save_file(average, tmp_path / "model.safetensors")
-    assert read_weights(tmp_path / "model.safetensors")["head.bias"].tolist() == [1, 1]
+    assert read_weights(tmp_path / "model.safetensors")[0]["head.bias"].tolist() == [1, 1]
+    assert strip_wrappers("submodule.weight") == "submodule.weight"
 
 
 def test_files_that_are_refused(tmp_path):
@@ -133,6 +166,9 @@ def test_files_that_are_refused(tmp_path):
     (tmp_path / "text.safetensors").write_text("hello")
     with pytest.raises(ConfigError, match=r"text.safetensors' is not a readable checkpoint"):
         read_weights(tmp_path / "text.safetensors")
+    torch.save({"model": {}, "config": Fraction(1, 2)}, tmp_path / "object.pth")
+    with pytest.raises(ConfigError, match=r"object.pth' holds a fractions.Fraction, which is not loaded.*torch.save"):
+        read_weights(tmp_path / "object.pth")
     torch.save({"epoch": 3}, tmp_path / "empty.pth")
     with pytest.raises(ConfigError, match="holds no parameters by name"):
         read_weights(tmp_path / "empty.pth")
@@ -168,25 +204,36 @@ def test_evaluating_an_official_checkpoint(tmp_path):
     assert result["val/top1"] == 100 * (logits.argmax(1) == labels).float().mean().item()
     assert not (tmp_path / "out").exists()
 
-    with pytest.raises(ConfigError, match=r"needs every parameter from trainer.init_from; .* others are not in it"):
-        train_cls.run(compose("train_cls", [*options, "attention=vca"]))
+    for other in ("attention=vca", "model.depth=1"):  # parameters that are new, and ones that are left
+        with pytest.raises(ConfigError, match=r"init_from that holds this model exactly; \d+ parameters differ"):
+            train_cls.run(compose("train_cls", [*options, other]))
 
 
 def test_starting_from_a_run(tmp_path, capsys):
     """The EMA of another run is where this one starts, and resuming does not start over."""
-    run(tmp_path, "name=first", "trainer.ema_decay=0.5")
+    finished = run(tmp_path, "name=first", "trainer.ema_decay=0.5")
     file = tmp_path / "first" / "checkpoints" / "step_00000003.pt"
     capsys.readouterr()
     again = ["name=second", f"trainer.init_from={file}", "optim.lr=1e-12", "optim.warmup_lr=0", "optim.min_lr=0"]
     run(tmp_path, *again, "trainer.ema_decay=null")
     said = capsys.readouterr().out
     assert f"starting from {file}\ntaken: " in said
-    assert "left: none\nnew: none" in said
+    assert "parameters under 'ema'\nleft: none\nnew: none" in said
     first, second = (
         torch.load(tmp_path / n / "checkpoints" / file.name, weights_only=True) for n in ("first", "second")
     )
     for name, value in first["ema"].items():
         torch.testing.assert_close(second["model"][name], value)
+
+    one, other = (f"name=evaluated-{which}" for which in ("raw", "ema"))
+    options = ["trainer.eval_only=true", f"trainer.init_from={file}", "trainer.ema_decay=0.5"]
+    raw = run(tmp_path, one, *options, "trainer.init_weights=raw")
+    ema = run(tmp_path, other, *options)
+    assert {f"val/{key.split('/')[1]}": value for key, value in finished.items() if key[:3] == "ema"} == ema
+    assert {key: value for key, value in finished.items() if key[:3] == "val"} == raw
+
+    file.unlink()  # a run that has a checkpoint of its own does not need it any more
+    capsys.readouterr()
     run(tmp_path, *again, "trainer.ema_decay=null")
     assert "starting from" not in capsys.readouterr().out
 
@@ -206,6 +253,7 @@ def test_export(tmp_path, attention, weights):
         described["architecture"], checkpoint_path=str(out / "model.safetensors"), **described["model_args"]
     )
     two = timm.create_model(f"local-dir:{out}", pretrained=True)
+    assert timm.create_model(f"local-dir:{out}", pretrained=True, num_classes=5).head.out_features == 5
     saved = torch.load(tmp_path / "run" / "checkpoints" / "step_00000003.pt", weights_only=True)
     expected = saved["ema" if weights == "ema" else "model"]
     for model in (one, two):
@@ -226,6 +274,9 @@ def test_exporting_from_the_command_line(tmp_path):
     done = command(tmp_path / "run", "--weights", "ema")
     assert (done.returncode, done.stderr) == (2, f"error: {tmp_path}/run keeps no EMA; use --weights raw\n")
 
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"--out: .*file cannot be made: File exists"):
+        export(tmp_path / "run", None, tmp_path / "file")
     with pytest.raises(ConfigError, match=r"RUN must be a run directory with a config.json, got '.*nowhere'"):
         export(tmp_path / "nowhere", None, tmp_path)
     shutil.rmtree(tmp_path / "run" / "checkpoints")

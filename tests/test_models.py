@@ -18,6 +18,7 @@ import models.swin
 import train_cls  # noqa: F401 - registers the schemas
 import vca
 from models import MODELS, build_model
+from models.layers import Block
 from scripts.complexity import PAPER
 from tests.conftest import GOLDEN, ROOT
 from vca.attention import ATTENTIONS, SoftmaxAttention, SoftmaxConfig, VCAConfig, VisualContrastAttention
@@ -151,6 +152,12 @@ def test_layout_of_the_swin_repository():
     ours = models.swin.from_official({}, {"model": state})
     merged = ours.stages[2].embed.reduction.weight
     assert torch.equal(merged, state["layers.1.downsample.reduction.weight"])
+    headless = {name: tensor for name, tensor in state.items() if not name.startswith("head")}
+    converted = ours.convert_official(headless)
+    assert set(ours.state_dict()) - set(converted) == {"head.weight", "head.bias"}
+    assert torch.equal(converted["stages.2.embed.reduction.weight"], merged)
+    with pytest.raises(ValueError, match="holds model and state_dict_ema; pass the one that is meant"):
+        models.swin.from_official({}, {"model": state, "state_dict_ema": state})
 
 
 @pytest.fixture(scope="module")
@@ -196,13 +203,16 @@ def test_gradient_checkpointing_changes_nothing(family, attention):
     """Output and every gradient to the bit, with dropout and stochastic depth on."""
     network = small(family, attention, drop_rate=0.1, drop_path_rate=0.3).train()
     images = torch.randn(4, 3, *network.config.size)
-    seen = []
-    for enable in (False, True):
+    seen, calls = [], []
+    next(m for m in network.modules() if isinstance(m, Block)).norm1.register_forward_hook(lambda *_: calls.append(1))
+    for enable, expected in ((False, 1), (True, 2)):
+        calls.clear()
         network.set_grad_checkpointing(enable)
         network.zero_grad(set_to_none=True)
         torch.manual_seed(1)
         out = network(images)
         out.square().mean().backward()
+        assert len(calls) == expected  # with checkpointing the forward pass of a block is made again
         seen.append((out.detach(), {name: p.grad.clone() for name, p in network.named_parameters()}))
     assert torch.equal(seen[0][0], seen[1][0])
     assert all(torch.equal(seen[0][1][name], seen[1][1][name]) for name in seen[0][1])
@@ -330,6 +340,8 @@ def test_features_without_a_head():
         assert network(images).shape == (1, network.num_features)
         network.reset_classifier(3)
         assert network(images).shape == (1, 3)
+        network.bfloat16().reset_classifier(4)
+        assert network.head.weight.dtype is torch.bfloat16
 
 
 @pytest.mark.parametrize("name", timm.list_models("vca_*"))

@@ -106,6 +106,15 @@ def test_results_do_not_depend_on_workers(tmp_path):
     assert_same(one, two)
 
 
+def test_gradient_checkpointing_equals_plain(tmp_path):
+    """To the bit, and a run may change between them."""
+    run(tmp_path, name="plain")
+    run(tmp_path, "trainer.grad_checkpointing=true", name="checkpointed")
+    one, two = (load_latest(tmp_path / name / "checkpoints") for name in ("plain", "checkpointed"))
+    assert_same(one, two)
+    run(tmp_path, "trainer.grad_checkpointing=true", name="plain")
+
+
 @pytest.mark.parametrize("attention", ["vca", "softmax"])
 def test_compiled_equals_eager(tmp_path, attention):
     """`trainer.compile=true` trains the same model: what differs is small beside what was learned."""

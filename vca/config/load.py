@@ -82,6 +82,10 @@ def mistakes_in_one_line() -> Iterator[None]:
         fail(f"config error: {error}", EXIT_CONFIG)
     except (HydraException, OmegaConfBaseException) as error:
         fail(f"config error: {explain(error)}", EXIT_CONFIG)
+    except ValueError as error:
+        if "Config group override must be" not in str(error):
+            raise
+        fail("config error: a group that an experiment sets may not be null here; recipe=none is none", EXIT_CONFIG)
     except NonFiniteError as error:
         fail(f"stopped: {error}", EXIT_NON_FINITE)
 
@@ -177,7 +181,8 @@ def explain(error: BaseException) -> str:
 
     if match := re.search(r"Could not find '([^']+)'", text):
         group, _, option = match[1].rpartition("/")
-        there = sorted(path.stem for path in (CONFIGS / group).glob("*.yaml")) if group else []
+        folder = CONFIGS / group
+        there = sorted(str(p.relative_to(folder).with_suffix("")) for p in folder.rglob("*.yaml")) if group else []
         choices = f" (there are {', '.join(there)})" if there else ""
         return f"{group or 'config'}={option}: no such option" + did_you_mean(option, there) + choices
     if match := re.search(r"Could not override '([^']+)'\.\s*No match in the defaults list", text):

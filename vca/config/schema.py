@@ -40,6 +40,13 @@ class TrainClsConfig:
         for key in ("num_classes", "in_chans"):
             ours, theirs = getattr(self.model, key), getattr(self.data, key)
             check(ours == theirs, f"model.{key}", f"data.{key}, {theirs}", ours)
+        optim, trainer = self.optim, self.trainer
+        if trainer.steps is None and optim.cooldown_epochs:
+            length, rule = optim.warmup_epochs + optim.cooldown_epochs, "optim.warmup_epochs + optim.cooldown_epochs"
+            check(trainer.epochs > length, "trainer.epochs", f"> {rule}, {length:g}", trainer.epochs)
+        patience = 30 * trainer.timeout_minutes  # seconds; the other ranks wait for the one that checks
+        rule = f"at most half of trainer.timeout_minutes, {patience:g} s"
+        check(self.data.check_seconds <= patience, "data.check_seconds", rule, self.data.check_seconds)
 
 
 @dataclass

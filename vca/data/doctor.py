@@ -90,38 +90,35 @@ def shared_memory_note(workers: int, batch_bytes: int, folder: str = "/dev/shm")
 
 def examine_image(path: str) -> list[Finding]:
     """What is wrong with one image file; mostly nothing."""
-    file = Path(path)
-    if not file.exists():
-        broken = file.is_symlink()
-        return [Finding(path, "is a link to nothing" if broken else "is gone", "restore it or remove it", True)]
-    if file.stat().st_size == 0:
-        return [Finding(path, "is empty", "copy it again", True)]
     try:
+        file = Path(path)
+        if not file.exists():
+            return [
+                Finding(path, "is a link to nothing" if file.is_symlink() else "is gone", "restore or remove it", True)
+            ]
+        if file.stat().st_size == 0:
+            return [Finding(path, "is empty", "copy it again", True)]
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             with Image.open(path) as image:
-                image.draft("RGB", (image.width // 8, image.height // 8))  # all of the file, but few of its pixels
+                # All of the file is decoded, but only few of its pixels are made.
+                image.draft("RGB", (max(1, image.width // 8), max(1, image.height // 8)))
                 image.load()
-                mode = image.mode
-                exif_problem = read_exif(image)
+                highest: Any = image.getextrema()[1] if image.mode in HIGH_DEPTH else 0
+                mode, exif_problem = image.mode, read_exif(image)
     except UnidentifiedImageError:
         return [Finding(path, "is not an image", "replace it or remove it", True)]
-    except (OSError, SyntaxError, ValueError) as error:
-        return [Finding(path, f"cannot be decoded ({error})", "copy it again", True)]
+    except Exception as error:  # whatever PIL's parsers of unknown bytes ran into
+        return [Finding(path, f"cannot be decoded ({error or type(error).__name__})", "copy it again", True)]
+
     findings = []
     exif_problem = exif_problem or next((str(w.message) for w in caught if "EXIF" in str(w.message)), None)
     if exif_problem:
-        findings.append(
-            Finding(
-                path, f"has bad EXIF data ({exif_problem.strip()})", "harmless; `exiftool -all= FILE` drops it", False
-            )
-        )
-    if mode in HIGH_DEPTH:
-        findings.append(
-            Finding(
-                path, f"has more than 8 bits a pixel (mode {mode})", "it would turn white; convert it to 8 bits", True
-            )
-        )
+        remedy = "harmless; `exiftool -all= FILE` drops it"
+        findings.append(Finding(path, f"has bad EXIF data ({exif_problem.strip()})", remedy, False))
+    if mode == "F" or highest > 255:
+        problem = f"has more than 8 bits a pixel (mode {mode}, values up to {highest:g})"
+        findings.append(Finding(path, problem, "it would be clipped to black or white; convert it to 8 bits", True))
     if mode == "CMYK":
         findings.append(Finding(path, "is CMYK", "harmless; it is read as RGB without its colour profile", False))
     return findings

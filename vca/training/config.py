@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from vca.runtime.errors import ConfigError, check
+from vca.training.init import InitWeights
 
 
 class Device(Enum):
@@ -50,7 +51,8 @@ class TrainerConfig:
             contrast grid that does not divide the token grid, and stops with an error there.
         grad_checkpointing: keep only the input of each block for the backward pass: less memory, about a third slower.
         init_from: file of weights to start from, of this project or of the original repositories; what fits is taken.
-        eval_only: evaluate the newest checkpoint of the run directory, or the weights of `init_from`, and stop.
+        init_weights: of a file that holds several: `ema`, the average where there is one, or `raw`.
+        eval_only: evaluate the newest checkpoint of the run directory, or else the weights of `init_from`, and stop.
         timeout_minutes: how long the ranks wait for a lost one.
     """
 
@@ -71,6 +73,7 @@ class TrainerConfig:
     deterministic: bool = False
     grad_checkpointing: bool = False
     init_from: str | None = None
+    init_weights: InitWeights = InitWeights.ema
     eval_only: bool = False
     timeout_minutes: float = 10.0
 

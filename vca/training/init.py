@@ -1,7 +1,9 @@
 """Starting from the weights of a file: what fits is taken, and what was taken, left and new is told."""
 
 import argparse
+import re
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +12,17 @@ from torch import Tensor, nn
 
 from vca.runtime.errors import ConfigError
 
-# Where the checkpoints of this project, timm, DeiT, Swin, PVT and CSWin keep their parameters; averages come first.
-WRAPPERS = ("ema", "state_dict_ema", "model_ema", "model", "state_dict")
+
+class InitWeights(Enum):
+    """Which weights of a file that holds several: the average where there is one, or the raw ones."""
+
+    ema = "ema"
+    raw = "raw"
+
+
+# Where the checkpoints of this project, timm, DeiT, Swin, PVT and CSWin keep their parameters.
+EMA_KEYS = ("ema", "state_dict_ema", "model_ema")
+RAW_KEYS = ("model", "state_dict")
 
 
 @dataclass
@@ -19,26 +30,36 @@ class InitReport:
     """What became of the parameters of a file.
 
     Attributes:
+        source: the key under which the file holds them, empty if they are the whole file.
         taken: names.
+        adapted: names, with both shapes: positions that were interpolated.
         left: names, with the reason: the model has no such parameter, or one of another shape.
-        new: names that the model has and the file has not.
+        new: names that the model has and the file has not, or not in that shape.
     """
 
+    source: str
     taken: list[str]
+    adapted: dict[str, str]
     left: dict[str, str]
     new: list[str]
 
+    @property
+    def complete(self) -> bool:
+        """Whether the model is exactly what the file holds."""
+        return not (self.adapted or self.left or self.new)
+
     def __str__(self) -> str:
-        lines = [f"taken: {len(self.taken)} parameters"]
+        lines = [f"taken: {len(self.taken)} parameters" + (f" under '{self.source}'" if self.source else "")]
+        lines += [f"adapted: {name} ({shapes})" for name, shapes in self.adapted.items()]
         lines += [f"left: {name} ({reason})" for name, reason in self.left.items()] or ["left: none"]
         lines += [f"new: {name}" for name in self.new] or ["new: none"]
         return "\n".join(lines)
 
 
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """Parameters by name from a `.safetensors` file or a checkpoint, tensors and plain values only.
+def read_weights(path: Path, which: InitWeights = InitWeights.ema) -> tuple[dict[str, Tensor], str]:
+    """Parameters by name from a `.safetensors` file or a checkpoint, and the key under which it holds them.
 
-    Of a checkpoint that holds several sets, the first of `WRAPPERS` is taken: the average where there is one.
+    Tensors and plain values only are read (`weights_only=True`).
 
     Raises:
         ConfigError: if the file cannot be read, or holds no parameters.
@@ -55,50 +76,64 @@ def read_weights(path: Path) -> dict[str, Tensor]:
             with torch.serialization.safe_globals([argparse.Namespace]):
                 content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever the parser of unknown bytes ran into
-        raise ConfigError(f"trainer.init_from: '{path}' is not a readable checkpoint: {first_line(error)}") from error
+        raise ConfigError(f"trainer.init_from: '{path}' {why_unreadable(error)}") from error
+    keys = (*EMA_KEYS, *RAW_KEYS) if which is InitWeights.ema else (*RAW_KEYS, *EMA_KEYS)
+    source = ""
     if isinstance(content, dict):
-        content = next((content[key] for key in WRAPPERS if isinstance(content.get(key), dict)), content)
+        source = next((key for key in keys if isinstance(content.get(key), dict)), "")
+        content = content[source] if source else content
     if not isinstance(content, dict) or not any(isinstance(value, Tensor) for value in content.values()):
         raise ConfigError(f"trainer.init_from: '{path}' holds no parameters by name")
-    return {strip_wrappers(name): value for name, value in content.items() if isinstance(value, Tensor)}
+    return {strip_wrappers(name): value for name, value in content.items() if isinstance(value, Tensor)}, source
 
 
-def first_line(error: BaseException) -> str:
-    """The first line of an error's text, or its type where it has none."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
+def why_unreadable(error: Exception) -> str:
+    """What a failed read means, in one line."""
+    if unsupported := re.search(r"Unsupported global: GLOBAL (\S+)", str(error)):
+        return (
+            f"holds a {unsupported[1]}, which is not loaded from a file; keep its weights alone, where you trust it: "
+            f"torch.save(torch.load(FILE, weights_only=False)['model'], NEW)"
+        )
+    return f"is not a readable checkpoint: {(str(error).splitlines() or [type(error).__name__])[0]}"
 
 
 def strip_wrappers(name: str) -> str:
-    """A parameter's name without the prefixes of DDP and `torch.compile`."""
-    for prefix in ("module.", "_orig_mod."):
-        name = name.replace(prefix, "")
-    return name
+    """A parameter's name without the components that DDP and `torch.compile` put into it."""
+    return ".".join(part for part in name.split(".") if part not in ("module", "_orig_mod"))
 
 
-def init_from(model: nn.Module, path: Path) -> InitReport:
+def init_from(model: nn.Module, path: Path, which: InitWeights = InitWeights.ema) -> InitReport:
     """Copy into `model` what fits by name and shape.
 
-    Names of the original repositories are understood where the model has a `convert_official`.
+    Names of the original repositories are understood where the model has a `convert_official`, positions of another
+    size are interpolated where it has an `adapt`.
 
     Raises:
         ConfigError: if the file cannot be read, or nothing in it fits: it belongs to another model.
     """
+    weights, source = read_weights(path, which)
     convert: Any = getattr(model, "convert_official", dict)
-    weights = convert(read_weights(path))
+    adapt: Any = getattr(model, "adapt", lambda name, tensor: None)
+    weights = convert(weights)
     ours = model.state_dict()
-    taken, left = [], {}
+    taken, adapted, left = [], {}, {}
     with torch.no_grad():
         for name, tensor in weights.items():
             if name not in ours:
                 left[name] = "the model has none"
-            elif ours[name].shape != tensor.shape:
-                left[name] = f"{shape(tensor)} there, {shape(ours[name])} here"
-            else:
-                ours[name].copy_(tensor)
-                taken.append(name)
+                continue
+            if ours[name].shape != tensor.shape:
+                shapes = f"{shape(tensor)} there, {shape(ours[name])} here"
+                tensor = adapt(name, tensor)
+                if tensor is None:
+                    left[name] = shapes
+                    continue
+                adapted[name] = shapes
+            ours[name].copy_(tensor)
+            taken.append(name)
     if not taken:
         raise ConfigError(f"trainer.init_from: none of the {len(weights)} parameters in '{path}' fits the model")
-    return InitReport(taken, left, [name for name in ours if name not in set(taken)])
+    return InitReport(source, taken, adapted, left, [name for name in ours if name not in set(taken)])
 
 
 def shape(tensor: Tensor) -> str:

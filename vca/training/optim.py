@@ -69,8 +69,10 @@ class OptimConfig:
 def learning_rate(config: OptimConfig, step: int, total_steps: int, steps_per_epoch: int, peak: float) -> float:
     """Learning rate of update number `step` (from 0).
 
-    Linear warm-up, then half a cosine that counts from the start of the training, then `min_lr`.
+    Linear warm-up, then half a cosine that counts from the start of the training, then `min_lr`, or the peak where
+    that is lower.
     """
+    end = min(config.min_lr, peak)
     epoch = step / steps_per_epoch
     if config.schedule is not Schedule.per_step:
         epoch = step // steps_per_epoch
@@ -80,8 +82,8 @@ def learning_rate(config: OptimConfig, step: int, total_steps: int, steps_per_ep
     if epoch < config.warmup_epochs:
         return config.warmup_lr + (peak - config.warmup_lr) * epoch / config.warmup_epochs
     if epoch >= length:
-        return config.min_lr
-    return config.min_lr + 0.5 * (peak - config.min_lr) * (1 + math.cos(math.pi * epoch / length))
+        return end
+    return end + 0.5 * (peak - end) * (1 + math.cos(math.pi * epoch / length))
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
