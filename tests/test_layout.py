@@ -20,6 +20,7 @@ ALLOWED = {
     "vca/runtime": {"torch", "vca.runtime", "numpy", "tqdm", "wandb"},  # the last three inside functions only
     "vca/data": SCIENTIFIC | {"vca.data", "vca.runtime"},
     "vca/training": SCIENTIFIC | {"vca.training", "vca.data", "vca.runtime"},
+    "vca/generation": {"torch", "torchdiffeq", "vca.generation", "vca.runtime"},
     "vca/evaluation": SCIENTIFIC | {"vca.evaluation", "vca.data", "vca.runtime"},
     "vca/config": {
         "hydra",
@@ -33,7 +34,7 @@ ALLOWED = {
     },
     "models": {"torch", "timm", "yaml", "vca.attention", "models"},
 }
-LAZY = {"wandb", "tqdm", "matplotlib", "sklearn", "torchvision.datasets", "diffusers", "torch_fidelity"}
+LAZY = {"torchdiffeq", "wandb", "tqdm", "matplotlib", "sklearn", "torchvision.datasets", "diffusers", "torch_fidelity"}
 
 
 def imports(path, top_level_only=False):

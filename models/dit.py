@@ -1,0 +1,313 @@
+"""DiT (arXiv 2212.09748), which is SiT (arXiv 2401.08740) as well: one network, two objectives.
+
+A transformer over the patches of a noisy latent (or image), told the time and the class by adaLN-Zero. Under
+`attention=softmax` it is the original of both, parameter for parameter; with VCA every block has contrast tokens on
+half the token grid. What the output means is the objective's affair: DiT reads noise and variance, SiT a velocity and
+nothing from the second half of the channels.
+
+Shape letters: B batch, I input channels, N = H W tokens, C width, K classes.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from timm.layers import Mlp
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from models.config import check_size
+from models.layers import load_official, select_options
+from vca.attention import SoftmaxConfig, build_attention
+from vca.attention.geometry import is_pair
+
+FREQUENCIES = 256  # of the time embedding
+gelu_tanh: Any = partial(nn.GELU, approximate="tanh")
+MAX_PERIOD = 10_000
+
+
+@dataclass
+class DiTConfig:
+    """Size of a DiT; names as in its repository.
+
+    Attributes:
+        family: the key in `models.MODELS`.
+        name: what runs and tables call this size.
+        input_size: side of the latent or image, or `[height, width]`.
+        class_dropout_prob: how often training replaces a label by the null label, `num_classes`.
+        learn_sigma: twice as many output channels as input channels.
+        contrast_grid: `[h, w]` of the contrast tokens, unless `attention.pool` names another; null is half the token
+            grid in each direction.
+    """
+
+    family: str = "dit"
+    name: str = "dit_s_2"
+    input_size: Any = 32
+    patch_size: int = 2
+    in_channels: int = 4
+    hidden_size: int = 384
+    depth: int = 12
+    num_heads: int = 6
+    mlp_ratio: float = 4.0
+    class_dropout_prob: float = 0.1
+    num_classes: int = 1000
+    learn_sigma: bool = True
+    contrast_grid: Any = None
+
+    def __post_init__(self) -> None:
+        for key in ("patch_size", "in_channels", "hidden_size", "depth", "num_heads", "num_classes"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"model.{key} must be >= 1, got {getattr(self, key)}")
+        if not self.mlp_ratio > 0:
+            raise ValueError(f"model.mlp_ratio must be > 0, got {self.mlp_ratio}")
+        if not 0 <= self.class_dropout_prob < 1:
+            raise ValueError(f"model.class_dropout_prob must be in [0, 1), got {self.class_dropout_prob}")
+        if not (type(self.input_size) is int and self.input_size >= 1) and not is_pair(self.input_size):
+            raise ValueError(f"model.input_size must be an integer or two, >= 1, got {self.input_size!r}")
+        check_size(self.size, self.patch_size, "model.input_size")
+        if self.hidden_size % self.num_heads or self.hidden_size % 4:
+            rule = f"divisible by 4 and by model.num_heads {self.num_heads}"
+            raise ValueError(f"model.hidden_size must be {rule}, got {self.hidden_size}")
+        if self.contrast_grid is not None and not is_pair(self.contrast_grid):
+            raise ValueError(f"model.contrast_grid must be two integers >= 1 or null, got {self.contrast_grid}")
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """`(height, width)` of the input."""
+        return (self.input_size,) * 2 if isinstance(self.input_size, int) else tuple(self.input_size)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """`(H, W)` of the tokens."""
+        return self.size[0] // self.patch_size, self.size[1] // self.patch_size
+
+    @property
+    def out_channels(self) -> int:
+        """Channels of the output."""
+        return self.in_channels * (2 if self.learn_sigma else 1)
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """`x (1 + scale) + shift` for tokens `(B, N, C)` and a shift and a scale `(B, C)`."""
+    return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
+
+
+def adaln(dim: int, parts: int) -> nn.Sequential:
+    """From the condition to shifts, scales and gates: `(B, C)` to `(B, parts C)`."""
+    return nn.Sequential(nn.SiLU(), nn.Linear(dim, parts * dim))
+
+
+class PatchEmbedder(nn.Module):
+    """Patches of the input to tokens: `(B, I, height, width)` to `(B, N, C)`."""
+
+    def __init__(self, patch_size: int, in_channels: int, dim: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(in_channels, dim, patch_size, patch_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Embed."""
+        return self.proj(x).flatten(2).transpose(1, 2)
+
+
+class TimestepEmbedder(nn.Module):
+    """A time `(B,)`, a step number or a fraction, to `(B, C)`: sinusoids, then an MLP."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(FREQUENCIES, dim), nn.SiLU(), nn.Linear(dim, dim))
+
+    def forward(self, t: Tensor) -> Tensor:
+        """Embed. The sinusoids are taken in float32, also under autocast."""
+        half = torch.arange(FREQUENCIES // 2, dtype=torch.float32, device=t.device) / (FREQUENCIES // 2)
+        angles = t[:, None].float() * torch.exp(-math.log(MAX_PERIOD) * half)  # (B, 128)
+        return self.mlp(torch.cat((angles.cos(), angles.sin()), dim=-1).to(next(self.mlp.parameters()).dtype))
+
+
+class LabelEmbedder(nn.Module):
+    """A label `(B,)` to `(B, C)`; label `num_classes` is the null label of classifier-free guidance."""
+
+    def __init__(self, num_classes: int, dim: int, null: bool) -> None:
+        super().__init__()
+        self.embedding_table = nn.Embedding(num_classes + null, dim)
+
+    def forward(self, y: Tensor) -> Tensor:
+        """Embed."""
+        return self.embedding_table(y)
+
+
+class DiTBlock(nn.Module):
+    """Transformer block with adaptive norms that start as the identity (adaLN-Zero)."""
+
+    def __init__(self, dim: int, attention: nn.Module, mlp_ratio: float) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
+        self.attn = attention
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer=gelu_tanh)
+        self.adaLN_modulation = adaln(dim, 6)
+
+    def forward(self, x: Tensor, c: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Tokens `(B, N, C)` under the condition `(B, C)`: `(B, N, C)`."""
+        shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c).chunk(6, dim=1)
+        x = x + gate_msa.unsqueeze(1) * self.attn(modulate(self.norm1(x), shift_msa, scale_msa), grid)
+        return x + gate_mlp.unsqueeze(1) * self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))
+
+
+class FinalLayer(nn.Module):
+    """Tokens `(B, N, C)` to the pixels of their patches `(B, N, patch_size^2 out_channels)`."""
+
+    def __init__(self, dim: int, patch_size: int, out_channels: int) -> None:
+        super().__init__()
+        self.norm_final = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
+        self.linear = nn.Linear(dim, patch_size * patch_size * out_channels)
+        self.adaLN_modulation = adaln(dim, 2)
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        """Read out."""
+        shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
+        return self.linear(modulate(self.norm_final(x), shift, scale))
+
+
+class DiT(nn.Module):
+    """Diffusion transformer.
+
+    Args:
+        config: the size.
+        attention: config of an attention variant, one of `vca.attention.ATTENTIONS`.
+    """
+
+    def __init__(self, config: DiTConfig, attention: Any) -> None:
+        super().__init__()
+        self.config = config
+        dim, grid = config.hidden_size, config.grid
+        self.grad_checkpointing = False
+        pool = config.contrast_grid or (max(1, grid[0] // 2), max(1, grid[1] // 2))
+        self.x_embedder = PatchEmbedder(config.patch_size, config.in_channels, dim)
+        self.t_embedder = TimestepEmbedder(dim)
+        self.y_embedder = LabelEmbedder(config.num_classes, dim, null=config.class_dropout_prob > 0)
+        # A parameter in the original's files, although it never changes.
+        self.pos_embed = nn.Parameter(sincos_positions(dim, grid), requires_grad=False)
+        self.blocks = nn.ModuleList(
+            DiTBlock(
+                dim,
+                build_attention(attention, dim, config.num_heads, grid, (pool[0], pool[1]), layer_index=index),
+                config.mlp_ratio,
+            )
+            for index in range(config.depth)
+        )
+        self.final_layer = FinalLayer(dim, config.patch_size, config.out_channels)
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """As the original.
+
+        | parameter | start |
+        |---|---|
+        | linear layers and the patch embedding | Xavier uniform, bias zero |
+        | the class table, the MLP of the time | normal 0.02 |
+        | every adaLN layer, the output layer | zero: each block starts as the identity, the output as zero |
+        """
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        nn.init.xavier_uniform_(self.x_embedder.proj.weight.view(self.config.hidden_size, -1))
+        nn.init.zeros_(self.x_embedder.proj.bias)  # type: ignore[arg-type]
+        for table in (self.y_embedder.embedding_table, self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
+            nn.init.normal_(table.weight, std=0.02)  # type: ignore[arg-type]
+        starts_at_zero = [block.adaLN_modulation[1] for block in self.blocks]  # type: ignore[index, union-attr]
+        for layer in (*starts_at_zero, self.final_layer.adaLN_modulation[1], self.final_layer.linear):
+            nn.init.zeros_(layer.weight)  # type: ignore[arg-type, union-attr]
+            nn.init.zeros_(layer.bias)  # type: ignore[arg-type, union-attr]
+
+    @property
+    def null_label(self) -> int:
+        """The label that stands for no class."""
+        return self.config.num_classes
+
+    def no_weight_decay(self) -> set[str]:
+        """Nothing besides vectors: the recipe does not decay at all."""
+        return set()
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Keep only the input of each block for the backward pass, and compute the rest again there."""
+        self.grad_checkpointing = enable
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        """Inputs `(B, I, height, width)`, times `(B,)` and labels `(B,)` to `(B, out_channels, height, width)`."""
+        patch = self.config.patch_size
+        check_size((x.shape[2], x.shape[3]), patch, "input height and width")
+        grid = (x.shape[2] // patch, x.shape[3] // patch)
+        x = self.x_embedder(x) + self.positions(grid)  # (B, N, C)
+        c = self.t_embedder(t) + self.y_embedder(y)  # (B, C)
+        for block in self.blocks:
+            if self.grad_checkpointing and self.training and torch.is_grad_enabled():
+                x = checkpoint(block, x, c, grid, use_reentrant=False)  # (B, N, C)
+            else:
+                x = block(x, c, grid)  # (B, N, C)
+        x = self.final_layer(x, c)  # (B, N, patch patch out_channels)
+        x = x.unflatten(-1, (patch, patch, -1)).unflatten(1, grid)  # (B, H, W, patch, patch, out_channels)
+        return x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)  # (B, out_channels, height, width)
+
+    def positions(self, grid: tuple[int, int]) -> Tensor:
+        """Fixed positions `(1, N, C)` of a grid."""
+        if grid == self.config.grid:
+            return self.pos_embed
+        return sincos_positions(self.config.hidden_size, grid).to(self.pos_embed)
+
+    def forward_with_guidance(self, x: Tensor, t: Tensor, y: Tensor, scale: float, channels: int | None = 3) -> Tensor:
+        """Classifier-free guidance: `uncond + scale (cond - uncond)` in the first `channels`, `cond` in the others.
+
+        Both are computed in one batch of 2 B. The original guides the first 3 channels of 4 "for exact reproducibility"
+        of its table; None guides all that predict noise or velocity, the first half of the output.
+
+        Args:
+            x, t, y: as in `forward`.
+            scale: 1 is no guidance.
+            channels: how many.
+
+        Returns:
+            `(B, out_channels, height, width)`.
+        """
+        null = torch.full_like(y, self.null_label)
+        out = self(torch.cat((x, x)), torch.cat((t, t)), torch.cat((y, null)))
+        channels = self.config.in_channels if channels is None else channels
+        cond, uncond = out.chunk(2)  # 2 x (B, out_channels, height, width)
+        guided = uncond[:, :channels] + scale * (cond[:, :channels] - uncond[:, :channels])
+        return torch.cat((guided, cond[:, channels:]), dim=1)
+
+    def convert_official(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The names of the DiT and SiT repositories are ours."""
+        return dict(state)
+
+
+def sincos_positions(dim: int, grid: tuple[int, int]) -> Tensor:
+    """Sine-cosine positions `(1, H W, dim)`, float32: half of the channels for the column, then half for the row.
+
+    Taken in float64 and rounded, as in the original (there from MAE).
+    """
+    rows, columns = (torch.arange(side, dtype=torch.float64) for side in grid)
+    frequencies = MAX_PERIOD ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
+    down = (rows[:, None] * frequencies).unsqueeze(1).expand(-1, grid[1], -1)  # (H, W, dim / 4)
+    right = (columns[:, None] * frequencies).unsqueeze(0).expand(grid[0], -1, -1)  # (H, W, dim / 4)
+    return torch.cat((right.sin(), right.cos(), down.sin(), down.cos()), dim=-1).flatten(0, 1).float().unsqueeze(0)
+
+
+def from_official(config: Mapping[str, Any], state_dict: Mapping[str, Any]) -> DiT:
+    """The softmax baseline with the weights of the DiT or the SiT repository.
+
+    Args:
+        config: their own keys (`input_size`, `patch_size`, `hidden_size`, `depth`, `num_heads`, ...); what is not named
+            is DiT-S/2's.
+        state_dict: parameters by name, or a checkpoint that holds them under `ema` or `model` (of both, the average).
+
+    Raises:
+        ValueError: on a key that DiT does not have.
+        RuntimeError: on a missing, unexpected or misshapen parameter.
+    """
+    state_dict = state_dict.get("ema") or state_dict  # the trainers of both store model and ema, and sample from ema
+    return load_official(DiT(select_options(DiTConfig, config), SoftmaxConfig()), state_dict)

@@ -1,0 +1,1 @@
+"""Class-conditional generation: the two objectives, and the samplers that read them."""

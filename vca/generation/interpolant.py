@@ -1,0 +1,191 @@
+"""Interpolants between noise and data, as SiT trains them (arXiv 2401.08740; stochastic interpolants, 2303.08797).
+
+Time runs from noise at 0 to data at 1:
+
+    x_t = alpha(t) x_1 + sigma(t) x_0,    x_0 noise, x_1 data
+    velocity  v = d alpha x_1 + d sigma x_0          what the ODE dx = v dt follows
+    score     s = -x_0 / sigma                       of the density of x_t
+
+    path      alpha(t)           sigma(t)
+    linear    t                  1 - t
+    gvp       sin(pi t / 2)      cos(pi t / 2)
+    vp        exp(l)             sqrt(1 - exp(2 l)),   l = -(1 - t)^2 (b1 - b0) / 4 - (1 - t) b0 / 2
+
+A network may predict any of the three (noise, velocity, score); each is a function of any other one and x_t.
+
+Shape letters: B batch. `net(x, t)` maps `(B, I, H, W)` and times `(B,)` to `(B, I, H, W)`.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+
+import torch
+from torch import Tensor
+
+Net = Callable[[Tensor, Tensor], Tensor]
+
+VP_BETAS = (0.1, 20.0)  # b0, b1: noise rates at the data and at the noise end
+
+
+class Path(Enum):
+    """How noise and data are mixed."""
+
+    linear = "linear"
+    gvp = "gvp"
+    vp = "vp"
+
+
+class Prediction(Enum):
+    """What the network's output means."""
+
+    velocity = "velocity"
+    noise = "noise"
+    score = "score"
+
+
+class Weighting(Enum):
+    """Of the loss of a noise or score prediction over time: none, that of the velocity's, or the likelihood's."""
+
+    none = "none"
+    velocity = "velocity"
+    likelihood = "likelihood"
+
+
+class DiffusionForm(Enum):
+    """How much noise the SDE adds over time; the marginals are the same for each."""
+
+    sbdm = "sbdm"
+    sigma = "sigma"
+    constant = "constant"
+    linear = "linear"
+    decreasing = "decreasing"
+    increasing_decreasing = "increasing_decreasing"
+
+
+@dataclass(frozen=True)
+class Coefficients:
+    """alpha, sigma, their derivatives, and `d_alpha / alpha`, which stays exact where alpha vanishes slowly."""
+
+    alpha: Tensor
+    sigma: Tensor
+    d_alpha: Tensor
+    d_sigma: Tensor
+    ratio: Tensor
+
+    @property
+    def drift_variance(self) -> Tensor:
+        """`g` of the equivalent SDE `dx = ratio x dt`: velocity = ratio x + g score."""
+        return self.ratio * self.sigma**2 - self.sigma * self.d_sigma
+
+
+def coefficients(path: Path, t: Tensor) -> Coefficients:
+    """Of a path at times `t`, elementwise."""
+    if path is Path.linear:
+        return Coefficients(t, 1 - t, torch.ones_like(t), -torch.ones_like(t), 1 / t)
+    if path is Path.gvp:
+        angle, rate = t * math.pi / 2, math.pi / 2
+        alpha, sigma = angle.sin(), angle.cos()
+        return Coefficients(alpha, sigma, rate * sigma, -rate * alpha, rate / angle.tan())
+    low, high = VP_BETAS
+    log_alpha = -0.25 * (1 - t) ** 2 * (high - low) - 0.5 * (1 - t) * low
+    ratio = 0.5 * ((1 - t) * (high - low) + low)
+    alpha, sigma = log_alpha.exp(), (1 - (2 * log_alpha).exp()).sqrt()
+    return Coefficients(alpha, sigma, alpha * ratio, -(alpha**2) * ratio / sigma, ratio)
+
+
+@dataclass(frozen=True)
+class Interpolant:
+    """A path, a prediction and a weighting: everything between a network and its loss or its samples.
+
+    Attributes:
+        train_eps, sample_eps: how far from the ends of time training and sampling stay where the equations are singular
+            there; None takes SiT's.
+    """
+
+    path: Path = Path.linear
+    prediction: Prediction = Prediction.velocity
+    weighting: Weighting = Weighting.none
+    train_eps: float | None = None
+    sample_eps: float | None = None
+
+    def at(self, t: Tensor, x: Tensor) -> Coefficients:
+        """Coefficients at times `t` `(B,)`, shaped to multiply `x`."""
+        return coefficients(self.path, t.reshape(-1, *[1] * (x.ndim - 1)))
+
+    def mix(self, noise: Tensor, data: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """`x_t` and its velocity."""
+        c = self.at(t, data)
+        return c.alpha * data + c.sigma * noise, c.d_alpha * data + c.d_sigma * noise
+
+    def losses(self, net: Net, noise: Tensor, data: Tensor, t: Tensor) -> Tensor:
+        """Loss of each image, `(B,)`."""
+        xt, velocity = self.mix(noise, data, t)
+        out = net(xt, t).float()
+        if self.prediction is Prediction.velocity:
+            return (out - velocity).square().flatten(1).mean(1)
+        c = self.at(t, data)
+        weight = {
+            Weighting.none: torch.ones_like(c.sigma),
+            Weighting.velocity: (c.drift_variance / c.sigma) ** 2,
+            Weighting.likelihood: c.drift_variance / c.sigma**2,
+        }[self.weighting]
+        error = out - noise if self.prediction is Prediction.noise else out * c.sigma + noise
+        return (weight * error.square()).flatten(1).mean(1)
+
+    def velocity(self, out: Tensor, x: Tensor, t: Tensor) -> Tensor:
+        """The velocity that an output of the network stands for."""
+        if self.prediction is Prediction.velocity:
+            return out
+        c = self.at(t, x)
+        return c.ratio * x + c.drift_variance * self.score(out, x, t)
+
+    def score(self, out: Tensor, x: Tensor, t: Tensor) -> Tensor:
+        """The score that an output of the network stands for."""
+        if self.prediction is Prediction.score:
+            return out
+        c = self.at(t, x)
+        if self.prediction is Prediction.noise:
+            return -out / c.sigma
+        inverse = c.alpha / c.d_alpha  # finite at t = 0, unlike the ratio
+        return (inverse * out - x) / (c.sigma**2 - inverse * c.d_sigma * c.sigma)
+
+    def diffusion(self, form: DiffusionForm, norm: float, x: Tensor, t: Tensor) -> Tensor:
+        """Coefficient w of the SDE `dx = (v + w s) dt + sqrt(2 w) dW`, `(B, 1, 1, 1)`."""
+        c = self.at(t, x)
+        time = t.reshape(c.sigma.shape)
+        if form is DiffusionForm.sbdm:
+            return norm * c.drift_variance
+        if form is DiffusionForm.sigma:
+            return norm * c.sigma
+        if form is DiffusionForm.linear:
+            return norm * (1 - time)
+        if form is DiffusionForm.decreasing:
+            return 0.25 * (norm * torch.cos(math.pi * time) + 1) ** 2
+        if form is DiffusionForm.increasing_decreasing:
+            return norm * torch.sin(math.pi * time) ** 2
+        return torch.full_like(time, norm)
+
+    def train_interval(self) -> tuple[float, float]:
+        """First and last time of training."""
+        default = 1e-5 if self.path is Path.vp else 0.0 if self.prediction is Prediction.velocity else 1e-3
+        return self.interval(default if self.train_eps is None else self.train_eps)
+
+    def sample_interval(self, form: DiffusionForm | None = None, last_step: float = 0.0) -> tuple[float, float]:
+        """First and last time of sampling: of the ODE, or of the SDE of a form before a last step of that size."""
+        regular = self.path is not Path.vp and self.prediction is Prediction.velocity
+        default = 0.0 if regular and form is not DiffusionForm.sbdm else 1e-3
+        return self.interval(default if self.sample_eps is None else self.sample_eps, form, last_step)
+
+    def interval(self, eps: float, form: DiffusionForm | None = None, last_step: float = 0.0) -> tuple[float, float]:
+        """Where time starts and ends, `eps` away from the ends at which something is singular."""
+        start, end = 0.0, 1.0
+        sde, velocity = form is not None, self.prediction is Prediction.velocity
+        late = 1 - last_step if sde and last_step else 1 - eps
+        if self.path is Path.vp:
+            end = late
+        elif sde or not velocity:
+            start = eps if not velocity or form is DiffusionForm.sbdm else 0.0
+            end = late
+        return start, end
