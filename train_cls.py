@@ -22,7 +22,7 @@ from vca.attention import ATTENTIONS
 from vca.config import TrainClsConfig, command_line, register_schemas
 from vca.data import load_dataset
 from vca.data.augment import BatchMixer, eval_transform, train_transform
-from vca.data.doctor import examine, shared_memory_note
+from vca.data.doctor import examine, image_files, shared_memory_note
 from vca.data.loader import MicroBatches, TrainOrder, eval_loader, train_loader
 from vca.evaluation.accuracy import evaluate
 from vca.runtime import distributed
@@ -114,7 +114,7 @@ def check_complete(started_from: InitReport | None, folder: RunDirectory) -> Non
 def check_data(config: TrainClsConfig, datasets: list[Any], micro_batch: int, world: World) -> None:
     """Read image files for a while; print what is found, and raise `ConfigError` if a training cannot use it."""
     data = config.data
-    result = world.broadcast(examine(datasets, data.check_seconds) if world.is_main else None)
+    result = world.broadcast(examine(image_files(datasets), data.check_seconds) if world.is_main else None)
     if result.errors:
         more = f" ({len(result.errors)} such files; scripts/doctor.py lists them)" if len(result.errors) > 1 else ""
         raise ConfigError(f"{result.errors[0]}{more}")

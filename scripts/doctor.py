@@ -14,23 +14,43 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from vca.config import DoctorConfig, command_line, register_schemas
 from vca.data import load_dataset
-from vca.data.doctor import Examination, examine
+from vca.data.config import DataConfig
+from vca.data.doctor import examine, image_files
 from vca.runtime.errors import ConfigError
 
 register_schemas(root={"doctor": DoctorConfig}, groups={})
 
 
-def run(config: DoctorConfig) -> Examination:
-    """Examine both splits and print what was found."""
-    datasets = [load_dataset(config.data, train) for train in (True, False)]
-    print(f"{config.data.name}: {len(datasets[0])} training and {len(datasets[1])} evaluation images")
-    result = examine(datasets, config.data.check_seconds)
+def run(config: DoctorConfig) -> None:
+    """Examine both splits and print what was found; `ConfigError` if a training cannot use them."""
+    problems, files = examine_folders(config.data)
+    for problem in problems:
+        print(f"error: {problem}")
+    result = examine(files, config.data.check_seconds)
     for finding in result.findings:
         print(f"{'error' if finding.fatal else 'note'}: {finding}")
     print(result)
-    if result.errors:
-        raise ConfigError(f"data.root={config.data.root}: {len(result.errors)} files that a training cannot use")
-    return result
+    if errors := len(problems) + len(result.errors):
+        raise ConfigError(f"data.root={config.data.root}: {errors} error{'s' if errors > 1 else ''}")
+
+
+def examine_folders(data: DataConfig) -> tuple[list[str], list[str]]:
+    """What is wrong with the folders, and the image files: those of the data set, or if it is none, all there are."""
+    datasets, problems = [], []
+    for split in ("train", "val"):
+        try:
+            datasets.append(load_dataset(data, train=split == "train"))
+        except ConfigError as error:
+            problems.append(str(error))
+    if not problems:
+        print(f"{data.name}: {len(datasets[0])} training and {len(datasets[1])} evaluation images")
+        return [], image_files(datasets)
+
+    from torchvision.datasets.folder import IMG_EXTENSIONS
+
+    folders = [Path(data.root or "") / split for split in ("train", "val")] if data.root else []
+    files = (path for folder in folders for path in folder.rglob("*"))
+    return list(dict.fromkeys(problems)), [str(path) for path in files if path.suffix.lower() in IMG_EXTENSIONS]
 
 
 if __name__ == "__main__":

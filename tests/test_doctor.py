@@ -16,7 +16,7 @@ from tests.conftest import ROOT, environment
 from tests.test_data import write_image_folder
 from vca.config import compose
 from vca.data import load_dataset
-from vca.data.doctor import examine, examine_image, shared_memory_note
+from vca.data.doctor import examine, examine_image, image_files, shared_memory_note
 from vca.runtime.errors import ConfigError
 
 TINY_RUN = ("model=deit_mini", "augment=none", "data.img_size=8", "trainer.steps=1", "trainer.global_batch=2")
@@ -132,24 +132,32 @@ def test_the_script_lists_everything(tmp_path):
         if kind in ("a missing file", "a truncated file", "16-bit grey", *NOTED):
             assert re.search(pattern[1], done.stdout), (kind, done.stdout)
     assert done.stderr.count("\n") == 1
-    assert "3 files that a training cannot use" in done.stderr
+    assert done.stderr == f"config error: data.root={tmp_path}: 3 errors\n"
 
 
-def test_the_script_tells_a_flat_val(tmp_path):
+def test_the_script_tells_of_folders_and_files(tmp_path):
+    """Folders that are wrong do not hide files that are broken."""
     write_image_folder(tmp_path)
+    truncate(tmp_path)
     flat_val(tmp_path)
     done = doctor(tmp_path, "data.num_classes=2")
     assert done.returncode == 2
-    assert "val/ holds 8 files and no class folders" in done.stderr
+    assert done.stdout.count("val/ holds 8 files and no class folders") == 1
+    assert re.search(r"error: .*train/cat/1.jpg: cannot be decoded", done.stdout)
+    assert "read all 16 images" in done.stdout
+    assert done.stderr == f"config error: data.root={tmp_path}: 2 errors\n"
+    nowhere = doctor(tmp_path / "nowhere")
+    assert nowhere.returncode == 2
+    assert "must be a folder that holds train/ and val/" in nowhere.stdout
 
 
 def test_the_check_is_bounded(tmp_path):
     """A time that is over leaves the rest unread, and says so."""
     write_image_folder(tmp_path)
     config = compose("train_cls", ["data=imagefolder", f"data.root={tmp_path}", "data.num_classes=2"])
-    result = examine([load_dataset(config.data, True)], seconds=0)
-    assert str(result).startswith("read 0 of 8 images")
-    assert examine([object()], 1).images == 0
+    files = image_files([load_dataset(config.data, True), object()])
+    assert len(files) == 8
+    assert str(examine(files, seconds=0)).startswith("read 0 of 8 images")
 
 
 def test_what_a_sound_image_is(tmp_path):

@@ -51,14 +51,14 @@ class Examination:
         return f"read {part} {self.images} images in {self.seconds:.1f} s: {len(self.errors)} errors, {notes} notes"
 
 
-def examine(datasets: Iterable[Any], seconds: float) -> Examination:
-    """Read the image files of data sets that list them as `samples`, as torchvision's `ImageFolder` does.
+def image_files(datasets: Iterable[Any]) -> list[str]:
+    """Files of data sets that list them as `samples`, as torchvision's `ImageFolder` does; others have none."""
+    return [path for dataset in datasets for path, _ in getattr(dataset, "samples", ())]
 
-    Args:
-        datasets: one or several; those without files have nothing to examine.
-        seconds: after which to stop.
-    """
-    paths = [path for dataset in datasets for path, _ in getattr(dataset, "samples", ())]
+
+def examine(paths: Iterable[str], seconds: float) -> Examination:
+    """Read image files in a random order, for at most so many seconds."""
+    paths = list(paths)
     random.Random(0).shuffle(paths)
     start, findings, checked = time.perf_counter(), [], 0
     for path in paths:
