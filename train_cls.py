@@ -9,24 +9,21 @@
 The same command continues a run that was interrupted, to the bit. `--cfg job --resolve` prints the whole config.
 """
 
-import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from models import MODELS, build_model
+from models import CLASSIFIERS, build_model
 from vca.attention import ATTENTIONS
 from vca.config import TrainClsConfig, command_line, register_schemas
 from vca.data import load_dataset
 from vca.data.augment import BatchMixer, eval_transform, train_transform
-from vca.data.doctor import examine, image_files, shared_memory_note
+from vca.data.doctor import check_before_training
 from vca.data.loader import MicroBatches, TrainOrder, eval_loader, train_loader
 from vca.evaluation.accuracy import evaluate
 from vca.runtime import distributed
-from vca.runtime.distributed import World
 from vca.runtime.errors import ConfigError, check, config_errors
 from vca.runtime.rundir import RunDirectory, plain
 from vca.runtime.seeding import seed_torch
@@ -40,7 +37,7 @@ from vca.training.step import TrainState
 register_schemas(
     root={"train_cls": TrainClsConfig},
     groups={
-        "model": {family: config for family, (config, _) in MODELS.items()},
+        "model": {family: config for family, (config, _) in CLASSIFIERS.items()},
         "attention": {name: config for name, (config, _) in ATTENTIONS.items()},
     },
 )
@@ -80,7 +77,7 @@ def run(config: TrainClsConfig) -> dict[str, float]:
                 check_complete(started_from, folder)
                 state.ema = None  # a copy of what was read
             return summarize(config, evaluate_weights(state, val_batches), world.is_main)
-        check_data(config, [images, val_images], micro_batch, world)
+        check_before_training(config.data, [images, val_images], trainer.workers, micro_batch, world)
 
         with training.open(config.name, plain(config), config.wandb):
             training.reporter.say(introduce(config, state, len(images), len(val_images)))
@@ -109,23 +106,6 @@ def check_complete(started_from: InitReport | None, folder: RunDirectory) -> Non
             f"trainer.eval_only=true needs a trainer.init_from that holds this model exactly; "
             f"{len(differs)} parameters differ, such as {differs[0]}"
         )
-
-
-def check_data(config: TrainClsConfig, datasets: list[Any], micro_batch: int, world: World) -> None:
-    """Read image files for a while; print what is found, and raise `ConfigError` if a training cannot use it."""
-    data = config.data
-    result = world.broadcast(examine(image_files(datasets), data.check_seconds) if world.is_main else None)
-    if result.errors:
-        more = f" ({len(result.errors)} such files; scripts/doctor.py lists them)" if len(result.errors) > 1 else ""
-        raise ConfigError(f"{result.errors[0]}{more}")
-    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    shortage = shared_memory_note(
-        config.trainer.workers * ranks_here, micro_batch * 4 * data.in_chans * data.img_size**2
-    )
-    if world.is_main and result.findings:
-        print(f"data: {result}, such as {result.findings[0]}", flush=True)
-    if world.is_main and shortage:
-        print(f"data: {shortage}", flush=True)
 
 
 def evaluate_weights(state: TrainState, batches: Iterable[tuple[Tensor, Tensor]]) -> dict[str, float]:

@@ -1,6 +1,7 @@
 """The backbones. To add one: a file here with its config dataclass, and one line in `MODELS`.
 
-Importing this package registers every file of `configs/model/` with timm, as `vca_<name>...`; see `timm_registry`.
+Importing this package registers the classifiers of `configs/model/` with timm, as `vca_<name>...`; see
+`timm_registry`.
 """
 
 from typing import Any
@@ -10,18 +11,23 @@ from torch import nn
 from models import timm_registry
 from models.cswin import CSWin, CSWinConfig
 from models.deit import DeiT, DeiTConfig
+from models.dit import DiT, DiTConfig
+from models.layers import Backbone
 from models.pvt import PVT, PVTConfig
 from models.swin import Swin, SwinConfig
 
-__all__ = ["MODELS", "build_model"]
+__all__ = ["CLASSIFIERS", "GENERATORS", "MODELS", "build_model"]
 
 # family -> (config dataclass, module)
 MODELS: dict[str, tuple[type, type[nn.Module]]] = {
     "cswin": (CSWinConfig, CSWin),
     "deit": (DeiTConfig, DeiT),
+    "dit": (DiTConfig, DiT),
     "pvt": (PVTConfig, PVT),
     "swin": (SwinConfig, Swin),
 }
+CLASSIFIERS = {family: pair for family, pair in MODELS.items() if issubclass(pair[1], Backbone)}
+GENERATORS = {family: pair for family, pair in MODELS.items() if family not in CLASSIFIERS}
 
 
 def build_model(config: Any, attention: Any) -> Any:
@@ -36,4 +42,4 @@ def build_model(config: Any, attention: Any) -> Any:
     return module(config, attention)
 
 
-timm_registry.register(MODELS)
+timm_registry.register(CLASSIFIERS)

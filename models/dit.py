@@ -275,7 +275,7 @@ class DiT(nn.Module):
         """
         null = torch.full_like(y, self.null_label)
         out = self(torch.cat((x, x)), torch.cat((t, t)), torch.cat((y, null)))
-        channels = self.config.in_channels if channels is None else channels
+        channels = min(channels or self.config.in_channels, self.config.in_channels)
         cond, uncond = out.chunk(2)  # 2 x (B, out_channels, height, width)
         guided = uncond[:, :channels] + scale * (cond[:, :channels] - uncond[:, :channels])
         return torch.cat((guided, cond[:, channels:]), dim=1)

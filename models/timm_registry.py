@@ -1,7 +1,8 @@
 """The model configs as timm models: importing `models` makes `timm.create_model("vca_deit_tiny_patch16_224")` work.
 
-Every file of `configs/model/` is one name. Keyword arguments override its fields (`num_classes`, `img_size`,
-`drop_path_rate`, `depth`, ...); `attention` is the name of a variant, a mapping of its options, or its config.
+Every file of `configs/model/` that describes a classifier is one name. Keyword arguments override its fields
+(`num_classes`, `img_size`, `drop_path_rate`, `depth`, ...); `attention` is the name of a variant, a mapping of its
+options, or its config.
 """
 
 from collections.abc import Callable, Mapping
@@ -93,5 +94,7 @@ def entry_point(size: Mapping[str, Any], registry: Mapping[str, tuple[type, type
 def register(registry: Mapping[str, tuple[type, type]]) -> None:
     """Register every size of the families in `registry` with timm."""
     for size in load_sizes().values():
+        if size["family"] not in registry:
+            continue
         default_cfgs.update(generate_default_cfgs({timm_name(size): pretrained_cfg(size)}))
         register_model(entry_point(size, registry))

@@ -1,4 +1,4 @@
-"""Parameters and multiply-adds of every model config at 224 px, with each attention, beside the paper's figures.
+"""Parameters and multiply-adds of every model config, with each attention, beside the paper's figures.
 
 python scripts/complexity.py
 python scripts/complexity.py --json         [{"model": ..., "attention": ..., "params": ..., "macs": ...}, ...]
@@ -7,17 +7,22 @@ python scripts/complexity.py --json         [{"model": ..., "attention": ..., "p
 import argparse
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import torch
+
 import train_cls  # noqa: F401 - registers the schemas
-from models import build_model
+import train_gen  # noqa: F401 - registers the schemas
+from models import CLASSIFIERS, build_model
+from models.timm_registry import load_sizes
 from vca.config import compose
 from vca.config.load import CONFIGS
 from vca.evaluation.complexity import Complexity, count
 
-IMAGE = (3, 224, 224)
+IMAGE, LATENT = (3, 224, 224), (4, 32, 32)
 
 # Table 1 of the paper: millions of parameters, billions of multiply-adds, top-1 in percent. Its base figures for Swin
 # (28.9) and CSWin (20.5) match no known model.
@@ -36,9 +41,18 @@ PAPER = {
 
 
 def complexity_of(model: str, attention: str) -> Complexity:
-    """Counts of `model=... attention=...` on ImageNet."""
-    config = compose("train_cls", [f"model={model}", f"attention={attention}", "data=imagefolder"])
-    return count(lambda: build_model(config.model, config.attention), IMAGE)
+    """Counts of `model=... attention=...`: a classifier on 224 px images, a generator on 32 x 32 x 4 latents."""
+    choice = [f"model={model}", f"attention={attention}"]
+    if load_sizes()[model]["family"] in CLASSIFIERS:
+        config = compose("train_cls", [*choice, "data=imagefolder"])
+        return count(lambda: build_model(config.model, config.attention), lambda: (torch.empty(1, *IMAGE),))
+    config = compose("train_gen", [*choice, "data=imagefolder", "data.img_size=32"])
+    size = replace(config.model, in_channels=LATENT[0])
+
+    def inputs() -> tuple[torch.Tensor, ...]:
+        return torch.empty(1, *LATENT), torch.empty(1), torch.empty(1, dtype=torch.long)
+
+    return count(lambda: build_model(size, config.attention), inputs)
 
 
 def main() -> None:

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from safetensors.torch import save_file
 
-from models import MODELS
+from models import CLASSIFIERS
 from models.timm_registry import load_sizes, pretrained_cfg, timm_name
 from vca.attention import VCAConfig
 from vca.runtime.errors import ConfigError
@@ -33,11 +33,13 @@ from vca.training.checkpoint import load_latest
 def describe(config: dict[str, Any]) -> dict[str, Any]:
     """timm's `config.json` of a run, from the run's own config: the architecture, and how this model differs."""
     model, attention = dict(config["model"]), config["attention"]
+    if model["family"] not in CLASSIFIERS:
+        raise ConfigError(f"only classifiers have a place in timm, and model.family is '{model['family']}'")
     sizes = load_sizes()
     if model["name"] not in sizes:
         raise ConfigError(f"model.name must be one of {', '.join(sizes)} to have a name in timm, got '{model['name']}'")
     size = sizes[model["name"]]
-    usual = {**vars(MODELS[size["family"]][0]()), **size}
+    usual = {**vars(CLASSIFIERS[size["family"]][0]()), **size}
     differs = {key: value for key, value in model.items() if value != usual[key]}
     if attention != plain(VCAConfig()):
         differs["attention"] = attention

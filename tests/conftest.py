@@ -60,9 +60,9 @@ def train(*overrides: str, ranks: int = 1, script: str = "train_cls.py", timeout
     )
 
 
-def train_and_kill(folder: Path, at_step: int, *overrides: str, ranks: int = 1) -> int:
+def train_and_kill(folder: Path, at_step: int, *overrides: str, ranks: int = 1, script: str = "train_cls.py") -> int:
     """Start a training, `kill -9` all of its processes once `metrics.jsonl` reports `at_step`; the step reached."""
-    command = [*launcher(ranks), str(ROOT / "train_cls.py"), *overrides]
+    command = [*launcher(ranks), str(ROOT / script), *overrides]
     mark = uuid.uuid4().hex
     process = subprocess.Popen(
         command, env=environment(VCA_TEST=mark), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT

@@ -7,6 +7,7 @@ import sys
 import pytest
 
 import train_cls
+import train_gen
 from tests.conftest import ROOT, train
 from vca.config import command_line, compose
 from vca.runtime.errors import ConfigError
@@ -22,7 +23,9 @@ OPTIONS = [
 
 @pytest.mark.parametrize("option", OPTIONS)
 def test_every_option_composes(option):
-    config = compose("train_cls", ["data=imagefolder", "data.root=somewhere", option])
+    generates = option.startswith(("objective=", "sampler=", "model=dit_"))
+    script = "train_gen" if generates else "train_cls"
+    config = compose(script, ["data=imagefolder", "data.root=somewhere", option])
     assert dataclasses.is_dataclass(config.model)
     assert dataclasses.is_dataclass(config.attention)
     assert plain(config)["name"] == config.name
@@ -52,7 +55,7 @@ WRONG = {
     "+model.dpeth=3": r"unknown key 'model.dpeth'; did you mean 'model.depth'\?",
     "+optim.lrr=1": r"unknown key 'optim.lrr'; did you mean 'optim.lr'\?",
     "++trainer.epoch=1": r"unknown key 'trainer.epoch'; did you mean 'trainer.epochs'\?",
-    "steps=10": r"unknown key 'steps'; did you mean 'trainer.steps'\?",
+    "steps=10": r"unknown key 'steps'; did you mean '(trainer|objective|sampler).steps'\?",
     "optim.lr=abc": r"optim.lr must be a float, got 'abc'",
     "optim.clip_grad='None'": r"optim.clip_grad must be a float, got 'None' \(write null for no value\)",
     "optim.weight_decay=null": r"optim.weight_decay may not be null",
@@ -74,14 +77,14 @@ WRONG = {
     "model=pvt_tiny data.img_size=64 model.attention_stages=[5]": r"model.attention_stages must name .* from 1 to 4",
     "trainer.init_from=nowhere.pth": r"trainer.init_from must be a file, got 'nowhere.pth'",
     "recipe=dait": r"recipe=dait: no such option.*leaplab_deit_small",
-    "optim.schedule=step": r"optim.schedule must be one of per_step, per_epoch, per_epoch_late, got 'step'",
+    "optim.schedule=step": r"optim.schedule must be one of per_step, per_epoch, per_epoch_late, constant, got 'step'",
     "optim.cooldown_epochs=-1": r"optim.cooldown_epochs must be >= 0, got -1",
     "optim.cooldown_epochs=60": r"trainer.epochs must be > optim.warmup_epochs \+ optim.cooldown_epochs, 62, got 60",
     "data.check_seconds=400": r"data.check_seconds must be at most half of trainer.timeout_minutes, 300 s, got 400",
     "experiment=cifar10 recipe=null": r"recipe=none is none",
     "data.check_seconds=-1": r"data.check_seconds must be >= 0, got -1",
     "model.depth=0": r"model.depth must be >= 1, got 0",
-    "model.family=dait": r"model.family must be one of \['cswin', 'deit', 'pvt', 'swin'\], got 'dait'",
+    "model.family=dait": r"model.family must be one of \['cswin', 'deit', 'dit', 'pvt', 'swin'\], got 'dait'",
     "model.drop_path_rate=1.5": r"model.drop_path_rate must be in \[0, 1\), got 1.5",
     "trainer.precision=fp8": r"trainer.precision must be one of fp32, tf32, bf16, fp16, got 'fp8'",
     "trainer.steps=0": r"trainer.steps must be >= 1 or null, got 0",
@@ -146,6 +149,37 @@ def test_wrong_input(line, tmp_path, monkeypatch, capsys):
     assert not list(tmp_path.iterdir()), "something was written"
 
 
+# The same for train_gen.py.
+WRONG_GEN = {
+    "sampler=ode": r"sampler.method must be one of ddpm, ddim, got 'ode_heun'",
+    "sampler=dopri5 sampler.steps=5": r"sampler.steps must be null for ode_dopri5, which chooses its own, got 5",
+    "sampler.steps=2000": r"sampler.steps must be at most 1000, the steps of the objective, got 2000",
+    "sampler.guidance_interval=[0.5,0.1]": r"sampler.guidance_interval must be two numbers, 0 <= low <= high <= 1",
+    "objective=difusion": r"objective=difusion: no such option; did you mean 'diffusion'",
+    "objective.path=linear": r"unknown key 'objective.path'",
+    "model.num_classes=5": r"model.num_classes must be data.num_classes, 10, got 5",
+    "model.in_channels=3": r"model.in_channels must be data.in_chans, 1, got 3",
+    "model.depht=3": r"unknown key 'model.depht'; did you mean 'model.depth'",
+    "augment.mixup=0.8": r"augment.mixup must be 0 in generation, got 0.8",
+    "sampled_classes=11": r"sampled_classes must be from 1 to 10, got 11",
+    "trainer.eval_only=true": r"trainer.eval_only must be false in train_gen.py, got True",
+}
+
+
+@pytest.mark.parametrize("line", WRONG_GEN)
+def test_wrong_input_to_generation(line, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["train_gen.py", f"out_dir={tmp_path}/out", *line.split()])
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        command_line("train_gen", train_gen.run)
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert said.startswith("config error: ")
+    assert said.count("\n") == 1, said
+    assert re.search(WRONG_GEN[line], said), said
+    assert not list(tmp_path.iterdir()), "something was written"
+
+
 def test_typo_in_an_experiment_file(tmp_path, monkeypatch):
     """A misspelt key in a file is refused as one on the command line is."""
     monkeypatch.setattr("vca.config.load.CONFIGS", tmp_path)
@@ -156,6 +190,17 @@ def test_typo_in_an_experiment_file(tmp_path, monkeypatch):
     (tmp_path / "experiment" / "typo.yaml").write_text("# @package _global_\nmodel:\n  dpeth: 3\n")
     with pytest.raises(ConfigError, match=r"unknown key 'model.dpeth'; did you mean 'model.depth'\?"):
         compose("train_cls", ["experiment=typo"])
+
+
+def test_a_model_of_the_other_script():
+    for script, option, fit in (
+        ("train_gen.py", "deit_tiny", "dit_b_2, "),
+        ("train_cls.py", "dit_s_2", "cswin_base, "),
+    ):
+        done = train(f"model={option}", script=script)
+        assert done.returncode == 2
+        assert done.stderr.startswith(f"config error: model={option}: not for this script ({fit}")
+        assert done.stderr.count("\n") == 1
 
 
 def test_the_real_command_line():

@@ -96,7 +96,8 @@ def extended(tmp_path_factory):
     root = tmp_path_factory.mktemp("extended")
     for name in ("vca", "models", "configs", "scripts"):
         shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(ROOT / "train_cls.py", root)
+    for name in ("train_cls.py", "train_gen.py"):
+        shutil.copy(ROOT / name, root)
     (root / "vca" / "attention" / "mean.py").write_text(ATTENTION)
     (root / "configs" / "attention" / "mean.yaml").write_text("defaults:\n  - mean_schema\n  - _self_\n")
     (root / "models" / "flat.py").write_text(BACKBONE)

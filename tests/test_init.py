@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 import train_cls
-from models import MODELS
+from models import CLASSIFIERS
 from scripts.export import export
 from tests.conftest import ROOT, TINY, environment
 from tests.test_data import write_image_folder
@@ -36,7 +36,7 @@ def state_of(family: str) -> dict[str, torch.Tensor]:
 
 def network(family: str, attention, **fields):
     """The model of `CONTRACT_OF`, whose CSWin is the original one."""
-    config_class, module = MODELS[family]
+    config_class, module = CLASSIFIERS[family]
     if family == "cswin":
         fields = {"depths": [1, 2, 21, 1], **fields}
     return module(config_class(**fields), attention)

@@ -170,6 +170,14 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f"; did you mean '{near[0]}'?" if near else ""
 
 
+def not_for_this_script(group: str, option: str) -> str:
+    """An option whose schema another script registers; names those whose schemas this one has."""
+    schemas = {name.removesuffix(".yaml") for name in ConfigStore.instance().repo.get(group, {})}
+    files = sorted((CONFIGS / group).glob("*.yaml"))
+    fit = [file.stem for file in files if any(f"- {schema}\n" in file.read_text() for schema in schemas)]
+    return f"{group}={option}: not for this script ({', '.join(fit)} are)"
+
+
 def explain(error: BaseException) -> str:
     """What an exception of Hydra or OmegaConf means, in one line: key, value, remedy."""
     chain: list[BaseException] = []
@@ -179,6 +187,8 @@ def explain(error: BaseException) -> str:
         current = current.__cause__ or current.__context__
     text = "\n".join(str(link) for link in chain)
 
+    if match := re.search(r"In '([^']+)/([^']+)': Could not load '[^']+_schema'", text):
+        return not_for_this_script(match[1], match[2])
     if match := re.search(r"Could not find '([^']+)'", text):
         group, _, option = match[1].rpartition("/")
         folder = CONFIGS / group

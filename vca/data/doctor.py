@@ -4,6 +4,7 @@ Images are visited in a random order until a time is spent, so that a set of tho
 million is sampled. What stops a training, or would spoil it, is an error; what is only worth knowing is a note.
 """
 
+import os
 import random
 import shutil
 import time
@@ -14,6 +15,10 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image, UnidentifiedImageError
+
+from vca.data.config import DataConfig
+from vca.runtime.distributed import World
+from vca.runtime.errors import ConfigError
 
 HIGH_DEPTH = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")  # PIL's modes of more than 8 bits a channel
 
@@ -67,6 +72,33 @@ def examine(paths: Iterable[str], seconds: float) -> Examination:
         findings += examine_image(path)
         checked += 1
     return Examination(findings, checked, len(paths), time.perf_counter() - start)
+
+
+def check_before_training(
+    data: DataConfig, datasets: Iterable[Any], workers: int, micro_batch: int, world: World
+) -> None:
+    """Read image files for `data.check_seconds` on one rank, and print what is found.
+
+    Args:
+        data: config of the data.
+        datasets: what it was loaded as.
+        workers: loader processes a rank.
+        micro_batch: images a rank takes at once.
+        world: this process.
+
+    Raises:
+        ConfigError: on every rank, if a training cannot use what was found.
+    """
+    result = world.broadcast(examine(image_files(datasets), data.check_seconds) if world.is_main else None)
+    if result.errors:
+        more = f" ({len(result.errors)} such files; scripts/doctor.py lists them)" if len(result.errors) > 1 else ""
+        raise ConfigError(f"{result.errors[0]}{more}")
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    shortage = shared_memory_note(workers * ranks_here, micro_batch * 4 * data.in_chans * data.img_size**2)
+    if world.is_main and result.findings:
+        print(f"data: {result}, such as {result.findings[0]}", flush=True)
+    if world.is_main and shortage:
+        print(f"data: {shortage}", flush=True)
 
 
 def shared_memory_note(workers: int, batch_bytes: int, folder: str = "/dev/shm") -> str | None:

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 
@@ -16,7 +16,7 @@ class Complexity:
     macs: int
 
 
-def count(build: Callable[[], nn.Module], image_shape: tuple[int, int, int]) -> Complexity:
+def count(build: Callable[[], nn.Module], inputs: Callable[[], tuple[Tensor, ...]]) -> Complexity:
     """Count a model on the meta device.
 
     Multiply-adds are those of matrix products and convolutions; norms, softmaxes, pooling and additions are not
@@ -24,11 +24,10 @@ def count(build: Callable[[], nn.Module], image_shape: tuple[int, int, int]) -> 
 
     Args:
         build: makes the model.
-        image_shape: `(in_chans, height, width)`.
+        inputs: makes its arguments, for one image.
     """
     with torch.device("meta"):
-        model = build().eval()
-        image = torch.empty(1, *image_shape)
+        model, arguments = build().eval(), inputs()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(image)
+        model(*arguments)
     return Complexity(sum(p.numel() for p in model.parameters()), counter.get_total_flops() // 2)

@@ -16,12 +16,14 @@ class Schedule(Enum):
 
     `per_step`: at every update, as in Swin. `per_epoch`: at the start of an epoch, as in timm's own training script and
     CSWin. `per_epoch_late`: likewise one epoch late, as in DeiT and PVT, which step the schedule with the number of the
-    epoch that has just ended: epochs 0 and 1 both run at `warmup_lr`.
+    epoch that has just ended: epochs 0 and 1 both run at `warmup_lr`. `constant`: the peak, after a warm-up if there is
+    one, as in DiT and SiT.
     """
 
     per_step = "per_step"
     per_epoch = "per_epoch"
     per_epoch_late = "per_epoch_late"
+    constant = "constant"
 
 
 @dataclass
@@ -30,7 +32,7 @@ class OptimConfig:
 
     Attributes:
         lr: peak learning rate; null derives it as `base_lr * trainer.global_batch / 512`.
-        schedule: `per_step`, `per_epoch` or `per_epoch_late`.
+        schedule: `per_step`, `per_epoch`, `per_epoch_late` or `constant`.
         warmup_epochs: length of the linear warm-up from `warmup_lr`; fractions are allowed.
         cooldown_epochs: how many epochs at the end, of those that `trainer` counts, run at `min_lr`.
         min_lr: where the cosine ends.
@@ -74,13 +76,15 @@ def learning_rate(config: OptimConfig, step: int, total_steps: int, steps_per_ep
     """
     end = min(config.min_lr, peak)
     epoch = step / steps_per_epoch
-    if config.schedule is not Schedule.per_step:
+    if config.schedule in (Schedule.per_epoch, Schedule.per_epoch_late):
         epoch = step // steps_per_epoch
     if config.schedule is Schedule.per_epoch_late:
         epoch = max(epoch - 1, 0)
     length = total_steps / steps_per_epoch - config.cooldown_epochs
     if epoch < config.warmup_epochs:
         return config.warmup_lr + (peak - config.warmup_lr) * epoch / config.warmup_epochs
+    if config.schedule is Schedule.constant:
+        return peak
     if epoch >= length:
         return end
     return end + 0.5 * (peak - end) * (1 + math.cos(math.pi * epoch / length))

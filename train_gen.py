@@ -1,0 +1,114 @@
+"""Train a class-conditional generator, in pixel space.
+
+    python train_gen.py                                                     a small VCA DiT on handwritten digits
+    python train_gen.py objective=interpolant sampler=ode                   the same network as a SiT
+    python train_gen.py attention=softmax                                   the baseline
+
+While it trains, a run draws samples of its EMA weights into `outputs/<name>/samples/`. The same command continues a run
+that was interrupted, to the bit. `--cfg job --resolve` prints the whole config.
+"""
+
+from pathlib import Path
+
+import torch
+
+from models import GENERATORS, build_model
+from vca.attention import ATTENTIONS
+from vca.config import TrainGenConfig, command_line, register_schemas
+from vca.data import load_dataset
+from vca.data.augment import train_transform
+from vca.data.doctor import check_before_training
+from vca.data.loader import MicroBatches, TrainOrder, train_loader
+from vca.generation.objective import OBJECTIVES, Objective, build_objective
+from vca.generation.sampling import check_sampler, draw_samples, save_grid
+from vca.runtime import distributed
+from vca.runtime.errors import config_errors
+from vca.runtime.rundir import RunDirectory, plain
+from vca.runtime.seeding import seed_torch
+from vca.training.config import set_precision
+from vca.training.generation import GenerationLoss
+from vca.training.run import TrainingRun
+from vca.training.step import TrainState
+
+register_schemas(
+    root={"train_gen": TrainGenConfig},
+    groups={
+        "model": {family: config for family, (config, _) in GENERATORS.items()},
+        "attention": {name: config for name, (config, _) in ATTENTIONS.items()},
+        "objective": {name: config for name, (config, _) in OBJECTIVES.items()},
+    },
+)
+
+
+def run(config: TrainGenConfig) -> dict[str, float]:
+    """Train, or go on training, and return the last training loss as `loss`."""
+    trainer = config.trainer
+    with distributed.start(trainer.device.value, trainer.timeout_minutes) as world:
+        set_precision(trainer)
+        folder = RunDirectory(Path(config.out_dir) / config.name)
+        folder.check(plain(config))
+        micro_batch, accumulation = trainer.micro_batch_on(world.size)
+        objective = build_objective(config.objective)
+        check_sampler(objective, config.sampler)
+
+        images = load_dataset(config.data, train=True)
+        seed_torch(config.seed, "model")
+        with config_errors():
+            model = build_model(config.model, config.attention)
+            model.set_grad_checkpointing(trainer.grad_checkpointing)
+        order = TrainOrder(len(images), trainer.global_batch, config.seed, config.augment.repeats)
+        state = TrainState(model, trainer, config.optim, world, order.steps_per_epoch)
+
+        training = TrainingRun(folder, state, trainer, world)
+        training.resume()
+        if not training.finished:
+            check_before_training(config.data, [images], trainer.workers, micro_batch, world)
+            transform = train_transform(config.augment, config.data)
+            loss_of = GenerationLoss(objective, model.config.class_dropout_prob, model.null_label, config.seed)
+            with training.open(config.name, plain(config), config.wandb):
+                training.reporter.say(introduce(config, state, len(images)))
+                shares = MicroBatches(order, world, micro_batch, accumulation, state.step, state.total_steps)
+                for batches in train_loader(images, transform, config.seed, shares, trainer.workers):
+                    update = state.update([batch.to(world.device) for batch in batches], loss_of, config.seed)
+                    training.record(update, batches)
+                    if training.due(trainer.eval_every) and world.is_main:
+                        draw_picture(config, objective, state, folder)
+                    if training.due(trainer.checkpoint_every):
+                        training.save()
+        training.draw(config.name)
+        return summarize(config, folder, world.is_main)
+
+
+def draw_picture(config: TrainGenConfig, objective: Objective, state: TrainState, folder: RunDirectory) -> None:
+    """Draw samples of the EMA weights (the raw ones where there is no average): a column for each class."""
+    network = (state.ema.module if state.ema is not None else state.model).eval()
+    labels = torch.arange(config.sampled_classes, device=state.world.device).repeat(config.samples_per_class)
+    shape = (config.model.in_channels, *config.model.size)
+    samples = draw_samples(network, objective, config.sampler, labels, range(len(labels)), config.seed, shape)
+    save_grid(samples.x, folder.path / "samples" / f"step_{state.step:08d}.png", columns=config.sampled_classes)
+
+
+def introduce(config: TrainGenConfig, state: TrainState, images: int) -> str:
+    """What is about to happen, in a few lines."""
+    parameters = sum(p.numel() for p in state.model.parameters())
+    trainer = config.trainer
+    return (
+        f"{config.name}: {config.model.name} with {config.attention.name}, {parameters / 1e6:.3f} M parameters\n"
+        f"{config.data.name}: {images} images\n"
+        f"{state.total_steps - state.step} of {state.total_steps} updates of {trainer.global_batch} images "
+        f"({state.world.size} rank(s) x {state.accumulation} x {state.micro_batch}), peak lr {state.peak_lr:.3g}, "
+        f"{trainer.precision.value} on {state.world.device.type} ({torch.get_num_threads()} threads)"
+    )
+
+
+def summarize(config: TrainGenConfig, folder: RunDirectory, talk: bool) -> dict[str, float]:
+    """Print the last loss and return it."""
+    losses = [record["loss"] for record in folder.records() if record.get("loss") is not None]
+    result = {"loss": losses[-1]} if losses else {}
+    if talk and result:
+        print(f"{config.out_dir}/{config.name}: loss {result['loss']:.4f}, pictures in samples/", flush=True)
+    return result
+
+
+if __name__ == "__main__":
+    command_line("train_gen", run)

@@ -1,0 +1,228 @@
+"""What a generative network is trained for, and how its output becomes samples: DiT's diffusion, SiT's interpolant.
+
+Both are used alike: `losses` from data, noise and a uniform number that picks the time; `sample` from noise by a
+sampler that belongs to the objective. To add one: a config dataclass with a `name`, a class, and one line in
+`OBJECTIVES`.
+
+Shape letters: B batch, I channels of the data. `net(x, t)` returns `(B, 2I, H, W)`, or `(B, I, H, W)` for an
+interpolant without `learn_sigma`.
+"""
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from vca.generation.diffusion import GaussianDiffusion, Net, linear_betas
+from vca.generation.interpolant import DiffusionForm, Interpolant, Path, Prediction, Weighting
+from vca.generation.samplers import Noise, Samples, sample_ddim, sample_ddpm, sample_ode, sample_sde
+from vca.runtime.errors import check
+
+
+class Method(Enum):
+    """How samples are made: the first two of a diffusion, the others of an interpolant."""
+
+    ddpm = "ddpm"
+    ddim = "ddim"
+    ode_euler = "ode_euler"
+    ode_heun = "ode_heun"
+    ode_dopri5 = "ode_dopri5"
+    sde_euler = "sde_euler"
+    sde_heun = "sde_heun"
+
+
+@dataclass
+class SamplerConfig:
+    """How samples are made.
+
+    Attributes:
+        method: one that belongs to the objective.
+        steps: of a diffusion; points of the time grid of an interpolant. Null, and only null, for `ode_dopri5`.
+        guidance: scale of classifier-free guidance; 1 is none.
+        guidance_channels: how many channels it acts on; null for all. 3 is what the tables of DiT and SiT have.
+        guidance_interval: `[low, high]`, the part of the noise time in which it acts; 0 is data, 1 is noise.
+        eta: noise of DDIM.
+        rtol, atol: of `ode_dopri5`.
+        form, norm, last_step, last_step_size: of an SDE, see `vca.generation.samplers.sample_sde`.
+    """
+
+    method: Method = Method.ddpm
+    steps: int | None = 250
+    guidance: float = 1.0
+    guidance_channels: int | None = 3
+    guidance_interval: list[float] = field(default_factory=lambda: [0.0, 1.0])
+    eta: float = 0.0
+    rtol: float = 1e-3
+    atol: float = 1e-6
+    form: DiffusionForm = DiffusionForm.sigma
+    norm: float = 1.0
+    last_step: str | None = "mean"
+    last_step_size: float = 0.04
+
+    def __post_init__(self) -> None:
+        if self.method is Method.ode_dopri5:
+            check(self.steps is None, "sampler.steps", "null for ode_dopri5, which chooses its own", self.steps)
+        else:
+            least = 1 if self.method in (Method.ddpm, Method.ddim) else 2
+            check(self.steps is not None and self.steps >= least, "sampler.steps", f">= {least}", self.steps)
+        check(self.guidance >= 0, "sampler.guidance", ">= 0", self.guidance)
+        channels = self.guidance_channels
+        check(channels is None or channels >= 1, "sampler.guidance_channels", ">= 1 or null", channels)
+        low_high = list(self.guidance_interval)
+        ordered = len(low_high) == 2 and 0 <= low_high[0] <= low_high[1] <= 1
+        check(ordered, "sampler.guidance_interval", "two numbers, 0 <= low <= high <= 1", low_high)
+        for key in ("eta", "norm"):
+            check(getattr(self, key) >= 0, f"sampler.{key}", ">= 0", getattr(self, key))
+        for key in ("rtol", "atol"):
+            check(getattr(self, key) > 0, f"sampler.{key}", "> 0", getattr(self, key))
+        known = ("mean", "euler", "tweedie", None)
+        check(self.last_step in known, "sampler.last_step", "mean, euler, tweedie or null", self.last_step)
+        check(0 < self.last_step_size < 1, "sampler.last_step_size", "in (0, 1)", self.last_step_size)
+
+
+class Objective(Protocol):
+    """What the two objectives offer.
+
+    Attributes:
+        methods: the samplers that can read it.
+        most_steps: that a sampler can make; None if there is no limit.
+    """
+
+    methods: tuple[Method, ...]
+    most_steps: int | None
+
+    def losses(self, net: Net, data: Tensor, noise: Tensor, u: Tensor) -> dict[str, Tensor]:
+        """`loss` of each image `(B,)`, and its parts; `u` `(B,)` in [0, 1) picks the time."""
+
+    def noise_time(self, t: Tensor) -> Tensor:
+        """The times that the network is told, as a number from 0 (data) to 1 (noise)."""
+
+    def sample(self, net: Net, noise: Tensor, sampler: SamplerConfig, step_noise: Noise) -> Samples:
+        """Samples from noise."""
+
+
+@dataclass
+class DiffusionConfig:
+    """DiT's objective.
+
+    Attributes:
+        steps: of the chain.
+    """
+
+    name: str = "diffusion"
+    steps: int = 1000
+
+    def __post_init__(self) -> None:
+        check(self.steps >= 2, "objective.steps", ">= 2", self.steps)
+
+
+class Diffusion:
+    """Noise prediction with learned range variance over a chain of linear betas."""
+
+    methods = (Method.ddpm, Method.ddim)
+
+    def __init__(self, config: DiffusionConfig) -> None:
+        self.chain = GaussianDiffusion(linear_betas(config.steps))
+        self.most_steps: int | None = config.steps
+
+    def losses(self, net: Net, data: Tensor, noise: Tensor, u: Tensor) -> dict[str, Tensor]:
+        """`mse`, `vb` and `loss`."""
+        t = (u.double() * len(self.chain)).long()  # in float32 u * 1000 may round up to 1000
+        return self.chain.losses(net, data, t, noise)
+
+    def noise_time(self, t: Tensor) -> Tensor:
+        """Step numbers over the number of steps."""
+        return t.double() / len(self.chain)
+
+    def sample(self, net: Net, noise: Tensor, sampler: SamplerConfig, step_noise: Noise) -> Samples:
+        """By DDPM or DDIM."""
+        assert sampler.steps is not None
+        if sampler.method is Method.ddim:
+            return sample_ddim(net, noise, self.chain, sampler.steps, step_noise, sampler.eta)
+        return sample_ddpm(net, noise, self.chain, sampler.steps, step_noise)
+
+
+@dataclass
+class InterpolantConfig:
+    """SiT's objective; the defaults are those of its tables.
+
+    Attributes:
+        path: `linear`, `gvp` or `vp`.
+        prediction: `velocity`, `noise` or `score`.
+        weighting: `none`, `velocity` or `likelihood`.
+        train_eps, sample_eps: distance from singular ends of time; null takes SiT's.
+    """
+
+    name: str = "interpolant"
+    path: Path = Path.linear
+    prediction: Prediction = Prediction.velocity
+    weighting: Weighting = Weighting.none
+    train_eps: float | None = None
+    sample_eps: float | None = None
+
+    def __post_init__(self) -> None:
+        for key in ("train_eps", "sample_eps"):
+            value = getattr(self, key)
+            check(value is None or 0 <= value < 0.5, f"objective.{key}", "in [0, 0.5) or null", value)
+
+
+class StochasticInterpolant:
+    """A prediction along a path from noise to data. Of a network with `learn_sigma` the second half is not read."""
+
+    most_steps: int | None = None
+    methods = (Method.ode_euler, Method.ode_heun, Method.ode_dopri5, Method.sde_euler, Method.sde_heun)
+
+    def __init__(self, config: InterpolantConfig) -> None:
+        self.interpolant = Interpolant(
+            config.path, config.prediction, config.weighting, config.train_eps, config.sample_eps
+        )
+
+    def losses(self, net: Net, data: Tensor, noise: Tensor, u: Tensor) -> dict[str, Tensor]:
+        """`loss`."""
+        start, end = self.interpolant.train_interval()
+        return {"loss": self.interpolant.losses(first_half(net), noise, data, start + (end - start) * u)}
+
+    def noise_time(self, t: Tensor) -> Tensor:
+        """Time runs from noise to data here."""
+        return 1 - t.double()
+
+    def sample(self, net: Net, noise: Tensor, sampler: SamplerConfig, step_noise: Noise) -> Samples:
+        """By an ODE or an SDE."""
+        kind, solver = sampler.method.value.split("_")
+        net = first_half(net)
+        if kind == "ode":
+            points = sampler.steps or 2
+            return sample_ode(net, noise, self.interpolant, solver, points, sampler.rtol, sampler.atol)
+        return sample_sde(
+            net,
+            noise,
+            self.interpolant,
+            step_noise,
+            solver,
+            sampler.steps or 2,
+            sampler.form,
+            sampler.norm,
+            sampler.last_step,
+            sampler.last_step_size,
+        )
+
+
+def first_half(net: Net) -> Net:
+    """A network of which only as many output channels are read as it has input channels."""
+    return lambda x, t: net(x, t)[:, : x.shape[1]]
+
+
+# name -> (config dataclass, class)
+OBJECTIVES: dict[str, tuple[type, type]] = {
+    "diffusion": (DiffusionConfig, Diffusion),
+    "interpolant": (InterpolantConfig, StochasticInterpolant),
+}
+
+
+def build_objective(config: Any) -> Objective:
+    """The objective that `config` (one of the dataclasses in `OBJECTIVES`) describes."""
+    check(config.name in OBJECTIVES, "objective.name", f"one of {sorted(OBJECTIVES)}", config.name)
+    config_class, objective = OBJECTIVES[config.name]
+    check(type(config) is config_class, "objective.name", f"the name of a {type(config).__name__}", config.name)
+    return objective(config)
