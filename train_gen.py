@@ -71,21 +71,29 @@ def run(config: TrainGenConfig) -> dict[str, float]:
                 for batches in train_loader(images, transform, config.seed, shares, trainer.workers):
                     update = state.update([batch.to(world.device) for batch in batches], loss_of, config.seed)
                     training.record(update, batches)
-                    if training.due(trainer.eval_every) and world.is_main:
-                        draw_picture(config, objective, state, folder)
+                    if training.due(trainer.eval_every):
+                        training.write(draw_picture(config, objective, state, folder))
                     if training.due(trainer.checkpoint_every):
                         training.save()
         training.draw(config.name)
         return summarize(config, folder, world.is_main)
 
 
-def draw_picture(config: TrainGenConfig, objective: Objective, state: TrainState, folder: RunDirectory) -> None:
-    """Draw samples of the EMA weights (the raw ones where there is no average): a column for each class."""
+def draw_picture(
+    config: TrainGenConfig, objective: Objective, state: TrainState, folder: RunDirectory
+) -> dict[str, int]:
+    """Draw samples of the EMA weights (the raw ones where there is no average) on one rank: a column for each class.
+
+    Returns how many they are, and how often the network was evaluated for each.
+    """
+    if not state.world.is_main:
+        return {}
     network = (state.ema.module if state.ema is not None else state.model).eval()
     labels = torch.arange(config.sampled_classes, device=state.world.device).repeat(config.samples_per_class)
     shape = (config.model.in_channels, *config.model.size)
     samples = draw_samples(network, objective, config.sampler, labels, range(len(labels)), config.seed, shape)
     save_grid(samples.x, folder.path / "samples" / f"step_{state.step:08d}.png", columns=config.sampled_classes)
+    return {"samples": len(labels), "evaluations": samples.evaluations}
 
 
 def introduce(config: TrainGenConfig, state: TrainState, images: int) -> str:
