@@ -47,7 +47,7 @@ def run(config: TrainClsConfig) -> dict[str, float]:
     """Train, or go on training, and return the last evaluation: `val/top1`, with EMA also `ema/top1`, ..."""
     trainer = config.trainer
     with distributed.start(trainer.device.value, trainer.timeout_minutes) as world:
-        set_precision(trainer)
+        set_precision(trainer.precision, trainer.deterministic)
         folder = RunDirectory(Path(config.out_dir) / config.name)
         folder.check(plain(config))
         micro_batch, accumulation = trainer.micro_batch_on(world.size)
@@ -100,12 +100,7 @@ def check_complete(started_from: InitReport | None, folder: RunDirectory) -> Non
     """Raise `ConfigError` unless there is something to evaluate: the weights of a file, all of them and no others."""
     if started_from is None:
         raise ConfigError(f"trainer.eval_only=true needs a checkpoint in {folder.checkpoints}, or trainer.init_from")
-    if not started_from.complete:
-        differs = [*started_from.new, *started_from.left, *started_from.adapted]
-        raise ConfigError(
-            f"trainer.eval_only=true needs a trainer.init_from that holds this model exactly; "
-            f"{len(differs)} parameters differ, such as {differs[0]}"
-        )
+    started_from.check_complete("trainer.eval_only=true needs a trainer.init_from")
 
 
 def evaluate_weights(state: TrainState, batches: Iterable[tuple[Tensor, Tensor]]) -> dict[str, float]:

@@ -1,8 +1,9 @@
-"""Train a class-conditional generator, in pixel space.
+"""Train a class-conditional generator on pixels, on images through an autoencoder, or on a cache of latents.
 
     python train_gen.py                                                     a small VCA DiT on handwritten digits
     python train_gen.py objective=interpolant sampler=ode                   the same network as a SiT
     python train_gen.py attention=softmax                                   the baseline
+    torchrun --nproc_per_node=8 train_gen.py experiment=table2/dit_s_2_vca data.root=LATENTS
 
 While it trains, a run draws samples of its EMA weights into `outputs/<name>/samples/`. The same command continues a run
 that was interrupted, to the bit. `--cfg job --resolve` prints the whole config.
@@ -18,9 +19,11 @@ from vca.config import TrainGenConfig, command_line, register_schemas
 from vca.data import load_dataset
 from vca.data.augment import train_transform
 from vca.data.doctor import check_before_training
+from vca.data.latents import LatentCache, RandomVersion
 from vca.data.loader import MicroBatches, TrainOrder, train_loader
+from vca.generation.autoencoder import Autoencoder, load_autoencoder
 from vca.generation.objective import OBJECTIVES, Objective, build_objective
-from vca.generation.sampling import check_sampler, draw_samples, save_grid
+from vca.generation.sampling import check_sampler, draw_samples, save_grid, to_uint8
 from vca.runtime import distributed
 from vca.runtime.errors import config_errors
 from vca.runtime.rundir import RunDirectory, plain
@@ -44,7 +47,7 @@ def run(config: TrainGenConfig) -> dict[str, float]:
     """Train, or go on training, and return the last training loss as `loss`."""
     trainer = config.trainer
     with distributed.start(trainer.device.value, trainer.timeout_minutes) as world:
-        set_precision(trainer)
+        set_precision(trainer.precision, trainer.deterministic)
         folder = RunDirectory(Path(config.out_dir) / config.name)
         folder.check(plain(config))
         micro_batch, accumulation = trainer.micro_batch_on(world.size)
@@ -52,6 +55,9 @@ def run(config: TrainGenConfig) -> dict[str, float]:
         check_sampler(objective, config.sampler)
 
         images = load_dataset(config.data, train=True)
+        autoencoder = load_autoencoder(config.autoencoder, world.device)
+        if cached := isinstance(images, LatentCache):
+            images.check(autoencoder.identity(), config.augment)
         seed_torch(config.seed, "model")
         with config_errors():
             model = build_model(config.model, config.attention)
@@ -63,8 +69,9 @@ def run(config: TrainGenConfig) -> dict[str, float]:
         training.resume()
         if not training.finished:
             check_before_training(config.data, [images], trainer.workers, micro_batch, world)
-            transform = train_transform(config.augment, config.data)
-            loss_of = GenerationLoss(objective, model.config.class_dropout_prob, model.null_label, config.seed)
+            transform = RandomVersion(config.augment.hflip) if cached else train_transform(config.augment, config.data)
+            dropout = model.config.class_dropout_prob
+            loss_of = GenerationLoss(objective, autoencoder, cached, dropout, model.null_label, config.seed)
             with training.open(config.name, plain(config), config.wandb):
                 training.reporter.say(introduce(config, state, len(images)))
                 shares = MicroBatches(order, world, micro_batch, accumulation, state.step, state.total_steps)
@@ -72,7 +79,7 @@ def run(config: TrainGenConfig) -> dict[str, float]:
                     update = state.update([batch.to(world.device) for batch in batches], loss_of, config.seed)
                     training.record(update, batches)
                     if training.due(trainer.eval_every):
-                        training.write(draw_picture(config, objective, state, folder))
+                        training.write(draw_picture(config, objective, autoencoder, state, folder))
                     if training.due(trainer.checkpoint_every):
                         training.save()
         training.draw(config.name)
@@ -80,7 +87,7 @@ def run(config: TrainGenConfig) -> dict[str, float]:
 
 
 def draw_picture(
-    config: TrainGenConfig, objective: Objective, state: TrainState, folder: RunDirectory
+    config: TrainGenConfig, objective: Objective, autoencoder: Autoencoder, state: TrainState, folder: RunDirectory
 ) -> dict[str, int]:
     """Draw samples of the EMA weights (the raw ones where there is no average) on one rank: a column for each class.
 
@@ -92,7 +99,10 @@ def draw_picture(
     labels = torch.arange(config.sampled_classes, device=state.world.device).repeat(config.samples_per_class)
     shape = (config.model.in_channels, *config.model.size)
     samples = draw_samples(network, objective, config.sampler, labels, range(len(labels)), config.seed, shape)
-    save_grid(samples.x, folder.path / "samples" / f"step_{state.step:08d}.png", columns=config.sampled_classes)
+    pictures = torch.cat([autoencoder.decode(x) for x in samples.x.split(16)])
+    save_grid(
+        to_uint8(pictures), folder.path / "samples" / f"step_{state.step:08d}.png", columns=config.sampled_classes
+    )
     return {"samples": len(labels), "evaluations": samples.evaluations}
 
 

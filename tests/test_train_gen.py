@@ -199,7 +199,7 @@ def test_pixels(tmp_path):
     with pytest.raises(FloatingPointError, match="not finite"):
         to_uint8(torch.tensor([0.0, float("nan")]))
     images = torch.linspace(-1, 1, 5)[:, None, None, None].expand(5, 3, 4, 6)
-    save_grid(images, tmp_path / "samples" / "grid.png", columns=3)
+    save_grid(to_uint8(images), tmp_path / "samples" / "grid.png", columns=3)
     sheet = Image.open(tmp_path / "samples" / "grid.png")
     assert sheet.size == (3 * 7 - 1, 2 * 5 - 1)
     assert sheet.getpixel((0, 0)) == (0, 0, 0)

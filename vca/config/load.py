@@ -32,12 +32,13 @@ EXIT_NON_FINITE = 3
 
 
 def register_schemas(root: Mapping[str, type], groups: Mapping[str, Mapping[str, type]]) -> None:
-    """Tell Hydra the dataclasses behind the YAML files.
+    """Tell Hydra the dataclasses behind the YAML files, and OmegaConf what `${divide:a,b}` in them is.
 
     Args:
         root: script name -> its config dataclass, stored as `<name>_schema`.
         groups: config group -> {name: dataclass}, stored as `<group>/<name>_schema`.
     """
+    OmegaConf.register_new_resolver("divide", lambda value, by: value // by, replace=True)
     store = ConfigStore.instance()
     for name, node in root.items():
         store.store(name=f"{name}_schema", node=node)
@@ -116,6 +117,25 @@ def to_dataclass(config: DictConfig) -> Any:
             return OmegaConf.to_object(config)
         except OmegaConfBaseException as error:
             raise ConfigError(explain(error)) from error
+
+
+def from_plain(config_class: type, values: Mapping[str, Any]) -> Any:
+    """A dataclass from its plain values, as a run's `config.json` holds them.
+
+    Raises:
+        ConfigError: if they are not those of that dataclass.
+    """
+    with config_errors():
+        try:
+            return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(config_class), dict(values)))
+        except OmegaConfBaseException as error:
+            raise ConfigError(explain(error)) from error
+
+
+def read_protocol(name: str) -> dict[str, Any]:
+    """What `configs/protocol/<name>.yaml` fixes."""
+    values: Any = OmegaConf.to_container(OmegaConf.load(CONFIGS / "protocol" / f"{name}.yaml"))
+    return values
 
 
 def extra_keys(config: DictConfig, prefix: str = "") -> list[str]:

@@ -1,16 +1,19 @@
 """The whole config of each root script, made of the dataclasses that stand beside the code they configure."""
 
 from dataclasses import dataclass, field, replace
+from enum import Enum
 from typing import Any
 
 from omegaconf import MISSING
 
 from vca.data.augment import AugmentConfig
 from vca.data.config import DataConfig
+from vca.generation.autoencoder import AutoencoderConfig
 from vca.generation.objective import SamplerConfig
 from vca.runtime.errors import check
 from vca.runtime.logging import WandbConfig
-from vca.training.config import TrainerConfig
+from vca.training.config import Device, Precision, TrainerConfig
+from vca.training.init import InitWeights
 from vca.training.optim import OptimConfig
 
 
@@ -59,7 +62,8 @@ class TrainGenConfig:
         seed: of everything random.
         model, attention, objective: dataclasses of `models.GENERATORS`, `vca.attention.ATTENTIONS` and
             `vca.generation.objective.OBJECTIVES`.
-        data: `mean` and `std` are set here: the network sees pixels in [-1, 1].
+        data: images, or latents of a cache. `mean` and `std` are set here: pixels are in [-1, 1].
+        autoencoder: between the images and the network; `none` is pixel space.
         sampler: of the pictures that a run draws while it trains.
         samples_per_class: how many samples of each class these pictures show.
         sampled_classes: of how many classes, the first ones.
@@ -72,6 +76,7 @@ class TrainGenConfig:
     attention: Any = MISSING
     objective: Any = MISSING
     data: DataConfig = field(default_factory=DataConfig)
+    autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
@@ -83,10 +88,20 @@ class TrainGenConfig:
     def __post_init__(self) -> None:
         check(self.name not in ("", ".", "..") and "/" not in self.name, "name", "a folder name", self.name)
         check(0 <= self.seed < 2**63, "seed", ">= 0 and below 2^63", self.seed)
-        self.data = replace(self.data, mean=[0.5] * self.data.in_chans, std=[0.5] * self.data.in_chans)
-        for ours, theirs in (("num_classes", "num_classes"), ("in_channels", "in_chans")):
-            value, wanted = getattr(self.model, ours), getattr(self.data, theirs)
-            check(value == wanted, f"model.{ours}", f"data.{theirs}, {wanted}", value)
+        self.data = in_pixel_range(self.data, self.autoencoder)
+        check(
+            self.data.name != "latents" or self.autoencoder.name != "none",
+            "autoencoder",
+            "that of the latents for data=latents, such as sd_vae",
+            self.autoencoder.name,
+        )
+        size, channels = self.data.img_size // self.autoencoder.factor, self.autoencoder.channels
+        wanted = {"num_classes": self.data.num_classes, "in_channels": channels, "size": (size, size)}
+        sources = {"num_classes": "data.num_classes", "in_channels": "autoencoder.channels"}
+        for key, value in wanted.items():
+            name = "model.input_size" if key == "size" else f"model.{key}"
+            rule = f"{sources.get(key, 'data.img_size / autoencoder.factor')}, {value}"
+            check(getattr(self.model, key) == value, name, rule, getattr(self.model, key))
         for key in ("mixup", "cutmix"):
             check(getattr(self.augment, key) == 0, f"augment.{key}", "0 in generation", getattr(self.augment, key))
         check(self.samples_per_class >= 1, "samples_per_class", ">= 1", self.samples_per_class)
@@ -94,6 +109,121 @@ class TrainGenConfig:
         check(1 <= self.sampled_classes <= classes, "sampled_classes", f"from 1 to {classes}", self.sampled_classes)
         check(self.trainer.init_from is None, "trainer.init_from", "null in train_gen.py", self.trainer.init_from)
         check(not self.trainer.eval_only, "trainer.eval_only", "false in train_gen.py", self.trainer.eval_only)
+
+
+def in_pixel_range(data: DataConfig, autoencoder: AutoencoderConfig) -> DataConfig:
+    """The same data normalised to [-1, 1], which generation reads.
+
+    Raises:
+        ConfigError: if the images do not fit the autoencoder.
+    """
+    rule = f"a multiple of autoencoder.factor, {autoencoder.factor}"
+    check(data.img_size % autoencoder.factor == 0, "data.img_size", rule, data.img_size)
+    if autoencoder.name != "none":
+        check(data.in_chans == 3, "data.in_chans", "3 for an autoencoder", data.in_chans)
+    return replace(data, mean=[0.5] * data.in_chans, std=[0.5] * data.in_chans)
+
+
+class LatentType(Enum):
+    """How a cache stores its numbers."""
+
+    float32 = "float32"
+    float16 = "float16"
+
+
+@dataclass
+class PrepareLatentsConfig:
+    """`scripts/prepare_latents.py`.
+
+    Attributes:
+        out: folder of the cache.
+        data: the images; their training split is taken.
+        autoencoder: what encodes them.
+        flips: encode every image a second time, flipped.
+        dtype: of the cache; `float16` is half as large, and its latents are rounded to 3 digits.
+        shard_size: images a file.
+        batch_size: images a rank encodes at once.
+        device, workers: as in `trainer`.
+    """
+
+    out: str = MISSING
+    data: DataConfig = field(default_factory=DataConfig)
+    autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
+    flips: bool = True
+    dtype: LatentType = LatentType.float32
+    shard_size: int = 1024
+    batch_size: int = 32
+    device: Device = Device.auto
+    workers: int = 4
+
+    def __post_init__(self) -> None:
+        self.data = in_pixel_range(self.data, self.autoencoder)
+        check(self.data.name != "latents", "data", "images", self.data.name)
+        check(self.autoencoder.name != "none", "autoencoder", "one, such as sd_vae", self.autoencoder.name)
+        for key in ("shard_size", "batch_size"):
+            check(getattr(self, key) >= 1, key, ">= 1", getattr(self, key))
+        check(self.workers >= 0, "workers", ">= 0", self.workers)
+
+
+@dataclass
+class SampleConfig:
+    """`sample.py`.
+
+    Attributes:
+        out: folder of the samples.
+        run: run directory of `train_gen.py`, which says what the model is; or else
+        checkpoint: file of weights, such as those of the DiT and SiT repositories, for
+        model, attention, objective, autoencoder: as in `train_gen.py`; only with `checkpoint`.
+        step: of the run; null is its newest checkpoint.
+        weights: `ema`, the average where there is one, or `raw`.
+        decoder: another `autoencoder.source`, whose decoder is used.
+        sampler: how samples are made.
+        protocol: name of the file in `configs/protocol/` that fixed all this; no field of it may be overridden.
+        count: how many samples.
+        labels: `random`, `balanced` (0, 1, 2, ... in turn), or a list of classes that is repeated.
+        seed: of the set: labels and noise of sample i follow from it and i.
+        batch_size: samples a rank computes at once on a GPU; on CPUs samples are computed one by one.
+        precision, device: as in `trainer`.
+        npz, grid: besides the PNG files, write all images as `samples.npz` (`arr_0`), and the first ones as `grid.png`.
+    """
+
+    out: str = MISSING
+    run: str | None = None
+    checkpoint: str | None = None
+    model: Any = None
+    attention: Any = None
+    objective: Any = None
+    autoencoder: Any = None
+    step: int | None = None
+    weights: InitWeights = InitWeights.ema
+    decoder: str | None = None
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    protocol: str | None = None
+    count: int = 50_000
+    labels: Any = "random"
+    seed: int = 0
+    batch_size: int = 32
+    precision: Precision = Precision.fp32
+    device: Device = Device.auto
+    npz: bool = False
+    grid: bool = False
+
+    def __post_init__(self) -> None:
+        one = (self.run is None) != (self.checkpoint is None)
+        check(one, "run or checkpoint", "given, and not both", (self.run, self.checkpoint))
+        for key in ("model", "attention", "objective", "autoencoder"):
+            value = getattr(self, key)
+            if self.run is not None:
+                check(value is None, key, "left out with run, which has its own", getattr(value, "name", value))
+            elif key != "autoencoder":
+                check(value is not None, key, "given with checkpoint", value)
+        check(self.run is not None or self.step is None, "step", "null without run", self.step)
+        for key in ("count", "batch_size"):
+            check(getattr(self, key) >= 1, key, ">= 1", getattr(self, key))
+        check(0 <= self.seed < 2**63, "seed", ">= 0 and below 2^63", self.seed)
+        listed = isinstance(self.labels, list) and self.labels and all(type(label) is int for label in self.labels)
+        known = bool(listed) or self.labels in ("random", "balanced")
+        check(known, "labels", "random, balanced or a list of classes such as [207, 360]", self.labels)
 
 
 @dataclass

@@ -7,13 +7,15 @@ from vca.data.cifar10 import load_cifar10
 from vca.data.config import DataConfig
 from vca.data.digits import load_digits_images
 from vca.data.imagefolder import load_imagefolder
+from vca.data.latents import load_latents
 from vca.runtime.errors import check
 
-# name -> loader of a split: (config, train) -> data set of (PIL image, label)
+# name -> loader of a split: (config, train) -> data set of (PIL image, label); of `latents`: (moments, label)
 DATASETS: dict[str, Callable[[DataConfig, bool], Any]] = {
     "cifar10": load_cifar10,
     "digits": load_digits_images,
     "imagefolder": load_imagefolder,
+    "latents": load_latents,
 }
 
 

@@ -2,9 +2,11 @@
 
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Any
 
 import numpy as np
 import torch.nn.functional as F
+from PIL import Image
 from timm.data import Mixup, create_transform
 from torch import Tensor
 from torchvision import transforms
@@ -15,10 +17,12 @@ from vca.runtime.seeding import derive_seed
 
 
 class Crop(Enum):
-    """How a training image is cut: a random resized crop, a random crop after zero padding, or not at all."""
+    """How a training image is cut: a random resized crop, a random crop after zero padding, ADM's centre crop of
+    generation, or not at all."""
 
     resized = "resized"
     padded = "padded"
+    adm = "adm"
     none = "none"
 
 
@@ -27,7 +31,8 @@ class AugmentConfig:
     """Augmentation of the training images; the defaults change nothing.
 
     Attributes:
-        crop: `resized` (area in `scale`, aspect in `ratio`), `padded` (by `padding` pixels) or `none`.
+        crop: `resized` (area in `scale`, aspect in `ratio`), `padded` (by `padding` pixels), `adm` (the whole shorter
+            side) or `none` (the whole image, squeezed to a square).
         interpolation: of the resized crop: `bicubic`, `bilinear` or `random`.
         hflip: probability of a horizontal flip.
         color_jitter: strength; ignored while `auto_augment` is set, as in timm.
@@ -106,10 +111,31 @@ def train_transform(augment: AugmentConfig, data: DataConfig) -> transforms.Comp
         re_count=augment.erase_count,
     )
     if augment.crop is not Crop.resized:  # timm's list starts with the resized crop
-        whole = transforms.Resize((size, size))
+        whole: Any = AdmCrop(size) if augment.crop is Crop.adm else transforms.Resize((size, size))
         crop = [transforms.RandomCrop(size, padding=augment.padding)] if augment.crop is Crop.padded else []
         transform.transforms[:1] = [whole, *crop]
     return transform
+
+
+class AdmCrop:
+    """The square in the middle of an image, over its whole shorter side, scaled to `size` pixels.
+
+    Large images are halved by box averaging for as long as they stay large enough, then scaled bicubically: the crop of
+    ADM (arXiv 2105.05233), with which DiT, SiT and the usual reference statistics of ImageNet are made.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        """Cut."""
+        while min(image.size) >= 2 * self.size:
+            image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+        scale = self.size / min(image.size)
+        width, height = round(image.width * scale), round(image.height * scale)
+        image = image.resize((width, height), Image.Resampling.BICUBIC)
+        left, top = (width - self.size) // 2, (height - self.size) // 2
+        return image.crop((left, top, left + self.size, top + self.size))
 
 
 def eval_transform(data: DataConfig) -> transforms.Compose:

@@ -82,16 +82,32 @@ def to_uint8(images: Tensor) -> Tensor:
     return (127.5 * images + 128).clamp(0, 255).to(torch.uint8)
 
 
-def save_grid(images: Tensor, path: Path, columns: int) -> None:
-    """Write images `(B, I, H, W)` in [-1, 1] as one PNG, `columns` in a row, a pixel apart; grey or RGB."""
-    from PIL import Image
+def label_of(scheme: str | Sequence[int], index: int, seed: int, num_classes: int) -> int:
+    """The class of sample number `index`: `random`, `balanced` (0, 1, 2, ... in turn), or a list that is repeated."""
+    if scheme == "random":
+        return derive_seed(seed, "label", index) % num_classes
+    if scheme == "balanced":
+        return index % num_classes
+    return int(scheme[index % len(scheme)])
 
-    pixels = to_uint8(images).cpu().numpy()
-    count, channels, height, width = pixels.shape
-    rows = -(-count // columns)
-    sheet = np.full((rows * (height + 1) - 1, columns * (width + 1) - 1, channels), 255, dtype=np.uint8)
-    for index, image in enumerate(pixels):
-        top, left = index // columns * (height + 1), index % columns * (width + 1)
-        sheet[top : top + height, left : left + width] = image.transpose(1, 2, 0)
+
+def save_grid(images: Tensor, path: Path, columns: int, labels: Sequence[object] | None = None, zoom: int = 1) -> None:
+    """Write images `(B, I, H, W)`, uint8, as one PNG, `columns` in a row, a pixel apart; grey or RGB.
+
+    Each may carry a label above it, and be enlarged by a whole factor.
+    """
+    from PIL import Image, ImageDraw
+
+    pixels = images.repeat_interleave(zoom, dim=2).repeat_interleave(zoom, dim=3).permute(0, 2, 3, 1).cpu().numpy()
+    count, height, width, channels = pixels.shape
+    head = 12 if labels is not None else 0  # the default font is 11 pixels high
+    rows, step = -(-count // columns), head + height + 1
+    sheet = np.full((rows * step - 1, columns * (width + 1) - 1, channels), 255, dtype=np.uint8)
+    corners = [(index // columns * step, index % columns * (width + 1)) for index in range(count)]
+    for image, (top, left) in zip(pixels, corners, strict=True):
+        sheet[top + head : top + head + height, left : left + width] = image
+    picture = Image.fromarray(sheet[..., 0] if channels == 1 else sheet)
+    for label, (top, left) in zip(labels or (), corners, strict=False):
+        ImageDraw.Draw(picture).text((left + width // 2, top), str(label), fill=0, anchor="ma")
     path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(sheet[..., 0] if channels == 1 else sheet).save(path)
+    picture.save(path)

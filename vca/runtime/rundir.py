@@ -15,6 +15,7 @@ import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Collection
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,7 @@ class RunDirectory:
     def check(self, config: dict[str, Any]) -> None:
         """Raise `ConfigError` if the directory belongs to a run with another config; names what differs."""
         file = self.path / "config.json"
-        differences = compare(json.loads(file.read_text()), config) if file.exists() else []
+        differences = compare(json.loads(file.read_text()), config, FREE_KEYS) if file.exists() else []
         if differences:
             raise ConfigError(
                 f"{self.path} holds a run with another config ({'; '.join(differences)}); "
@@ -128,15 +129,15 @@ def plain(value: Any) -> Any:
     return {key: plain(item) for key, item in value.items()} if isinstance(value, dict) else value
 
 
-def compare(there: Any, here: Any, key: str = "") -> list[str]:
-    """`"key: <there> there, <here> here"` for each leaf that differs, `FREE_KEYS` left out."""
-    if key in FREE_KEYS:
+def compare(there: Any, here: Any, free: Collection[str] = (), key: str = "") -> list[str]:
+    """`"key: <there> there, <here> here"` for each leaf that differs, those under a `free` key left out."""
+    if key in free:
         return []
     if isinstance(there, dict) and isinstance(here, dict):
         differences = []
         for name in sorted({*there, *here}):
             path = f"{key}.{name}" if key else name
-            differences += compare(there.get(name), here.get(name), path)
+            differences += compare(there.get(name), here.get(name), free, path)
         return differences
     return [] if there == here else [f"{key}: {there!r} there, {here!r} here"]
 

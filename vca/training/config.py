@@ -118,10 +118,10 @@ def autocast(precision: Precision, device: torch.device) -> Any:
     return torch.autocast(device.type, dtype=dtype) if dtype is not None else nullcontext()
 
 
-def set_precision(trainer: TrainerConfig) -> None:
+def set_precision(precision: Precision, deterministic: bool = False) -> None:
     """Set torch's process-wide switches: TF32 only where it is asked for, deterministic kernels where asked for."""
-    torch.set_float32_matmul_precision("high" if trainer.precision is Precision.tf32 else "highest")
-    torch.backends.cudnn.allow_tf32 = trainer.precision is Precision.tf32
-    if trainer.deterministic:
+    torch.set_float32_matmul_precision("high" if precision is Precision.tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = precision is Precision.tf32
+    if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(trainer.deterministic)
+    torch.use_deterministic_algorithms(deterministic)

@@ -48,6 +48,14 @@ class InitReport:
         """Whether the model is exactly what the file holds."""
         return not (self.adapted or self.left or self.new)
 
+    def check_complete(self, needs: str) -> None:
+        """Raise `ConfigError("<needs> that holds this model exactly; ...")` unless it does."""
+        differs = [*self.new, *self.left, *self.adapted]
+        if differs:
+            raise ConfigError(
+                f"{needs} that holds this model exactly; {len(differs)} parameters differ, such as {differs[0]}"
+            )
+
     def __str__(self) -> str:
         lines = [f"taken: {len(self.taken)} parameters" + (f" under '{self.source}'" if self.source else "")]
         lines += [f"adapted: {name} ({shapes})" for name, shapes in self.adapted.items()]
@@ -56,16 +64,18 @@ class InitReport:
         return "\n".join(lines)
 
 
-def read_weights(path: Path, which: InitWeights = InitWeights.ema) -> tuple[dict[str, Tensor], str]:
+def read_weights(
+    path: Path, which: InitWeights = InitWeights.ema, key: str = "trainer.init_from"
+) -> tuple[dict[str, Tensor], str]:
     """Parameters by name from a `.safetensors` file or a checkpoint, and the key under which it holds them.
 
-    Tensors and plain values only are read (`weights_only=True`).
+    Tensors and plain values only are read (`weights_only=True`). `key` is what the user calls the file.
 
     Raises:
         ConfigError: if the file cannot be read, or holds no parameters.
     """
     if not path.is_file():
-        raise ConfigError(f"trainer.init_from must be a file, got '{path}'")
+        raise ConfigError(f"{key} must be a file, got '{path}'")
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
@@ -76,14 +86,14 @@ def read_weights(path: Path, which: InitWeights = InitWeights.ema) -> tuple[dict
             with torch.serialization.safe_globals([argparse.Namespace]):
                 content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever the parser of unknown bytes ran into
-        raise ConfigError(f"trainer.init_from: '{path}' {why_unreadable(error)}") from error
+        raise ConfigError(f"{key}: '{path}' {why_unreadable(error)}") from error
     keys = (*EMA_KEYS, *RAW_KEYS) if which is InitWeights.ema else (*RAW_KEYS, *EMA_KEYS)
     source = ""
     if isinstance(content, dict):
-        source = next((key for key in keys if isinstance(content.get(key), dict)), "")
+        source = next((name for name in keys if isinstance(content.get(name), dict)), "")
         content = content[source] if source else content
     if not isinstance(content, dict) or not any(isinstance(value, Tensor) for value in content.values()):
-        raise ConfigError(f"trainer.init_from: '{path}' holds no parameters by name")
+        raise ConfigError(f"{key}: '{path}' holds no parameters by name")
     return {strip_wrappers(name): value for name, value in content.items() if isinstance(value, Tensor)}, source
 
 
@@ -102,7 +112,9 @@ def strip_wrappers(name: str) -> str:
     return ".".join(part for part in name.split(".") if part not in ("module", "_orig_mod"))
 
 
-def init_from(model: nn.Module, path: Path, which: InitWeights = InitWeights.ema) -> InitReport:
+def init_from(
+    model: nn.Module, path: Path, which: InitWeights = InitWeights.ema, key: str = "trainer.init_from"
+) -> InitReport:
     """Copy into `model` what fits by name and shape.
 
     Names of the original repositories are understood where the model has a `convert_official`, positions of another
@@ -111,7 +123,7 @@ def init_from(model: nn.Module, path: Path, which: InitWeights = InitWeights.ema
     Raises:
         ConfigError: if the file cannot be read, or nothing in it fits: it belongs to another model.
     """
-    weights, source = read_weights(path, which)
+    weights, source = read_weights(path, which, key)
     convert: Any = getattr(model, "convert_official", dict)
     adapt: Any = getattr(model, "adapt", lambda name, tensor: None)
     weights = convert(weights)
@@ -132,7 +144,7 @@ def init_from(model: nn.Module, path: Path, which: InitWeights = InitWeights.ema
             ours[name].copy_(tensor)
             taken.append(name)
     if not taken:
-        raise ConfigError(f"trainer.init_from: none of the {len(weights)} parameters in '{path}' fits the model")
+        raise ConfigError(f"{key}: none of the {len(weights)} parameters in '{path}' fits the model")
     return InitReport(source, taken, adapted, left, [name for name in ours if name not in set(taken)])
 
 

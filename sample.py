@@ -1,0 +1,208 @@
+"""Draw samples from a trained generator.
+
+    python sample.py run=outputs/RUN out=samples/RUN count=64 sampler=ddim sampler.guidance=1.5 grid=true
+    torchrun --nproc_per_node=8 sample.py run=outputs/RUN out=samples/RUN protocol=dit_table npz=true
+    python sample.py checkpoint=DiT-XL-2-256x256.pt model=dit_xl_2 attention=softmax objective=diffusion \\
+        autoencoder=sd_vae labels=[207,360,387,974] count=4 sampler.guidance=4.0 grid=true out=samples/dit_xl_2
+
+Sample i of a set follows from `seed` and i alone, on any number of ranks; the same command goes on where it was
+interrupted. On CPUs samples are computed one by one, on one thread a rank, so
+that neither batch size nor threads decide how something rounds; a GPU computes `batch_size` at once, always the same.
+"""
+
+import json
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from models import GENERATORS, build_model
+from vca.attention import ATTENTIONS
+from vca.config import SampleConfig, command_line, from_plain, read_protocol, register_schemas
+from vca.generation.autoencoder import Autoencoder, AutoencoderConfig, load_autoencoder
+from vca.generation.objective import OBJECTIVES, Objective, build_objective
+from vca.generation.sample_set import Sample, SampleSet
+from vca.generation.sampling import check_sampler, draw_samples, label_of, to_uint8
+from vca.runtime import distributed
+from vca.runtime.digest import tensors_sha256
+from vca.runtime.errors import ConfigError, check, config_errors
+from vca.runtime.rundir import compare, plain
+from vca.training.checkpoint import checkpoint_path, load_checkpoint, load_latest
+from vca.training.config import autocast, set_precision
+from vca.training.init import InitWeights, init_from
+
+DAY = 24 * 60.0  # minutes that ranks wait for each other: the slowest has the last word
+
+register_schemas(
+    root={"sample": SampleConfig},
+    groups={
+        "model": {family: config for family, (config, _) in GENERATORS.items()},
+        "attention": {name: config for name, (config, _) in ATTENTIONS.items()},
+        "objective": {name: config for name, (config, _) in OBJECTIVES.items()},
+    },
+)
+
+
+@dataclass
+class Generator:
+    """A trained network with all that makes samples of it; `origin` says where its weights are from."""
+
+    model: Any
+    objective: Objective
+    autoencoder: Autoencoder
+    configs: dict[str, Any]
+    origin: dict[str, Any]
+
+
+def run(config: SampleConfig) -> dict[str, Any]:
+    """Draw what is missing of the set, and return the `result` of its manifest."""
+    with distributed.start(config.device.value, DAY) as world:
+        set_precision(config.precision)
+        on_cpu = world.device.type == "cpu"
+        if on_cpu:
+            torch.set_num_threads(1)
+        generator = load_generator(config, world.device)
+        check_sampler(generator.objective, config.sampler)
+        check_labels(config, generator.model.config.num_classes)
+        if config.protocol is not None:
+            check_protocol(config, generator)
+
+        samples, together = SampleSet(Path(config.out)), 1 if on_cpu else config.batch_size
+        if world.is_main:
+            samples.open(describe(config, generator, together), config.count)
+        blocks = world.broadcast(samples.missing_blocks(config.count, together) if world.is_main else None)
+        patience = 0.1 if sys.stderr.isatty() else 60.0
+        bar = tqdm(total=len(blocks) * together, unit="sample", mininterval=patience, disable=not world.is_main)
+        with bar:
+            for block in blocks[world.rank :: world.size]:
+                for index, sample in zip(block, draw(config, generator, block, world.device), strict=True):
+                    if index < config.count:
+                        samples.write(index, sample)
+                bar.update(min(together * world.size, bar.total - bar.n))
+        world.barrier()
+        result = samples.finish(config.count, config.npz, config.grid) if world.is_main else None
+        result = world.broadcast(result)
+        if world.is_main:
+            mean = result["evaluations"]["mean"]
+            print(f"{config.out}: {config.count} samples, {mean:g} evaluations each, sha256 {result['sha256'][:12]}")
+        return result
+
+
+def load_generator(config: SampleConfig, device: torch.device) -> Generator:
+    """The network, its weights and what belongs to it, from a run directory or from a file.
+
+    Raises:
+        ConfigError: if there is no such run, checkpoint or autoencoder, or the weights are another model's.
+    """
+    configs = read_run(Path(config.run)) if config.run is not None else {
+        key: getattr(config, key) for key in ("model", "attention", "objective", "autoencoder")
+    }  # fmt: skip
+    configs["autoencoder"] = configs["autoencoder"] or AutoencoderConfig(channels=configs["model"].in_channels)
+    if config.decoder is not None:
+        rule = "null for a model of pixels"
+        check(configs["autoencoder"].name != "none", "decoder", rule, config.decoder)
+        configs["autoencoder"] = replace(configs["autoencoder"], source=config.decoder)
+    channels, wanted = configs["model"].in_channels, configs["autoencoder"].channels
+    check(wanted == channels, "autoencoder.channels", f"model.in_channels, {channels}", wanted)
+    latent = configs["autoencoder"].name != "none"
+    check(latent or channels in (1, 3), "autoencoder", f"given for a model of {channels} channels", None)
+    with config_errors():
+        model = build_model(configs["model"], configs["attention"])
+    load = load_run if config.run is not None else load_file
+    origin = load(config, model)
+    origin["weights_sha256"] = tensors_sha256(model.state_dict())
+    autoencoder = load_autoencoder(configs["autoencoder"], device)
+    return Generator(model.eval().to(device), build_objective(configs["objective"]), autoencoder, configs, origin)
+
+
+def read_run(folder: Path) -> dict[str, Any]:
+    """The configs of a run of `train_gen.py`."""
+    check((folder / "config.json").is_file(), "run", "a run directory with a config.json", str(folder))
+    saved = json.loads((folder / "config.json").read_text())
+    check("objective" in saved, "run", "a run of train_gen.py", str(folder))
+    registries = {"model": GENERATORS, "attention": ATTENTIONS, "objective": OBJECTIVES}
+    classes = {
+        key: registry[saved[key]["family" if key == "model" else "name"]][0] for key, registry in registries.items()
+    }
+    classes["autoencoder"] = AutoencoderConfig
+    return {key: from_plain(config_class, saved[key]) for key, config_class in classes.items()}
+
+
+def load_run(config: SampleConfig, model: Any) -> dict[str, Any]:
+    """Load weights of a checkpoint of `config.run`."""
+    folder = Path(str(config.run)) / "checkpoints"
+    if config.step is None:
+        saved = load_latest(folder)
+    else:
+        path = checkpoint_path(folder, config.step)
+        saved = load_checkpoint(path) if path.is_file() else None
+    if saved is None:
+        raise ConfigError(f"{folder} holds no checkpoint" + (f" of step {config.step}" if config.step else ""))
+    weights = config.weights if saved["ema"] is not None else InitWeights.raw
+    model.load_state_dict(saved["ema" if weights is InitWeights.ema else "model"])
+    return {"run": Path(str(config.run)).resolve().name, "step": saved["step"], "weights": weights.value}
+
+
+def load_file(config: SampleConfig, model: Any) -> dict[str, Any]:
+    """Load weights of the file `config.checkpoint`, which must be all of the model's."""
+    path = Path(str(config.checkpoint))
+    report = init_from(model, path, config.weights, key="checkpoint")
+    report.check_complete("checkpoint must be a file")
+    return {"checkpoint": path.name, "weights": report.source or "the only ones"}
+
+
+def check_labels(config: SampleConfig, classes: int) -> None:
+    """Raise `ConfigError` if a class is asked for that the model does not have."""
+    if isinstance(config.labels, list):
+        fits = all(0 <= label < classes for label in config.labels)
+        check(fits, "labels", f"from 0 to {classes - 1}", config.labels)
+
+
+def check_protocol(config: SampleConfig, generator: Generator) -> None:
+    """Raise `ConfigError` if a field that the protocol fixes has another value; a decoder is known by its last name."""
+    check(generator.autoencoder.name != "none", "protocol", "null for a model of pixels", config.protocol)
+    fixed, ours = read_protocol(str(config.protocol)), plain(config)
+    ours = {
+        key: {k: ours[key][k] for k in value} if isinstance(value, dict) else ours[key] for key, value in fixed.items()
+    }
+    for values in (fixed, ours):
+        values["decoder"] = Path(values["decoder"] or "").name
+    if differences := compare(fixed, ours):
+        raise ConfigError(f"protocol {config.protocol} is another one ({'; '.join(differences)}); leave protocol out")
+    used = generator.origin["weights"]
+    check(used == fixed["weights"], f"protocol {config.protocol}: weights", fixed["weights"], used)
+
+
+def describe(config: SampleConfig, generator: Generator, together: int) -> dict[str, Any]:
+    """The manifest of the set: everything that its pixels depend on."""
+    source = generator.configs["autoencoder"].source
+    return {
+        "protocol": config.protocol,
+        "seed": config.seed,
+        "labels": config.labels,
+        "sampler": plain(config.sampler),
+        "precision": config.precision.value,
+        "computed_together": together,
+        "origin": generator.origin,
+        **{key: plain(generator.configs[key]) for key in ("model", "attention", "objective")},
+        "autoencoder": {"source": source and Path(source).name, **generator.autoencoder.identity()},
+    }
+
+
+def draw(config: SampleConfig, generator: Generator, block: range, device: torch.device) -> list[Sample]:
+    """The samples of a block."""
+    model, autoencoder = generator.model, generator.autoencoder
+    classes = [label_of(config.labels, index, config.seed, model.config.num_classes) for index in block]
+    labels = torch.tensor(classes, device=device)
+    shape = (autoencoder.channels, *model.config.size)
+    with autocast(config.precision, device):
+        drawn = draw_samples(model, generator.objective, config.sampler, labels, block, config.seed, shape)
+    pixels = to_uint8(autoencoder.decode(drawn.x)).permute(0, 2, 3, 1).cpu().numpy()
+    return [Sample(image, label, drawn.evaluations) for image, label in zip(pixels, classes, strict=True)]
+
+
+if __name__ == "__main__":
+    command_line("sample", run)

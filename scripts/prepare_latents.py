@@ -1,0 +1,119 @@
+"""Encode an image folder once, so that a training reads latents instead of images.
+
+    python scripts/prepare_latents.py data.root=/data/imagenet out=/data/imagenet-latents
+    torchrun --nproc_per_node=8 scripts/prepare_latents.py data.root=/data/imagenet out=/data/imagenet-latents
+    python scripts/prepare_latents.py autoencoder.source=/data/sd-vae-ft-ema data.img_size=512 ...
+
+The images are cut by ADM's centre crop, and encoded as they are and flipped; see `vca/data/latents.py` for the files.
+The same command goes on where it was interrupted, on any number of ranks. To train on the cache: `data=latents
+data.root=OUT autoencoder=...`, with the autoencoder that it was made with.
+"""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from vca.config import PrepareLatentsConfig, command_line, register_schemas
+from vca.data import load_dataset
+from vca.data.augment import AugmentConfig, Crop, train_transform
+from vca.data.doctor import check_before_training
+from vca.data.latents import CROP, LatentCache, Manifest, paths_sha256, save_array, shard_is_whole, shard_path
+from vca.data.loader import EvalImages
+from vca.generation.autoencoder import Autoencoder, load_autoencoder
+from vca.runtime import distributed
+from vca.runtime.errors import check
+
+WEEK = 7 * 24 * 60.0  # minutes that ranks wait for each other: the slowest has the last word
+
+register_schemas(root={"prepare_latents": PrepareLatentsConfig}, groups={})
+
+
+def run(config: PrepareLatentsConfig) -> Manifest:
+    """Make the cache, or what is missing of it, and return its manifest."""
+    with distributed.start(config.device.value, WEEK) as world:
+        images: Any = load_dataset(config.data, train=True)
+        check(hasattr(images, "samples"), "data", "an image folder", config.data.name)
+        autoencoder = load_autoencoder(config.autoencoder, world.device)
+        folder, manifest = Path(config.out), describe(config, images, autoencoder)
+        check_before_training(config.data, [images], config.workers, config.batch_size, world)
+        if world.is_main:
+            manifest.write(folder)
+            save_array(folder / "labels.npy", np.array([label for _, label in images.samples], dtype=np.int64))
+            missing = [shard for shard in range(manifest.shards) if not shard_is_whole(folder, manifest, shard)]
+            print(f"{folder}: {len(missing)} of {manifest.shards} files to make", flush=True)
+        missing = world.broadcast(missing if world.is_main else None)
+
+        mine = missing[world.rank :: world.size]
+        total = sum(len(manifest.rows(shard)) for shard in mine)
+        patience = 0.1 if sys.stderr.isatty() else 60.0
+        with tqdm(total=total, unit="img", mininterval=patience, disable=not world.is_main) as bar:
+            for shard, latents in encode_shards(config, images, autoencoder, manifest, mine):
+                save_array(shard_path(folder, shard), latents)
+                bar.update(len(latents))
+        world.barrier()
+        if world.is_main:
+            LatentCache(folder)
+            gib = manifest.images * np.prod(manifest.shape) * np.dtype(manifest.dtype).itemsize / 2**30
+            print(f"{folder}: {manifest.images} images as {manifest.shape} {manifest.dtype}, {gib:.2f} GiB", flush=True)
+    return manifest
+
+
+def describe(config: PrepareLatentsConfig, images: Any, autoencoder: Autoencoder) -> Manifest:
+    """The manifest of the cache to be made; the shape of a latent is found out by encoding an empty image."""
+    size, root = config.data.img_size, Path(images.root)
+    moments = encode(autoencoder, torch.zeros(1, 3, size, size), config.flips)
+    return Manifest(
+        images=len(images),
+        classes=list(images.classes),
+        files_sha256=paths_sha256(str(Path(path).relative_to(root)) for path, _ in images.samples),
+        img_size=size,
+        crop=CROP,
+        autoencoder=autoencoder.identity(),
+        shape=list(moments.shape[1:]),
+        dtype=config.dtype.value,
+        shard_size=config.shard_size,
+    )
+
+
+def encode(autoencoder: Autoencoder, images: Tensor, flips: bool) -> Tensor:
+    """Moments `(B, V, K, h, w)` of images `(B, 3, H, W)`, on the CPU: as they are, and flipped."""
+    device = next(autoencoder.network.parameters()).device
+    images = images.to(device, non_blocking=True)
+    versions = [images, images.flip(-1)] if flips else [images]
+    return torch.stack([autoencoder.encode(version) for version in versions], dim=1).cpu()
+
+
+def encode_shards(
+    config: PrepareLatentsConfig, images: Any, autoencoder: Autoencoder, manifest: Manifest, shards: list[int]
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Yield files one by one, `(rows, V, K, h, w)`; no batch goes over the end of a file."""
+    batches = [
+        list(rows[start : start + config.batch_size])
+        for rows in map(manifest.rows, shards)
+        for start in range(0, len(rows), config.batch_size)
+    ]
+    transform = train_transform(AugmentConfig(crop=Crop.adm), config.data)
+    loader = iter(DataLoader(EvalImages(images, transform), batch_sampler=batches, num_workers=config.workers))
+    for shard in shards:
+        rows = manifest.rows(shard)
+        latents = np.empty((len(rows), *manifest.shape), dtype=manifest.dtype)
+        done = 0
+        while done < len(rows):
+            pixels, _ = next(loader)
+            latents[done : done + len(pixels)] = encode(autoencoder, pixels, config.flips).numpy()
+            done += len(pixels)
+        check(bool(np.isfinite(latents).all()), "dtype", "one that holds the latents", manifest.dtype)
+        yield shard, latents
+
+
+if __name__ == "__main__":
+    command_line("prepare_latents", run)

@@ -1,0 +1,168 @@
+"""A set of samples on the disk: one PNG a sample, named by its number, and a manifest that says how they were made.
+
+    images/000000.png    with its label and its number of function evaluations as PNG text
+    manifest.json        everything that the pixels depend on; once the set is complete, its `result`
+    samples.npz          on demand: `arr_0` (count, H, W, I) uint8, as ADM's evaluator takes it
+    grid.png             on demand: the first samples
+
+An image is written under another name and renamed, so a set that was interrupted holds whole images only, and goes on
+with those that are missing.
+"""
+
+import hashlib
+import json
+import os
+import zipfile
+from collections.abc import Collection, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+from vca.generation.sampling import save_grid
+from vca.runtime.errors import ConfigError
+from vca.runtime.rundir import compare, write_text
+
+SHOWN = 100  # samples in grid.png
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Pixels `(H, W, I)` uint8, the class asked for, and how often the network was evaluated for it."""
+
+    pixels: np.ndarray
+    label: int
+    evaluations: int
+
+
+class SampleSet:
+    """The folder of a set."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.images, self.manifest_file = path, path / "images", path / "manifest.json"
+
+    def open(self, manifest: dict[str, Any], count: int) -> None:
+        """Begin the set, or enter it again; it may have grown since.
+
+        Raises:
+            ConfigError: if the folder holds another set (names what differs), or more samples, or none of ours.
+        """
+        if self.manifest_file.exists():
+            there = json.loads(self.manifest_file.read_text())
+            if differences := compare(there, manifest, free=("result",)):
+                raise ConfigError(
+                    f"out: {self.path} holds other samples ({'; '.join(differences)}); choose another folder"
+                )
+        elif self.images.exists():
+            raise ConfigError(f"out: {self.images} is there already, without a manifest; choose another folder")
+        self.images.mkdir(parents=True, exist_ok=True)
+        if more := [index for index in self.there() if index >= count]:
+            raise ConfigError(f"count must be > {max(more)}: {self.path} holds that sample; or choose another folder")
+        write_text(self.manifest_file, json.dumps(manifest, indent=2) + "\n")
+
+    def image_path(self, index: int) -> Path:
+        """Where a sample lies."""
+        return self.images / f"{index:06d}.png"
+
+    def there(self) -> set[int]:
+        """Numbers of the samples that are done."""
+        return {int(entry.name[:-4]) for entry in os.scandir(self.images) if entry.name[:-4].isdigit()}
+
+    def missing_blocks(self, count: int, size: int) -> list[range]:
+        """Blocks of `size` consecutive numbers of which some below `count` are missing; each is a whole block."""
+        there: Collection[int] = self.there()
+        blocks = (range(start, start + size) for start in range(0, count, size))
+        return [block for block in blocks if any(index not in there for index in block if index < count)]
+
+    def write(self, index: int, sample: Sample) -> None:
+        """Add a sample."""
+        text = PngInfo()
+        text.add_text("label", str(sample.label))
+        text.add_text("evaluations", str(sample.evaluations))
+        pixels = sample.pixels[..., 0] if sample.pixels.shape[-1] == 1 else sample.pixels
+        temporary = self.path / f"{index:06d}.tmp"
+        Image.fromarray(pixels).save(temporary, format="png", pnginfo=text)
+        os.replace(temporary, self.image_path(index))
+
+    def read(self, index: int) -> Sample:
+        """A sample that is there."""
+        with Image.open(self.image_path(index)) as image:
+            pixels = np.asarray(image)
+            text: Any = image.text  # type: ignore[attr-defined]
+        return Sample(pixels if pixels.ndim == 3 else pixels[..., None], int(text["label"]), int(text["evaluations"]))
+
+    def read_all(self, count: int) -> Iterator[Sample]:
+        """The samples in order, a few read ahead."""
+        ahead = 256
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+            for start in range(0, count, ahead):
+                yield from pool.map(self.read, range(start, min(start + ahead, count)))
+
+    def finish(self, count: int, npz: bool, grid: bool) -> dict[str, Any]:
+        """Read the whole set, write what is asked for, and add the `result` to the manifest.
+
+        Returns:
+            `count`; `sha256` of all pixels in order; `evaluations` a sample, `{"mean", "min", "max"}`; `classes`, how
+            many there are of each label.
+        """
+        digest, evaluations, labels = hashlib.sha256(), [], []
+        shown: list[torch.Tensor] = []
+        with NpzWriter(self.path / "samples.npz" if npz else None, count) as writer:
+            for sample in self.read_all(count):
+                content = sample.pixels.tobytes()
+                digest.update(content)
+                writer.write(sample.pixels, content)
+                evaluations.append(sample.evaluations)
+                labels.append(sample.label)
+                if len(shown) < SHOWN:
+                    shown.append(torch.from_numpy(sample.pixels.copy()).permute(2, 0, 1))
+        if grid:
+            zoom = max(1, 48 // shown[0].shape[1])
+            save_grid(torch.stack(shown), self.path / "grid.png", 10, labels[: len(shown)], zoom)
+        result = {
+            "count": count,
+            "sha256": digest.hexdigest(),
+            "evaluations": {"mean": float(np.mean(evaluations)), "min": min(evaluations), "max": max(evaluations)},
+            "classes": {str(label): labels.count(label) for label in sorted(set(labels))},
+        }
+        manifest = json.loads(self.manifest_file.read_text())
+        write_text(self.manifest_file, json.dumps({**manifest, "result": result}, indent=2) + "\n")
+        return result
+
+
+class NpzWriter:
+    """Writes `arr_0` of an npz row by row, so that the whole array is never in memory; without a path, nothing."""
+
+    def __init__(self, path: Path | None, count: int) -> None:
+        self.path, self.count = path, count
+        self.archive: Any = None
+        self.file: Any = None
+
+    def __enter__(self) -> "NpzWriter":
+        if self.path is not None:
+            self.archive = zipfile.ZipFile(self.path.with_suffix(".tmp"), "w")
+        return self
+
+    def write(self, row: np.ndarray, content: bytes) -> None:
+        """Append a row, whose bytes are `content`."""
+        if self.archive is None:
+            return
+        if self.file is None:
+            self.file = self.archive.open("arr_0.npy", "w", force_zip64=True)
+            header = {"descr": row.dtype.str, "fortran_order": False, "shape": (self.count, *row.shape)}
+            np.lib.format.write_array_header_1_0(self.file, header)
+        self.file.write(content)
+
+    def __exit__(self, *error: object) -> None:
+        if self.path is None:
+            return
+        if self.file is not None:
+            self.file.close()
+        self.archive.close()
+        if error[0] is None:
+            os.replace(self.path.with_suffix(".tmp"), self.path)
