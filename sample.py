@@ -42,6 +42,7 @@ register_schemas(
         "model": {family: config for family, (config, _) in GENERATORS.items()},
         "attention": {name: config for name, (config, _) in ATTENTIONS.items()},
         "objective": {name: config for name, (config, _) in OBJECTIVES.items()},
+        "autoencoder": {"autoencoder": AutoencoderConfig},
     },
 )
 

@@ -21,7 +21,7 @@ from vca.data.augment import train_transform
 from vca.data.doctor import check_before_training
 from vca.data.latents import LatentCache, RandomVersion
 from vca.data.loader import MicroBatches, TrainOrder, train_loader
-from vca.generation.autoencoder import Autoencoder, load_autoencoder
+from vca.generation.autoencoder import Autoencoder, AutoencoderConfig, load_autoencoder
 from vca.generation.objective import OBJECTIVES, Objective, build_objective
 from vca.generation.sampling import check_sampler, draw_samples, save_grid, to_uint8
 from vca.runtime import distributed
@@ -39,6 +39,7 @@ register_schemas(
         "model": {family: config for family, (config, _) in GENERATORS.items()},
         "attention": {name: config for name, (config, _) in ATTENTIONS.items()},
         "objective": {name: config for name, (config, _) in OBJECTIVES.items()},
+        "autoencoder": {"autoencoder": AutoencoderConfig},
     },
 )
 

@@ -7,7 +7,6 @@ python scripts/complexity.py --json         [{"model": ..., "attention": ..., "p
 import argparse
 import json
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -46,13 +45,12 @@ def complexity_of(model: str, attention: str) -> Complexity:
     if load_sizes()[model]["family"] in CLASSIFIERS:
         config = compose("train_cls", [*choice, "data=imagefolder"])
         return count(lambda: build_model(config.model, config.attention), lambda: (torch.empty(1, *IMAGE),))
-    config = compose("train_gen", [*choice, "data=imagefolder", "data.img_size=32"])
-    size = replace(config.model, in_channels=LATENT[0])
+    config = compose("train_gen", [*choice, "data=imagefolder", "data.img_size=256", "autoencoder=sd_vae"])
 
     def inputs() -> tuple[torch.Tensor, ...]:
         return torch.empty(1, *LATENT), torch.empty(1), torch.empty(1, dtype=torch.long)
 
-    return count(lambda: build_model(size, config.attention), inputs)
+    return count(lambda: build_model(config.model, config.attention), inputs)
 
 
 def main() -> None:

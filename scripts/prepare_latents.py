@@ -28,13 +28,15 @@ from vca.data.augment import AugmentConfig, Crop, train_transform
 from vca.data.doctor import check_before_training
 from vca.data.latents import CROP, LatentCache, Manifest, paths_sha256, save_array, shard_is_whole, shard_path
 from vca.data.loader import EvalImages
-from vca.generation.autoencoder import Autoencoder, load_autoencoder
+from vca.generation.autoencoder import Autoencoder, AutoencoderConfig, load_autoencoder
 from vca.runtime import distributed
 from vca.runtime.errors import check
 
 WEEK = 7 * 24 * 60.0  # minutes that ranks wait for each other: the slowest has the last word
 
-register_schemas(root={"prepare_latents": PrepareLatentsConfig}, groups={})
+register_schemas(
+    root={"prepare_latents": PrepareLatentsConfig}, groups={"autoencoder": {"autoencoder": AutoencoderConfig}}
+)
 
 
 def run(config: PrepareLatentsConfig) -> Manifest:

@@ -40,6 +40,28 @@ def _one_thread():
     torch.set_num_threads(1)
 
 
+@pytest.fixture(scope="session")
+def vaes(tmp_path_factory):
+    """Two `AutoencoderKL` of random weights in diffusers' format, 4 latent channels, a quarter of the size."""
+    from diffusers.models import AutoencoderKL
+
+    root = tmp_path_factory.mktemp("vaes")
+    for seed, (name, more) in enumerate({"sd-vae-ft-mse": {}, "other": {"shift_factor": 0.3}}.items()):
+        torch.manual_seed(seed)
+        AutoencoderKL(
+            down_block_types=["DownEncoderBlock2D"] * 3,
+            up_block_types=["UpDecoderBlock2D"] * 3,
+            block_out_channels=(8, 8, 16),
+            layers_per_block=1,
+            norm_num_groups=4,
+            latent_channels=4,
+            scaling_factor=0.18215,
+            sample_size=32,
+            **more,
+        ).save_pretrained(root / name)
+    return root
+
+
 def environment(**extra: str) -> dict[str, str]:
     """Environment of a subprocess: one thread, this checkout importable."""
     inherited = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}

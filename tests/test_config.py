@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+import sample  # noqa: F401 - registers its schema
 import train_cls
 import train_gen
 from tests.conftest import ROOT, train
@@ -23,9 +24,15 @@ OPTIONS = [
 
 @pytest.mark.parametrize("option", OPTIONS)
 def test_every_option_composes(option):
-    generates = option.startswith(("objective=", "sampler=", "model=dit_"))
-    script = "train_gen" if generates else "train_cls"
-    config = compose(script, ["data=imagefolder", "data.root=somewhere", option])
+    if option.startswith("protocol="):
+        assert compose("sample", ["out=somewhere", "run=somewhere", option]).protocol == option.split("=")[1]
+        return
+    generation = ("objective=", "sampler=", "model=dit_", "autoencoder=", "data=latents", "experiment=table2")
+    script = "train_gen" if option.startswith((*generation, "experiment=cifar10_dit")) else "train_cls"
+    more = ["data.img_size=256"] if script == "train_gen" else []
+    more += ["autoencoder=sd_vae"] if option == "data=latents" else []
+    more += ["autoencoder.source=somewhere.py"] if option == "autoencoder=file" else []
+    config = compose(script, ["data=imagefolder", "data.root=somewhere", option, *more])
     assert dataclasses.is_dataclass(config.model)
     assert dataclasses.is_dataclass(config.attention)
     assert plain(config)["name"] == config.name
@@ -55,7 +62,7 @@ WRONG = {
     "+model.dpeth=3": r"unknown key 'model.dpeth'; did you mean 'model.depth'\?",
     "+optim.lrr=1": r"unknown key 'optim.lrr'; did you mean 'optim.lr'\?",
     "++trainer.epoch=1": r"unknown key 'trainer.epoch'; did you mean 'trainer.epochs'\?",
-    "steps=10": r"unknown key 'steps'; did you mean '(trainer|objective|sampler).steps'\?",
+    "steps=10": r"unknown key 'steps'; did you mean '(step|(trainer|objective|sampler).steps)'\?",
     "optim.lr=abc": r"optim.lr must be a float, got 'abc'",
     "optim.clip_grad='None'": r"optim.clip_grad must be a float, got 'None' \(write null for no value\)",
     "optim.weight_decay=null": r"optim.weight_decay may not be null",
@@ -95,8 +102,8 @@ WRONG = {
     "trainer.device=tpu": r"trainer.device must be one of auto, cpu, cuda, got 'tpu'",
     "augment.mixup=-1": r"augment.mixup must be >= 0, got -1",
     "augment.mixup=1 trainer.global_batch=63": r"trainer.micro_batch .* must be even for Mixup and CutMix, .*, got 63",
-    "augment.crop=center": r"augment.crop must be one of resized, padded, none, got 'center'",
-    "data.name=mnist": r"data.name must be one of \['cifar10', 'digits', 'imagefolder'\], got 'mnist'",
+    "augment.crop=center": r"augment.crop must be one of resized, padded, adm, none, got 'center'",
+    "data.name=mnist": r"data.name must be one of \['cifar10', 'digits', 'imagefolder', 'latents'\], got 'mnist'",
     "data=cifar10 data.root=nowhere": r"data.root must be a folder that holds cifar-10-batches-py/, got 'nowhere'",
     "data=imagefolder data.root=nowhere": r"data.root must be a folder that holds train/ and val/.*got 'nowhere'",
     "data=imagefolder": r"data.root must be a folder that holds train/ and val/ class folders, got None",
@@ -158,7 +165,12 @@ WRONG_GEN = {
     "objective=difusion": r"objective=difusion: no such option; did you mean 'diffusion'",
     "objective.path=linear": r"unknown key 'objective.path'",
     "model.num_classes=5": r"model.num_classes must be data.num_classes, 10, got 5",
-    "model.in_channels=3": r"model.in_channels must be data.in_chans, 1, got 3",
+    "model.in_channels=3": r"model.in_channels must be autoencoder.channels, 1, got 3",
+    "model.input_size=16": r"model.input_size must be data.img_size / autoencoder.factor, 8, got 16",
+    "autoencoder=sd_vae": r"data.in_chans must be 3 for an autoencoder, got 1",
+    "autoencoder=sdvae": r"autoencoder=sdvae: no such option; did you mean 'sd_vae'",
+    "autoencoder.factor=2": r"autoencoder.factor must be 1 in pixel space, got 2",
+    "data=latents data.root=x": r"autoencoder must be that of the latents for data=latents, such as sd_vae, got 'none'",
     "model.depht=3": r"unknown key 'model.depht'; did you mean 'model.depth'",
     "augment.mixup=0.8": r"augment.mixup must be 0 in generation, got 0.8",
     "sampled_classes=11": r"sampled_classes must be from 1 to 10, got 11",

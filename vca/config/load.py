@@ -187,7 +187,7 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     if not near:  # the right key under the wrong parent
         tail = word.rsplit(".", 1)[-1]
         near = [key for key in known if key.rsplit(".", 1)[-1] == tail][:1]
-    return f"; did you mean '{near[0]}'?" if near else ""
+    return f"; did you mean '{near[0]}'?" if near and near[0] != word else ""
 
 
 def not_for_this_script(group: str, option: str) -> str:
@@ -215,6 +215,8 @@ def explain(error: BaseException) -> str:
         there = sorted(str(p.relative_to(folder).with_suffix("")) for p in folder.rglob("*.yaml")) if group else []
         choices = f" (there are {', '.join(there)})" if there else ""
         return f"{group or 'config'}={option}: no such option" + did_you_mean(option, there) + choices
+    if match := re.search(r"In '([^']+)/([^']+)': Could not override '[^']+'\.\s*No match in the defaults list", text):
+        return f"{match[1].replace('/', '=', 1)}/{match[2]}: not for this script"
     if match := re.search(r"Could not override '([^']+)'\.\s*No match in the defaults list", text):
         return f"unknown group '{match[1]}'" + did_you_mean(match[1], all_known_keys())
     full_key = re.search(r"full_key: (\S+)", text)

@@ -96,12 +96,12 @@ class TrainGenConfig:
             self.autoencoder.name,
         )
         size, channels = self.data.img_size // self.autoencoder.factor, self.autoencoder.channels
-        wanted = {"num_classes": self.data.num_classes, "in_channels": channels, "size": (size, size)}
-        sources = {"num_classes": "data.num_classes", "in_channels": "autoencoder.channels"}
-        for key, value in wanted.items():
-            name = "model.input_size" if key == "size" else f"model.{key}"
-            rule = f"{sources.get(key, 'data.img_size / autoencoder.factor')}, {value}"
-            check(getattr(self.model, key) == value, name, rule, getattr(self.model, key))
+        for key, value, rule in (
+            ("num_classes", self.data.num_classes, "data.num_classes"),
+            ("in_channels", channels, "autoencoder.channels"),
+            ("input_size", size, "data.img_size / autoencoder.factor"),
+        ):
+            check(getattr(self.model, key) == value, f"model.{key}", f"{rule}, {value}", getattr(self.model, key))
         for key in ("mixup", "cutmix"):
             check(getattr(self.augment, key) == 0, f"augment.{key}", "0 in generation", getattr(self.augment, key))
         check(self.samples_per_class >= 1, "samples_per_class", ">= 1", self.samples_per_class)

@@ -155,7 +155,7 @@ def from_diffusers(config: AutoencoderConfig) -> Autoencoder:
     if folder.is_absolute() or source.startswith(".") or folder.exists():
         check((folder / "config.json").is_file(), "autoencoder.source", "a folder with diffusers' config.json", source)
     try:
-        vae = AutoencoderKL.from_pretrained(str(folder) if folder.exists() else source)
+        vae = AutoencoderKL.from_pretrained(str(folder) if folder.exists() else source, low_cpu_mem_usage=False)
     except Exception as error:  # diffusers, the hub's client and safetensors each have their own
         reason = str(error).strip().splitlines() or [type(error).__name__]
         there = "" if folder.exists() else f"; where there is a network: hf download {source} --local-dir FOLDER, then"

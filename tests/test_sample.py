@@ -1,0 +1,299 @@
+"""`sample.py`: a set of samples is a function of seed and index, and its manifest says how it was made."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import sample
+import train_gen
+from models import build_model
+from tests.conftest import ROOT, environment, kill_all, launcher, train
+from vca.config import command_line, compose, read_protocol
+from vca.generation.sample_set import SampleSet
+from vca.generation.sampling import label_of
+from vca.runtime.errors import ConfigError
+
+SMALL = ("model.hidden_size=16", "model.num_heads=2", "model.depth=2", "model.patch_size=2", "trainer.workers=0")
+QUICK = ("sampler.steps=4", "device=cpu")
+
+
+def random_weights(model):
+    """Leave the start, where the output of the network is zero."""
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.2)
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory):
+    """A run of two updates, whose weights are then made random."""
+    out = tmp_path_factory.mktemp("runs")
+    length = ["trainer.steps=2", "trainer.eval_every=0", "trainer.checkpoint_every=1", "sampler.steps=2"]
+    train_gen.run(compose("train_gen", [*SMALL, *length, f"out_dir={out}", "name=run", "trainer.device=cpu"]))
+    for step in (1, 2):
+        path = out / "run" / "checkpoints" / f"step_{step:08d}.pt"
+        saved = torch.load(path, weights_only=True)
+        for seed, weights in enumerate(("model", "ema")):
+            torch.manual_seed(10 * step + seed)
+            for name, tensor in saved[weights].items():
+                if name != "pos_embed":
+                    tensor.normal_(std=0.05)
+        torch.save(saved, path)
+    return out / "run"
+
+
+def draw(out, *overrides):
+    """Samples drawn in this process; the result and the manifest."""
+    result = sample.run(compose("sample", [f"out={out}", *QUICK, *overrides]))
+    return result, json.loads((out / "manifest.json").read_text())
+
+
+def pixels(out, count):
+    return np.stack([drawn.pixels for drawn in SampleSet(out).read_all(count)])
+
+
+def test_ranks_batches_and_an_interruption_change_nothing(run_folder, tmp_path):
+    """64 samples by 1 rank x 8, by 2 ranks x 5, and by 2 ranks x 5 killed in the middle, then 1 rank x 8."""
+    common = [f"run={run_folder}", "count=64", "sampler.steps=10", "sampler.guidance=1.5", "device=cpu"]
+    sets = {}
+    for ranks, batch in ((1, 8), (2, 5)):
+        out = tmp_path / str(ranks)
+        done = train(*common, f"out={out}", f"batch_size={batch}", ranks=ranks, script="sample.py")
+        assert done.returncode == 0, done.stderr[-3000:]
+        sets[ranks] = json.loads((out / "manifest.json").read_text())["result"]["sha256"]
+
+    out = tmp_path / "killed"
+    command = [*launcher(2), str(ROOT / "sample.py"), *common, f"out={out}", "batch_size=5"]
+    process = subprocess.Popen(command, env=environment(VCA_TEST=tmp_path.name), cwd=ROOT, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and len(list(out.glob("images/*.png"))) < 12:
+        time.sleep(0.002)
+    kill_all(tmp_path.name)
+    process.wait()
+    before = {path: path.stat().st_mtime_ns for path in (out / "images").iterdir()}
+    assert 12 <= len(before) < 64
+    assert "result" not in json.loads((out / "manifest.json").read_text())
+    done = train(*common, f"out={out}", "batch_size=8", script="sample.py")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert all(path.stat().st_mtime_ns == made for path, made in before.items()), "what was there was drawn again"
+    sets["killed"] = json.loads((out / "manifest.json").read_text())["result"]["sha256"]
+    assert len(set(sets.values())) == 1, sets
+    assert sorted(path.name for path in (out / "images").iterdir()) == [f"{index:06d}.png" for index in range(64)]
+
+
+def test_threads_change_nothing(run_folder, tmp_path):
+    torch.set_num_threads(3)
+    one, _ = draw(tmp_path / "a", f"run={run_folder}", "count=4")
+    torch.set_num_threads(1)
+    other, _ = draw(tmp_path / "b", f"run={run_folder}", "count=4")
+    assert one == other
+
+
+def test_a_set_in_all_its_forms(run_folder, tmp_path):
+    result, manifest = draw(tmp_path, f"run={run_folder}", "count=12", "labels=balanced", "npz=true", "grid=true")
+    images = pixels(tmp_path, 12)
+    assert images.shape == (12, 8, 8, 1)
+    assert len({image.tobytes() for image in images}) == 12
+    with np.load(tmp_path / "samples.npz") as archive:
+        assert archive.files == ["arr_0"]
+        assert archive["arr_0"].dtype == np.uint8
+        assert np.array_equal(archive["arr_0"], images)
+    import hashlib
+
+    assert result["sha256"] == hashlib.sha256(images.tobytes()).hexdigest()
+    assert result["classes"] == {str(label): 2 if label < 2 else 1 for label in range(10)}
+    assert result["evaluations"] == {"mean": 4.0, "min": 4, "max": 4}
+    with Image.open(tmp_path / "grid.png") as grid:
+        assert grid.size == (10 * 49 - 1, 2 * 61 - 1)  # ten columns of 48 px, each under a line for its label
+    assert manifest["result"] == result
+    assert manifest["origin"].keys() == {"run", "step", "weights", "weights_sha256"}
+    assert (manifest["origin"]["run"], manifest["origin"]["step"], manifest["origin"]["weights"]) == ("run", 2, "ema")
+    assert (manifest["seed"], manifest["labels"], manifest["computed_together"]) == (0, "balanced", 1)
+    assert manifest["sampler"]["method"] == "ddpm"
+    assert manifest["model"]["hidden_size"] == 16
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_a_set_may_grow_but_not_change(run_folder, tmp_path):
+    few, _ = draw(tmp_path / "a", f"run={run_folder}", "count=5")
+    more, _ = draw(tmp_path / "a", f"run={run_folder}", "count=8")
+    whole, _ = draw(tmp_path / "b", f"run={run_folder}", "count=8")
+    assert more == whole
+    assert few["sha256"] != more["sha256"]
+    again, _ = draw(tmp_path / "a", f"run={run_folder}", "count=8")
+    assert again == more
+    for other, message in (
+        ("seed=1", r"holds other samples \(seed: 0 there, 1 here\); choose another folder"),
+        ("sampler.guidance=1.5", r"holds other samples \(sampler.guidance: 1.0 there, 1.5 here\)"),
+        ("weights=raw", r"holds other samples \(origin.weights: 'ema' there, 'raw' here; origin.weights_sha256"),
+        ("step=1", r"holds other samples \(origin.step: 2 there, 1 here; origin.weights_sha256"),
+        ("labels=[1]", r"holds other samples \(labels: 'random' there, \[1\] here\)"),
+        ("count=3", r"count must be > 7"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            draw(tmp_path / "a", f"run={run_folder}", *(["count=8"] if "count" not in other else []), other)
+    (tmp_path / "c" / "images").mkdir(parents=True)
+    with pytest.raises(ConfigError, match="is there already, without a manifest"):
+        draw(tmp_path / "c", f"run={run_folder}", "count=2")
+
+
+def test_weights_and_steps_and_seeds_matter(run_folder, tmp_path):
+    digests = set()
+    for index, other in enumerate(("seed=0", "seed=1", "weights=raw", "step=1", "labels=[3,4]")):
+        digests.add(draw(tmp_path / str(index), f"run={run_folder}", "count=2", other)[0]["sha256"])
+    assert len(digests) == 5
+
+
+def test_labels():
+    drawn = [label_of("random", index, 0, 10) for index in range(2000)]
+    assert min(drawn.count(label) for label in range(10)) > 150
+    assert drawn != [label_of("random", index, 1, 10) for index in range(2000)]
+    assert [label_of("balanced", index, 0, 3) for index in range(5)] == [0, 1, 2, 0, 1]
+    assert [label_of([7, 2], index, 0, 10) for index in range(3)] == [7, 2, 7]
+
+
+@pytest.mark.parametrize("entry", ["ema", "model", None])
+def test_an_official_checkpoint(vaes, tmp_path, entry):
+    """A file of the DiT repository's form, decoded by a VAE: the samples are those of the same network in a run."""
+    size = ["model.input_size=8", "model.in_channels=4", "model.hidden_size=16", "model.num_heads=2", "model.depth=2"]
+    chosen = ["model=dit_s_2", *size, "attention=softmax", "autoencoder=sd_vae", "autoencoder.factor=4"]
+    overrides = [*chosen, "objective=diffusion", f"autoencoder.source={vaes / 'sd-vae-ft-mse'}", "count=3"]
+    config = compose("sample", ["out=x", "checkpoint=x", *overrides])
+    model = build_model(config.model, config.attention)
+    random_weights(model)
+    state = model.state_dict()
+    zeros = {name: torch.zeros_like(tensor) for name, tensor in state.items()}
+    torch.save({None: state}.get(entry) or {"model": zeros, "ema": zeros, entry: state}, tmp_path / "DiT.pt")
+    which = "raw" if entry == "model" else "ema"
+    result, manifest = draw(tmp_path / "out", f"checkpoint={tmp_path / 'DiT.pt'}", *overrides, f"weights={which}")
+    assert pixels(tmp_path / "out", 3).shape == (3, 32, 32, 3)
+    assert manifest["origin"]["checkpoint"] == "DiT.pt"
+    assert manifest["origin"]["weights"] == (entry or "the only ones")
+    assert manifest["autoencoder"]["scale"] == 0.18215
+    assert manifest["autoencoder"]["source"] == "sd-vae-ft-mse"
+    zero, _ = draw(tmp_path / "zero", f"checkpoint={tmp_path / 'DiT.pt'}", *overrides, "weights=ema")
+    assert (zero["sha256"] == result["sha256"]) == (entry != "model")
+
+
+@pytest.fixture(scope="module")
+def latent_run(vaes, tmp_path_factory):
+    """A run on latents that was never trained: its config, and a checkpoint of random weights."""
+
+    def make(objective, sampler):
+        out = tmp_path_factory.mktemp("latent")
+        vae = ["autoencoder=sd_vae", f"autoencoder.source={vaes / 'other'}", "autoencoder.factor=4"]
+        config = compose(
+            "train_gen",
+            [*SMALL, *vae, "data=imagefolder", "data.img_size=32", f"objective={objective}", f"sampler={sampler}"],
+        )
+        model = build_model(config.model, config.attention)
+        random_weights(model)
+        from vca.runtime.rundir import RunDirectory, plain
+        from vca.training.checkpoint import save_checkpoint
+
+        folder = RunDirectory(out / "run")
+        folder.create(plain(config))
+        save_checkpoint(folder.checkpoints, 5, {"step": 5, "model": model.state_dict(), "ema": model.state_dict()})
+        return out / "run"
+
+    return {"diffusion": make("diffusion", "ddpm"), "interpolant": make("interpolant", "sde")}
+
+
+PROTOCOLS = {"dit_table": 250, "dit_best": 250, "sit_sde250": 250, "sit_heun250": 250, "sit_dopri5": None}
+
+
+@pytest.mark.parametrize("name", PROTOCOLS)
+def test_protocols(latent_run, vaes, tmp_path, name):
+    """Each is drawn as it says, and refuses a field of its own that was changed."""
+    fixed = read_protocol(name)
+    assert sorted(path.stem for path in (ROOT / "configs" / "protocol").iterdir()) == sorted(PROTOCOLS)
+    assert (fixed["protocol"], fixed["labels"], fixed["precision"], fixed["weights"]) == (name, "random", "fp32", "ema")
+    run = latent_run["diffusion" if name.startswith("dit") else "interpolant"]
+    decoder = tmp_path / Path(fixed["decoder"]).name
+    shutil.copytree(vaes / "other", decoder)
+    command = [
+        f"run={run}",
+        f"out={tmp_path / 'out'}",
+        f"protocol={name}",
+        f"decoder={decoder}",
+        "count=1",
+        "device=cpu",
+    ]
+    result = sample.run(compose("sample", command))
+    evaluations = result["evaluations"]["mean"]
+    assert evaluations == PROTOCOLS[name] if PROTOCOLS[name] else 10 < evaluations < 1000
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert manifest["protocol"] == name
+    assert manifest["sampler"]["guidance"] == (1.5 if name in ("dit_best", "sit_heun250") else 1.0)
+    for change, message in (
+        ("sampler.guidance=4.0", rf"protocol {name} is another one \(sampler.guidance: 1.\d there, 4.0 here\)"),
+        ("precision=bf16", "precision: 'fp32' there, 'bf16' here"),
+        (f"decoder={vaes / 'other'}", r"decoder: 'sd-vae-ft-\w+' there, 'other' here"),
+        ("weights=raw", "weights: 'ema' there, 'raw' here"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            sample.run(compose("sample", [*command, change]))
+
+
+WRONG = {
+    "count=1": "run or checkpoint must be given, and not both",
+    "run=RUN checkpoint=x": "run or checkpoint must be given, and not both",
+    "run=nowhere": "run must be a run directory with a config.json, got 'nowhere'",
+    "run=RUN model=dit_s_2": "model must be left out with run, which has its own, got 'dit_s_2'",
+    "checkpoint=x model=dit_s_2": "attention must be given with checkpoint, got None",
+    "checkpoint=x model=dit_s_2 attention=vca objective=diffusion": (
+        "autoencoder must be given for a model of 4 channels"
+    ),
+    "checkpoint=nowhere.pt model=dit_mini model.in_channels=1 attention=vca objective=diffusion": (
+        "checkpoint must be a file, got 'nowhere.pt'"
+    ),
+    "checkpoint=RUN/checkpoints/step_00000002.pt model=dit_mini model.hidden_size=16 model.num_heads=2 "
+    "model.patch_size=2 model.in_channels=1 attention=vca objective=diffusion": (
+        r"checkpoint must be a file that holds this model exactly; \d+ parameters differ, such as"
+    ),
+    "run=RUN step=7": "holds no checkpoint of step 7",
+    "run=RUN count=0": "count must be >= 1, got 0",
+    "run=RUN labels=some": r"labels must be random, balanced or a list of classes such as \[207, 360\], got 'some'",
+    "run=RUN labels=[3,10]": r"labels must be from 0 to 9, got \[3, 10\]",
+    "run=RUN sampler=ode": "sampler.method must be one of ddpm, ddim, got 'ode_heun'",
+    "run=RUN protocol=dit_table": "protocol|decoder must be null for a model of pixels",
+    "run=RUN protocol=dit_tabel": "protocol=dit_tabel: no such option; did you mean 'dit_table'",
+    "run=RUN decoder=x": "decoder must be null for a model of pixels, got 'x'",
+    "run=RUN cuont=3": "unknown key 'cuont'; did you mean 'count'",
+}
+
+
+@pytest.mark.parametrize("line", WRONG)
+def test_wrong_input(run_folder, line, tmp_path, monkeypatch, capsys):
+    arguments = line.replace("RUN", str(run_folder)).split()
+    monkeypatch.setattr(sys, "argv", ["sample.py", f"out={tmp_path}/out", "device=cpu", *arguments])
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        command_line("sample", sample.run)
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert said.startswith("config error: ")
+    assert said.count("\n") == 1, said
+    assert re.search(WRONG[line], said), said
+    assert not list(tmp_path.iterdir()), "something was written"
+
+
+def test_samples_that_are_not_finite(run_folder, tmp_path):
+    broken = shutil.copytree(run_folder, tmp_path / "broken")
+    path = broken / "checkpoints" / "step_00000002.pt"
+    saved = torch.load(path, weights_only=True)
+    saved["ema"]["final_layer.linear.bias"].fill_(float("nan"))
+    torch.save(saved, path)
+    with pytest.raises(FloatingPointError, match="not finite"):
+        draw(tmp_path / "out", f"run={broken}", "count=2")
+    assert not list((tmp_path / "out" / "images").iterdir())
