@@ -81,9 +81,9 @@ def run(config: TrainGenConfig) -> dict[str, float]:
                     training.record(update, batches)
                     if training.due(trainer.eval_every):
                         training.write(draw_picture(config, objective, autoencoder, state, folder))
+                        training.draw(config.name)
                     if training.due(trainer.checkpoint_every):
                         training.save()
-        training.draw(config.name)
         return summarize(config, folder, world.is_main)
 
 

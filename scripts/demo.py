@@ -1,51 +1,143 @@
-"""The demo behind `make demo`: VCA and softmax attention on handwritten digits, by the same recipe.
+"""The demo behind `make demo`: VCA on handwritten digits, as a classifier and as a generator.
 
     python scripts/demo.py
 
-Trains the two variants of a small DeiT on 1,438 real 8 x 8 digits, evaluates both on the 359 held out, and draws their
-curves. Running it again continues where it was stopped, or only shows the result.
+Trains a small DeiT twice on 1,438 real 8 x 8 digits, with VCA and with softmax attention, and evaluates both on the 359
+held out. Then trains a small VCA DiT and SiT on the same digits, draws a labelled grid of samples of each, and lets the
+VCA classifier say which digits it sees in them. Two trainings run at a time. Running the demo again continues where it
+was stopped, or only shows the result.
 """
 
 import argparse
+import json
+import os
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
+import torch
+from PIL import Image
+
+from models import CLASSIFIERS, build_model
+from vca.attention import ATTENTIONS
+from vca.config import from_plain
+from vca.data.augment import eval_transform
+from vca.data.config import DataConfig
+from vca.generation.sample_set import SampleSet
 from vca.runtime.rundir import RunDirectory
+from vca.training.checkpoint import load_latest
 from vca.training.curves import draw_curves
+
+QUIET = ["trainer.eval_every=0", "trainer.log_every=220"]
+CLASSIFICATION = {name: [f"attention={name}", *QUIET] for name in ("vca", "softmax")}
+NETWORK = ["model.patch_size=2", "model.hidden_size=144", "optim=small", "optim.lr=2e-3", *QUIET]
+GENERATION = {
+    "dit": [*NETWORK, "objective=diffusion", "sampler=ddim", "sampler.steps=20"],
+    "sit": [*NETWORK, "objective=interpolant", "sampler=ode", "sampler.steps=20"],
+}
+GUIDANCE = (1.0, 1.5)
 
 
 def main() -> None:
-    """Train both variants and compare them."""
+    """Train, sample, and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="outputs/demo", help="where the runs go (default outputs/demo)")
-    parser.add_argument("overrides", nargs="*", help="overrides of train_cls.py's config, such as trainer.epochs=5")
+    parser.add_argument("--samples", type=int, default=200, help="samples of each generator (default 200)")
+    parser.add_argument("overrides", nargs="*", help="config overrides of all trainings, such as trainer.epochs=5")
     options = parser.parse_args()
+    out, start = Path(options.out), time.perf_counter()
 
-    print("Training a small Vision Transformer on handwritten digits twice: with VCA and with softmax attention.")
-    print("On two CPU cores this takes two to four minutes; nothing is downloaded.", flush=True)
-    start = time.perf_counter()
-    folders = {}
-    for attention in ("vca", "softmax"):
-        overrides = [f"attention={attention}", f"name={attention}", f"out_dir={options.out}", "trainer.log_every=110"]
-        command = [sys.executable, str(ROOT / "train_cls.py"), *overrides, *options.overrides]
-        print(f"\n$ python train_cls.py {' '.join(command[2:])}", flush=True)
-        if subprocess.run(command, check=False).returncode != 0:
-            sys.exit(f"the run with {attention} attention failed; see above")
-        folders[attention] = RunDirectory(Path(options.out) / attention)
-    records = {attention: folder.records() for attention, folder in folders.items()}
-    curves = Path(options.out) / "curves.png"
-    draw_curves(records, curves)
+    print("VCA on handwritten digits: two classifiers, two generators. Six to eight minutes on two CPU cores.")
+    trainings = {"train_cls.py": CLASSIFICATION, "train_gen.py": GENERATION}
+    for script, runs in trainings.items():
+        together(
+            {name: [script, f"name={name}", f"out_dir={out}", *own, *options.overrides] for name, own in runs.items()}
+        )
+    for guidance in GUIDANCE:
+        drawn = [f"count={options.samples}", "labels=balanced", "grid=true", f"sampler.guidance={guidance}"]
+        together(
+            {
+                name: ["sample.py", f"run={out / name}", f"out={samples_of(out, name, guidance)}", *own[-2:], *drawn]
+                for name, own in GENERATION.items()
+            }
+        )
 
-    print(f"\n{'attention':<10} top-1 on the held-out digits")
-    for attention, lines in records.items():
+    records = {name: RunDirectory(out / name).records() for name in CLASSIFICATION}
+    draw_curves(records, out / "curves.png")
+    print(f"\n{'classifier':<12}top-1 on the held-out digits")
+    for name, lines in records.items():
         last = next(line for line in reversed(lines) if "val/top1" in line)
-        print(f"{attention:<10} {last['val/top1']:.2f} % of {last['val/images']}")
-    print(f"\ncurves: {curves}   ({time.perf_counter() - start:.0f} s in all)")
+        print(f"{name:<12}{last['val/top1']:.2f} % of {last['val/images']}")
+    print(f"\n{'generator':<12}samples that the VCA classifier reads as the class asked for, of {options.samples}")
+    print(f"{'':<12}" + "".join(f"{describe(guidance):<16}" for guidance in GUIDANCE) + "grid")
+    for name in GENERATION:
+        folders = [samples_of(out, name, guidance) for guidance in GUIDANCE]
+        shares = [f"{read_classes(out / 'vca', folder):.1f} %" for folder in folders]
+        print(f"{name:<12}" + "".join(f"{share:<16}" for share in shares) + str(folders[-1] / "grid.png"))
+    print(f"\ncurves: {out / 'curves.png'}   ({time.perf_counter() - start:.0f} s in all)")
+
+
+def samples_of(out: Path, name: str, guidance: float) -> Path:
+    """Folder of the samples of a generator."""
+    return out / f"{name}-samples-{guidance}"
+
+
+def describe(guidance: float) -> str:
+    """Heading of a column."""
+    return "no guidance" if guidance == 1 else f"guidance {guidance}"
+
+
+def together(commands: dict[str, list[str]]) -> None:
+    """Run scripts at the same time, each on its share of the cores, and show what they print under their names."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = str(max(1, cores // len(commands)))
+    processes = []
+    for name, (script, *overrides) in commands.items():
+        print(f"\n$ python {script} {' '.join(overrides)}", flush=True)
+        process = subprocess.Popen(
+            [sys.executable, str(ROOT / script), *overrides],
+            env={**os.environ, "OMP_NUM_THREADS": threads},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        reader = threading.Thread(target=relay, args=(name, process))
+        reader.start()
+        processes.append((name, process, reader))
+    for _, process, reader in processes:
+        process.wait()
+        reader.join()
+    if failed := [name for name, process, _ in processes if process.returncode]:
+        sys.exit(f"{' and '.join(failed)} failed; see above")
+
+
+def relay(name: str, process: "subprocess.Popen[str]") -> None:
+    """Print a process's lines under its name."""
+    for line in process.stdout or ():
+        print(f"[{name}] {line}", end="", flush=True)
+
+
+@torch.inference_mode()
+def read_classes(run: Path, samples: Path) -> float:
+    """Percentage of the samples in a folder that the classifier of a run takes for the class that was asked for."""
+    config: dict[str, Any] = json.loads((run / "config.json").read_text())
+    network, attention = config["model"], config["attention"]
+    model = build_model(
+        from_plain(CLASSIFIERS[network["family"]][0], network), from_plain(ATTENTIONS[attention["name"]][0], attention)
+    )
+    saved = load_latest(run / "checkpoints")
+    assert saved is not None
+    model.load_state_dict(saved["model"])
+    transform, drawn = eval_transform(from_plain(DataConfig, config["data"])), SampleSet(samples)
+    read = list(drawn.read_all(len(drawn.there())))
+    images = torch.stack([transform(Image.fromarray(sample.pixels[..., 0])) for sample in read])
+    hits = model.eval()(images).argmax(dim=1) == torch.tensor([sample.label for sample in read])
+    return 100 * hits.float().mean().item()
 
 
 if __name__ == "__main__":

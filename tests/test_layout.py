@@ -20,7 +20,7 @@ ALLOWED = {
     "vca/runtime": {"torch", "vca.runtime", "numpy", "tqdm", "wandb"},  # the last three inside functions only
     "vca/data": SCIENTIFIC | {"vca.data", "vca.runtime"},
     "vca/training": SCIENTIFIC | {"vca.training", "vca.data", "vca.generation", "vca.runtime"},
-    "vca/generation": {"torch", "numpy", "PIL", "torchdiffeq", "vca.generation", "vca.runtime"},
+    "vca/generation": {"torch", "numpy", "PIL", "torchdiffeq", "diffusers", "vca.generation", "vca.runtime"},
     "vca/evaluation": SCIENTIFIC | {"vca.evaluation", "vca.data", "vca.runtime"},
     "vca/config": {
         "hydra",
@@ -97,7 +97,7 @@ def test_importing_changes_nothing():
 import os, warnings, torch
 import timm, torchvision, hydra
 before = (torch.get_float32_matmul_precision(), list(warnings.filters), dict(os.environ), torch.get_rng_state().sum())
-import train_cls, train_gen, models, vca
+import train_cls, train_gen, sample, models, vca
 after = (torch.get_float32_matmul_precision(), list(warnings.filters), dict(os.environ), torch.get_rng_state().sum())
 assert before == after
 """

@@ -5,6 +5,7 @@
 
 import json
 import re
+import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -14,9 +15,10 @@ import torch
 from timm.scheduler import CosineLRScheduler
 
 import train_cls  # noqa: F401 - registers the schemas
+import train_gen  # noqa: F401 - registers the schemas
 from models import build_model
 from scripts.complexity import PAPER, complexity_of
-from tests.conftest import GOLDEN, ROOT
+from tests.conftest import GOLDEN, ROOT, environment
 from tests.test_distributed import launch_script
 from vca.config import compose
 from vca.data.augment import BatchMixer, eval_transform, train_transform
@@ -36,16 +38,17 @@ RECIPES = {
     "leaplab_cswin_tiny": "cswin_tiny",
     "cifar10": "deit_tiny",
     "imagenette": "deit_tiny",
+    "dit": "dit_s_2",
 }
 IMAGENET = 1_281_167
 TABLE1 = sorted(path.stem for path in (ROOT / "configs" / "experiment" / "table1").glob("*.yaml"))
 
 
 def composed(recipe: str, attention: str, *overrides: str):
-    return compose(
-        "train_cls",
-        [f"model={RECIPES[recipe]}", f"attention={attention}", "data=imagefolder", f"recipe={recipe}", *overrides],
-    )
+    chosen = [f"model={RECIPES[recipe]}", f"attention={attention}", "data=imagefolder", f"recipe={recipe}", *overrides]
+    if recipe == "dit":
+        return compose("train_gen", [*chosen, "data.img_size=256", "autoencoder=sd_vae"])
+    return compose("train_cls", chosen)
 
 
 def groups_of(config, world=None):
@@ -55,7 +58,9 @@ def groups_of(config, world=None):
     decay = {id(p): group["weight_decay"] for group in state.optimizer.param_groups for p in group["params"]}
     patterns: dict[str, Counter] = {}
     for name, parameter in network.named_parameters():
-        patterns.setdefault(str(decay.pop(id(parameter))), Counter())[re.sub(r"\.\d+\.", ".*.", name)] += 1
+        patterns.setdefault(str(decay.pop(id(parameter), "not trained")), Counter())[
+            re.sub(r"\.\d+\.", ".*.", name)
+        ] += 1
     assert not decay, "the optimizer holds parameters that the model does not"
     return {value: dict(sorted(counts.items())) for value, counts in sorted(patterns.items())}
 
@@ -75,8 +80,8 @@ def described(recipe: str) -> dict:
     mixing = vars(mixup) if mixup is not None else {}
     return {
         "model": RECIPES[recipe],
-        "drop_path_rate": config.model.drop_path_rate,
-        "epochs": trainer.epochs,
+        "drop_path_rate": getattr(config.model, "drop_path_rate", 0.0),
+        "epochs": -(-total // per_epoch),
         "global_batch": trainer.global_batch,
         "optimizer": {"betas": optim.betas, "eps": optim.eps, "clip_grad": optim.clip_grad},
         "ema_decay": trainer.ema_decay,
@@ -87,7 +92,7 @@ def described(recipe: str) -> dict:
         "evaluation_transform": [shown(step) for step in eval_transform(config.data).transforms],
         "lr_of_epoch": [
             float(f"{learning_rate(optim, epoch * per_epoch, total, per_epoch, peak):.9g}")
-            for epoch in range(trainer.epochs)
+            for epoch in range(-(-total // per_epoch))
         ],
     }
 
@@ -196,6 +201,73 @@ def test_rows_of_table_1(row):
 
 def test_table_1_has_ten_rows():
     assert {f"{model}_{attention}" for model, attention in PAPER} == set(TABLE1)
+
+
+# Table 2 of the paper: FID-50K without guidance after 400,000 updates. Of the other rows the figures are not at hand.
+FID = {
+    "dit_s_2": (67.2, 62.3),
+    "dit_s_4": (97.9, 92.7),
+    "dit_b_2": (42.9, 38.9),
+    "sit_s_2": (57.3, 53.0),
+    "sit_b_2": (35.3, 32.7),
+}
+TABLE2 = sorted(path.stem for path in (ROOT / "configs" / "experiment" / "table2").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("row", TABLE2)
+def test_rows_of_table_2(row):
+    """As the rows of Table 1; on cached latents or, by an override, on images."""
+    first, second = (ROOT / "configs" / "experiment" / "table2" / f"{row}.yaml").read_text().splitlines()[1:3]
+    expected = r"(?:Expected FID-50K: ([\d.]+)|The paper's FID is not at hand)"
+    said = re.fullmatch(rf"# Table 2, (.*), (VCA|softmax .*)\. {expected}\. About (\d+) GPU-hours\.", first)
+    size, attention = row.rsplit("_", 1)
+    family, width, patch, *large = size.split("_")
+    assert said[1].lower() == f"{family}-{width}/{patch}" + " at 512 px" * bool(large)
+    assert (float(said[3]) if said[3] else None) == FID.get(size, (None, None))[attention == "vca"]
+    assert "estimate" in second
+    config = compose("train_gen", [f"experiment=table2/{row}", "data.root=latents"])
+    assert (config.model.name, config.attention.name) == (f"dit_{width}_{patch}", attention)
+    assert config.objective.name == {"dit": "diffusion", "sit": "interpolant"}[family]
+    assert config.name == f"table2-{row}-seed0"
+    assert (config.trainer.steps, config.trainer.global_batch, config.data.num_classes) == (400_000, 256, 1000)
+    side = 64 if large else 32
+    assert (config.model.size, config.model.in_channels) == ((side, side), 4)
+    assert config.model.contrast_grid == ([8, 8] if large else None)
+    if not large:
+        flops = 6 * complexity_of(config.model.name, attention).macs * 400_000 * 256
+        assert int(said[4]) == pytest.approx(flops / 40e12 / 3600, abs=0.6)
+    online = compose("train_gen", [f"experiment=table2/{row}", "data=imagefolder", f"data.img_size={8 * side}"])
+    assert online.model == config.model
+    assert online.augment == config.augment
+
+
+def test_table_2_has_its_rows():
+    rows = {*FID, "dit_s_8", "dit_b_4", "dit_b_8", "dit_s_2_512"}
+    assert set(TABLE2) == {f"{row}_{attention}" for row in rows for attention in ("softmax", "vca")}
+
+
+def reproduce(table: int, *arguments: str, **env: str):
+    script = ROOT / "scripts" / f"reproduce_table{table}.sh"
+    settings = environment(GPUS="1", PYTHON=sys.executable, **env)
+    return subprocess.run([script, *arguments], env=settings, capture_output=True, text=True, check=False)
+
+
+def test_the_scripts_of_the_tables():
+    printed = reproduce(1, "--print", "data.root=x", ROWS="deit_*")
+    assert printed.returncode == 0
+    assert len(re.findall(r"train_cls.py experiment=table1/deit_\w+ data.root=x\n", printed.stdout)) == 4
+    printed = reproduce(2, "--print", ROWS="sit_s_2_vca dit_s_8_vca", SEED="3", DECODER="vae")
+    assert "train_gen.py experiment=table2/sit_s_2_vca seed=3 out_dir=outputs\n" in printed.stdout
+    folder = "outputs/table2-sit_s_2_vca-seed3"
+    assert f"sample.py run={folder} out={folder}/samples protocol=sit_sde250 npz=true decoder=vae\n" in printed.stdout
+    assert "table2-dit_s_8_vca-seed3/samples protocol=dit_table" in printed.stdout
+    failed = reproduce(2, "data.root=nowhere", ROWS="dit_s_8_vca")
+    assert failed.returncode == 1
+    assert "data.root must be a latent cache, a folder with manifest.json, got 'nowhere'" in failed.stderr
+    assert "sample.py" not in failed.stdout
+    assert reproduce(2).returncode == 2
+    assert "prepare_latents.py" in reproduce(2).stderr
+    assert "no row is called 'dit_z'" in reproduce(1, "--print", ROWS="dit_z").stderr
 
 
 def write() -> None:

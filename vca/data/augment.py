@@ -127,6 +127,9 @@ class AdmCrop:
     def __init__(self, size: int) -> None:
         self.size = size
 
+    def __repr__(self) -> str:
+        return f"AdmCrop({self.size})"
+
     def __call__(self, image: Image.Image) -> Image.Image:
         """Cut."""
         while min(image.size) >= 2 * self.size:

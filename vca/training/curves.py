@@ -5,7 +5,7 @@ from typing import Any
 
 
 def draw_curves(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
-    """Draw training loss, learning rate and accuracy over the steps, one line a run.
+    """Draw training loss, learning rate and, where there is one, accuracy over the steps, one line a run.
 
     Args:
         runs: label -> records of `metrics.jsonl`.
@@ -17,8 +17,10 @@ def draw_curves(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     panels = {"loss": "training loss", "lr": "learning rate", "val/top1": "top-1 (%)"}
-    figure, axes = plt.subplots(1, len(panels), figsize=(4.5 * len(panels), 3.4), layout="constrained")
-    for axis, (key, title) in zip(axes, panels.items(), strict=True):
+    reported = {key for records in runs.values() for record in records for key in record}
+    panels = {key: title for key, title in panels.items() if key in reported or key == "loss"}
+    figure, axes = plt.subplots(1, len(panels), figsize=(4.5 * len(panels), 3.4), layout="constrained", squeeze=False)
+    for axis, (key, title) in zip(axes[0], panels.items(), strict=True):
         for index, (label, records) in enumerate(runs.items()):
             for name, style in ((key, "-"), (f"ema/{key.split('/')[-1]}" if "/" in key else None, "--")):
                 points = [(record["step"], record[name]) for record in records if name in record]
@@ -28,7 +30,7 @@ def draw_curves(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
                     axis.plot(*zip(*points, strict=True), style, color=f"C{index}", label=text, marker=marker, ms=3)
         axis.set(title=title, xlabel="step")
         axis.grid(alpha=0.3)
-    if axes[-1].get_legend_handles_labels()[0]:
-        axes[-1].legend(fontsize="small")
+    if axes[0, -1].get_legend_handles_labels()[0]:
+        axes[0, -1].legend(fontsize="small")
     figure.savefig(path, dpi=120)
     plt.close(figure)

@@ -153,3 +153,4 @@ class TrainingRun:
         """Draw the curves of all that is reported."""
         if self.world.is_main:
             draw_curves({name: self.folder.records()}, self.folder.path / "curves.png")
+        self.clock = time.perf_counter()
