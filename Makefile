@@ -1,4 +1,4 @@
-# make demo   set up .venv, train VCA and softmax attention on handwritten digits, compare them (two to four minutes)
+# make demo   set up .venv, train classifiers and generators on handwritten digits, compare them (six to eight minutes)
 # make test   set up .venv, check style and types, run the tests
 
 PYTHON ?= python3
