@@ -66,7 +66,7 @@ def run(config: SampleConfig) -> dict[str, Any]:
         if on_cpu:
             torch.set_num_threads(1)
         generator = load_generator(config, world.device)
-        check_sampler(generator.objective, config.sampler)
+        check_sampler(generator.objective, config.sampler, generator.configs["model"].class_dropout_prob)
         check_labels(config, generator.model.config.num_classes)
         if config.protocol is not None:
             check_protocol(config, generator)
@@ -98,38 +98,46 @@ def load_generator(config: SampleConfig, device: torch.device) -> Generator:
     Raises:
         ConfigError: if there is no such run, checkpoint or autoencoder, or the weights are another model's.
     """
-    configs = read_run(Path(config.run)) if config.run is not None else {
-        key: getattr(config, key) for key in ("model", "attention", "objective", "autoencoder")
-    }  # fmt: skip
-    configs["autoencoder"] = configs["autoencoder"] or AutoencoderConfig(channels=configs["model"].in_channels)
-    if config.decoder is not None:
-        rule = "null for a model of pixels"
-        check(configs["autoencoder"].name != "none", "decoder", rule, config.decoder)
-        configs["autoencoder"] = replace(configs["autoencoder"], source=config.decoder)
-    channels, wanted = configs["model"].in_channels, configs["autoencoder"].channels
-    check(wanted == channels, "autoencoder.channels", f"model.in_channels, {channels}", wanted)
-    latent = configs["autoencoder"].name != "none"
-    check(latent or channels in (1, 3), "autoencoder", f"given for a model of {channels} channels", None)
+    configs = read_configs(config)
     with config_errors():
         model = build_model(configs["model"], configs["attention"])
-    load = load_run if config.run is not None else load_file
-    origin = load(config, model)
+    load_weights = load_file if config.run is None else load_run
+    origin = load_weights(config, model)
     origin["weights_sha256"] = tensors_sha256(model.state_dict())
     autoencoder = load_autoencoder(configs["autoencoder"], device)
     return Generator(model.eval().to(device), build_objective(configs["objective"]), autoencoder, configs, origin)
+
+
+def read_configs(config: SampleConfig) -> dict[str, Any]:
+    """The configs of model, attention, objective and autoencoder: the run's, or those of the command line."""
+    if config.run is not None:
+        configs = read_run(Path(config.run))
+    else:
+        configs = {key: getattr(config, key) for key in ("model", "attention", "objective", "autoencoder")}
+    channels = configs["model"].in_channels
+    autoencoder = configs["autoencoder"] or AutoencoderConfig(channels=channels)  # pixel space
+    in_pixels = autoencoder.name == "none"
+    check(not in_pixels or channels in (1, 3), "autoencoder", f"given for a model of {channels} channels", None)
+    check(
+        autoencoder.channels == channels, "autoencoder.channels", f"model.in_channels, {channels}", autoencoder.channels
+    )
+    check(config.decoder is None or not in_pixels, "decoder", "null for a model of pixels", config.decoder)
+    return {**configs, "autoencoder": replace(autoencoder, source=config.decoder or autoencoder.source)}
 
 
 def read_run(folder: Path) -> dict[str, Any]:
     """The configs of a run of `train_gen.py`."""
     check((folder / "config.json").is_file(), "run", "a run directory with a config.json", str(folder))
     saved = json.loads((folder / "config.json").read_text())
-    check("objective" in saved, "run", "a run of train_gen.py", str(folder))
-    registries = {"model": GENERATORS, "attention": ATTENTIONS, "objective": OBJECTIVES}
-    classes = {
-        key: registry[saved[key]["family" if key == "model" else "name"]][0] for key, registry in registries.items()
-    }
-    classes["autoencoder"] = AutoencoderConfig
-    return {key: from_plain(config_class, saved[key]) for key, config_class in classes.items()}
+    keys = ("model", "attention", "objective", "autoencoder")
+    check(all(key in saved for key in keys), "run", "a run of train_gen.py", str(folder))
+    classes = (
+        GENERATORS[saved["model"]["family"]][0],
+        ATTENTIONS[saved["attention"]["name"]][0],
+        OBJECTIVES[saved["objective"]["name"]][0],
+        AutoencoderConfig,
+    )
+    return {key: from_plain(config_class, saved[key]) for key, config_class in zip(keys, classes, strict=True)}
 
 
 def load_run(config: SampleConfig, model: Any) -> dict[str, Any]:
@@ -166,9 +174,7 @@ def check_protocol(config: SampleConfig, generator: Generator) -> None:
     """Raise `ConfigError` if a field that the protocol fixes has another value; a decoder is known by its last name."""
     check(generator.autoencoder.name != "none", "protocol", "null for a model of pixels", config.protocol)
     fixed, ours = read_protocol(str(config.protocol)), plain(config)
-    ours = {
-        key: {k: ours[key][k] for k in value} if isinstance(value, dict) else ours[key] for key, value in fixed.items()
-    }
+    ours = {key: ours[key] for key in fixed} | {"sampler": {key: ours["sampler"][key] for key in fixed["sampler"]}}
     for values in (fixed, ours):
         values["decoder"] = Path(values["decoder"] or "").name
     if differences := compare(fixed, ours):

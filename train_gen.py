@@ -53,7 +53,7 @@ def run(config: TrainGenConfig) -> dict[str, float]:
         folder.check(plain(config))
         micro_batch, accumulation = trainer.micro_batch_on(world.size)
         objective = build_objective(config.objective)
-        check_sampler(objective, config.sampler)
+        check_sampler(objective, config.sampler, config.model.class_dropout_prob)
 
         images = load_dataset(config.data, train=True)
         autoencoder = load_autoencoder(config.autoencoder, world.device)

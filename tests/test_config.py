@@ -160,6 +160,7 @@ def test_wrong_input(line, tmp_path, monkeypatch, capsys):
 WRONG_GEN = {
     "sampler=ode": r"sampler.method must be one of ddpm, ddim, got 'ode_heun'",
     "sampler=dopri5 sampler.steps=5": r"sampler.steps must be null for ode_dopri5, which chooses its own, got 5",
+    "model.class_dropout_prob=0 sampler.guidance=2": r"sampler.guidance must be 1 for a model with class",
     "sampler.steps=2000": r"sampler.steps must be at most 1000, the steps of the objective, got 2000",
     "sampler.guidance_interval=[0.5,0.1]": r"sampler.guidance_interval must be two numbers, 0 <= low <= high <= 1",
     "objective=difusion": r"objective=difusion: no such option; did you mean 'diffusion'",

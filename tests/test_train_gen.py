@@ -11,6 +11,7 @@ from models import build_model
 from tests.conftest import assert_same, metrics, train, train_and_kill, untimed
 from vca.config import compose
 from vca.data.loader import Batch
+from vca.generation.autoencoder import AutoencoderConfig, load_autoencoder
 from vca.generation.objective import Method, SamplerConfig, build_objective
 from vca.generation.sampling import check_sampler, draw_samples, guided, save_grid, to_uint8
 from vca.runtime.errors import ConfigError
@@ -38,6 +39,9 @@ LONG = (
     "trainer.eval_every=15",
     "trainer.ema_decay=0.9",
 )
+
+
+PIXELS = load_autoencoder(AutoencoderConfig(channels=1), torch.device("cpu"))
 
 
 def network(*overrides, **fields):
@@ -125,12 +129,12 @@ def test_draws_are_addressed():
 
         return Net()
 
-    loss_of = GenerationLoss(objective, class_dropout=0.3, null_label=10, seed=5)
+    loss_of = GenerationLoss(objective, PIXELS, False, class_dropout=0.3, null_label=10, seed=5)
     loss_of(record("whole"), batch_of(64), step=0)
     loss_of(record("part"), batch_of(10, start=20), step=7)
     for whole, part in zip(seen["whole"], seen["part"], strict=True):
         assert torch.equal(whole[20:30], part)
-    GenerationLoss(objective, 0.3, 10, seed=6)(record("other"), batch_of(64), step=0)
+    GenerationLoss(objective, PIXELS, False, 0.3, 10, seed=6)(record("other"), batch_of(64), step=0)
     assert not torch.equal(seen["other"][0], seen["whole"][0])
     _, t, y = seen["whole"]
     assert len(set(t.tolist())) > 40
@@ -138,7 +142,7 @@ def test_draws_are_addressed():
     assert t.max() < 1000
     assert 8 <= (y == 10).sum() <= 32  # 19 of 64 are expected to be dropped
     assert torch.equal(y[y != 10], (torch.arange(64) % 10)[y != 10])
-    GenerationLoss(objective, 0.0, 10, seed=5)(record("kept"), batch_of(64), step=0)
+    GenerationLoss(objective, PIXELS, False, 0.0, 10, seed=5)(record("kept"), batch_of(64), step=0)
     assert torch.equal(seen["kept"][2], torch.arange(64) % 10)
 
 
@@ -155,7 +159,7 @@ def test_samples_do_not_depend_on_the_batch(objective, sampler):
     """12 at once, or 5 + 7 in another order."""
     model, config = network(f"objective={objective}", f"sampler={'ddim' if objective == 'diffusion' else 'ode'}")
     chosen = build_objective(config.objective)
-    check_sampler(chosen, sampler)
+    check_sampler(chosen, sampler, 0.1)
     labels, shape = torch.arange(12) % 10, (1, 8, 8)
     whole = draw_samples(model, chosen, sampler, labels, range(12), 3, shape)
     late = draw_samples(model, chosen, sampler, labels[5:], range(5, 12), 3, shape)
@@ -188,10 +192,10 @@ def test_samplers_belong_to_objectives():
         _, config = network(f"objective={name}", "sampler.method=ddim")
         objective, sampler = build_objective(config.objective), SamplerConfig(method, steps=5)
         if fits:
-            check_sampler(objective, sampler)
+            check_sampler(objective, sampler, 0.1)
         else:
             with pytest.raises(ConfigError, match=r"sampler.method must be one of"):
-                check_sampler(objective, sampler)
+                check_sampler(objective, sampler, 0.1)
 
 
 def test_pixels(tmp_path):

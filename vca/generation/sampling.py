@@ -14,8 +14,13 @@ from vca.runtime.errors import check
 from vca.runtime.seeding import derive_seed
 
 
-def check_sampler(objective: Objective, sampler: SamplerConfig) -> None:
-    """Raise `ConfigError` if the sampler does not belong to the objective."""
+def check_sampler(objective: Objective, sampler: SamplerConfig, class_dropout: float) -> None:
+    """Raise `ConfigError` if the sampler does not belong to the objective, or asks a model for guidance that has none.
+
+    `class_dropout` is how often the model's training replaced a label by the null label.
+    """
+    guidable = sampler.guidance == 1 or class_dropout > 0
+    check(guidable, "sampler.guidance", "1 for a model with class_dropout_prob=0", sampler.guidance)
     names = ", ".join(method.value for method in objective.methods)
     check(sampler.method in objective.methods, "sampler.method", f"one of {names}", sampler.method.value)
     most = objective.most_steps
