@@ -55,7 +55,7 @@ def run(config: TrainClsConfig) -> dict[str, float]:
             key = "trainer.micro_batch (if null, trainer.global_batch / ranks)"
             check(micro_batch % 2 == 0, key, "even for Mixup and CutMix, which mix images in pairs", micro_batch)
 
-        images, val_images = load_dataset(config.data, train=True), load_dataset(config.data, train=False)
+        val_images, images = load_dataset(config.data, train=False), load_dataset(config.data, train=True)
         seed_torch(config.seed, "model")
         with config_errors():
             model = build_model(config.model, config.attention)

@@ -16,6 +16,7 @@ from tests.conftest import ROOT, environment
 from tests.test_data import write_image_folder
 from vca.config import compose
 from vca.data import load_dataset
+from vca.data.config import DataConfig
 from vca.data.doctor import examine, examine_image, image_files, shared_memory_note
 from vca.runtime.errors import ConfigError
 
@@ -188,3 +189,14 @@ def test_too_little_shared_memory():
     assert re.fullmatch(r"/dev/shm has \d+ MiB free, and 4 workers may fill \d+ MiB; give .*", note)
     assert shared_memory_note(0, 10 * free) is None
     assert shared_memory_note(4, 10 * free, folder="/nowhere") is None
+
+
+def test_a_training_split_alone_is_enough_for_generation(tmp_path):
+    """Only what reads `val/` asks for it."""
+    for name in ("a", "b"):
+        (tmp_path / "train" / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / "train" / name / "0.png")
+    config = DataConfig(name="imagefolder", root=str(tmp_path), num_classes=2)
+    assert len(load_dataset(config, train=True)) == 2
+    with pytest.raises(ConfigError, match="must be a folder that holds train/ and val/ class folders"):
+        load_dataset(config, train=False)

@@ -14,6 +14,8 @@ SPLITS = ("train", "val")
 def load_imagefolder(config: DataConfig, train: bool) -> Dataset:
     """`(RGB PIL image, label)`; classes are numbered by the sorted names of the folders in `train`.
 
+    For the training split `val/` need not be there (generation has no use for it); where it is, it must fit.
+
     Raises:
         ConfigError: if a folder is missing or has no class folders, a class has no image, or the classes are not
             `data.num_classes` ones or not the same in both splits.
@@ -21,17 +23,18 @@ def load_imagefolder(config: DataConfig, train: bool) -> Dataset:
     from torchvision.datasets import ImageFolder
 
     root = Path(config.root or "")
-    if config.root is None or not (root / "train").is_dir() or not (root / "val").is_dir():
+    splits = SPLITS if not train or (root / "val").is_dir() else SPLITS[:1]
+    if config.root is None or not all((root / split).is_dir() for split in splits):
         raise ConfigError(f"data.root must be a folder that holds train/ and val/ class folders, got {config.root!r}")
-    classes = {split: {entry.name for entry in os.scandir(root / split) if entry.is_dir()} for split in SPLITS}
-    for split in SPLITS:
+    classes = {split: {entry.name for entry in os.scandir(root / split) if entry.is_dir()} for split in splits}
+    for split in splits:
         if not classes[split]:
             files = sum(1 for entry in os.scandir(root / split) if entry.is_file())
             raise ConfigError(
                 f"data.root={config.root}: {split}/ holds {files} files and no class folders; "
                 f"sort them into {split}/<class>/"
             )
-    if odd := sorted(classes["train"] ^ classes["val"]):
+    if odd := sorted(classes["train"] ^ classes[splits[-1]]):
         there, lacking = SPLITS if odd[0] in classes["train"] else SPLITS[::-1]
         others = f" and {len(odd) - 1} more" if len(odd) > 1 else ""
         raise ConfigError(
