@@ -18,7 +18,7 @@ from models import build_model
 from tests.conftest import ROOT, TINY, assert_same, environment, metrics, train, untimed
 from vca.config import compose
 from vca.runtime.errors import ConfigError
-from vca.runtime.rundir import RunDirectory, compare, plain
+from vca.runtime.rundir import FREE_KEYS, RunDirectory, compare, plain
 from vca.runtime.seeding import seed_torch
 from vca.training.checkpoint import load_latest
 
@@ -85,7 +85,11 @@ def test_another_config_is_refused(finished):
 def test_compare_names_every_difference():
     here = {"a": 1, "b": {"c": 2, "d": [1]}, "out_dir": "x", "trainer": {"workers": 1}}
     there = {"a": 1, "b": {"c": 3, "e": 0}, "out_dir": "y", "trainer": {"workers": 2}}
-    assert compare(there, here) == ["b.c: 3 there, 2 here", "b.d: None there, [1] here", "b.e: 0 there, None here"]
+    assert compare(there, here, FREE_KEYS) == [
+        "b.c: 3 there, 2 here",
+        "b.d: None there, [1] here",
+        "b.e: 0 there, None here",
+    ]
 
 
 def test_rewind_forgets_what_comes_again(tmp_path):

@@ -77,14 +77,11 @@ def test_kill_and_resume_is_exact(tmp_path, ranks, objective):
     assert [path.read_bytes() for path in pictures[0]] == [path.read_bytes() for path in pictures[1]]
 
 
-@pytest.mark.parametrize(
-    ("objective", "counts"), [("objective=diffusion", (1, 2, 4)), ("objective=interpolant sampler=ode", (1, 4))]
-)
-def test_losses_do_not_depend_on_ranks(tmp_path, objective, counts):
+def test_losses_do_not_depend_on_ranks(tmp_path):
     """The first 20 losses of 1, 2 and 4 ranks at one global batch."""
     losses = {}
-    for ranks in counts:
-        options = [*LONG, *objective.split(), "trainer.micro_batch=30", "trainer.steps=20", "trainer.log_every=1"]
+    for ranks in (1, 2, 4):
+        options = [*LONG, "trainer.micro_batch=30", "trainer.steps=20", "trainer.log_every=1"]
         done = train(
             *options,
             f"out_dir={tmp_path}",
@@ -96,7 +93,7 @@ def test_losses_do_not_depend_on_ranks(tmp_path, objective, counts):
         assert done.returncode == 0, done.stderr[-3000:]
         losses[ranks] = [record["loss"] for record in metrics(tmp_path / f"ranks{ranks}") if "loss" in record]
     assert len(losses[1]) == 20
-    for ranks in counts[1:]:
+    for ranks in (2, 4):
         assert losses[ranks] == pytest.approx(losses[1], rel=1e-5)
 
 
