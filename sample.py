@@ -12,6 +12,7 @@ that neither batch size nor threads decide how something rounds; a GPU computes 
 
 import json
 import sys
+import zipfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,7 @@ from vca.training.checkpoint import checkpoint_path, load_checkpoint, load_lates
 from vca.training.config import autocast, set_precision
 from vca.training.init import InitWeights, init_from
 
+THE_ONLY_ONES = "the only ones"  # weights of a file that holds nothing else, as the published ones, which are averages
 DAY = 24 * 60.0  # minutes that ranks wait for each other: the slowest has the last word
 
 register_schemas(
@@ -60,21 +62,20 @@ class Generator:
 
 def run(config: SampleConfig) -> dict[str, Any]:
     """Draw what is missing of the set, and return the `result` of its manifest."""
-    with distributed.start(config.device.value, DAY) as world:
+    with distributed.start(config.device.value, DAY, key="device") as world:
         set_precision(config.precision)
         on_cpu = world.device.type == "cpu"
         if on_cpu:
             torch.set_num_threads(1)
-        generator = load_generator(config, world.device)
+        generator = load_generator(config, world)
         check_sampler(generator.objective, config.sampler, generator.configs["model"].class_dropout_prob)
         check_labels(config, generator.model.config.num_classes)
         if config.protocol is not None:
             check_protocol(config, generator)
 
         samples, together = SampleSet(Path(config.out)), 1 if on_cpu else config.batch_size
-        if world.is_main:
-            samples.open(describe(config, generator, together), config.count)
-        blocks = world.broadcast(samples.missing_blocks(config.count, together) if world.is_main else None)
+        manifest = describe(config, generator, together, world.device)
+        blocks = world.from_main(lambda: samples.open(manifest, config.count, together))
         patience = 0.1 if sys.stderr.isatty() else 60.0
         bar = tqdm(total=len(blocks) * together, unit="sample", mininterval=patience, disable=not world.is_main)
         with bar:
@@ -84,15 +85,14 @@ def run(config: SampleConfig) -> dict[str, Any]:
                         samples.write(index, sample)
                 bar.update(min(together * world.size, bar.total - bar.n))
         world.barrier()
-        result = samples.finish(config.count, config.npz, config.grid) if world.is_main else None
-        result = world.broadcast(result)
+        result = world.from_main(lambda: samples.finish(config.count, config.npz, config.grid))
         if world.is_main:
             mean = result["evaluations"]["mean"]
             print(f"{config.out}: {config.count} samples, {mean:g} evaluations each, sha256 {result['sha256'][:12]}")
         return result
 
 
-def load_generator(config: SampleConfig, device: torch.device) -> Generator:
+def load_generator(config: SampleConfig, world: distributed.World) -> Generator:
     """The network, its weights and what belongs to it, from a run directory or from a file.
 
     Raises:
@@ -101,11 +101,14 @@ def load_generator(config: SampleConfig, device: torch.device) -> Generator:
     configs = read_configs(config)
     with config_errors():
         model = build_model(configs["model"], configs["attention"])
-    load_weights = load_file if config.run is None else load_run
-    origin = load_weights(config, model)
+    origin = load_file(config, model) if config.run is None else load_run(config, model, world)
     origin["weights_sha256"] = tensors_sha256(model.state_dict())
-    autoencoder = load_autoencoder(configs["autoencoder"], device)
-    return Generator(model.eval().to(device), build_objective(configs["objective"]), autoencoder, configs, origin)
+    autoencoder = load_autoencoder(configs["autoencoder"], world.device)
+    trained_with = autoencoder.identity() if config.run is None or config.decoder else configs["trained_with"]
+    if differences := compare(trained_with, autoencoder.identity(), key="autoencoder"):
+        raise ConfigError(f"run: it was trained with another autoencoder ({'; '.join(differences)})")
+    objective = build_objective(configs["objective"])
+    return Generator(model.eval().to(world.device), objective, autoencoder, configs, origin)
 
 
 def read_configs(config: SampleConfig) -> dict[str, Any]:
@@ -117,42 +120,57 @@ def read_configs(config: SampleConfig) -> dict[str, Any]:
     channels = configs["model"].in_channels
     autoencoder = configs["autoencoder"] or AutoencoderConfig(channels=channels)  # pixel space
     in_pixels = autoencoder.name == "none"
+    check(config.protocol is None or not in_pixels, "protocol", "null for a model of pixels", config.protocol)
     check(not in_pixels or channels in (1, 3), "autoencoder", f"given for a model of {channels} channels", None)
     check(
         autoencoder.channels == channels, "autoencoder.channels", f"model.in_channels, {channels}", autoencoder.channels
     )
     check(config.decoder is None or not in_pixels, "decoder", "null for a model of pixels", config.decoder)
-    return {**configs, "autoencoder": replace(autoencoder, source=config.decoder or autoencoder.source)}
+    if config.decoder is not None:  # the latents stay those of the training
+        trained = configs.get("trained_with", {})
+        scale, shift = trained.get("scale", autoencoder.scale), trained.get("shift", autoencoder.shift)
+        autoencoder = replace(autoencoder, source=config.decoder, scale=scale, shift=shift)
+    return {**configs, "autoencoder": autoencoder}
 
 
 def read_run(folder: Path) -> dict[str, Any]:
-    """The configs of a run of `train_gen.py`."""
+    """The configs of a run of `train_gen.py`, and as `trained_with` the identity of its autoencoder."""
     check((folder / "config.json").is_file(), "run", "a run directory with a config.json", str(folder))
     saved = json.loads((folder / "config.json").read_text())
     keys = ("model", "attention", "objective", "autoencoder")
-    check(all(key in saved for key in keys), "run", "a run of train_gen.py", str(folder))
+    check(all(key in saved for key in (*keys, "inputs")), "run", "a run of train_gen.py", str(folder))
     classes = (
         GENERATORS[saved["model"]["family"]][0],
         ATTENTIONS[saved["attention"]["name"]][0],
         OBJECTIVES[saved["objective"]["name"]][0],
         AutoencoderConfig,
     )
-    return {key: from_plain(config_class, saved[key]) for key, config_class in zip(keys, classes, strict=True)}
+    configs = {key: from_plain(config_class, saved[key]) for key, config_class in zip(keys, classes, strict=True)}
+    return {**configs, "trained_with": saved["inputs"]["autoencoder"]}
 
 
-def load_run(config: SampleConfig, model: Any) -> dict[str, Any]:
-    """Load weights of a checkpoint of `config.run`."""
+def load_run(config: SampleConfig, model: Any, world: distributed.World) -> dict[str, Any]:
+    """Load weights of a checkpoint of `config.run`: on every rank the one that rank 0 finds, while the run goes on."""
     folder = Path(str(config.run)) / "checkpoints"
-    if config.step is None:
-        saved = load_latest(folder)
-    else:
-        path = checkpoint_path(folder, config.step)
-        saved = load_checkpoint(path) if path.is_file() else None
-    if saved is None:
-        raise ConfigError(f"{folder} holds no checkpoint" + (f" of step {config.step}" if config.step else ""))
+    step = config.step if config.step is not None else world.from_main(lambda: newest_step(folder))
+    path = checkpoint_path(folder, step)
+    if not path.is_file():
+        raise ConfigError(f"{folder} holds no checkpoint of step {step}")
+    try:
+        saved = load_checkpoint(path)
+    except (zipfile.BadZipFile, RuntimeError) as error:
+        raise ConfigError(f"{path} is damaged; choose another step=...") from error
     weights = config.weights if saved["ema"] is not None else InitWeights.raw
     model.load_state_dict(saved["ema" if weights is InitWeights.ema else "model"])
-    return {"run": Path(str(config.run)).resolve().name, "step": saved["step"], "weights": weights.value}
+    return {"run": Path(str(config.run)).resolve().name, "step": step, "weights": weights.value}
+
+
+def newest_step(folder: Path) -> int:
+    """Of the newest checkpoint that can be read."""
+    saved = load_latest(folder, set_aside=False)
+    if saved is None:
+        raise ConfigError(f"{folder} holds no checkpoint")
+    return saved["step"]
 
 
 def load_file(config: SampleConfig, model: Any) -> dict[str, Any]:
@@ -160,7 +178,7 @@ def load_file(config: SampleConfig, model: Any) -> dict[str, Any]:
     path = Path(str(config.checkpoint))
     report = init_from(model, path, config.weights, key="checkpoint")
     report.check_complete("checkpoint must be a file")
-    return {"checkpoint": path.name, "weights": report.source or "the only ones"}
+    return {"checkpoint": path.name, "weights": report.source or THE_ONLY_ONES}
 
 
 def check_labels(config: SampleConfig, classes: int) -> None:
@@ -172,7 +190,6 @@ def check_labels(config: SampleConfig, classes: int) -> None:
 
 def check_protocol(config: SampleConfig, generator: Generator) -> None:
     """Raise `ConfigError` if a field that the protocol fixes has another value; a decoder is known by its last name."""
-    check(generator.autoencoder.name != "none", "protocol", "null for a model of pixels", config.protocol)
     fixed, ours = read_protocol(str(config.protocol)), plain(config)
     ours = {key: ours[key] for key in fixed} | {"sampler": {key: ours["sampler"][key] for key in fixed["sampler"]}}
     for values in (fixed, ours):
@@ -180,10 +197,10 @@ def check_protocol(config: SampleConfig, generator: Generator) -> None:
     if differences := compare(fixed, ours):
         raise ConfigError(f"protocol {config.protocol} is another one ({'; '.join(differences)}); leave protocol out")
     used = generator.origin["weights"]
-    check(used == fixed["weights"], f"protocol {config.protocol}: weights", fixed["weights"], used)
+    check(used in (fixed["weights"], THE_ONLY_ONES), f"protocol {config.protocol}: weights", fixed["weights"], used)
 
 
-def describe(config: SampleConfig, generator: Generator, together: int) -> dict[str, Any]:
+def describe(config: SampleConfig, generator: Generator, together: int, device: torch.device) -> dict[str, Any]:
     """The manifest of the set: everything that its pixels depend on."""
     source = generator.configs["autoencoder"].source
     return {
@@ -193,6 +210,8 @@ def describe(config: SampleConfig, generator: Generator, together: int) -> dict[
         "sampler": plain(config.sampler),
         "precision": config.precision.value,
         "computed_together": together,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "torch": torch.__version__,
         "origin": generator.origin,
         **{key: plain(generator.configs[key]) for key in ("model", "attention", "objective")},
         "autoencoder": {"source": source and Path(source).name, **generator.autoencoder.identity()},

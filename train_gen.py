@@ -9,6 +9,7 @@ While it trains, a run draws samples of its EMA weights into `outputs/<name>/sam
 that was interrupted, to the bit. `--cfg job --resolve` prints the whole config.
 """
 
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -50,7 +51,6 @@ def run(config: TrainGenConfig) -> dict[str, float]:
     with distributed.start(trainer.device.value, trainer.timeout_minutes) as world:
         set_precision(trainer.precision, trainer.deterministic)
         folder = RunDirectory(Path(config.out_dir) / config.name)
-        folder.check(plain(config))
         micro_batch, accumulation = trainer.micro_batch_on(world.size)
         objective = build_objective(config.objective)
         check_sampler(objective, config.sampler, config.model.class_dropout_prob)
@@ -59,6 +59,9 @@ def run(config: TrainGenConfig) -> dict[str, float]:
         autoencoder = load_autoencoder(config.autoencoder, world.device)
         if cached := isinstance(images, LatentCache):
             images.check(autoencoder.identity(), config.augment)
+        cache = asdict(images.manifest) if cached else None
+        record = {**plain(config), "inputs": {"autoencoder": autoencoder.identity(), "cache": cache}}
+        folder.check(record)
         seed_torch(config.seed, "model")
         with config_errors():
             model = build_model(config.model, config.attention)
@@ -73,7 +76,7 @@ def run(config: TrainGenConfig) -> dict[str, float]:
             transform = RandomVersion(config.augment.hflip) if cached else train_transform(config.augment, config.data)
             dropout = model.config.class_dropout_prob
             loss_of = GenerationLoss(objective, autoencoder, cached, dropout, model.null_label, config.seed)
-            with training.open(config.name, plain(config), config.wandb):
+            with training.open(config.name, record, config.wandb):
                 training.reporter.say(introduce(config, state, len(images)))
                 shares = MicroBatches(order, world, micro_batch, accumulation, state.step, state.total_steps)
                 for batches in train_loader(images, transform, config.seed, shares, trainer.workers):

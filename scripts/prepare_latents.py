@@ -30,7 +30,7 @@ from vca.data.latents import CROP, LatentCache, Manifest, paths_sha256, save_arr
 from vca.data.loader import EvalImages
 from vca.generation.autoencoder import Autoencoder, AutoencoderConfig, load_autoencoder
 from vca.runtime import distributed
-from vca.runtime.errors import check
+from vca.runtime.errors import ConfigError, check
 
 WEEK = 7 * 24 * 60.0  # minutes that ranks wait for each other: the slowest has the last word
 
@@ -41,19 +41,14 @@ register_schemas(
 
 def run(config: PrepareLatentsConfig) -> Manifest:
     """Make the cache, or what is missing of it, and return its manifest."""
-    with distributed.start(config.device.value, WEEK) as world:
+    with distributed.start(config.device.value, WEEK, key="device") as world:
         images: Any = load_dataset(config.data, train=True)
         check(hasattr(images, "samples"), "data", "an image folder", config.data.name)
         autoencoder = load_autoencoder(config.autoencoder, world.device)
         folder, manifest = Path(config.out), describe(config, images, autoencoder)
         check_before_training(config.data, [images], config.workers, config.batch_size, world)
-        if world.is_main:
-            manifest.write(folder)
-            save_array(folder / "labels.npy", np.array([label for _, label in images.samples], dtype=np.int64))
-            missing = [shard for shard in range(manifest.shards) if not shard_is_whole(folder, manifest, shard)]
-            print(f"{folder}: {len(missing)} of {manifest.shards} files to make", flush=True)
-        missing = world.broadcast(missing if world.is_main else None)
-
+        labels = np.array([label for _, label in images.samples], dtype=np.int64)
+        missing = world.from_main(lambda: begin(folder, manifest, labels))
         mine = missing[world.rank :: world.size]
         total = sum(len(manifest.rows(shard)) for shard in mine)
         patience = 0.1 if sys.stderr.isatty() else 60.0
@@ -67,6 +62,15 @@ def run(config: PrepareLatentsConfig) -> Manifest:
             gib = manifest.images * np.prod(manifest.shape) * np.dtype(manifest.dtype).itemsize / 2**30
             print(f"{folder}: {manifest.images} images as {manifest.shape} {manifest.dtype}, {gib:.2f} GiB", flush=True)
     return manifest
+
+
+def begin(folder: Path, manifest: Manifest, labels: np.ndarray) -> list[int]:
+    """Write manifest and labels; the files that are still to be made."""
+    manifest.write(folder)
+    save_array(folder / "labels.npy", labels)
+    missing = [shard for shard in range(manifest.shards) if not shard_is_whole(folder, manifest, shard)]
+    print(f"{folder}: {len(missing)} of {manifest.shards} files to make", flush=True)
+    return missing
 
 
 def describe(config: PrepareLatentsConfig, images: Any, autoencoder: Autoencoder) -> Manifest:
@@ -88,8 +92,7 @@ def describe(config: PrepareLatentsConfig, images: Any, autoencoder: Autoencoder
 
 def encode(autoencoder: Autoencoder, images: Tensor, flips: bool) -> Tensor:
     """Moments `(B, V, K, h, w)` of images `(B, 3, H, W)`, on the CPU: as they are, and flipped."""
-    device = next(autoencoder.network.parameters()).device
-    images = images.to(device, non_blocking=True)
+    images = images.to(autoencoder.device, non_blocking=True)
     versions = [images, images.flip(-1)] if flips else [images]
     return torch.stack([autoencoder.encode(version) for version in versions], dim=1).cpu()
 
@@ -113,7 +116,8 @@ def encode_shards(
             pixels, _ = next(loader)
             latents[done : done + len(pixels)] = encode(autoencoder, pixels, config.flips).numpy()
             done += len(pixels)
-        check(bool(np.isfinite(latents).all()), "dtype", "one that holds the latents", manifest.dtype)
+        if not np.isfinite(latents).all():
+            raise ConfigError(f"autoencoder: some of its latents are NaN or infinite as {manifest.dtype}")
         yield shard, latents
 
 

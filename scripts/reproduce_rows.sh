@@ -1,5 +1,5 @@
-# The part that reproduce_table1.sh and reproduce_table2.sh share; they set `table`, `script`, `extra` (overrides of every
-# row) and `after ROW` (what comes after a training), and source it.
+# The part that reproduce_table1.sh and reproduce_table2.sh share; they set `table`, `script`, `all` (patterns of
+# its rows), `extra` (overrides of every row) and `after ROW` (what comes after a training), and source it.
 set -uo pipefail
 root=$(cd "$(dirname "$0")/.." && pwd)
 
@@ -15,7 +15,7 @@ if (( gpus > 1 )); then launch=("$python" -m torch.distributed.run --standalone 
 
 set -f  # the patterns of ROWS are for find, not for this shell
 rows=()
-for pattern in ${ROWS:-*}; do
+for pattern in ${ROWS:-$all}; do
     mapfile -t found < <(find "$root/configs/experiment/$table" -name "$pattern.yaml" | sort)
     if (( ${#found[@]} == 0 )); then echo "ROWS: no row is called '$pattern'" >&2; exit 2; fi
     rows+=("${found[@]}")

@@ -7,6 +7,6 @@
 #
 # Further arguments are config overrides for every row. A row that was interrupted goes on where it stood, a finished
 # one is evaluated again; a row that fails does not stop the others, but makes the exit code 1. GPUS=n takes n GPUs.
-table=table1 script=train_cls.py extra=()
+table=table1 script=train_cls.py extra=() all='*'
 after() { :; }
 source "$(dirname "$0")/reproduce_rows.sh"

@@ -7,14 +7,26 @@
 #     ROWS='dit_s_* sit_b_2_vca' SEED=1 OUT=outputs scripts/reproduce_table2.sh data.root=/data/latents
 #
 # Further arguments are config overrides of the training of every row. What was interrupted goes on where it stood; a row
-# that fails does not stop the others, but makes the exit code 1. GPUS=n takes n GPUs. DECODER=FOLDER is the VAE in which
-# the samples are decoded, where the hub is out of reach: sd-vae-ft-mse for DiT, sd-vae-ft-ema for SiT.
-table=table2 script=train_gen.py
+# that fails does not stop the others, but makes the exit code 1. GPUS=n takes n GPUs. Where the hub is out of reach,
+# VAES=FOLDER holds sd-vae-ft-ema/ and sd-vae-ft-mse/, the decoders of SiT and DiT. The rows at 512 px have a cache of
+# their own: ROWS='dit_s_2_512_*' scripts/reproduce_table2.sh data.root=/data/latents-512
+table=table2 script=train_gen.py all='?it_?_?_softmax ?it_?_?_vca'
+for argument in "$@"; do
+    if [[ $argument == seed=* || $argument == out_dir=* ]]; then
+        echo "$argument: write SEED=... and OUT=... before the command" >&2; exit 2
+    fi
+done
 : "${SEED:=0}" "${OUT:=outputs}"
 extra=("seed=$SEED" "out_dir=$OUT")
+if [[ -n ${VAES:-} ]]; then
+    for vae in sd-vae-ft-ema sd-vae-ft-mse; do
+        if [[ ! -f $VAES/$vae/config.json ]]; then echo "VAES: $VAES/$vae holds no config.json" >&2; exit 2; fi
+    done
+    extra+=("autoencoder.source=$VAES/sd-vae-ft-ema")
+fi
 after() {
-    local run="$OUT/table2-$1-seed$SEED" protocol=dit_table
-    if [[ $1 == sit_* ]]; then protocol=sit_sde250; fi
-    step "${launch[@]}" "$root/sample.py" "run=$run" "out=$run/samples" "protocol=$protocol" npz=true ${DECODER:+"decoder=$DECODER"}
+    local run="$OUT/table2-$1-seed$SEED" protocol=dit_table vae=sd-vae-ft-mse
+    if [[ $1 == sit_* ]]; then protocol=sit_sde250 vae=sd-vae-ft-ema; fi
+    step "${launch[@]}" "$root/sample.py" "run=$run" "out=$run/samples" "protocol=$protocol" npz=true ${VAES:+"decoder=$VAES/$vae"}
 }
 source "$(dirname "$0")/reproduce_rows.sh"

@@ -18,7 +18,7 @@ from vca.data import load_dataset
 from vca.data.augment import AdmCrop, train_transform
 from vca.data.latents import LatentCache, RandomVersion, read_manifest
 from vca.data.loader import MicroBatches, TrainOrder, train_loader
-from vca.generation.autoencoder import AutoencoderConfig, load_autoencoder
+from vca.generation.autoencoder import Autoencoder, AutoencoderConfig, load_autoencoder
 from vca.generation.objective import build_objective
 from vca.runtime.distributed import World
 from vca.runtime.errors import ConfigError
@@ -331,6 +331,7 @@ def test_a_cache_that_does_not_fit(photos, vaes, cache, tmp_path):
         (short, "", "is not complete: 1 of 4 files are missing or cut short, such as shard_00002.npy"),
         (fewer, "", "is not complete: 2 of 5 files"),
         (labels, "", "labels must be 31, got 30"),
+        (changed(cache, tmp_path, "crop", crop="adm-0"), "", "crop must be 'adm-1', as it is made now, got 'adm-0'"),
         (photos, "", "data.root must be a latent cache, a folder with manifest.json"),
         (cache, "data.img_size=64", "data.img_size must be 32, as the latents in"),
         (cache, "data.img_size=34", "data.img_size must be a multiple of autoencoder.factor, 4, got 34"),
@@ -357,6 +358,84 @@ def test_prepare_refuses(photos, vaes, cache, tmp_path):
             prepared(photos, vaes / "sd-vae-ft-mse", tmp_path / "out", *more)
     assert not (tmp_path / "out").exists()
     assert read_manifest(cache).shard_size == 8
+
+
+def test_few_files_are_kept_open(photos, quick, tmp_path, monkeypatch):
+    """ImageNet has more files than a process may have open."""
+    prepared(photos, quick, tmp_path, "shard_size=1")
+    monkeypatch.setattr("vca.data.latents.OPEN_FILES", 3)
+    images, again = LatentCache(tmp_path), LatentCache(tmp_path)
+    for index in (*range(31), *range(31)):
+        assert np.array_equal(images[index][0], again[index][0])
+        assert len(images.files) <= 3
+
+
+def test_a_vae_whose_weights_are_not_all_there(vaes, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    broken = shutil.copytree(vaes / "other", tmp_path / "broken")
+    file = next(broken.glob("*.safetensors"))
+    state = load_file(file)
+    del state["encoder.conv_in.weight"]
+    save_file(state, file, metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match=r"are not those of its config \(missing_keys encoder.conv_in.weight\)"):
+        load_autoencoder(AutoencoderConfig("diffusers", str(broken), channels=4, factor=4), CPU)
+
+
+def test_the_config_of_a_vae_is_part_of_its_identity(vaes, tmp_path):
+    changed = shutil.copytree(vaes / "other", tmp_path / "changed")
+    config = json.loads((changed / "config.json").read_text())
+    (changed / "config.json").write_text(json.dumps({**config, "act_fn": "relu"}))
+    one, other = (
+        load_autoencoder(AutoencoderConfig("diffusers", str(path), channels=4, factor=4), CPU)
+        for path in (vaes / "other", changed)
+    )
+    assert one.sha256 != other.sha256
+
+
+def test_the_autoencoder_is_in_float32_whatever_is_set(vaes):
+    """TF32 too: on a GPU the convolutions of a VAE would take it."""
+    seen = []
+
+    class Spy(torch.nn.Module):
+        def encode(self, images):
+            seen.append((torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()))
+            return images
+
+        decode = encode
+
+    autoencoder = Autoencoder(AutoencoderConfig("file", "x.py", channels=3), Spy())
+    before = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
+    try:
+        torch.backends.cudnn.allow_tf32 = True
+        torch.set_float32_matmul_precision("high")
+        autoencoder.encode(torch.zeros(1, 3, 8, 8))
+        autoencoder.decode(torch.zeros(1, 3, 8, 8))
+        assert (torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()) == (True, "high")
+    finally:
+        torch.backends.cudnn.allow_tf32 = before[0]
+        torch.set_float32_matmul_precision(before[1])
+    assert seen == [(False, "highest")] * 2
+
+
+def test_a_run_goes_on_with_the_latents_it_began_with(photos, quick, quick_cache, tmp_path):
+    """Not with another cache or autoencoder; with the same ones at another place, yes."""
+    moved = shutil.copytree(quick_cache, tmp_path / "moved")
+    elsewhere = shutil.copy(quick, tmp_path / "elsewhere.py")
+    other = tmp_path / "other"
+    prepared(photos, quick, other, "shard_size=4")
+    length = ["trainer.global_batch=12", "trainer.steps=2", f"out_dir={tmp_path}", "name=run", "data=latents"]
+
+    def go(root, source=quick):
+        return train_gen.run(compose("train_gen", [*options(source), *NETWORK, *length, f"data.root={root}"]))
+
+    first = go(quick_cache)
+    assert go(moved, Path(elsewhere)) == first
+    with pytest.raises(ConfigError, match=r"another config \(inputs.cache.shard_size: 8 there, 4 here\)"):
+        go(other)
+    Path(elsewhere).write_text(QUICK + "# changed\n")
+    with pytest.raises(ConfigError, match=r"was made with another autoencoder \(autoencoder.sha256"):
+        go(moved, Path(elsewhere))
 
 
 def test_half_precision(photos, vaes, cache, tmp_path):

@@ -252,15 +252,26 @@ def reproduce(table: int, *arguments: str, **env: str):
     return subprocess.run([script, *arguments], env=settings, capture_output=True, text=True, check=False)
 
 
-def test_the_scripts_of_the_tables():
+def test_the_scripts_of_the_tables(tmp_path):
+    vaes = tmp_path
+    for name in ("sd-vae-ft-ema", "sd-vae-ft-mse"):
+        (vaes / name).mkdir()
+        (vaes / name / "config.json").write_text("{}")
     printed = reproduce(1, "--print", "data.root=x", ROWS="deit_*")
     assert printed.returncode == 0
     assert len(re.findall(r"train_cls.py experiment=table1/deit_\w+ data.root=x\n", printed.stdout)) == 4
-    printed = reproduce(2, "--print", ROWS="sit_s_2_vca dit_s_8_vca", SEED="3", DECODER="vae")
-    assert "train_gen.py experiment=table2/sit_s_2_vca seed=3 out_dir=outputs\n" in printed.stdout
+    printed = reproduce(2, "--print", ROWS="sit_s_2_vca dit_s_8_vca", SEED="3", VAES=str(vaes))
+    own = f"seed=3 out_dir=outputs autoencoder.source={vaes}/sd-vae-ft-ema"
+    assert f"train_gen.py experiment=table2/sit_s_2_vca {own}\n" in printed.stdout
     folder = "outputs/table2-sit_s_2_vca-seed3"
-    assert f"sample.py run={folder} out={folder}/samples protocol=sit_sde250 npz=true decoder=vae\n" in printed.stdout
-    assert "table2-dit_s_8_vca-seed3/samples protocol=dit_table" in printed.stdout
+    assert (
+        f"sample.py run={folder} out={folder}/samples protocol=sit_sde250 npz=true decoder={vaes}/sd-vae-ft-ema\n"
+        in printed.stdout
+    )
+    assert f"samples protocol=dit_table npz=true decoder={vaes}/sd-vae-ft-mse" in printed.stdout
+    assert "512" not in reproduce(2, "--print").stdout
+    assert reproduce(2, "seed=3").returncode == 2
+    assert "no config.json" in reproduce(2, "--print", VAES="nowhere").stderr
     failed = reproduce(2, "data.root=nowhere", ROWS="dit_s_8_vca")
     assert failed.returncode == 1
     assert "data.root must be a latent cache, a folder with manifest.json, got 'nowhere'" in failed.stderr

@@ -18,6 +18,7 @@ import train_gen
 from models import build_model
 from tests.conftest import ROOT, environment, kill_all, launcher, train
 from vca.config import command_line, compose, read_protocol
+from vca.generation.autoencoder import load_autoencoder
 from vca.generation.sample_set import SampleSet
 from vca.generation.sampling import label_of
 from vca.runtime.errors import ConfigError
@@ -94,7 +95,7 @@ def test_ranks_batches_and_an_interruption_change_nothing(run_folder, tmp_path):
 def test_threads_change_nothing(run_folder, tmp_path):
     torch.set_num_threads(3)
     one, _ = draw(tmp_path / "a", f"run={run_folder}", "count=4")
-    torch.set_num_threads(1)
+    assert torch.get_num_threads() == 1  # this network is too small to show what more of them round
     other, _ = draw(tmp_path / "b", f"run={run_folder}", "count=4")
     assert one == other
 
@@ -181,6 +182,10 @@ def test_an_official_checkpoint(vaes, tmp_path, entry):
     assert manifest["origin"]["weights"] == (entry or "the only ones")
     assert manifest["autoencoder"]["scale"] == 0.18215
     assert manifest["autoencoder"]["source"] == "sd-vae-ft-mse"
+    if entry is None:  # as the published files are
+        decoder = f"decoder={vaes / 'sd-vae-ft-mse'}"
+        fixed = ["protocol=dit_table", decoder, f"out={tmp_path / 'protocol'}", "count=1", "device=cpu"]
+        sample.run(compose("sample", [f"checkpoint={tmp_path / 'DiT.pt'}", *overrides, *fixed]))
     zero, _ = draw(tmp_path / "zero", f"checkpoint={tmp_path / 'DiT.pt'}", *overrides, "weights=ema")
     assert (zero["sha256"] == result["sha256"]) == (entry != "model")
 
@@ -202,7 +207,8 @@ def latent_run(vaes, tmp_path_factory):
         from vca.training.checkpoint import save_checkpoint
 
         folder = RunDirectory(out / "run")
-        folder.create(plain(config))
+        identity = load_autoencoder(config.autoencoder, torch.device("cpu")).identity()
+        folder.create({**plain(config), "inputs": {"autoencoder": identity, "cache": None}})
         save_checkpoint(folder.checkpoints, 5, {"step": 5, "model": model.state_dict(), "ema": model.state_dict()})
         return out / "run"
 
@@ -242,7 +248,57 @@ def test_protocols(latent_run, vaes, tmp_path, name):
         ("weights=raw", "weights: 'ema' there, 'raw' here"),
     ):
         with pytest.raises(ConfigError, match=message):
-            sample.run(compose("sample", [*command, change]))
+            sample.run(compose("sample", [*command, *change.split()]))
+
+
+def test_a_sampler_group_beside_a_protocol_is_refused(latent_run, vaes):
+    command = ["out=x", f"run={latent_run['diffusion']}", "protocol=dit_table", f"decoder={vaes / 'sd-vae-ft-mse'}"]
+    with pytest.raises(ConfigError, match=r"sampler.method: 'ddpm' there, 'ddim' here"):
+        sample.run(compose("sample", [*command, "sampler=ddim", "device=cpu"]))
+
+
+def test_another_decoder_keeps_the_latents_of_the_training(latent_run, vaes, tmp_path):
+    """The training's VAE has a shift of 0.3, the decoder's own config none."""
+    common = [f"run={latent_run['diffusion']}", "count=1"]
+    _, own = draw(tmp_path / "own", *common)
+    _, other = draw(tmp_path / "other", *common, f"decoder={vaes / 'sd-vae-ft-mse'}")
+    for manifest in (own, other):
+        assert (manifest["autoencoder"]["scale"], manifest["autoencoder"]["shift"]) == (0.18215, 0.3)
+    assert own["autoencoder"]["sha256"] != other["autoencoder"]["sha256"]
+
+
+def test_a_run_whose_autoencoder_was_replaced(latent_run, tmp_path):
+    run = shutil.copytree(latent_run["diffusion"], tmp_path / "run")
+    config = json.loads((run / "config.json").read_text())
+    config["inputs"]["autoencoder"]["sha256"] = "0"
+    (run / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match=r"trained with another autoencoder \(autoencoder.sha256: '0' there"):
+        draw(tmp_path / "out", f"run={run}", "count=1")
+
+
+def test_a_damaged_set_and_a_damaged_run(run_folder, tmp_path):
+    draw(tmp_path / "a", f"run={run_folder}", "count=3")
+    image = tmp_path / "a" / "images" / "000001.png"
+    image.write_bytes(image.read_bytes()[:60])
+    with pytest.raises(ConfigError, match=r"000001.png is not a whole sample; delete it and start again"):
+        draw(tmp_path / "a", f"run={run_folder}", "count=3")
+    image.unlink()
+    draw(tmp_path / "a", f"run={run_folder}", "count=3")
+    (tmp_path / "a" / "manifest.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"manifest.json is damaged"):
+        draw(tmp_path / "a", f"run={run_folder}", "count=3")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"out: .*file cannot be written: "):
+        draw(tmp_path / "file", f"run={run_folder}", "count=1")
+    run = shutil.copytree(run_folder, tmp_path / "run")
+    newest = run / "checkpoints" / "step_00000002.pt"
+    newest.write_bytes(newest.read_bytes()[:1000])
+    with pytest.raises(ConfigError, match=r"step_00000002.pt is damaged; choose another step"):
+        draw(tmp_path / "b", f"run={run}", "count=1", "step=2")
+    with pytest.warns(UserWarning, match="is damaged"):
+        _, manifest = draw(tmp_path / "b", f"run={run}", "count=1")
+    assert manifest["origin"]["step"] == 1
+    assert newest.exists(), "a reader moved a file of the run"
 
 
 WRONG = {
@@ -262,11 +318,12 @@ WRONG = {
         r"checkpoint must be a file that holds this model exactly; \d+ parameters differ, such as"
     ),
     "run=RUN step=7": "holds no checkpoint of step 7",
+    "run=RUN step=0": "holds no checkpoint of step 0",
     "run=RUN count=0": "count must be >= 1, got 0",
     "run=RUN labels=some": r"labels must be random, balanced or a list of classes such as \[207, 360\], got 'some'",
     "run=RUN labels=[3,10]": r"labels must be from 0 to 9, got \[3, 10\]",
     "run=RUN sampler=ode": "sampler.method must be one of ddpm, ddim, got 'ode_heun'",
-    "run=RUN protocol=dit_table": "protocol|decoder must be null for a model of pixels",
+    "run=RUN protocol=dit_table": "protocol must be null for a model of pixels, got 'dit_table'",
     "run=RUN protocol=dit_tabel": "protocol=dit_tabel: no such option; did you mean 'dit_table'",
     "run=RUN decoder=x": "decoder must be null for a model of pixels, got 'x'",
     "run=RUN cuont=3": "unknown key 'cuont'; did you mean 'count'",

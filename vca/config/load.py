@@ -38,7 +38,7 @@ def register_schemas(root: Mapping[str, type], groups: Mapping[str, Mapping[str,
         root: script name -> its config dataclass, stored as `<name>_schema`.
         groups: config group -> {name: dataclass}, stored as `<group>/<name>_schema`.
     """
-    OmegaConf.register_new_resolver("divide", lambda value, by: value // by, replace=True)
+    OmegaConf.register_new_resolver("divide", lambda value, by: value // max(by, 1), replace=True)
     store = ConfigStore.instance()
     for name, node in root.items():
         store.store(name=f"{name}_schema", node=node)
@@ -133,9 +133,11 @@ def from_plain(config_class: type, values: Mapping[str, Any]) -> Any:
 
 
 def read_protocol(name: str) -> dict[str, Any]:
-    """What `configs/protocol/<name>.yaml` fixes."""
+    """What `configs/protocol/<name>.yaml` fixes, the sampler that it names included."""
     values: Any = OmegaConf.to_container(OmegaConf.load(CONFIGS / "protocol" / f"{name}.yaml"))
-    return values
+    (choice,) = values.pop("defaults")
+    sampler: Any = OmegaConf.to_container(OmegaConf.load(CONFIGS / "sampler" / f"{choice['override /sampler']}.yaml"))
+    return {**values, "sampler": {**sampler, **values["sampler"]}}
 
 
 def extra_keys(config: DictConfig, prefix: str = "") -> list[str]:

@@ -27,6 +27,7 @@ from vca.data.config import DataConfig
 from vca.runtime.errors import ConfigError, check
 from vca.runtime.rundir import compare, write_text
 
+OPEN_FILES = 512  # that a process keeps open; the usual limit is 1024
 CROP = "adm-1"  # ADM's centre crop as this project makes it; a change of its pixels is another number
 
 
@@ -70,7 +71,10 @@ class Manifest:
         Raises:
             ConfigError: if the folder holds the manifest of another cache; names what differs.
         """
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"out: {folder} cannot be made: {error.strerror}") from error
         there = read_manifest(folder) if (folder / "manifest.json").exists() else self
         if differences := compare(asdict(there), asdict(self)):
             raise ConfigError(f"{folder} holds another cache ({'; '.join(differences)}); choose another folder")
@@ -133,13 +137,17 @@ class LatentCache(Dataset):
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.manifest = folder, read_manifest(folder)
+        check(self.manifest.crop == CROP, f"{folder}: crop", f"'{CROP}', as it is made now", self.manifest.crop)
         missing = [s for s in range(self.manifest.shards) if not shard_is_whole(folder, self.manifest, s)]
         if missing:
             raise ConfigError(
                 f"{folder} is not complete: {len(missing)} of {self.manifest.shards} files are missing or cut short, "
                 f"such as {shard_path(folder, missing[0]).name}; run scripts/prepare_latents.py again"
             )
-        self.labels = np.load(folder / "labels.npy")
+        try:
+            self.labels = np.load(folder / "labels.npy")
+        except (OSError, ValueError, EOFError) as error:
+            raise ConfigError(f"{folder}/labels.npy cannot be read; run scripts/prepare_latents.py again") from error
         check(
             len(self.labels) == self.manifest.images, f"{folder}: labels", str(self.manifest.images), len(self.labels)
         )
@@ -154,6 +162,8 @@ class LatentCache(Dataset):
     def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
         shard, row = divmod(index, self.manifest.shard_size)
         if shard not in self.files:
+            if len(self.files) >= OPEN_FILES:
+                del self.files[next(iter(self.files))]  # the one opened first
             self.files[shard] = np.load(shard_path(self.folder, shard), mmap_mode="r")
         return self.files[shard][row], int(self.labels[index])
 

@@ -10,8 +10,12 @@ To add one: a loader here and a line in `AUTOENCODERS`; or a Python file outside
 Shape letters: B batch, C latent channels, h w the latent's, H = h factor and W = w factor the image's.
 """
 
+import hashlib
 import importlib.util
-from collections.abc import Callable
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +25,8 @@ from torch import Tensor, nn
 
 from vca.runtime.digest import tensors_sha256
 from vca.runtime.errors import ConfigError, check
+
+PART = 16  # images that go through an autoencoder at once: its activations are large, and its speed is reached
 
 
 @dataclass
@@ -47,10 +53,12 @@ class AutoencoderConfig:
         check(self.name in AUTOENCODERS, "autoencoder.name", f"one of {sorted(AUTOENCODERS)}", self.name)
         for key in ("channels", "factor"):
             check(getattr(self, key) >= 1, f"autoencoder.{key}", ">= 1", getattr(self, key))
+        rule = "null but for autoencoder.name=file"
+        check(self.weights is None or self.name == "file", "autoencoder.weights", rule, self.weights)
         check(self.scale is None or self.scale > 0, "autoencoder.scale", "> 0 or null", self.scale)
         if self.name == "none":
             check(self.factor == 1, "autoencoder.factor", "1 in pixel space", self.factor)
-            for key in ("source", "weights", "scale", "shift"):
+            for key in ("source", "scale", "shift"):
                 check(getattr(self, key) is None, f"autoencoder.{key}", "null in pixel space", getattr(self, key))
         else:
             check(self.source is not None, "autoencoder.source", "a path or a name", self.source)
@@ -74,10 +82,12 @@ class Autoencoder:
         self.scale = config.scale if config.scale is not None else scale
         self.shift = config.shift if config.shift is not None else shift
         self.sha256 = tensors_sha256(network.state_dict(), text)
+        self.device = torch.device("cpu")
 
     def to(self, device: torch.device) -> "Autoencoder":
         """Move to a device."""
         self.network.to(device)
+        self.device = device
         return self
 
     def identity(self) -> dict[str, Any]:
@@ -87,8 +97,8 @@ class Autoencoder:
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
         """Images `(B, 3, H, W)` in [-1, 1] to moments `(B, 2 C or C, h, w)`."""
-        with torch.autocast(images.device.type, enabled=False):
-            return self.network.encode(images)
+        with in_float32(images.device):
+            return torch.cat([self.network.encode(part) for part in images.split(PART)])
 
     def latents(self, moments: Tensor, noise: Tensor) -> Tensor:
         """Moments and `noise` `(B, C, h, w)` to latents `(B, C, h, w)`; without a posterior the noise is not used."""
@@ -104,8 +114,24 @@ class Autoencoder:
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Latents `(B, C, h, w)` to images `(B, 3, H, W)`, about in [-1, 1]."""
-        with torch.autocast(latents.device.type, enabled=False):
-            return self.network.decode(latents.float() / self.scale + self.shift)
+        with in_float32(latents.device):
+            return torch.cat(
+                [self.network.decode(part) for part in (latents.float() / self.scale + self.shift).split(PART)]
+            )
+
+
+@contextmanager
+def in_float32(device: torch.device) -> Iterator[None]:
+    """Neither autocast nor TF32, whatever is set around it."""
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
 
 
 class PixelSpace(nn.Module):
@@ -155,19 +181,28 @@ def from_diffusers(config: AutoencoderConfig) -> Autoencoder:
     if folder.is_absolute() or source.startswith(".") or folder.exists():
         check((folder / "config.json").is_file(), "autoencoder.source", "a folder with diffusers' config.json", source)
     try:
-        vae = AutoencoderKL.from_pretrained(str(folder) if folder.exists() else source, low_cpu_mem_usage=False)
+        vae, loaded = AutoencoderKL.from_pretrained(
+            str(folder) if folder.exists() else source, low_cpu_mem_usage=False, output_loading_info=True
+        )
     except Exception as error:  # diffusers, the hub's client and safetensors each have their own
         reason = str(error).strip().splitlines() or [type(error).__name__]
         there = "" if folder.exists() else f"; where there is a network: hf download {source} --local-dir FOLDER, then"
         there += " autoencoder.source=FOLDER" if there else ""
         raise ConfigError(f"autoencoder.source: '{source}' cannot be loaded ({reason[0]}){there}") from error
+    if wrong := [
+        f"{key} {loaded[key][0]}" for key in ("missing_keys", "unexpected_keys", "mismatched_keys") if loaded[key]
+    ]:
+        raise ConfigError(
+            f"autoencoder.source: the weights in '{source}' are not those of its config ({'; '.join(wrong)})"
+        )
     settings: Any = vae.config
     found = {"channels": settings.latent_channels, "factor": 2 ** (len(settings.block_out_channels) - 1)}
     for key, value in found.items():
         ours = getattr(config, key)
         check(ours == value, f"autoencoder.{key}", f"{value}, as '{source}' has it", ours)
     shift = getattr(settings, "shift_factor", None) or 0.0
-    return Autoencoder(config, DiffusersVAE(vae), settings.scaling_factor, shift)
+    text = json.dumps({key: value for key, value in settings.items() if key[0] != "_"}, sort_keys=True, default=str)
+    return Autoencoder(config, DiffusersVAE(vae), settings.scaling_factor, shift, text)
 
 
 def from_file(config: AutoencoderConfig) -> Autoencoder:
@@ -182,22 +217,35 @@ def from_file(config: AutoencoderConfig) -> Autoencoder:
     """
     path = Path(str(config.source)).expanduser()
     check(path.is_file() and path.suffix == ".py", "autoencoder.source", "a Python file", config.source)
-    spec: Any = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
+    name = f"autoencoder_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
+    spec: Any = importlib.util.spec_from_file_location(name, path)
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    side = 8 * config.factor
     try:
         spec.loader.exec_module(module)
         network = module.load_autoencoder(config.weights)
+        if not isinstance(network, nn.Module) or not hasattr(network, "encode") or not hasattr(network, "decode"):
+            raise TypeError("load_autoencoder must return a module with encode and decode")
+        autoencoder = Autoencoder(config, network, text=path.read_text() + describe_weights(config.weights))
+        moments = autoencoder.encode(torch.zeros(1, 3, side, side))
+        image = autoencoder.decode(torch.zeros(1, config.channels, 8, 8))
     except Exception as error:  # somebody else's code
-        raise ConfigError(f"autoencoder.source: {path}: {type(error).__name__}: {error}") from error
-    if not isinstance(network, nn.Module) or not hasattr(network, "encode") or not hasattr(network, "decode"):
-        raise ConfigError(f"autoencoder.source: {path}: load_autoencoder must return a module with encode and decode")
-    side = 8 * config.factor
-    autoencoder = Autoencoder(config, network, text=path.read_text())
-    shape = tuple(autoencoder.encode(torch.zeros(1, 3, side, side)).shape)
+        reason = str(error).strip().splitlines() or [""]
+        raise ConfigError(f"autoencoder.source: {path}: {type(error).__name__}: {reason[0]}") from error
+    shape = tuple(moments.shape)
     fits = shape in ((1, config.channels, 8, 8), (1, 2 * config.channels, 8, 8))
     rule = f"encode {side} x {side} px to {config.channels} or {2 * config.channels} channels of 8 x 8"
     check(fits, f"autoencoder.channels and autoencoder.factor: {path}", rule, shape)
+    rule = f"decode {config.channels} channels of 8 x 8 to {side} x {side} px"
+    check(tuple(image.shape) == (1, 3, side, side), f"autoencoder.source: {path}", rule, tuple(image.shape))
     return autoencoder
+
+
+def describe_weights(weights: str | None) -> str:
+    """What `autoencoder.weights` adds to the identity: the content of a file; a folder is in the parameters."""
+    if weights is None or Path(weights).is_dir():
+        return ""
+    return hashlib.sha256(Path(weights).read_bytes()).hexdigest() if Path(weights).is_file() else weights
 
 
 AUTOENCODERS: dict[str, Callable[[AutoencoderConfig], Autoencoder]] = {

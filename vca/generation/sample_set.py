@@ -29,6 +29,8 @@ from vca.runtime.errors import ConfigError
 from vca.runtime.rundir import compare, write_text
 
 SHOWN = 100  # samples in grid.png
+# Names of things whose sha256 is compared, and what is not known before the end.
+FREE = ("autoencoder.source", "origin.checkpoint", "origin.run", "result")
 
 
 @dataclass(frozen=True)
@@ -46,24 +48,40 @@ class SampleSet:
     def __init__(self, path: Path) -> None:
         self.path, self.images, self.manifest_file = path, path / "images", path / "manifest.json"
 
-    def open(self, manifest: dict[str, Any], count: int) -> None:
-        """Begin the set, or enter it again; it may have grown since.
+    def open(self, manifest: dict[str, Any], count: int, block: int) -> list[range]:
+        """Begin the set, or enter it again; it may have grown since. Returns `missing_blocks(count, block)`.
 
         Raises:
             ConfigError: if the folder holds another set (names what differs), or more samples, or none of ours.
         """
         if self.manifest_file.exists():
-            there = json.loads(self.manifest_file.read_text())
-            if differences := compare(there, manifest, free=("result",)):
+            if differences := compare(self.read_manifest(), manifest, free=FREE):
                 raise ConfigError(
                     f"out: {self.path} holds other samples ({'; '.join(differences)}); choose another folder"
                 )
         elif self.images.exists():
             raise ConfigError(f"out: {self.images} is there already, without a manifest; choose another folder")
-        self.images.mkdir(parents=True, exist_ok=True)
+        else:
+            try:
+                self.path.mkdir(parents=True, exist_ok=True)
+                write_text(self.manifest_file, json.dumps(manifest, indent=2) + "\n")
+            except OSError as error:
+                raise ConfigError(f"out: {self.path} cannot be written: {error.strerror}") from error
+        self.images.mkdir(exist_ok=True)
         if more := [index for index in self.there() if index >= count]:
             raise ConfigError(f"count must be > {max(more)}: {self.path} holds that sample; or choose another folder")
-        write_text(self.manifest_file, json.dumps(manifest, indent=2) + "\n")
+        return self.missing_blocks(count, block)
+
+    def read_manifest(self) -> dict[str, Any]:
+        """The manifest that is there.
+
+        Raises:
+            ConfigError: if it cannot be read.
+        """
+        try:
+            return json.loads(self.manifest_file.read_text())
+        except ValueError as error:
+            raise ConfigError(f"{self.manifest_file} is damaged ({error}); choose another folder") from error
 
     def image_path(self, index: int) -> Path:
         """Where a sample lies."""
@@ -91,10 +109,14 @@ class SampleSet:
 
     def read(self, index: int) -> Sample:
         """A sample that is there."""
-        with Image.open(self.image_path(index)) as image:
-            pixels = np.asarray(image)
-            text: Any = image.text  # type: ignore[attr-defined]
-        return Sample(pixels if pixels.ndim == 3 else pixels[..., None], int(text["label"]), int(text["evaluations"]))
+        try:
+            with Image.open(self.image_path(index)) as image:
+                pixels = np.asarray(image)
+                text: Any = image.text  # type: ignore[attr-defined]
+            label, evaluations = int(text["label"]), int(text["evaluations"])
+        except (OSError, SyntaxError, AttributeError, KeyError) as error:
+            raise ConfigError(f"{self.image_path(index)} is not a whole sample; delete it and start again") from error
+        return Sample(pixels if pixels.ndim == 3 else pixels[..., None], label, evaluations)
 
     def read_all(self, count: int) -> Iterator[Sample]:
         """The samples in order, a few read ahead."""
@@ -130,8 +152,7 @@ class SampleSet:
             "evaluations": {"mean": float(np.mean(evaluations)), "min": min(evaluations), "max": max(evaluations)},
             "classes": {str(label): labels.count(label) for label in sorted(set(labels))},
         }
-        manifest = json.loads(self.manifest_file.read_text())
-        write_text(self.manifest_file, json.dumps({**manifest, "result": result}, indent=2) + "\n")
+        write_text(self.manifest_file, json.dumps({**self.read_manifest(), "result": result}, indent=2) + "\n")
         return result
 
 

@@ -1,7 +1,7 @@
 """Ranks and devices. One process is a world of one; every function here works there too."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -42,36 +42,50 @@ class World:
         dist.broadcast_object_list(box, device=self.device)
         return box[0]
 
+    def from_main(self, function: Callable[[], Any]) -> Any:
+        """What `function` returns on rank 0, on every rank; a `ConfigError` of it is raised on every rank alike."""
+        outcome: Any = None
+        if self.is_main:
+            try:
+                outcome = function()
+            except ConfigError as error:
+                outcome = error
+        outcome = self.broadcast(outcome)
+        if isinstance(outcome, ConfigError):
+            raise outcome
+        return outcome
+
     def barrier(self) -> None:
         """Wait for all ranks."""
         if self.size > 1:
             dist.barrier()
 
 
-def pick_device(name: str, local_rank: int) -> torch.device:
-    """The device for `cpu`, `cuda` or `auto` on this rank; `ConfigError` if there is no such GPU."""
+def pick_device(name: str, local_rank: int, key: str = "trainer.device") -> torch.device:
+    """The device for `cpu`, `cuda` or `auto` on this rank; `ConfigError` about `key` if there is no such GPU."""
     gpus = torch.cuda.device_count() if name != "cpu" else 0
     if name == "cpu" or (name == "auto" and gpus == 0):
         return torch.device("cpu")
     if local_rank >= gpus:
         raise ConfigError(
-            f"trainer.device={name} needs a GPU for local rank {local_rank}, but {gpus} are visible; "
-            f"set trainer.device=cpu or --nproc_per_node={max(gpus, 1)}"
+            f"{key}={name} needs a GPU for local rank {local_rank}, but {gpus} are visible; "
+            f"set {key}=cpu or --nproc_per_node={max(gpus, 1)}"
         )
     return torch.device("cuda", local_rank)
 
 
 @contextmanager
-def start(device: str, timeout_minutes: float = 10.0) -> Iterator[World]:
+def start(device: str, timeout_minutes: float = 10.0, key: str = "trainer.device") -> Iterator[World]:
     """Join the process group that torchrun describes in the environment, and leave it at the end.
 
     Args:
         device: `cpu`, `cuda` or `auto`.
         timeout_minutes: how long a collective waits for a lost rank.
+        key: what the user calls the device.
     """
     rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
     size = int(os.environ.get("WORLD_SIZE", 1))
-    world = World(rank, local_rank, size, pick_device(device, local_rank))
+    world = World(rank, local_rank, size, pick_device(device, local_rank, key))
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)
     if size > 1:

@@ -1,6 +1,6 @@
 """One directory a run: what was asked for, what it ran on, what it measured, and its checkpoints.
 
-config.json       the resolved config; starting with another one is refused
+config.json       the resolved config, and of a generator the autoencoder and latent cache; others are refused
 launches.jsonl    a line a start: command, commit, versions, machine, ranks, first step
 uncommitted.diff  what the checkout held beside its commit, at the last start
 metrics.jsonl     a line a report; the truth, of which wandb and curves.png are copies
@@ -27,6 +27,8 @@ from vca.runtime.errors import ConfigError
 
 # Keys that may differ between two starts of one run: they change where and how it runs, not what it computes.
 FREE_KEYS = (
+    "autoencoder.source",  # its sha256 is compared
+    "autoencoder.weights",
     "out_dir",
     "data.check_seconds",
     "data.root",

@@ -82,10 +82,11 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def load_latest(folder: Path) -> dict[str, Any] | None:
+def load_latest(folder: Path, set_aside: bool = True) -> dict[str, Any] | None:
     """The newest checkpoint that can be read, or None if there is no checkpoint.
 
-    A damaged one is passed over with a warning, and set aside as `<name>.damaged` so that it does not count as newest.
+    A damaged one is passed over with a warning, and set aside as `<name>.damaged` so that it does not count as newest;
+    a reader that is not the run itself leaves it where it is (`set_aside=False`).
 
     Raises:
         ConfigError: if there are checkpoints and all of them are damaged: starting over would lose the run's history.
@@ -97,7 +98,8 @@ def load_latest(folder: Path) -> dict[str, Any] | None:
             return load_checkpoint(path)
         except (zipfile.BadZipFile, RuntimeError, pickle.UnpicklingError, EOFError) as error:
             warnings.warn(f"{path.name} is damaged ({str(error).splitlines()[0]}); passing it over", stacklevel=2)
-            path.rename(path.with_suffix(".pt.damaged"))
+            if set_aside:
+                path.rename(path.with_suffix(".pt.damaged"))
     if found:
         raise ConfigError(f"all checkpoints in {folder} are damaged; choose another name=... or remove the folder")
     return None
