@@ -31,7 +31,7 @@ from vca.runtime import distributed
 from vca.runtime.digest import tensors_sha256
 from vca.runtime.errors import ConfigError, check, config_errors
 from vca.runtime.rundir import compare, plain
-from vca.training.checkpoint import checkpoint_path, load_checkpoint, load_latest
+from vca.training.checkpoint import checkpoint_path, list_checkpoints, load_checkpoint, load_latest
 from vca.training.config import autocast, set_precision
 from vca.training.init import InitWeights, init_from
 
@@ -155,7 +155,8 @@ def load_run(config: SampleConfig, model: Any, world: distributed.World) -> dict
     step = config.step if config.step is not None else world.from_main(lambda: newest_step(folder))
     path = checkpoint_path(folder, step)
     if not path.is_file():
-        raise ConfigError(f"{folder} holds no checkpoint of step {step}")
+        there = ", ".join(str(int(path.stem[5:])) for path in list_checkpoints(folder)) or "none at all"
+        raise ConfigError(f"{folder} holds no checkpoint of step {step}, but of {there}")
     try:
         saved = load_checkpoint(path)
     except (zipfile.BadZipFile, RuntimeError) as error:

@@ -9,6 +9,7 @@ While it trains, a run draws samples of its EMA weights into `outputs/<name>/sam
 that was interrupted, to the bit. `--cfg job --resolve` prints the whole config.
 """
 
+import math
 from dataclasses import asdict
 from pathlib import Path
 
@@ -116,7 +117,7 @@ def introduce(config: TrainGenConfig, state: TrainState, images: int) -> str:
     trainer = config.trainer
     return (
         f"{config.name}: {config.model.name} with {config.attention.name}, {parameters / 1e6:.3f} M parameters\n"
-        f"{config.data.name}: {images} images\n"
+        f"{config.data.name}: {images} images of {math.prod(config.model.grid)} tokens\n"
         f"{state.total_steps - state.step} of {state.total_steps} updates of {trainer.global_batch} images "
         f"({state.world.size} rank(s) x {state.accumulation} x {state.micro_batch}), peak lr {state.peak_lr:.3g}, "
         f"{trainer.precision.value} on {state.world.device.type} ({torch.get_num_threads()} threads)"
@@ -128,7 +129,9 @@ def summarize(config: TrainGenConfig, folder: RunDirectory, talk: bool) -> dict[
     losses = [record["loss"] for record in folder.records() if record.get("loss") is not None]
     result = {"loss": losses[-1]} if losses else {}
     if talk and result:
-        print(f"{config.out_dir}/{config.name}: loss {result['loss']:.4f}, pictures in samples/", flush=True)
+        print(
+            f"{config.out_dir}/{config.name}: loss {result['loss']:.4f}, pictures in {folder.path}/samples/", flush=True
+        )
     return result
 
 

@@ -2,7 +2,7 @@
 # Train the rows of Table 2, one after the other, and draw the 50,000 samples that each figure is made from.
 #
 #     python scripts/prepare_latents.py data.root=/data/imagenet out=/data/latents      once, on all GPUs by torchrun
-#     scripts/reproduce_table2.sh --print                       the rows, what they cost, and their commands
+#     scripts/reproduce_table2.sh --print data.root=/data/latents     the rows, what they cost, and their commands
 #     scripts/reproduce_table2.sh data.root=/data/latents       run them on all GPUs of this machine
 #     ROWS='dit_s_* sit_b_2_vca' SEED=1 OUT=outputs scripts/reproduce_table2.sh data.root=/data/latents
 #
@@ -27,6 +27,6 @@ fi
 after() {
     local run="$OUT/table2-$1-seed$SEED" protocol=dit_table vae=sd-vae-ft-mse
     if [[ $1 == sit_* ]]; then protocol=sit_sde250 vae=sd-vae-ft-ema; fi
-    step "${launch[@]}" "$root/sample.py" "run=$run" "out=$run/samples" "protocol=$protocol" npz=true ${VAES:+"decoder=$VAES/$vae"}
+    step "${launch[@]}" "$root/sample.py" "run=$run" "out=$run/$protocol" "protocol=$protocol" npz=true ${VAES:+"decoder=$VAES/$vae"}
 }
 source "$(dirname "$0")/reproduce_rows.sh"

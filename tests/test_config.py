@@ -158,7 +158,7 @@ def test_wrong_input(line, tmp_path, monkeypatch, capsys):
 
 # The same for train_gen.py.
 WRONG_GEN = {
-    "sampler=ode": r"sampler.method must be one of ddpm, ddim, got 'ode_heun'",
+    "sampler=ode": r"sampler.method must be one of ddpm, ddim .sampler=ddpm or ddim., got 'ode_heun'",
     "sampler=dopri5 sampler.steps=5": r"sampler.steps must be null for ode_dopri5, which chooses its own, got 5",
     "model.class_dropout_prob=0 sampler.guidance=2": r"sampler.guidance must be 1 for a model with class",
     "sampler.steps=2000": r"sampler.steps must be at most 1000, the steps of the objective, got 2000",

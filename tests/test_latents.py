@@ -194,7 +194,10 @@ def test_wrong_autoencoders(vaes, tmp_path):
         ({"name": "file", "source": "nowhere.py"}, "autoencoder.source must be a Python file, got 'nowhere.py'"),
         ({"name": "file", "source": str(tmp_path / "broken.py")}, "ZeroDivisionError"),
         ({"name": "file", "source": str(tmp_path / "other.py")}, "must return a module with encode and decode"),
-        ({"name": "file", "source": str(tmp_path / "halve.py"), "weights": "1", "factor": 2}, "must be encode 16 x 16"),
+        (
+            {"name": "file", "source": str(tmp_path / "halve.py"), "weights": "1", "factor": 2},
+            r"makes 16 x 16 px .3, 8, 8., not 4 or 8 channels of 8 x 8",
+        ),
         ({"name": "none", "source": "x"}, "autoencoder.source must be null in pixel space"),
     ):
         with pytest.raises(ConfigError, match=message) as error:

@@ -265,10 +265,10 @@ def test_the_scripts_of_the_tables(tmp_path):
     assert f"train_gen.py experiment=table2/sit_s_2_vca {own}\n" in printed.stdout
     folder = "outputs/table2-sit_s_2_vca-seed3"
     assert (
-        f"sample.py run={folder} out={folder}/samples protocol=sit_sde250 npz=true decoder={vaes}/sd-vae-ft-ema\n"
+        f"sample.py run={folder} out={folder}/sit_sde250 protocol=sit_sde250 npz=true decoder={vaes}/sd-vae-ft-ema\n"
         in printed.stdout
     )
-    assert f"samples protocol=dit_table npz=true decoder={vaes}/sd-vae-ft-mse" in printed.stdout
+    assert f"dit_table protocol=dit_table npz=true decoder={vaes}/sd-vae-ft-mse" in printed.stdout
     assert "512" not in reproduce(2, "--print").stdout
     assert reproduce(2, "seed=3").returncode == 2
     assert "no config.json" in reproduce(2, "--print", VAES="nowhere").stderr

@@ -139,12 +139,12 @@ def test_a_set_may_grow_but_not_change(run_folder, tmp_path):
         ("weights=raw", r"holds other samples \(origin.weights: 'ema' there, 'raw' here; origin.weights_sha256"),
         ("step=1", r"holds other samples \(origin.step: 2 there, 1 here; origin.weights_sha256"),
         ("labels=[1]", r"holds other samples \(labels: 'random' there, \[1\] here\)"),
-        ("count=3", r"count must be > 7"),
+        ("count=3", r"count must be >= 8, which .* holds already"),
     ):
         with pytest.raises(ConfigError, match=message):
             draw(tmp_path / "a", f"run={run_folder}", *(["count=8"] if "count" not in other else []), other)
     (tmp_path / "c" / "images").mkdir(parents=True)
-    with pytest.raises(ConfigError, match="is there already, without a manifest"):
+    with pytest.raises(ConfigError, match="is no set of samples, and holds other files, such as images"):
         draw(tmp_path / "c", f"run={run_folder}", "count=2")
 
 
@@ -317,12 +317,12 @@ WRONG = {
     "model.patch_size=2 model.in_channels=1 attention=vca objective=diffusion": (
         r"checkpoint must be a file that holds this model exactly; \d+ parameters differ, such as"
     ),
-    "run=RUN step=7": "holds no checkpoint of step 7",
+    "run=RUN step=7": "holds no checkpoint of step 7, but of 1, 2",
     "run=RUN step=0": "holds no checkpoint of step 0",
     "run=RUN count=0": "count must be >= 1, got 0",
     "run=RUN labels=some": r"labels must be random, balanced or a list of classes such as \[207, 360\], got 'some'",
     "run=RUN labels=[3,10]": r"labels must be from 0 to 9, got \[3, 10\]",
-    "run=RUN sampler=ode": "sampler.method must be one of ddpm, ddim, got 'ode_heun'",
+    "run=RUN sampler=ode": "sampler.method must be one of ddpm, ddim .sampler=ddpm or ddim., got 'ode_heun'",
     "run=RUN protocol=dit_table": "protocol must be null for a model of pixels, got 'dit_table'",
     "run=RUN protocol=dit_tabel": "protocol=dit_tabel: no such option; did you mean 'dit_table'",
     "run=RUN decoder=x": "decoder must be null for a model of pixels, got 'x'",

@@ -210,7 +210,8 @@ class SampleConfig:
 
     def __post_init__(self) -> None:
         one = (self.run is None) != (self.checkpoint is None)
-        check(one, "run or checkpoint", "given, and not both", (self.run, self.checkpoint))
+        rule = "given, and not both: run=outputs/RUN, or checkpoint=FILE with its model=... and so on"
+        check(one, "run or checkpoint", rule, (self.run, self.checkpoint))
         for key in ("model", "attention", "objective", "autoencoder"):
             value = getattr(self, key)
             if self.run is not None:

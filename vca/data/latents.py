@@ -199,7 +199,7 @@ def load_latents(config: DataConfig, train: bool) -> LatentCache:
     Raises:
         ConfigError: if it is not whole, or is of another image size or number of classes.
     """
-    check(config.root is not None, "data.root", "the folder of a latent cache", config.root)
+    check(config.root is not None, "data.root", "a latent cache, as scripts/prepare_latents.py makes it", config.root)
     check(train, "data.name", "another than 'latents' for an evaluation", config.name)
     cache = LatentCache(Path(str(config.root)))
     size, classes = cache.manifest.img_size, len(cache.manifest.classes)

@@ -62,6 +62,10 @@ class AutoencoderConfig:
                 check(getattr(self, key) is None, f"autoencoder.{key}", "null in pixel space", getattr(self, key))
         else:
             check(self.source is not None, "autoencoder.source", "a path or a name", self.source)
+        for key in ("source", "weights"):  # so that a run can be read from another folder
+            value = getattr(self, key)
+            if value is not None and Path(value).expanduser().exists():
+                setattr(self, key, str(Path(value).expanduser().resolve()))
 
 
 class Autoencoder:
@@ -231,11 +235,15 @@ def from_file(config: AutoencoderConfig) -> Autoencoder:
         image = autoencoder.decode(torch.zeros(1, config.channels, 8, 8))
     except Exception as error:  # somebody else's code
         reason = str(error).strip().splitlines() or [""]
-        raise ConfigError(f"autoencoder.source: {path}: {type(error).__name__}: {reason[0]}") from error
+        made = f"{path} with autoencoder.weights={config.weights}"
+        raise ConfigError(f"autoencoder.source: {made}: {type(error).__name__}: {reason[0]}") from error
     shape = tuple(moments.shape)
     fits = shape in ((1, config.channels, 8, 8), (1, 2 * config.channels, 8, 8))
-    rule = f"encode {side} x {side} px to {config.channels} or {2 * config.channels} channels of 8 x 8"
-    check(fits, f"autoencoder.channels and autoencoder.factor: {path}", rule, shape)
+    if not fits:
+        raise ConfigError(
+            f"autoencoder.channels={config.channels} autoencoder.factor={config.factor}: {path} makes {side} x {side} "
+            f"px {shape[1:]}, not {config.channels} or {2 * config.channels} channels of 8 x 8; set what it has"
+        )
     rule = f"decode {config.channels} channels of 8 x 8 to {side} x {side} px"
     check(tuple(image.shape) == (1, 3, side, side), f"autoencoder.source: {path}", rule, tuple(image.shape))
     return autoencoder

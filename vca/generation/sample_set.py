@@ -59,17 +59,20 @@ class SampleSet:
                 raise ConfigError(
                     f"out: {self.path} holds other samples ({'; '.join(differences)}); choose another folder"
                 )
-        elif self.images.exists():
-            raise ConfigError(f"out: {self.images} is there already, without a manifest; choose another folder")
         else:
             try:
                 self.path.mkdir(parents=True, exist_ok=True)
+                if others := {entry.name for entry in os.scandir(self.path)} - {"manifest.tmp"}:
+                    there = f"{self.path} is no set of samples, and holds other files, such as {min(others)}"
+                    raise ConfigError(f"out: {there}; choose another folder")
                 write_text(self.manifest_file, json.dumps(manifest, indent=2) + "\n")
             except OSError as error:
                 raise ConfigError(f"out: {self.path} cannot be written: {error.strerror}") from error
         self.images.mkdir(exist_ok=True)
         if more := [index for index in self.there() if index >= count]:
-            raise ConfigError(f"count must be > {max(more)}: {self.path} holds that sample; or choose another folder")
+            raise ConfigError(
+                f"count must be >= {max(more) + 1}, which {self.path} holds already; or choose another folder"
+            )
         return self.missing_blocks(count, block)
 
     def read_manifest(self) -> dict[str, Any]:

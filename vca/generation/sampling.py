@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vca.generation.objective import Objective, SamplerConfig
+from vca.generation.objective import Method, Objective, SamplerConfig
 from vca.generation.samplers import Samples
 from vca.runtime.errors import check
 from vca.runtime.seeding import derive_seed
@@ -22,7 +22,8 @@ def check_sampler(objective: Objective, sampler: SamplerConfig, class_dropout: f
     guidable = sampler.guidance == 1 or class_dropout > 0
     check(guidable, "sampler.guidance", "1 for a model with class_dropout_prob=0", sampler.guidance)
     names = ", ".join(method.value for method in objective.methods)
-    check(sampler.method in objective.methods, "sampler.method", f"one of {names}", sampler.method.value)
+    files = "sampler=ddpm or ddim" if Method.ddpm in objective.methods else "sampler=ode, dopri5 or sde"
+    check(sampler.method in objective.methods, "sampler.method", f"one of {names} ({files})", sampler.method.value)
     most = objective.most_steps
     if most is not None and sampler.steps is not None:
         rule = f"at most {most}, the steps of the objective"
