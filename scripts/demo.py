@@ -102,7 +102,7 @@ def together(commands: dict[str, list[str]]) -> None:
         print(f"\n$ python {script} {' '.join(overrides)}", flush=True)
         process = subprocess.Popen(
             [sys.executable, str(ROOT / script), *overrides],
-            env={**os.environ, "OMP_NUM_THREADS": threads, "TQDM_DISABLE": "1"},
+            env={**os.environ, "OMP_NUM_THREADS": threads},
             stdout=subprocess.PIPE,
             text=True,
         )
