@@ -6,32 +6,31 @@
         autoencoder=sd_vae labels=[207,360,387,974] count=4 sampler.guidance=4.0 grid=true out=samples/dit_xl_2
 
 Sample i of a set follows from `seed` and i alone, on any number of ranks; the same command goes on where it was
-interrupted. On CPUs samples are computed one by one, on one thread a rank, so
-that neither batch size nor threads decide how something rounds; a GPU computes `batch_size` at once, always the same.
+interrupted. On CPUs samples are computed one by one, on one thread a rank, so that neither batch size nor threads
+decide how something rounds; a GPU computes `batch_size` at once, always the same ones.
 """
 
 import json
-import sys
 import zipfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from models import GENERATORS, build_model
 from vca.attention import ATTENTIONS
-from vca.config import SampleConfig, command_line, from_plain, read_protocol, register_schemas
-from vca.generation.autoencoder import Autoencoder, AutoencoderConfig, load_autoencoder
+from vca.config import SampleConfig, command_line, from_registry, read_protocol, register_schemas
+from vca.generation.autoencoder import AUTOENCODERS, Autoencoder, AutoencoderConfig, load_autoencoder
 from vca.generation.objective import OBJECTIVES, Objective, build_objective
 from vca.generation.sample_set import Sample, SampleSet
 from vca.generation.sampling import check_sampler, draw_samples, label_of, to_uint8
 from vca.runtime import distributed
 from vca.runtime.digest import tensors_sha256
 from vca.runtime.errors import ConfigError, check, config_errors
+from vca.runtime.logging import progress_bar
 from vca.runtime.rundir import compare, plain
-from vca.training.checkpoint import checkpoint_path, list_checkpoints, load_checkpoint, load_latest
+from vca.training.checkpoint import checkpoint_path, list_checkpoints, load_checkpoint, load_latest_for_all
 from vca.training.config import autocast, set_precision
 from vca.training.init import InitWeights, init_from
 
@@ -41,10 +40,10 @@ DAY = 24 * 60.0  # minutes that ranks wait for each other: the slowest has the l
 register_schemas(
     root={"sample": SampleConfig},
     groups={
-        "model": {family: config for family, (config, _) in GENERATORS.items()},
-        "attention": {name: config for name, (config, _) in ATTENTIONS.items()},
-        "objective": {name: config for name, (config, _) in OBJECTIVES.items()},
-        "autoencoder": {"autoencoder": AutoencoderConfig},
+        "model": GENERATORS,
+        "attention": ATTENTIONS,
+        "objective": OBJECTIVES,
+        "autoencoder": AUTOENCODERS,
     },
 )
 
@@ -68,7 +67,7 @@ def run(config: SampleConfig) -> dict[str, Any]:
         if on_cpu:
             torch.set_num_threads(1)
         generator = load_generator(config, world)
-        check_sampler(generator.objective, config.sampler, generator.configs["model"].class_dropout_prob)
+        check_sampler(generator.objective, config.sampler, generator.model.config.class_dropout_prob)
         check_labels(config, generator.model.config.num_classes)
         if config.protocol is not None:
             check_protocol(config, generator)
@@ -76,9 +75,7 @@ def run(config: SampleConfig) -> dict[str, Any]:
         samples, together = SampleSet(Path(config.out)), 1 if on_cpu else config.batch_size
         manifest = describe(config, generator, together, world.device)
         blocks = world.from_main(lambda: samples.open(manifest, config.count, together))
-        patience = 0.1 if sys.stderr.isatty() else 60.0
-        bar = tqdm(total=len(blocks) * together, unit="sample", mininterval=patience, disable=not world.is_main)
-        with bar:
+        with progress_bar(len(blocks) * together, "sample", world.is_main) as bar:
             for block in blocks[world.rank :: world.size]:
                 for index, sample in zip(block, draw(config, generator, block, world.device), strict=True):
                     if index < config.count:
@@ -104,8 +101,9 @@ def load_generator(config: SampleConfig, world: distributed.World) -> Generator:
     origin = load_file(config, model) if config.run is None else load_run(config, model, world)
     origin["weights_sha256"] = tensors_sha256(model.state_dict())
     autoencoder = load_autoencoder(configs["autoencoder"], world.device)
-    trained_with = autoencoder.identity() if config.run is None or config.decoder else configs["trained_with"]
-    if differences := compare(trained_with, autoencoder.identity(), key="autoencoder"):
+    trained_with = configs.get("trained_with") if config.decoder is None else None
+    differences = compare(trained_with, autoencoder.identity(), key="autoencoder") if trained_with else []
+    if differences:
         raise ConfigError(f"run: it was trained with another autoencoder ({'; '.join(differences)})")
     objective = build_objective(configs["objective"])
     return Generator(model.eval().to(world.device), objective, autoencoder, configs, origin)
@@ -137,41 +135,37 @@ def read_run(folder: Path) -> dict[str, Any]:
     """The configs of a run of `train_gen.py`, and as `trained_with` the identity of its autoencoder."""
     check((folder / "config.json").is_file(), "run", "a run directory with a config.json", str(folder))
     saved = json.loads((folder / "config.json").read_text())
-    keys = ("model", "attention", "objective", "autoencoder")
-    check(all(key in saved for key in (*keys, "inputs")), "run", "a run of train_gen.py", str(folder))
-    classes = (
-        GENERATORS[saved["model"]["family"]][0],
-        ATTENTIONS[saved["attention"]["name"]][0],
-        OBJECTIVES[saved["objective"]["name"]][0],
-        AutoencoderConfig,
-    )
-    configs = {key: from_plain(config_class, saved[key]) for key, config_class in zip(keys, classes, strict=True)}
+    check("inputs" in saved, "run", "a run of train_gen.py", str(folder))
+    configs = {
+        "model": from_registry(GENERATORS, saved["model"], "family"),
+        "attention": from_registry(ATTENTIONS, saved["attention"]),
+        "objective": from_registry(OBJECTIVES, saved["objective"]),
+        "autoencoder": from_registry(AUTOENCODERS, saved["autoencoder"]),
+    }
     return {**configs, "trained_with": saved["inputs"]["autoencoder"]}
 
 
 def load_run(config: SampleConfig, model: Any, world: distributed.World) -> dict[str, Any]:
     """Load weights of a checkpoint of `config.run`: on every rank the one that rank 0 finds, while the run goes on."""
     folder = Path(str(config.run)) / "checkpoints"
-    step = config.step if config.step is not None else world.from_main(lambda: newest_step(folder))
+    saved = load_step(folder, config.step) if config.step is not None else load_latest_for_all(folder, world, False)
+    if saved is None:
+        raise ConfigError(f"{folder} holds no checkpoint")
+    weights = config.weights if saved["ema"] is not None else InitWeights.raw
+    model.load_state_dict(saved["ema" if weights is InitWeights.ema else "model"])
+    return {"run": Path(str(config.run)).resolve().name, "step": saved["step"], "weights": weights.value}
+
+
+def load_step(folder: Path, step: int) -> dict[str, Any]:
+    """The checkpoint of a step."""
     path = checkpoint_path(folder, step)
     if not path.is_file():
         there = ", ".join(str(int(path.stem[5:])) for path in list_checkpoints(folder)) or "none at all"
         raise ConfigError(f"{folder} holds no checkpoint of step {step}, but of {there}")
     try:
-        saved = load_checkpoint(path)
+        return load_checkpoint(path)
     except (zipfile.BadZipFile, RuntimeError) as error:
         raise ConfigError(f"{path} is damaged; choose another step=...") from error
-    weights = config.weights if saved["ema"] is not None else InitWeights.raw
-    model.load_state_dict(saved["ema" if weights is InitWeights.ema else "model"])
-    return {"run": Path(str(config.run)).resolve().name, "step": step, "weights": weights.value}
-
-
-def newest_step(folder: Path) -> int:
-    """Of the newest checkpoint that can be read."""
-    saved = load_latest(folder, set_aside=False)
-    if saved is None:
-        raise ConfigError(f"{folder} holds no checkpoint")
-    return saved["step"]
 
 
 def load_file(config: SampleConfig, model: Any) -> dict[str, Any]:
@@ -196,7 +190,7 @@ def check_protocol(config: SampleConfig, generator: Generator) -> None:
     for values in (fixed, ours):
         values["decoder"] = Path(values["decoder"] or "").name
     if differences := compare(fixed, ours):
-        raise ConfigError(f"protocol {config.protocol} is another one ({'; '.join(differences)}); leave protocol out")
+        raise ConfigError(f"protocol {config.protocol} has other values ({'; '.join(differences)}); leave protocol out")
     used = generator.origin["weights"]
     check(used in (fixed["weights"], THE_ONLY_ONES), f"protocol {config.protocol}: weights", fixed["weights"], used)
 

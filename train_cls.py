@@ -12,7 +12,6 @@ The same command continues a run that was interrupted, to the bit. `--cfg job --
 from collections.abc import Iterable
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from models import CLASSIFIERS, build_model
@@ -37,8 +36,8 @@ from vca.training.step import TrainState
 register_schemas(
     root={"train_cls": TrainClsConfig},
     groups={
-        "model": {family: config for family, (config, _) in CLASSIFIERS.items()},
-        "attention": {name: config for name, (config, _) in ATTENTIONS.items()},
+        "model": CLASSIFIERS,
+        "attention": ATTENTIONS,
     },
 )
 
@@ -77,10 +76,12 @@ def run(config: TrainClsConfig) -> dict[str, float]:
                 check_complete(started_from, folder)
                 state.ema = None  # a copy of what was read
             return summarize(config, evaluate_weights(state, val_batches), world.is_main)
-        check_before_training(config.data, [images, val_images], trainer.workers, micro_batch, world)
+        batch_bytes = micro_batch * config.data.image_bytes
+        check_before_training(config.data, [images, val_images], trainer.workers, batch_bytes, world)
 
         with training.open(config.name, plain(config), config.wandb):
-            training.reporter.say(introduce(config, state, len(images), len(val_images)))
+            data = f"{config.data.name}: {len(images)} training and {len(val_images)} evaluation images"
+            training.introduce(config.name, f"{config.model.name} with {config.attention.name}", data)
             if started_from is not None:
                 training.reporter.say(f"starting from {trainer.init_from}\n{started_from}")
             loss_of = ClassificationLoss(BatchMixer(config.augment, config.data.num_classes, config.seed))
@@ -108,19 +109,6 @@ def evaluate_weights(state: TrainState, batches: Iterable[tuple[Tensor, Tensor]]
     models = {"val": state.model} | ({"ema": state.ema.module} if state.ema is not None else {})
     results = {prefix: evaluate(model, batches, state.world, state.autocast) for prefix, model in models.items()}
     return {f"{prefix}/{key}": value for prefix, result in results.items() for key, value in result.items()}
-
-
-def introduce(config: TrainClsConfig, state: TrainState, images: int, val_images: int) -> str:
-    """What is about to happen, in a few lines."""
-    parameters = sum(p.numel() for p in state.model.parameters())
-    trainer, ranks = config.trainer, state.world.size
-    return (
-        f"{config.name}: {config.model.name} with {config.attention.name}, {parameters / 1e6:.3f} M parameters\n"
-        f"{config.data.name}: {images} training and {val_images} evaluation images\n"
-        f"{state.total_steps - state.step} of {state.total_steps} updates of {trainer.global_batch} images "
-        f"({ranks} rank(s) x {state.accumulation} x {state.micro_batch}), peak lr {state.peak_lr:.3g}, "
-        f"{trainer.precision.value} on {state.world.device.type} ({torch.get_num_threads()} threads)"
-    )
 
 
 def summarize(config: TrainClsConfig, result: dict[str, float], talk: bool) -> dict[str, float]:

@@ -23,7 +23,7 @@ from vca.data.augment import train_transform
 from vca.data.doctor import check_before_training
 from vca.data.latents import LatentCache, RandomVersion
 from vca.data.loader import MicroBatches, TrainOrder, train_loader
-from vca.generation.autoencoder import Autoencoder, AutoencoderConfig, load_autoencoder
+from vca.generation.autoencoder import AUTOENCODERS, Autoencoder, load_autoencoder
 from vca.generation.objective import OBJECTIVES, Objective, build_objective
 from vca.generation.sampling import check_sampler, draw_samples, save_grid, to_uint8
 from vca.runtime import distributed
@@ -38,10 +38,10 @@ from vca.training.step import TrainState
 register_schemas(
     root={"train_gen": TrainGenConfig},
     groups={
-        "model": {family: config for family, (config, _) in GENERATORS.items()},
-        "attention": {name: config for name, (config, _) in ATTENTIONS.items()},
-        "objective": {name: config for name, (config, _) in OBJECTIVES.items()},
-        "autoencoder": {"autoencoder": AutoencoderConfig},
+        "model": GENERATORS,
+        "attention": ATTENTIONS,
+        "objective": OBJECTIVES,
+        "autoencoder": AUTOENCODERS,
     },
 )
 
@@ -73,12 +73,14 @@ def run(config: TrainGenConfig) -> dict[str, float]:
         training = TrainingRun(folder, state, trainer, world)
         training.resume()
         if not training.finished:
-            check_before_training(config.data, [images], trainer.workers, micro_batch, world)
+            image_bytes = 4 * math.prod(images.manifest.shape[1:]) if cached else config.data.image_bytes
+            check_before_training(config.data, [images], trainer.workers, micro_batch * image_bytes, world)
             transform = RandomVersion(config.augment.hflip) if cached else train_transform(config.augment, config.data)
             dropout = model.config.class_dropout_prob
             loss_of = GenerationLoss(objective, autoencoder, cached, dropout, model.null_label, config.seed)
             with training.open(config.name, record, config.wandb):
-                training.reporter.say(introduce(config, state, len(images)))
+                data = f"{config.data.name}: {len(images)} images of {math.prod(config.model.grid)} tokens"
+                training.introduce(config.name, f"{config.model.name} with {config.attention.name}", data)
                 shares = MicroBatches(order, world, micro_batch, accumulation, state.step, state.total_steps)
                 for batches in train_loader(images, transform, config.seed, shares, trainer.workers):
                     update = state.update([batch.to(world.device) for batch in batches], loss_of, config.seed)
@@ -104,24 +106,9 @@ def draw_picture(
     labels = torch.arange(config.sampled_classes, device=state.world.device).repeat(config.samples_per_class)
     shape = (config.model.in_channels, *config.model.size)
     samples = draw_samples(network, objective, config.sampler, labels, range(len(labels)), config.seed, shape)
-    pictures = torch.cat([autoencoder.decode(x) for x in samples.x.split(16)])
-    save_grid(
-        to_uint8(pictures), folder.path / "samples" / f"step_{state.step:08d}.png", columns=config.sampled_classes
-    )
+    pictures = to_uint8(autoencoder.decode(samples.x))
+    save_grid(pictures, folder.path / "samples" / f"step_{state.step:08d}.png", columns=config.sampled_classes)
     return {"samples": len(labels), "evaluations": samples.evaluations}
-
-
-def introduce(config: TrainGenConfig, state: TrainState, images: int) -> str:
-    """What is about to happen, in a few lines."""
-    parameters = sum(p.numel() for p in state.model.parameters())
-    trainer = config.trainer
-    return (
-        f"{config.name}: {config.model.name} with {config.attention.name}, {parameters / 1e6:.3f} M parameters\n"
-        f"{config.data.name}: {images} images of {math.prod(config.model.grid)} tokens\n"
-        f"{state.total_steps - state.step} of {state.total_steps} updates of {trainer.global_batch} images "
-        f"({state.world.size} rank(s) x {state.accumulation} x {state.micro_batch}), peak lr {state.peak_lr:.3g}, "
-        f"{trainer.precision.value} on {state.world.device.type} ({torch.get_num_threads()} threads)"
-    )
 
 
 def summarize(config: TrainGenConfig, folder: RunDirectory, talk: bool) -> dict[str, float]:

@@ -26,7 +26,7 @@ from PIL import Image
 
 from models import CLASSIFIERS, build_model
 from vca.attention import ATTENTIONS
-from vca.config import from_plain
+from vca.config import from_plain, from_registry
 from vca.data.augment import eval_transform
 from vca.data.config import DataConfig
 from vca.generation.sample_set import SampleSet
@@ -126,9 +126,8 @@ def relay(name: str, process: "subprocess.Popen[str]") -> None:
 def read_classes(run: Path, samples: Path) -> float:
     """Percentage of the samples in a folder that the classifier of a run takes for the class that was asked for."""
     config: dict[str, Any] = json.loads((run / "config.json").read_text())
-    network, attention = config["model"], config["attention"]
     model = build_model(
-        from_plain(CLASSIFIERS[network["family"]][0], network), from_plain(ATTENTIONS[attention["name"]][0], attention)
+        from_registry(CLASSIFIERS, config["model"], "family"), from_registry(ATTENTIONS, config["attention"])
     )
     saved = load_latest(run / "checkpoints")
     assert saved is not None

@@ -20,7 +20,6 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from vca.config import PrepareLatentsConfig, command_line, register_schemas
 from vca.data import load_dataset
@@ -28,15 +27,14 @@ from vca.data.augment import AugmentConfig, Crop, train_transform
 from vca.data.doctor import check_before_training
 from vca.data.latents import CROP, LatentCache, Manifest, paths_sha256, save_array, shard_is_whole, shard_path
 from vca.data.loader import EvalImages
-from vca.generation.autoencoder import Autoencoder, AutoencoderConfig, load_autoencoder
+from vca.generation.autoencoder import AUTOENCODERS, Autoencoder, load_autoencoder
 from vca.runtime import distributed
 from vca.runtime.errors import ConfigError, check
+from vca.runtime.logging import progress_bar
 
 WEEK = 7 * 24 * 60.0  # minutes that ranks wait for each other: the slowest has the last word
 
-register_schemas(
-    root={"prepare_latents": PrepareLatentsConfig}, groups={"autoencoder": {"autoencoder": AutoencoderConfig}}
-)
+register_schemas(root={"prepare_latents": PrepareLatentsConfig}, groups={"autoencoder": AUTOENCODERS})
 
 
 def run(config: PrepareLatentsConfig) -> Manifest:
@@ -46,13 +44,12 @@ def run(config: PrepareLatentsConfig) -> Manifest:
         check(hasattr(images, "samples"), "data", "an image folder", config.data.name)
         autoencoder = load_autoencoder(config.autoencoder, world.device)
         folder, manifest = Path(config.out), describe(config, images, autoencoder)
-        check_before_training(config.data, [images], config.workers, config.batch_size, world)
+        check_before_training(config.data, [images], config.workers, config.batch_size * config.data.image_bytes, world)
         labels = np.array([label for _, label in images.samples], dtype=np.int64)
         missing = world.from_main(lambda: begin(folder, manifest, labels))
         mine = missing[world.rank :: world.size]
         total = sum(len(manifest.rows(shard)) for shard in mine)
-        patience = 0.1 if sys.stderr.isatty() else 60.0
-        with tqdm(total=total, unit="img", mininterval=patience, disable=not world.is_main) as bar:
+        with progress_bar(total, "img", world.is_main) as bar:
             for shard, latents in encode_shards(config, images, autoencoder, manifest, mine):
                 save_array(shard_path(folder, shard), latents)
                 bar.update(len(latents))

@@ -7,11 +7,14 @@ import subprocess
 import sys
 import time
 import uuid
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
+
+from vca.config import command_line
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = ROOT / "tests" / "golden"
@@ -31,6 +34,19 @@ TINY = (
     "model.drop_path_rate=0.2",
     "augment.mixup=0.8",
     "augment.cutmix=1.0",
+)
+
+
+# A DiT for tests of the path around it.
+SMALL_DIT = (
+    "model.hidden_size=16",
+    "model.num_heads=2",
+    "model.depth=2",
+    "model.patch_size=2",
+    "trainer.device=cpu",
+    "trainer.workers=0",
+    "sampler.steps=4",
+    "samples_per_class=1",
 )
 
 
@@ -84,24 +100,44 @@ def train(*overrides: str, ranks: int = 1, script: str = "train_cls.py", timeout
 
 def train_and_kill(folder: Path, at_step: int, *overrides: str, ranks: int = 1, script: str = "train_cls.py") -> int:
     """Start a training, `kill -9` all of its processes once `metrics.jsonl` reports `at_step`; the step reached."""
+
+    def reached() -> int:
+        records = metrics(folder)
+        return records[-1]["step"] if records else 0
+
+    start_and_kill(lambda: reached() >= at_step, *overrides, ranks=ranks, script=script)
+    step = reached()
+    time.sleep(0.2)
+    assert reached() == step, "something survived"
+    return step
+
+
+def start_and_kill(ready: Callable[[], bool], *overrides: str, ranks: int = 1, script: str = "train_cls.py") -> None:
+    """Start a script, and `kill -9` all of its processes once `ready`."""
     command = [*launcher(ranks), str(ROOT / script), *overrides]
     mark = uuid.uuid4().hex
     process = subprocess.Popen(
         command, env=environment(VCA_TEST=mark), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
     deadline = time.monotonic() + 240
-    while time.monotonic() < deadline and process.poll() is None:
-        steps = [record["step"] for record in metrics(folder)]
-        if steps and steps[-1] >= at_step:
-            break
-        time.sleep(0.005)
+    while time.monotonic() < deadline and process.poll() is None and not ready():
+        time.sleep(0.002)
     assert process.poll() is None, f"ended before it could be killed:\n{process.communicate()[0].decode()[-3000:]}"
+    assert ready(), "not ready after four minutes"
     kill_all(mark)
     process.communicate()
-    reached = metrics(folder)[-1]["step"]
-    time.sleep(0.2)
-    assert metrics(folder)[-1]["step"] == reached, "something survived"
-    return reached
+
+
+def one_line(script: str, run: Callable, arguments: list[str], monkeypatch, capsys) -> str:
+    """The one line to stderr with which a root script refuses its arguments, with exit code 2."""
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        command_line(script, run)
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert said.startswith("config error: ")
+    assert said.count("\n") == 1, said
+    return said
 
 
 def kill_all(mark: str) -> None:

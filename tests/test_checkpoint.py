@@ -103,7 +103,7 @@ def test_an_oserror_is_retried_once(saved, monkeypatch, failures):
             raise OSError(28, "No space left on device")
         fsync(descriptor)
 
-    monkeypatch.setattr(checkpoint.os, "fsync", flaky)
+    monkeypatch.setattr(os, "fsync", flaky)
     monkeypatch.setattr(checkpoint.time, "sleep", lambda seconds: None)
     twice = pytest.raises(OSError, match="No space left") if failures == 2 else nullcontext()
     with pytest.warns(UserWarning, match="trying once more"), twice:
@@ -118,7 +118,7 @@ def test_a_full_disk_is_an_oserror(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         try:
-            checkpoint.write_atomically(tmp_path / "step_00000001.pt", {"x": torch.zeros(100_000)})
+            checkpoint.write_checkpoint(tmp_path / "step_00000001.pt", {"x": torch.zeros(100_000)})
         except OSError:
             os._exit(7)
         os._exit(0)

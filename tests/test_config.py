@@ -2,15 +2,14 @@
 
 import dataclasses
 import re
-import sys
 
 import pytest
 
 import sample  # noqa: F401 - registers its schema
 import train_cls
 import train_gen
-from tests.conftest import ROOT, train
-from vca.config import command_line, compose
+from tests.conftest import ROOT, one_line, train
+from vca.config import compose
 from vca.runtime.errors import ConfigError
 from vca.runtime.rundir import plain
 
@@ -142,16 +141,9 @@ def test_wrong_input(line, tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr("vca.data.digits.Digits.__getitem__", no_data)
     monkeypatch.setattr("torchvision.datasets.folder.default_loader", no_data)
-    monkeypatch.setattr(
-        sys, "argv", ["train_cls.py", *([] if "out_dir" in line else [f"out_dir={tmp_path}/out"]), *line.split()]
-    )
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as stopped:
-        command_line("train_cls", train_cls.run)
-    said = capsys.readouterr().err
-    assert stopped.value.code == 2
-    assert said.startswith("config error: ")
-    assert said.count("\n") == 1, said
+    out = [] if "out_dir" in line else [f"out_dir={tmp_path}/out"]
+    said = one_line("train_cls", train_cls.run, [*out, *line.split()], monkeypatch, capsys)
     assert re.search(WRONG[line], said), said
     assert not list(tmp_path.iterdir()), "something was written"
 
@@ -181,14 +173,9 @@ WRONG_GEN = {
 
 @pytest.mark.parametrize("line", WRONG_GEN)
 def test_wrong_input_to_generation(line, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["train_gen.py", f"out_dir={tmp_path}/out", *line.split()])
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as stopped:
-        command_line("train_gen", train_gen.run)
-    said = capsys.readouterr().err
-    assert stopped.value.code == 2
-    assert said.startswith("config error: ")
-    assert said.count("\n") == 1, said
+    out = [f"out_dir={tmp_path}/out"]
+    said = one_line("train_gen", train_gen.run, [*out, *line.split()], monkeypatch, capsys)
     assert re.search(WRONG_GEN[line], said), said
     assert not list(tmp_path.iterdir()), "something was written"
 

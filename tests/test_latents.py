@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import time
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +11,7 @@ from PIL import Image
 
 import train_gen
 from scripts import prepare_latents
-from tests.conftest import ROOT, assert_same, environment, kill_all, launcher, train, train_and_kill, untimed
+from tests.conftest import ROOT, SMALL_DIT, assert_same, start_and_kill, train, train_and_kill, untimed
 from vca.config import compose
 from vca.data import load_dataset
 from vca.data.augment import AdmCrop, train_transform
@@ -93,18 +92,7 @@ def prepared(photos, source, out, *more):
 
 
 CACHE = ("shard_size=8", "batch_size=3", "workers=0", "device=cpu")
-NETWORK = (
-    "model.hidden_size=16",
-    "model.num_heads=2",
-    "model.depth=2",
-    "model.patch_size=2",
-    "trainer.device=cpu",
-    "trainer.workers=0",
-    "sampler.steps=4",
-    "samples_per_class=1",
-    "sampled_classes=3",
-    "augment=adm_flip",
-)
+NETWORK = (*SMALL_DIT, "sampled_classes=3", "augment=adm_flip")
 
 
 @pytest.fixture(scope="session")
@@ -274,18 +262,9 @@ def test_flips_are_encoded_not_flipped(cache):
 
 def test_several_ranks_and_an_interruption_make_the_same_cache(photos, quick, quick_cache, tmp_path):
     """Killed after its first file, continued by two ranks: every byte as in one go."""
-    import subprocess
-
     command = [*options(quick), f"data.root={photos}", f"out={tmp_path / 'broken'}", *CACHE, "shard_size=1"]
-    script = str(ROOT / "scripts" / "prepare_latents.py")
-    process = subprocess.Popen(
-        [*launcher(1), script, *command], env=environment(VCA_TEST=tmp_path.name), cwd=ROOT, stderr=subprocess.DEVNULL
-    )
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and not list((tmp_path / "broken").glob("shard_*.npy")):
-        time.sleep(0.002)
-    kill_all(tmp_path.name)
-    process.wait()
+    begun = (tmp_path / "broken").glob
+    start_and_kill(lambda: any(begun("shard_*.npy")), *command, script="scripts/prepare_latents.py")
     made = sorted((tmp_path / "broken").glob("shard_*.npy"))
     assert 1 <= len(made) < 31
     with pytest.raises(ConfigError, match=r"is not complete: \d+ of 31 files are missing or cut short"):

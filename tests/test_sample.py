@@ -3,9 +3,6 @@
 import json
 import re
 import shutil
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -16,14 +13,13 @@ from PIL import Image
 import sample
 import train_gen
 from models import build_model
-from tests.conftest import ROOT, environment, kill_all, launcher, train
-from vca.config import command_line, compose, read_protocol
+from tests.conftest import ROOT, SMALL_DIT, one_line, start_and_kill, train
+from vca.config import compose, read_protocol
 from vca.generation.autoencoder import load_autoencoder
 from vca.generation.sample_set import SampleSet
 from vca.generation.sampling import label_of
 from vca.runtime.errors import ConfigError
 
-SMALL = ("model.hidden_size=16", "model.num_heads=2", "model.depth=2", "model.patch_size=2", "trainer.workers=0")
 QUICK = ("sampler.steps=4", "device=cpu")
 
 
@@ -40,7 +36,7 @@ def run_folder(tmp_path_factory):
     """A run of two updates, whose weights are then made random."""
     out = tmp_path_factory.mktemp("runs")
     length = ["trainer.steps=2", "trainer.eval_every=0", "trainer.checkpoint_every=1", "sampler.steps=2"]
-    train_gen.run(compose("train_gen", [*SMALL, *length, f"out_dir={out}", "name=run", "trainer.device=cpu"]))
+    train_gen.run(compose("train_gen", [*SMALL_DIT, *length, f"out_dir={out}", "name=run", "trainer.device=cpu"]))
     for step in (1, 2):
         path = out / "run" / "checkpoints" / f"step_{step:08d}.pt"
         saved = torch.load(path, weights_only=True)
@@ -74,14 +70,9 @@ def test_ranks_batches_and_an_interruption_change_nothing(run_folder, tmp_path):
         sets[ranks] = json.loads((out / "manifest.json").read_text())["result"]["sha256"]
 
     out = tmp_path / "killed"
-    command = [*launcher(2), str(ROOT / "sample.py"), *common, f"out={out}", "batch_size=5"]
-    process = subprocess.Popen(command, env=environment(VCA_TEST=tmp_path.name), cwd=ROOT, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and len(list(out.glob("images/*.png"))) < 12:
-        time.sleep(0.002)
-    kill_all(tmp_path.name)
-    process.wait()
-    before = {path: path.stat().st_mtime_ns for path in (out / "images").iterdir()}
+    command = [*common, f"out={out}", "batch_size=5"]
+    start_and_kill(lambda: len(list(out.glob("images/*.png"))) >= 12, *command, ranks=2, script="sample.py")
+    before = {path: path.stat().st_mtime_ns for path in (out / "images").glob("*.png")}
     assert 12 <= len(before) < 64
     assert "result" not in json.loads((out / "manifest.json").read_text())
     done = train(*common, f"out={out}", "batch_size=8", script="sample.py")
@@ -199,7 +190,7 @@ def latent_run(vaes, tmp_path_factory):
         vae = ["autoencoder=sd_vae", f"autoencoder.source={vaes / 'other'}", "autoencoder.factor=4"]
         config = compose(
             "train_gen",
-            [*SMALL, *vae, "data=imagefolder", "data.img_size=32", f"objective={objective}", f"sampler={sampler}"],
+            [*SMALL_DIT, *vae, "data=imagefolder", "data.img_size=32", f"objective={objective}", f"sampler={sampler}"],
         )
         model = build_model(config.model, config.attention)
         random_weights(model)
@@ -242,7 +233,7 @@ def test_protocols(latent_run, vaes, tmp_path, name):
     assert manifest["protocol"] == name
     assert manifest["sampler"]["guidance"] == (1.5 if name in ("dit_best", "sit_heun250") else 1.0)
     for change, message in (
-        ("sampler.guidance=4.0", rf"protocol {name} is another one \(sampler.guidance: 1.\d there, 4.0 here\)"),
+        ("sampler.guidance=4.0", rf"protocol {name} has other values \(sampler.guidance: 1.\d there, 4.0 here\)"),
         ("precision=bf16", "precision: 'fp32' there, 'bf16' here"),
         (f"decoder={vaes / 'other'}", r"decoder: 'sd-vae-ft-\w+' there, 'other' here"),
         ("weights=raw", "weights: 'ema' there, 'raw' here"),
@@ -332,15 +323,9 @@ WRONG = {
 
 @pytest.mark.parametrize("line", WRONG)
 def test_wrong_input(run_folder, line, tmp_path, monkeypatch, capsys):
-    arguments = line.replace("RUN", str(run_folder)).split()
-    monkeypatch.setattr(sys, "argv", ["sample.py", f"out={tmp_path}/out", "device=cpu", *arguments])
+    arguments = [f"out={tmp_path}/out", "device=cpu", *line.replace("RUN", str(run_folder)).split()]
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as stopped:
-        command_line("sample", sample.run)
-    said = capsys.readouterr().err
-    assert stopped.value.code == 2
-    assert said.startswith("config error: ")
-    assert said.count("\n") == 1, said
+    said = one_line("sample", sample.run, arguments, monkeypatch, capsys)
     assert re.search(WRONG[line], said), said
     assert not list(tmp_path.iterdir()), "something was written"
 

@@ -8,7 +8,7 @@ from PIL import Image
 
 import train_gen
 from models import build_model
-from tests.conftest import assert_same, metrics, train, train_and_kill, untimed
+from tests.conftest import SMALL_DIT, assert_same, metrics, train, train_and_kill, untimed
 from vca.config import compose
 from vca.data.loader import Batch
 from vca.generation.autoencoder import AutoencoderConfig, load_autoencoder
@@ -18,19 +18,9 @@ from vca.runtime.errors import ConfigError
 from vca.training.checkpoint import load_latest
 from vca.training.generation import GenerationLoss
 
-SMALL = (
-    "model.hidden_size=16",
-    "model.num_heads=2",
-    "model.depth=2",
-    "model.patch_size=2",
-    "trainer.device=cpu",
-    "trainer.workers=0",
-    "sampler.steps=4",
-    "samples_per_class=1",
-)
 # 40 updates of 120 of the 1,438 digits: every cut is in mid-epoch.
 LONG = (
-    *SMALL,
+    *SMALL_DIT,
     "trainer.global_batch=120",
     "trainer.micro_batch=20",
     "trainer.steps=40",
@@ -46,7 +36,7 @@ PIXELS = load_autoencoder(AutoencoderConfig(channels=1), torch.device("cpu"))
 
 def network(*overrides, **fields):
     """A small network that is not at its start, where its output is zero, and its config."""
-    config = compose("train_gen", [*SMALL, *overrides])
+    config = compose("train_gen", [*SMALL_DIT, *overrides])
     torch.manual_seed(0)
     model = build_model(config.model, config.attention).eval()
     for parameter in model.parameters():
@@ -98,7 +88,9 @@ def test_losses_do_not_depend_on_ranks(tmp_path):
 
 
 def test_the_same_command_again_tells_the_result(tmp_path):
-    config = compose("train_gen", [*SMALL, f"out_dir={tmp_path}", "name=run", "trainer.steps=2", "trainer.log_every=1"])
+    config = compose(
+        "train_gen", [*SMALL_DIT, f"out_dir={tmp_path}", "name=run", "trainer.steps=2", "trainer.log_every=1"]
+    )
     result = train_gen.run(config)
     before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
     *_, last_update, picture = map(json.loads, before.splitlines())

@@ -1,6 +1,6 @@
 """Configs: the schema of each root script, and the strict way from YAML and overrides to dataclasses."""
 
-from vca.config.load import command_line, compose, from_plain, read_protocol, register_schemas
+from vca.config.load import command_line, compose, from_plain, from_registry, read_protocol, register_schemas
 from vca.config.schema import DoctorConfig, PrepareLatentsConfig, SampleConfig, TrainClsConfig, TrainGenConfig
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "command_line",
     "compose",
     "from_plain",
+    "from_registry",
     "read_protocol",
     "register_schemas",
 ]

@@ -22,7 +22,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from vca.runtime.distributed import is_main_process
-from vca.runtime.errors import ConfigError, NonFiniteError, config_errors
+from vca.runtime.errors import ConfigError, NonFiniteError, check, config_errors
+
+Registry = Mapping[str, tuple[type, Any]]  # name -> (config dataclass, what is built from it)
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -31,19 +33,19 @@ EXIT_CONFIG = 2
 EXIT_NON_FINITE = 3
 
 
-def register_schemas(root: Mapping[str, type], groups: Mapping[str, Mapping[str, type]]) -> None:
+def register_schemas(root: Mapping[str, type], groups: Mapping[str, Registry]) -> None:
     """Tell Hydra the dataclasses behind the YAML files, and OmegaConf what `${divide:a,b}` in them is.
 
     Args:
         root: script name -> its config dataclass, stored as `<name>_schema`.
-        groups: config group -> {name: dataclass}, stored as `<group>/<name>_schema`.
+        groups: config group -> registry, whose dataclasses are stored as `<group>/<name>_schema`.
     """
     OmegaConf.register_new_resolver("divide", lambda value, by: value // max(by, 1), replace=True)
     store = ConfigStore.instance()
     for name, node in root.items():
         store.store(name=f"{name}_schema", node=node)
-    for group, nodes in groups.items():
-        for name, node in nodes.items():
+    for group, registry in groups.items():
+        for name, (node, _) in registry.items():
             store.store(group=group, name=f"{name}_schema", node=node)
 
 
@@ -119,8 +121,14 @@ def to_dataclass(config: DictConfig) -> Any:
             raise ConfigError(explain(error)) from error
 
 
+def from_registry(registry: Registry, values: Mapping[str, Any], key: str = "name") -> Any:
+    """The dataclass of a registry that plain values, as a run's `config.json` holds them, name under `key`."""
+    check(values[key] in registry, key, f"one of {sorted(registry)}", values[key])
+    return from_plain(registry[values[key]][0], values)
+
+
 def from_plain(config_class: type, values: Mapping[str, Any]) -> Any:
-    """A dataclass from its plain values, as a run's `config.json` holds them.
+    """A dataclass from its plain values.
 
     Raises:
         ConfigError: if they are not those of that dataclass.

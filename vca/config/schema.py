@@ -18,8 +18,8 @@ from vca.training.optim import OptimConfig
 
 
 @dataclass
-class TrainClsConfig:
-    """`train_cls.py`.
+class TrainConfig:
+    """What both trainers are told.
 
     Attributes:
         name: of the run; its directory is `out_dir/name`.
@@ -41,9 +41,6 @@ class TrainClsConfig:
     def __post_init__(self) -> None:
         check(self.name not in ("", ".", "..") and "/" not in self.name, "name", "a folder name", self.name)
         check(0 <= self.seed < 2**63, "seed", ">= 0 and below 2^63", self.seed)
-        for key in ("num_classes", "in_chans"):
-            ours, theirs = getattr(self.model, key), getattr(self.data, key)
-            check(ours == theirs, f"model.{key}", f"data.{key}, {theirs}", ours)
         optim, trainer = self.optim, self.trainer
         if trainer.steps is None and optim.cooldown_epochs:
             length, rule = optim.warmup_epochs + optim.cooldown_epochs, "optim.warmup_epochs + optim.cooldown_epochs"
@@ -52,42 +49,43 @@ class TrainClsConfig:
         rule = f"at most half of trainer.timeout_minutes, {patience:g} s"
         check(self.data.check_seconds <= patience, "data.check_seconds", rule, self.data.check_seconds)
 
+    def check_model(self, key: str, wanted: int, rule: str) -> None:
+        """Raise `ConfigError` unless the model's field is what the data asks for."""
+        check(getattr(self.model, key) == wanted, f"model.{key}", f"{rule}, {wanted}", getattr(self.model, key))
+
 
 @dataclass
-class TrainGenConfig:
+class TrainClsConfig(TrainConfig):
+    """`train_cls.py`."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for key in ("num_classes", "in_chans"):
+            self.check_model(key, getattr(self.data, key), f"data.{key}")
+
+
+@dataclass
+class TrainGenConfig(TrainConfig):
     """`train_gen.py`.
 
     Attributes:
-        name: of the run; its directory is `out_dir/name`.
-        seed: of everything random.
-        model, attention, objective: dataclasses of `models.GENERATORS`, `vca.attention.ATTENTIONS` and
-            `vca.generation.objective.OBJECTIVES`.
         data: images, or latents of a cache. `mean` and `std` are set here: pixels are in [-1, 1].
-        autoencoder: between the images and the network; `none` is pixel space.
+        objective: a dataclass of `vca.generation.objective.OBJECTIVES`.
+        autoencoder: one of `vca.generation.autoencoder.AUTOENCODERS`; between the images and the network, `none` is
+            pixel space.
         sampler: of the pictures that a run draws while it trains.
         samples_per_class: how many samples of each class these pictures show.
         sampled_classes: of how many classes, the first ones.
     """
 
-    name: str = MISSING
-    out_dir: str = "outputs"
-    seed: int = 0
-    model: Any = MISSING
-    attention: Any = MISSING
     objective: Any = MISSING
-    data: DataConfig = field(default_factory=DataConfig)
     autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
-    augment: AugmentConfig = field(default_factory=AugmentConfig)
-    optim: OptimConfig = field(default_factory=OptimConfig)
-    trainer: TrainerConfig = field(default_factory=TrainerConfig)
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     samples_per_class: int = 8
     sampled_classes: int = 10
-    wandb: WandbConfig = field(default_factory=WandbConfig)
 
     def __post_init__(self) -> None:
-        check(self.name not in ("", ".", "..") and "/" not in self.name, "name", "a folder name", self.name)
-        check(0 <= self.seed < 2**63, "seed", ">= 0 and below 2^63", self.seed)
+        super().__post_init__()
         self.data = in_pixel_range(self.data, self.autoencoder)
         check(
             self.data.name != "latents" or self.autoencoder.name != "none",
@@ -95,13 +93,10 @@ class TrainGenConfig:
             "that of the latents for data=latents, such as sd_vae",
             self.autoencoder.name,
         )
-        size, channels = self.data.img_size // self.autoencoder.factor, self.autoencoder.channels
-        for key, value, rule in (
-            ("num_classes", self.data.num_classes, "data.num_classes"),
-            ("in_channels", channels, "autoencoder.channels"),
-            ("input_size", size, "data.img_size / autoencoder.factor"),
-        ):
-            check(getattr(self.model, key) == value, f"model.{key}", f"{rule}, {value}", getattr(self.model, key))
+        self.check_model("num_classes", self.data.num_classes, "data.num_classes")
+        self.check_model("in_channels", self.autoencoder.channels, "autoencoder.channels")
+        size = self.data.img_size // self.autoencoder.factor
+        self.check_model("input_size", size, "data.img_size / autoencoder.factor")
         for key in ("mixup", "cutmix"):
             check(getattr(self.augment, key) == 0, f"augment.{key}", "0 in generation", getattr(self.augment, key))
         check(self.samples_per_class >= 1, "samples_per_class", ">= 1", self.samples_per_class)

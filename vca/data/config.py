@@ -31,6 +31,11 @@ class DataConfig:
     interpolation: str = "bicubic"
     check_seconds: float = 5.0
 
+    @property
+    def image_bytes(self) -> int:
+        """Of one image as a float32 tensor."""
+        return 4 * self.in_chans * self.img_size**2
+
     def __post_init__(self) -> None:
         check(self.img_size >= 1, "data.img_size", ">= 1", self.img_size)
         check(self.in_chans in (1, 3), "data.in_chans", "1 or 3", self.in_chans)

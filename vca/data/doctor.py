@@ -75,7 +75,7 @@ def examine(paths: Iterable[str], seconds: float) -> Examination:
 
 
 def check_before_training(
-    data: DataConfig, datasets: Iterable[Any], workers: int, micro_batch: int, world: World
+    data: DataConfig, datasets: Iterable[Any], workers: int, batch_bytes: int, world: World
 ) -> None:
     """Read image files for `data.check_seconds` on one rank, and print what is found.
 
@@ -83,7 +83,7 @@ def check_before_training(
         data: config of the data.
         datasets: what it was loaded as.
         workers: loader processes a rank.
-        micro_batch: images a rank takes at once.
+        batch_bytes: of what a worker hands over at once.
         world: this process.
 
     Raises:
@@ -94,7 +94,7 @@ def check_before_training(
         more = f" ({len(result.errors)} such files; scripts/doctor.py lists them)" if len(result.errors) > 1 else ""
         raise ConfigError(f"{result.errors[0]}{more}")
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    shortage = shared_memory_note(workers * ranks_here, micro_batch * 4 * data.in_chans * data.img_size**2)
+    shortage = shared_memory_note(workers * ranks_here, batch_bytes)
     if world.is_main and result.findings:
         print(f"data: {result}, such as {result.findings[0]}", flush=True)
     if world.is_main and shortage:
@@ -116,7 +116,7 @@ def shared_memory_note(workers: int, batch_bytes: int, folder: str = "/dev/shm")
         return None
     return (
         f"{folder} has {free >> 20} MiB free, and {workers} workers may fill {needed >> 20} MiB; "
-        f"give the container a larger --shm-size, or set trainer.workers lower"
+        f"give the container a larger --shm-size, or take fewer workers"
     )
 
 

@@ -10,8 +10,8 @@ training on the cache therefore sees what a training on the images would, to the
 """
 
 import hashlib
+import io
 import json
-import os
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,7 +25,8 @@ from torch.utils.data import Dataset
 from vca.data.augment import AugmentConfig, Crop
 from vca.data.config import DataConfig
 from vca.runtime.errors import ConfigError, check
-from vca.runtime.rundir import compare, write_text
+from vca.runtime.files import write_bytes, write_text
+from vca.runtime.rundir import compare
 
 OPEN_FILES = 512  # that a process keeps open; the usual limit is 1024
 CROP = "adm-1"  # ADM's centre crop as this project makes it; a change of its pixels is another number
@@ -101,13 +102,10 @@ def shard_path(folder: Path, shard: int) -> Path:
 
 
 def save_array(path: Path, array: np.ndarray) -> None:
-    """Write an array so that a file of that name is always a whole one."""
-    temporary = path.with_suffix(".tmp")
-    with open(temporary, "wb") as file:
-        np.save(file, array)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    """Write an array as a whole file."""
+    content = io.BytesIO()
+    np.save(content, array)
+    write_bytes(path, content.getbuffer())
 
 
 def shard_is_whole(folder: Path, manifest: Manifest, shard: int) -> bool:

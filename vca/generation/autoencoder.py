@@ -256,13 +256,14 @@ def describe_weights(weights: str | None) -> str:
     return hashlib.sha256(Path(weights).read_bytes()).hexdigest() if Path(weights).is_file() else weights
 
 
-AUTOENCODERS: dict[str, Callable[[AutoencoderConfig], Autoencoder]] = {
-    "none": pixel_space,
-    "diffusers": from_diffusers,
-    "file": from_file,
+# name -> (config dataclass, loader)
+AUTOENCODERS: dict[str, tuple[type, Callable[[Any], Autoencoder]]] = {
+    "none": (AutoencoderConfig, pixel_space),
+    "diffusers": (AutoencoderConfig, from_diffusers),
+    "file": (AutoencoderConfig, from_file),
 }
 
 
 def load_autoencoder(config: AutoencoderConfig, device: torch.device) -> Autoencoder:
     """The autoencoder that `config` describes, on a device."""
-    return AUTOENCODERS[config.name](config).to(device)
+    return AUTOENCODERS[config.name][1](config).to(device)

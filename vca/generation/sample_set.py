@@ -5,14 +5,15 @@
     samples.npz          on demand: `arr_0` (count, H, W, I) uint8, as ADM's evaluator takes it
     grid.png             on demand: the first samples
 
-An image is written under another name and renamed, so a set that was interrupted holds whole images only, and goes on
-with those that are missing.
+A set that was interrupted holds whole images only, and goes on with those that are missing.
 """
 
 import hashlib
+import io
 import json
 import os
 import zipfile
+from collections import Counter
 from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -26,7 +27,8 @@ from PIL.PngImagePlugin import PngInfo
 
 from vca.generation.sampling import save_grid
 from vca.runtime.errors import ConfigError
-from vca.runtime.rundir import compare, write_text
+from vca.runtime.files import write_bytes, write_text
+from vca.runtime.rundir import compare
 
 SHOWN = 100  # samples in grid.png
 # Names of things whose sha256 is compared, and what is not known before the end.
@@ -92,7 +94,7 @@ class SampleSet:
 
     def there(self) -> set[int]:
         """Numbers of the samples that are done."""
-        return {int(entry.name[:-4]) for entry in os.scandir(self.images) if entry.name[:-4].isdigit()}
+        return {int(p.stem) for p in self.images.glob("*.png") if p.stem.isdigit()}
 
     def missing_blocks(self, count: int, size: int) -> list[range]:
         """Blocks of `size` consecutive numbers of which some below `count` are missing; each is a whole block."""
@@ -106,9 +108,9 @@ class SampleSet:
         text.add_text("label", str(sample.label))
         text.add_text("evaluations", str(sample.evaluations))
         pixels = sample.pixels[..., 0] if sample.pixels.shape[-1] == 1 else sample.pixels
-        temporary = self.path / f"{index:06d}.tmp"
-        Image.fromarray(pixels).save(temporary, format="png", pnginfo=text)
-        os.replace(temporary, self.image_path(index))
+        content = io.BytesIO()
+        Image.fromarray(pixels).save(content, format="png", pnginfo=text)
+        write_bytes(self.image_path(index), content.getbuffer())
 
     def read(self, index: int) -> Sample:
         """A sample that is there."""
@@ -153,7 +155,7 @@ class SampleSet:
             "count": count,
             "sha256": digest.hexdigest(),
             "evaluations": {"mean": float(np.mean(evaluations)), "min": min(evaluations), "max": max(evaluations)},
-            "classes": {str(label): labels.count(label) for label in sorted(set(labels))},
+            "classes": {str(label): count for label, count in sorted(Counter(labels).items())},
         }
         write_text(self.manifest_file, json.dumps({**self.read_manifest(), "result": result}, indent=2) + "\n")
         return result

@@ -36,9 +36,9 @@ class Counted:
         self.net, self.calls = net, 0
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
-        """Evaluate, and count."""
+        """Evaluate, and count; the chain goes on in the precision of x, also where the network is in bf16."""
         self.calls += 1
-        return self.net(x, t)
+        return self.net(x, t).to(x.dtype)
 
 
 def sample_ddpm(net: Net, x: Tensor, diffusion: GaussianDiffusion, steps: int, noise: Noise) -> Samples:
@@ -57,7 +57,7 @@ def sample_ddim(
         raise ValueError(f"DDIM with eta={eta} needs noise")
     chain, counted = diffusion.respaced(steps), Counted(net)
     for step, index in enumerate(reversed(range(steps))):
-        x = chain.ddim_step(counted, x, index, noise(step) if noise is not None else torch.zeros_like(x), eta)
+        x = chain.ddim_step(counted, x, index, noise(step) if noise and eta else torch.zeros_like(x), eta)
     return Samples(x, counted.calls)
 
 

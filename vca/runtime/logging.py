@@ -102,6 +102,13 @@ class WandbMirror:
             warnings.warn(f"wandb did not finish within {waited:g} s; the metrics are in metrics.jsonl", stacklevel=2)
 
 
+def progress_bar(total: int, unit: str, show: bool) -> Any:
+    """tqdm's bar; where no person watches, it is renewed once a minute."""
+    from tqdm import tqdm
+
+    return tqdm(total=total, unit=unit, mininterval=0.1 if sys.stderr.isatty() else 60.0, disable=not show)
+
+
 class Reporter:
     """Where rank 0's records go. One made without a run directory is what the other ranks hold: it does nothing.
 

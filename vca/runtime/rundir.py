@@ -24,6 +24,7 @@ import torch
 
 from vca.runtime.distributed import World
 from vca.runtime.errors import ConfigError
+from vca.runtime.files import write_text
 
 # Keys that may differ between two starts of one run: they change where and how it runs, not what it computes.
 FREE_KEYS = (
@@ -111,13 +112,6 @@ class RunDirectory:
         """Forget the reports after `step`: they will be written again."""
         kept = [json.dumps(record) + "\n" for record in self.records() if record["step"] <= step]
         write_text(self.metrics_file, "".join(kept))
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a small file so that it is either the old one or the new one."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
 
 
 def plain(value: Any) -> Any:

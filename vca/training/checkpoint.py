@@ -6,7 +6,6 @@ newest file that loads is taken, and the damaged one is passed over with a warni
 """
 
 import io
-import os
 import pickle
 import re
 import time
@@ -17,7 +16,9 @@ from typing import Any
 
 import torch
 
+from vca.runtime.distributed import World
 from vca.runtime.errors import ConfigError
+from vca.runtime.files import write_bytes
 
 NAME = re.compile(r"step_(\d+)\.pt")
 
@@ -42,32 +43,22 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any], keep: int = 
     folder.mkdir(parents=True, exist_ok=True)
     path = checkpoint_path(folder, step)
     try:
-        write_atomically(path, state)
+        write_checkpoint(path, state)
     except OSError as error:
         warnings.warn(f"writing {path.name} failed ({error}); trying once more", stacklevel=2)
         time.sleep(1.0)
-        write_atomically(path, state)
+        write_checkpoint(path, state)
     older = [other for other in list_checkpoints(folder) if other != path]
     for old in older[: len(older) + 1 - keep]:
         old.unlink(missing_ok=True)
     return path
 
 
-def write_atomically(path: Path, state: dict[str, Any]) -> None:
-    """Save under a temporary name, fsync, rename, fsync the folder; a full disk is an `OSError`."""
-    temporary = path.with_suffix(".tmp")
+def write_checkpoint(path: Path, state: dict[str, Any]) -> None:
+    """Save as a whole file; a full disk is an `OSError`."""
     content = io.BytesIO()  # torch.save hides the OSError of a file that it writes to itself
     torch.save(state, content)
-    with open(temporary, "wb") as file:
-        file.write(content.getbuffer())
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    write_bytes(path, content.getbuffer())
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
@@ -103,3 +94,16 @@ def load_latest(folder: Path, set_aside: bool = True) -> dict[str, Any] | None:
     if found:
         raise ConfigError(f"all checkpoints in {folder} are damaged; choose another name=... or remove the folder")
     return None
+
+
+def load_latest_for_all(folder: Path, world: World, set_aside: bool = True) -> dict[str, Any] | None:
+    """`load_latest` of rank 0, on every rank: ranks that see the folder differently cannot take different steps."""
+    saved: Any = None
+
+    def newest() -> int | None:
+        nonlocal saved
+        saved = load_latest(folder, set_aside)
+        return saved["step"] if saved is not None else None
+
+    step = world.from_main(newest)
+    return saved if step is None or world.is_main else load_checkpoint(checkpoint_path(folder, step))

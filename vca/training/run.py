@@ -12,7 +12,7 @@ from vca.runtime.distributed import World
 from vca.runtime.errors import NonFiniteError
 from vca.runtime.logging import Reporter, WandbConfig, WandbMirror
 from vca.runtime.rundir import RunDirectory
-from vca.training.checkpoint import checkpoint_path, load_checkpoint, load_latest, save_checkpoint
+from vca.training.checkpoint import load_latest_for_all, save_checkpoint
 from vca.training.config import Precision, TrainerConfig
 from vca.training.curves import draw_curves
 from vca.training.step import StepResult, TrainState
@@ -45,15 +45,10 @@ class TrainingRun:
         return self.state.step >= self.state.total_steps
 
     def resume(self) -> bool:
-        """Take the newest checkpoint that can be read; False if there is none.
-
-        Rank 0 chooses, so that ranks which see the folder differently cannot go on from different steps.
-        """
-        saved = load_latest(self.folder.checkpoints) if self.world.is_main else None
-        step = self.world.broadcast(saved["step"] if saved is not None else None)
-        if step is None:
+        """Take the newest checkpoint that can be read; False if there is none."""
+        saved = load_latest_for_all(self.folder.checkpoints, self.world)
+        if saved is None:
             return False
-        saved = saved or load_checkpoint(checkpoint_path(self.folder.checkpoints, step))
         self.state.load_state_dict(saved)
         self.consumed = saved["consumed"]
         # Of the mean loss over all ranks, each now holds the same part.
@@ -75,6 +70,18 @@ class TrainingRun:
             yield
         finally:
             self.reporter.close()
+
+    def introduce(self, name: str, model: str, data: str) -> None:
+        """Say what is about to happen: the run, the model (its name, with what), the data."""
+        state, trainer = self.state, self.trainer
+        parameters = sum(p.numel() for p in state.model.parameters())
+        self.reporter.say(
+            f"{name}: {model}, {parameters / 1e6:.3f} M parameters\n"
+            f"{data}\n"
+            f"{state.total_steps - state.step} of {state.total_steps} updates of {trainer.global_batch} images "
+            f"({self.world.size} rank(s) x {state.accumulation} x {state.micro_batch}), peak lr {state.peak_lr:.3g}, "
+            f"{trainer.precision.value} on {self.world.device.type} ({torch.get_num_threads()} threads)"
+        )
 
     def due(self, every: int) -> bool:
         """Whether something that happens every so many updates (0: only at the end) happens now."""
