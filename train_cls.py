@@ -23,12 +23,12 @@ from vca.data.doctor import check_before_training
 from vca.data.loader import MicroBatches, TrainOrder, eval_loader, train_loader
 from vca.evaluation.accuracy import evaluate
 from vca.runtime import distributed
+from vca.runtime.compute import set_precision
 from vca.runtime.errors import ConfigError, check, config_errors
 from vca.runtime.rundir import RunDirectory, plain
 from vca.runtime.seeding import seed_torch
 from vca.training.checkpoint import list_checkpoints
 from vca.training.classification import ClassificationLoss
-from vca.training.config import set_precision
 from vca.training.init import InitReport, init_from
 from vca.training.run import TrainingRun
 from vca.training.step import TrainState

@@ -4,6 +4,7 @@ Importing this package registers the classifiers of `configs/model/` with timm, 
 `timm_registry`.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -15,8 +16,9 @@ from models.dit import DiT, DiTConfig
 from models.layers import Backbone
 from models.pvt import PVT, PVTConfig
 from models.swin import Swin, SwinConfig
+from vca.attention import ATTENTIONS
 
-__all__ = ["CLASSIFIERS", "GENERATORS", "MODELS", "build_model"]
+__all__ = ["CLASSIFIERS", "GENERATORS", "MODELS", "build_model", "rebuild"]
 
 # family -> (config dataclass, module)
 MODELS: dict[str, tuple[type, type[nn.Module]]] = {
@@ -40,6 +42,14 @@ def build_model(config: Any, attention: Any) -> Any:
             f"model.family '{config.family}' goes with {config_class.__name__}, got {type(config).__name__}"
         )
     return module(config, attention)
+
+
+def rebuild(config: Mapping[str, Any]) -> Any:
+    """The network that a run's `config.json` describes, its weights new."""
+    model, attention = config["model"], config["attention"]
+    if model["family"] not in MODELS or attention["name"] not in ATTENTIONS:
+        raise ValueError(f"there is no model '{model['family']}' with attention '{attention['name']}' here")
+    return build_model(MODELS[model["family"]][0](**model), ATTENTIONS[attention["name"]][0](**attention))
 
 
 timm_registry.register(CLASSIFIERS)

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from vca.config import command_line
+from vca.config import command_line, compose
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = ROOT / "tests" / "golden"
@@ -76,6 +76,36 @@ def vaes(tmp_path_factory):
             **more,
         ).save_pretrained(root / name)
     return root
+
+
+@pytest.fixture(scope="session")
+def generator_run(tmp_path_factory):
+    """A run of `train_gen.py` of two updates, whose weights are then made random."""
+    import train_gen
+
+    out = tmp_path_factory.mktemp("runs")
+    length = ["trainer.steps=2", "trainer.eval_every=0", "trainer.checkpoint_every=1", "sampler.steps=2"]
+    train_gen.run(compose("train_gen", [*SMALL_DIT, *length, f"out_dir={out}", "name=run", "trainer.device=cpu"]))
+    for step in (1, 2):
+        path = out / "run" / "checkpoints" / f"step_{step:08d}.pt"
+        saved = torch.load(path, weights_only=True)
+        for seed, weights in enumerate(("model", "ema")):
+            torch.manual_seed(10 * step + seed)
+            for name, tensor in saved[weights].items():
+                if name != "pos_embed":
+                    tensor.normal_(std=0.05)
+        torch.save(saved, path)
+    return out / "run"
+
+
+@pytest.fixture(scope="session")
+def classifier_run(tmp_path_factory):
+    """A run of `train_cls.py` on digits, long enough to have weights of its own."""
+    import train_cls
+
+    out = tmp_path_factory.mktemp("classifiers")
+    train_cls.run(compose("train_cls", [*TINY, f"out_dir={out}", "name=run", "trainer.steps=4"]))
+    return out / "run"
 
 
 def environment(**extra: str) -> dict[str, str]:

@@ -9,7 +9,7 @@ import sample  # noqa: F401 - registers its schema
 import train_cls
 import train_gen
 from tests.conftest import ROOT, one_line, train
-from vca.config import compose
+from vca.config import command_line, compose
 from vca.runtime.errors import ConfigError
 from vca.runtime.rundir import plain
 
@@ -26,11 +26,21 @@ def test_every_option_composes(option):
     if option.startswith("protocol="):
         assert compose("sample", ["out=somewhere", "run=somewhere", option]).protocol == option.split("=")[1]
         return
-    generation = ("objective=", "sampler=", "model=dit_", "autoencoder=", "data=latents", "experiment=table2")
+    generation = (
+        "objective=",
+        "sampler=",
+        "model=dit_",
+        "autoencoder=",
+        "data=latents",
+        "experiment=table2",
+        "extractor=",
+    )
     script = "train_gen" if option.startswith((*generation, "experiment=cifar10_dit")) else "train_cls"
     more = ["data.img_size=256"] if script == "train_gen" else []
     more += ["autoencoder=sd_vae"] if option == "data=latents" else []
     more += ["autoencoder.source=somewhere.py"] if option == "autoencoder=file" else []
+    more += ["extractor.source=somewhere.py"] if option == "extractor=file" else []
+    more += ["extractor.run=somewhere"] if option == "extractor=classifier" else []
     config = compose(script, ["data=imagefolder", "data.root=somewhere", option, *more])
     assert dataclasses.is_dataclass(config.model)
     assert dataclasses.is_dataclass(config.attention)
@@ -211,3 +221,15 @@ def test_the_real_command_line():
         said = [line for line in done.stderr.splitlines() if line.startswith("config error:")]
         assert said == ["config error: unknown key 'model.dpeth'; did you mean 'model.depth'?"], done.stderr
         assert ranks > 1 or done.returncode == 2
+
+
+@pytest.mark.parametrize("script", ["train_cls", "train_gen", "sample"])
+def test_help(script, monkeypatch, capsys):
+    """What its dataclasses say about the keys, and the groups, without the schemas that Hydra lists beside them."""
+    monkeypatch.setattr("sys.argv", [f"{script}.py", "--help"])
+    command_line(script, lambda config: pytest.fail("ran"))
+    said = capsys.readouterr().out
+    assert "seed: of" in said
+    assert "attention: softmax, vca" in said
+    assert "_schema" not in said
+    assert ("epochs: length of the training" in said) == (script != "sample")

@@ -11,14 +11,15 @@ import torch
 from PIL import Image
 
 import sample
-import train_gen
 from models import build_model
 from tests.conftest import ROOT, SMALL_DIT, one_line, start_and_kill, train
 from vca.config import compose, read_protocol
+from vca.generation import generator
 from vca.generation.autoencoder import load_autoencoder
 from vca.generation.sample_set import SampleSet
 from vca.generation.sampling import label_of
-from vca.runtime.errors import ConfigError
+from vca.runtime.digest import image_sha256, images_sha256
+from vca.runtime.errors import ConfigError, NonFiniteError
 
 QUICK = ("sampler.steps=4", "device=cpu")
 
@@ -31,24 +32,6 @@ def random_weights(model):
             torch.nn.init.normal_(parameter, std=0.2)
 
 
-@pytest.fixture(scope="module")
-def run_folder(tmp_path_factory):
-    """A run of two updates, whose weights are then made random."""
-    out = tmp_path_factory.mktemp("runs")
-    length = ["trainer.steps=2", "trainer.eval_every=0", "trainer.checkpoint_every=1", "sampler.steps=2"]
-    train_gen.run(compose("train_gen", [*SMALL_DIT, *length, f"out_dir={out}", "name=run", "trainer.device=cpu"]))
-    for step in (1, 2):
-        path = out / "run" / "checkpoints" / f"step_{step:08d}.pt"
-        saved = torch.load(path, weights_only=True)
-        for seed, weights in enumerate(("model", "ema")):
-            torch.manual_seed(10 * step + seed)
-            for name, tensor in saved[weights].items():
-                if name != "pos_embed":
-                    tensor.normal_(std=0.05)
-        torch.save(saved, path)
-    return out / "run"
-
-
 def draw(out, *overrides):
     """Samples drawn in this process; the result and the manifest."""
     result = sample.run(compose("sample", [f"out={out}", *QUICK, *overrides]))
@@ -59,9 +42,9 @@ def pixels(out, count):
     return np.stack([drawn.pixels for drawn in SampleSet(out).read_all(count)])
 
 
-def test_ranks_batches_and_an_interruption_change_nothing(run_folder, tmp_path):
+def test_ranks_batches_and_an_interruption_change_nothing(generator_run, tmp_path):
     """64 samples by 1 rank x 8, by 2 ranks x 5, and by 2 ranks x 5 killed in the middle, then 1 rank x 8."""
-    common = [f"run={run_folder}", "count=64", "sampler.steps=10", "sampler.guidance=1.5", "device=cpu"]
+    common = [f"run={generator_run}", "count=64", "sampler.steps=10", "sampler.guidance=1.5", "device=cpu"]
     sets = {}
     for ranks, batch in ((1, 8), (2, 5)):
         out = tmp_path / str(ranks)
@@ -83,16 +66,23 @@ def test_ranks_batches_and_an_interruption_change_nothing(run_folder, tmp_path):
     assert sorted(path.name for path in (out / "images").iterdir()) == [f"{index:06d}.png" for index in range(64)]
 
 
-def test_threads_change_nothing(run_folder, tmp_path):
+def test_threads_change_nothing(generator_run, tmp_path, monkeypatch):
+    """This network is too small to show what more threads round: each sample must be drawn alone and on one."""
+    drawn, seen = generator.draw_samples, []
+
+    def watched(*arguments):
+        seen.append((torch.get_num_threads(), len(arguments[3])))
+        return drawn(*arguments)
+
+    monkeypatch.setattr(generator, "draw_samples", watched)
     torch.set_num_threads(3)
-    one, _ = draw(tmp_path / "a", f"run={run_folder}", "count=4")
-    assert torch.get_num_threads() == 1  # this network is too small to show what more of them round
-    other, _ = draw(tmp_path / "b", f"run={run_folder}", "count=4")
-    assert one == other
+    draw(tmp_path, f"run={generator_run}", "count=4")
+    assert seen == [(1, 1)] * 4
+    assert torch.get_num_threads() == 3
 
 
-def test_a_set_in_all_its_forms(run_folder, tmp_path):
-    result, manifest = draw(tmp_path, f"run={run_folder}", "count=12", "labels=balanced", "npz=true", "grid=true")
+def test_a_set_in_all_its_forms(generator_run, tmp_path):
+    result, manifest = draw(tmp_path, f"run={generator_run}", "count=12", "labels=balanced", "npz=true", "grid=true")
     images = pixels(tmp_path, 12)
     assert images.shape == (12, 8, 8, 1)
     assert len({image.tobytes() for image in images}) == 12
@@ -100,15 +90,13 @@ def test_a_set_in_all_its_forms(run_folder, tmp_path):
         assert archive.files == ["arr_0"]
         assert archive["arr_0"].dtype == np.uint8
         assert np.array_equal(archive["arr_0"], images)
-    import hashlib
-
-    assert result["sha256"] == hashlib.sha256(images.tobytes()).hexdigest()
+    assert result["sha256"] == images_sha256(map(image_sha256, images))
     assert result["classes"] == {str(label): 2 if label < 2 else 1 for label in range(10)}
     assert result["evaluations"] == {"mean": 4.0, "min": 4, "max": 4}
     with Image.open(tmp_path / "grid.png") as grid:
         assert grid.size == (10 * 49 - 1, 2 * 61 - 1)  # ten columns of 48 px, each under a line for its label
     assert manifest["result"] == result
-    assert manifest["origin"].keys() == {"run", "step", "weights", "weights_sha256"}
+    assert manifest["origin"].keys() == {"run", "step", "weights", "training", "weights_sha256"}
     assert (manifest["origin"]["run"], manifest["origin"]["step"], manifest["origin"]["weights"]) == ("run", 2, "ema")
     assert (manifest["seed"], manifest["labels"], manifest["computed_together"]) == (0, "balanced", 1)
     assert manifest["sampler"]["method"] == "ddpm"
@@ -116,13 +104,13 @@ def test_a_set_in_all_its_forms(run_folder, tmp_path):
     assert not list(tmp_path.glob("*.tmp"))
 
 
-def test_a_set_may_grow_but_not_change(run_folder, tmp_path):
-    few, _ = draw(tmp_path / "a", f"run={run_folder}", "count=5")
-    more, _ = draw(tmp_path / "a", f"run={run_folder}", "count=8")
-    whole, _ = draw(tmp_path / "b", f"run={run_folder}", "count=8")
+def test_a_set_may_grow_but_not_change(generator_run, tmp_path):
+    few, _ = draw(tmp_path / "a", f"run={generator_run}", "count=5")
+    more, _ = draw(tmp_path / "a", f"run={generator_run}", "count=8")
+    whole, _ = draw(tmp_path / "b", f"run={generator_run}", "count=8")
     assert more == whole
     assert few["sha256"] != more["sha256"]
-    again, _ = draw(tmp_path / "a", f"run={run_folder}", "count=8")
+    again, _ = draw(tmp_path / "a", f"run={generator_run}", "count=8")
     assert again == more
     for other, message in (
         ("seed=1", r"holds other samples \(seed: 0 there, 1 here\); choose another folder"),
@@ -133,16 +121,16 @@ def test_a_set_may_grow_but_not_change(run_folder, tmp_path):
         ("count=3", r"count must be >= 8, which .* holds already"),
     ):
         with pytest.raises(ConfigError, match=message):
-            draw(tmp_path / "a", f"run={run_folder}", *(["count=8"] if "count" not in other else []), other)
+            draw(tmp_path / "a", f"run={generator_run}", *(["count=8"] if "count" not in other else []), other)
     (tmp_path / "c" / "images").mkdir(parents=True)
     with pytest.raises(ConfigError, match="is no set of samples, and holds other files, such as images"):
-        draw(tmp_path / "c", f"run={run_folder}", "count=2")
+        draw(tmp_path / "c", f"run={generator_run}", "count=2")
 
 
-def test_weights_and_steps_and_seeds_matter(run_folder, tmp_path):
+def test_weights_and_steps_and_seeds_matter(generator_run, tmp_path):
     digests = set()
     for index, other in enumerate(("seed=0", "seed=1", "weights=raw", "step=1", "labels=[3,4]")):
-        digests.add(draw(tmp_path / str(index), f"run={run_folder}", "count=2", other)[0]["sha256"])
+        digests.add(draw(tmp_path / str(index), f"run={generator_run}", "count=2", other)[0]["sha256"])
     assert len(digests) == 5
 
 
@@ -267,21 +255,21 @@ def test_a_run_whose_autoencoder_was_replaced(latent_run, tmp_path):
         draw(tmp_path / "out", f"run={run}", "count=1")
 
 
-def test_a_damaged_set_and_a_damaged_run(run_folder, tmp_path):
-    draw(tmp_path / "a", f"run={run_folder}", "count=3")
+def test_a_damaged_set_and_a_damaged_run(generator_run, tmp_path):
+    draw(tmp_path / "a", f"run={generator_run}", "count=3")
     image = tmp_path / "a" / "images" / "000001.png"
     image.write_bytes(image.read_bytes()[:60])
     with pytest.raises(ConfigError, match=r"000001.png is not a whole sample; delete it and start again"):
-        draw(tmp_path / "a", f"run={run_folder}", "count=3")
+        draw(tmp_path / "a", f"run={generator_run}", "count=3")
     image.unlink()
-    draw(tmp_path / "a", f"run={run_folder}", "count=3")
+    draw(tmp_path / "a", f"run={generator_run}", "count=3")
     (tmp_path / "a" / "manifest.json").write_text("{")
     with pytest.raises(ConfigError, match=r"manifest.json is damaged"):
-        draw(tmp_path / "a", f"run={run_folder}", "count=3")
+        draw(tmp_path / "a", f"run={generator_run}", "count=3")
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"out: .*file cannot be written: "):
-        draw(tmp_path / "file", f"run={run_folder}", "count=1")
-    run = shutil.copytree(run_folder, tmp_path / "run")
+        draw(tmp_path / "file", f"run={generator_run}", "count=1")
+    run = shutil.copytree(generator_run, tmp_path / "run")
     newest = run / "checkpoints" / "step_00000002.pt"
     newest.write_bytes(newest.read_bytes()[:1000])
     with pytest.raises(ConfigError, match=r"step_00000002.pt is damaged; choose another step"):
@@ -322,20 +310,20 @@ WRONG = {
 
 
 @pytest.mark.parametrize("line", WRONG)
-def test_wrong_input(run_folder, line, tmp_path, monkeypatch, capsys):
-    arguments = [f"out={tmp_path}/out", "device=cpu", *line.replace("RUN", str(run_folder)).split()]
+def test_wrong_input(generator_run, line, tmp_path, monkeypatch, capsys):
+    arguments = [f"out={tmp_path}/out", "device=cpu", *line.replace("RUN", str(generator_run)).split()]
     monkeypatch.chdir(tmp_path)
     said = one_line("sample", sample.run, arguments, monkeypatch, capsys)
     assert re.search(WRONG[line], said), said
     assert not list(tmp_path.iterdir()), "something was written"
 
 
-def test_samples_that_are_not_finite(run_folder, tmp_path):
-    broken = shutil.copytree(run_folder, tmp_path / "broken")
+def test_samples_that_are_not_finite(generator_run, tmp_path):
+    broken = shutil.copytree(generator_run, tmp_path / "broken")
     path = broken / "checkpoints" / "step_00000002.pt"
     saved = torch.load(path, weights_only=True)
     saved["ema"]["final_layer.linear.bias"].fill_(float("nan"))
     torch.save(saved, path)
-    with pytest.raises(FloatingPointError, match="not finite"):
+    with pytest.raises(NonFiniteError, match="NaN or infinite: number 0 to 0 of broken"):
         draw(tmp_path / "out", f"run={broken}", "count=2")
     assert not list((tmp_path / "out" / "images").iterdir())

@@ -14,7 +14,7 @@ from vca.data.loader import Batch
 from vca.generation.autoencoder import AutoencoderConfig, load_autoencoder
 from vca.generation.objective import Method, SamplerConfig, build_objective
 from vca.generation.sampling import check_sampler, draw_samples, guided, save_grid, to_uint8
-from vca.runtime.errors import ConfigError
+from vca.runtime.errors import ConfigError, NonFiniteError
 from vca.training.checkpoint import load_latest
 from vca.training.generation import GenerationLoss
 
@@ -189,7 +189,7 @@ def test_samplers_belong_to_objectives():
 
 def test_pixels(tmp_path):
     assert to_uint8(torch.tensor([-2.0, -1.0, 0.0, 0.999, 1.0, 3.0])).tolist() == [0, 0, 128, 255, 255, 255]
-    with pytest.raises(FloatingPointError, match="not finite"):
+    with pytest.raises(NonFiniteError, match="NaN or infinite"):
         to_uint8(torch.tensor([0.0, float("nan")]))
     images = torch.linspace(-1, 1, 5)[:, None, None, None].expand(5, 3, 4, 6)
     save_grid(to_uint8(images), tmp_path / "samples" / "grid.png", columns=3)

@@ -12,9 +12,10 @@ from torch.nn.parallel import DistributedDataParallel
 import train_cls  # noqa: F401 - registers the schemas
 from models import build_model
 from vca.config import compose
+from vca.runtime.compute import Precision
 from vca.runtime.distributed import World
 from vca.runtime.errors import ConfigError
-from vca.training.config import Precision, TrainerConfig
+from vca.training.config import TrainerConfig
 from vca.training.ema import Ema
 from vca.training.optim import OptimConfig, learning_rate, parameter_groups
 from vca.training.step import TrainState

@@ -21,6 +21,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from vca.config.help import help_text, options
 from vca.runtime.distributed import is_main_process
 from vca.runtime.errors import ConfigError, NonFiniteError, check, config_errors
 
@@ -67,6 +68,11 @@ def command_line(config_name: str, run: Callable[[Any], Any]) -> None:
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # so that Hydra raises instead of printing and exiting
     if any(argument.startswith("--local-rank") for argument in sys.argv):
         sys.exit("config error: start ranks with torchrun, which sets LOCAL_RANK; --local-rank is not an option here")
+
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        root: Any = OmegaConf.get_type(ConfigStore.instance().repo[f"{config_name}_schema.yaml"].node)
+        print(help_text(sys.modules["__main__"].__doc__, root, CONFIGS / f"{config_name}.yaml", registered_schemas()))
+        return
 
     def main(config: DictConfig) -> None:
         with mistakes_in_one_line():
@@ -200,11 +206,19 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f"; did you mean '{near[0]}'?" if near and near[0] != word else ""
 
 
+def registered_schemas() -> dict[str, set[str]]:
+    """Group -> names of the schemas that this script registered for it."""
+    store = ConfigStore.instance().repo
+    return {
+        group: {name.removesuffix(".yaml") for name in members}
+        for group, members in store.items()
+        if isinstance(members, dict) and group != "hydra"
+    }
+
+
 def not_for_this_script(group: str, option: str) -> str:
     """An option whose schema another script registers; names those whose schemas this one has."""
-    schemas = {name.removesuffix(".yaml") for name in ConfigStore.instance().repo.get(group, {})}
-    files = sorted((CONFIGS / group).glob("*.yaml"))
-    fit = [file.stem for file in files if any(f"- {schema}\n" in file.read_text() for schema in schemas)]
+    fit = options(CONFIGS / group, registered_schemas().get(group))
     return f"{group}={option}: not for this script ({', '.join(fit)} are)"
 
 

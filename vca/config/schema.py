@@ -10,9 +10,10 @@ from vca.data.augment import AugmentConfig
 from vca.data.config import DataConfig
 from vca.generation.autoencoder import AutoencoderConfig
 from vca.generation.objective import SamplerConfig
+from vca.runtime.compute import Device, Precision
 from vca.runtime.errors import check
 from vca.runtime.logging import WandbConfig
-from vca.training.config import Device, Precision, TrainerConfig
+from vca.training.config import TrainerConfig
 from vca.training.init import InitWeights
 from vca.training.optim import OptimConfig
 
@@ -60,8 +61,28 @@ class TrainClsConfig(TrainConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check(self.trainer.fid_every == 0, "trainer.fid_every", "0 in train_cls.py", self.trainer.fid_every)
         for key in ("num_classes", "in_chans"):
             self.check_model(key, getattr(self.data, key), f"data.{key}")
+
+
+@dataclass
+class FidConfig:
+    """How a generator is measured while it trains, at `trainer.fid_every`.
+
+    Attributes:
+        reference: see `vca.evaluation.sources`; `data:train` and `data:test` are splits of the training's data.
+        count: samples that are drawn, by `sampler`, with random labels, set 0.
+        batch_size: samples computed at once on a GPU.
+    """
+
+    reference: str | None = None
+    count: int = 1000
+    batch_size: int = 32
+
+    def __post_init__(self) -> None:
+        check(self.count >= 2, "fid.count", ">= 2", self.count)
+        check(self.batch_size >= 1, "fid.batch_size", ">= 1", self.batch_size)
 
 
 @dataclass
@@ -76,6 +97,7 @@ class TrainGenConfig(TrainConfig):
         sampler: of the pictures that a run draws while it trains.
         samples_per_class: how many samples of each class these pictures show.
         sampled_classes: of how many classes, the first ones.
+        fid, extractor: how it is measured while it trains.
     """
 
     objective: Any = MISSING
@@ -83,6 +105,8 @@ class TrainGenConfig(TrainConfig):
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     samples_per_class: int = 8
     sampled_classes: int = 10
+    fid: FidConfig = field(default_factory=FidConfig)
+    extractor: Any = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -102,6 +126,9 @@ class TrainGenConfig(TrainConfig):
         check(self.samples_per_class >= 1, "samples_per_class", ">= 1", self.samples_per_class)
         classes = self.data.num_classes
         check(1 <= self.sampled_classes <= classes, "sampled_classes", f"from 1 to {classes}", self.sampled_classes)
+        if self.trainer.fid_every:
+            check(self.fid.reference is not None, "fid.reference", "given for trainer.fid_every", None)
+            check(self.extractor is not None, "extractor", "given for trainer.fid_every, such as inception", None)
         check(self.trainer.init_from is None, "trainer.init_from", "null in train_gen.py", self.trainer.init_from)
         check(not self.trainer.eval_only, "trainer.eval_only", "false in train_gen.py", self.trainer.eval_only)
 
@@ -161,11 +188,10 @@ class PrepareLatentsConfig:
 
 
 @dataclass
-class SampleConfig:
-    """`sample.py`.
+class GeneratorConfig:
+    """Which trained generator, and how samples of it are drawn.
 
     Attributes:
-        out: folder of the samples.
         run: run directory of `train_gen.py`, which says what the model is; or else
         checkpoint: file of weights, such as those of the DiT and SiT repositories, for
         model, attention, objective, autoencoder: as in `train_gen.py`; only with `checkpoint`.
@@ -174,15 +200,12 @@ class SampleConfig:
         decoder: another `autoencoder.source`, whose decoder is used.
         sampler: how samples are made.
         protocol: name of the file in `configs/protocol/` that fixed all this; no field of it may be overridden.
-        count: how many samples.
         labels: `random`, `balanced` (0, 1, 2, ... in turn), or a list of classes that is repeated.
         seed: of the set: labels and noise of sample i follow from it and i.
         batch_size: samples a rank computes at once on a GPU; on CPUs samples are computed one by one.
         precision, device: as in `trainer`.
-        npz, grid: besides the PNG files, write all images as `samples.npz` (`arr_0`), and the first ones as `grid.png`.
     """
 
-    out: str = MISSING
     run: str | None = None
     checkpoint: str | None = None
     model: Any = None
@@ -194,12 +217,40 @@ class SampleConfig:
     decoder: str | None = None
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     protocol: str | None = None
-    count: int = 50_000
     labels: Any = "random"
     seed: int = 0
     batch_size: int = 32
     precision: Precision = Precision.fp32
     device: Device = Device.auto
+
+    def __post_init__(self) -> None:
+        for key in ("model", "attention", "objective", "autoencoder"):
+            value = getattr(self, key)
+            if self.checkpoint is None:
+                rule = "left out with run, which has its own" if self.run else "null without checkpoint"
+                check(value is None, key, rule, getattr(value, "name", value))
+            elif key != "autoencoder":
+                check(value is not None, key, "given with checkpoint", value)
+        check(self.run is not None or self.step is None, "step", "null without run", self.step)
+        check(self.batch_size >= 1, "batch_size", ">= 1", self.batch_size)
+        check(0 <= self.seed < 2**63, "seed", ">= 0 and below 2^63", self.seed)
+        listed = isinstance(self.labels, list) and self.labels and all(type(label) is int for label in self.labels)
+        known = bool(listed) or self.labels in ("random", "balanced")
+        check(known, "labels", "random, balanced or a list of classes such as [207, 360]", self.labels)
+
+
+@dataclass
+class SampleConfig(GeneratorConfig):
+    """`sample.py`.
+
+    Attributes:
+        out: folder of the samples.
+        count: how many samples.
+        npz, grid: besides the PNG files, write all images as `samples.npz` (`arr_0`), and the first ones as `grid.png`.
+    """
+
+    out: str = MISSING
+    count: int = 50_000
     npz: bool = False
     grid: bool = False
 
@@ -207,19 +258,73 @@ class SampleConfig:
         one = (self.run is None) != (self.checkpoint is None)
         rule = "given, and not both: run=outputs/RUN, or checkpoint=FILE with its model=... and so on"
         check(one, "run or checkpoint", rule, (self.run, self.checkpoint))
-        for key in ("model", "attention", "objective", "autoencoder"):
-            value = getattr(self, key)
-            if self.run is not None:
-                check(value is None, key, "left out with run, which has its own", getattr(value, "name", value))
-            elif key != "autoencoder":
-                check(value is not None, key, "given with checkpoint", value)
-        check(self.run is not None or self.step is None, "step", "null without run", self.step)
-        for key in ("count", "batch_size"):
+        super().__post_init__()
+        check(self.count >= 1, "count", ">= 1", self.count)
+
+
+@dataclass
+class EvalFidConfig(GeneratorConfig):
+    """`eval_fid.py`.
+
+    Attributes:
+        samples: what is measured: a folder of `sample.py` or of PNG files, an .npz, `data:train` or `data:test`; or
+            else `run` or `checkpoint`, whose samples are drawn.
+        reference: what it is measured against, likewise, or statistics as an .npz.
+        data: of `data:train` and `data:test`.
+        extractor: a group, see below: what looks at the images, with extractor.weights, .run or .source.
+        count: how many samples are drawn, null is 50,000; of samples that are there, how many these must be.
+        features: of how many images of each set, chosen at random, features are kept, for KID, precision and recall.
+        allow_few: evaluate fewer images than there are features, too.
+        out: file of the record; null puts it in the set or the run that it is about, or beside the samples.
+        picture: beside the record, draw the samples that are farthest from the reference and nearest to it.
+    """
+
+    samples: str | None = None
+    reference: str = MISSING
+    data: DataConfig | None = None
+    extractor: Any = MISSING
+    count: int | None = None
+    features: int = 50_000
+    allow_few: bool = False
+    out: str | None = None
+    picture: bool = False
+
+    def __post_init__(self) -> None:
+        given = [key for key in ("samples", "run", "checkpoint") if getattr(self, key) is not None]
+        check(len(given) == 1, "samples, run or checkpoint", "given, one of them", given or None)
+        super().__post_init__()
+        check(self.count is None or self.count >= 2, "count", ">= 2 or null", self.count)
+        check(self.features >= 2, "features", ">= 2", self.features)
+        for key in ("protocol", "decoder"):
+            check(self.samples is None or getattr(self, key) is None, key, "null with samples", getattr(self, key))
+
+
+@dataclass
+class ReferenceStatsConfig:
+    """`scripts/reference_stats.py`.
+
+    Attributes:
+        out: the npz that is written.
+        images: a set of images, see `vca.evaluation.sources`.
+        data: of `data:train` and `data:test`.
+        extractor: as in `eval_fid.py`.
+        features: of how many images, chosen at random, features are kept, for KID, precision and recall.
+        batch_size: images a rank looks at together.
+        device: as in `trainer`.
+    """
+
+    out: str = MISSING
+    images: str = "data:train"
+    data: DataConfig | None = None
+    extractor: Any = MISSING
+    features: int = 10_000
+    batch_size: int = 64
+    device: Device = Device.auto
+
+    def __post_init__(self) -> None:
+        check(self.out.endswith(".npz"), "out", "a file name that ends in .npz", self.out)
+        for key in ("features", "batch_size"):
             check(getattr(self, key) >= 1, key, ">= 1", getattr(self, key))
-        check(0 <= self.seed < 2**63, "seed", ">= 0 and below 2^63", self.seed)
-        listed = isinstance(self.labels, list) and self.labels and all(type(label) is int for label in self.labels)
-        known = bool(listed) or self.labels in ("random", "balanced")
-        check(known, "labels", "random, balanced or a list of classes such as [207, 360]", self.labels)
 
 
 @dataclass

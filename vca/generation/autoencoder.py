@@ -10,12 +10,8 @@ To add one: a loader here and a line in `AUTOENCODERS`; or a Python file outside
 Shape letters: B batch, C latent channels, h w the latent's, H = h factor and W = w factor the image's.
 """
 
-import hashlib
-import importlib.util
 import json
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,8 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vca.runtime.compute import Precision, computing
 from vca.runtime.digest import tensors_sha256
 from vca.runtime.errors import ConfigError, check
+from vca.runtime.plugin import describe_weights, load_function
 
 PART = 16  # images that go through an autoencoder at once: its activations are large, and its speed is reached
 
@@ -101,7 +99,7 @@ class Autoencoder:
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
         """Images `(B, 3, H, W)` in [-1, 1] to moments `(B, 2 C or C, h, w)`."""
-        with in_float32(images.device):
+        with computing(Precision.fp32, images.device):
             return torch.cat([self.network.encode(part) for part in images.split(PART)])
 
     def latents(self, moments: Tensor, noise: Tensor) -> Tensor:
@@ -118,24 +116,10 @@ class Autoencoder:
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Latents `(B, C, h, w)` to images `(B, 3, H, W)`, about in [-1, 1]."""
-        with in_float32(latents.device):
+        with computing(Precision.fp32, latents.device):
             return torch.cat(
                 [self.network.decode(part) for part in (latents.float() / self.scale + self.shift).split(PART)]
             )
-
-
-@contextmanager
-def in_float32(device: torch.device) -> Iterator[None]:
-    """Neither autocast nor TF32, whatever is set around it."""
-    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    torch.set_float32_matmul_precision("highest")
-    torch.backends.cudnn.allow_tf32 = False
-    try:
-        with torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(before[0])
-        torch.backends.cudnn.allow_tf32 = before[1]
 
 
 class PixelSpace(nn.Module):
@@ -220,19 +204,16 @@ def from_file(config: AutoencoderConfig) -> Autoencoder:
         ConfigError: if the file is missing, fails, or makes something else.
     """
     path = Path(str(config.source)).expanduser()
-    check(path.is_file() and path.suffix == ".py", "autoencoder.source", "a Python file", config.source)
-    name = f"autoencoder_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
-    spec: Any = importlib.util.spec_from_file_location(name, path)
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
     side = 8 * config.factor
     try:
-        spec.loader.exec_module(module)
-        network = module.load_autoencoder(config.weights)
+        network = load_function(path, "load_autoencoder", "autoencoder.source")(config.weights)
         if not isinstance(network, nn.Module) or not hasattr(network, "encode") or not hasattr(network, "decode"):
             raise TypeError("load_autoencoder must return a module with encode and decode")
         autoencoder = Autoencoder(config, network, text=path.read_text() + describe_weights(config.weights))
         moments = autoencoder.encode(torch.zeros(1, 3, side, side))
         image = autoencoder.decode(torch.zeros(1, config.channels, 8, 8))
+    except ConfigError:
+        raise
     except Exception as error:  # somebody else's code
         reason = str(error).strip().splitlines() or [""]
         made = f"{path} with autoencoder.weights={config.weights}"
@@ -247,13 +228,6 @@ def from_file(config: AutoencoderConfig) -> Autoencoder:
     rule = f"decode {config.channels} channels of 8 x 8 to {side} x {side} px"
     check(tuple(image.shape) == (1, 3, side, side), f"autoencoder.source: {path}", rule, tuple(image.shape))
     return autoencoder
-
-
-def describe_weights(weights: str | None) -> str:
-    """What `autoencoder.weights` adds to the identity: the content of a file; a folder is in the parameters."""
-    if weights is None or Path(weights).is_dir():
-        return ""
-    return hashlib.sha256(Path(weights).read_bytes()).hexdigest() if Path(weights).is_file() else weights
 
 
 # name -> (config dataclass, loader)

@@ -8,7 +8,6 @@
 A set that was interrupted holds whole images only, and goes on with those that are missing.
 """
 
-import hashlib
 import io
 import json
 import os
@@ -16,7 +15,6 @@ import zipfile
 from collections import Counter
 from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,23 +23,16 @@ import torch
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from vca.generation.generator import Sample, spread
 from vca.generation.sampling import save_grid
+from vca.runtime.digest import image_sha256, images_sha256
 from vca.runtime.errors import ConfigError
 from vca.runtime.files import write_bytes, write_text
 from vca.runtime.rundir import compare
 
 SHOWN = 100  # samples in grid.png
-# Names of things whose sha256 is compared, and what is not known before the end.
-FREE = ("autoencoder.source", "origin.checkpoint", "origin.run", "result")
-
-
-@dataclass(frozen=True)
-class Sample:
-    """Pixels `(H, W, I)` uint8, the class asked for, and how often the network was evaluated for it."""
-
-    pixels: np.ndarray
-    label: int
-    evaluations: int
+# Names of things whose sha256 is compared, how these came about, and what is not known before the end.
+FREE = ("autoencoder.source", "origin.checkpoint", "origin.run", "origin.training", "result")
 
 
 class SampleSet:
@@ -134,15 +125,15 @@ class SampleSet:
         """Read the whole set, write what is asked for, and add the `result` to the manifest.
 
         Returns:
-            `count`; `sha256` of all pixels in order; `evaluations` a sample, `{"mean", "min", "max"}`; `classes`, how
+            `count`; `sha256` of the images in order; `evaluations` a sample, `{"mean", "min", "max"}`; `classes`, how
             many there are of each label.
         """
-        digest, evaluations, labels = hashlib.sha256(), [], []
+        digests, evaluations, labels = [], [], []
         shown: list[torch.Tensor] = []
         with NpzWriter(self.path / "samples.npz" if npz else None, count) as writer:
             for sample in self.read_all(count):
                 content = sample.pixels.tobytes()
-                digest.update(content)
+                digests.append(image_sha256(sample.pixels))
                 writer.write(sample.pixels, content)
                 evaluations.append(sample.evaluations)
                 labels.append(sample.label)
@@ -153,8 +144,8 @@ class SampleSet:
             save_grid(torch.stack(shown), self.path / "grid.png", 10, labels[: len(shown)], zoom)
         result = {
             "count": count,
-            "sha256": digest.hexdigest(),
-            "evaluations": {"mean": float(np.mean(evaluations)), "min": min(evaluations), "max": max(evaluations)},
+            "sha256": images_sha256(digests),
+            "evaluations": spread(evaluations),
             "classes": {str(label): count for label, count in sorted(Counter(labels).items())},
         }
         write_text(self.manifest_file, json.dumps({**self.read_manifest(), "result": result}, indent=2) + "\n")

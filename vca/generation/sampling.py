@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vca.generation.objective import Method, Objective, SamplerConfig
 from vca.generation.samplers import Samples
-from vca.runtime.errors import check
+from vca.runtime.errors import NonFiniteError, check
 from vca.runtime.seeding import derive_seed
 
 
@@ -81,10 +81,10 @@ def to_uint8(images: Tensor) -> Tensor:
     """Images in [-1, 1] as 8-bit pixels: `127.5 x + 128`, cut off at both ends and truncated.
 
     Raises:
-        FloatingPointError: if there is a NaN or an infinity, which would become a black pixel unseen.
+        NonFiniteError: if there is a NaN or an infinity, which would become a black pixel unseen.
     """
     if not torch.isfinite(images).all():
-        raise FloatingPointError("the samples are not finite")
+        raise NonFiniteError("samples are NaN or infinite")
     return (127.5 * images + 128).clamp(0, 255).to(torch.uint8)
 
 

@@ -43,17 +43,38 @@ class World:
         return box[0]
 
     def from_main(self, function: Callable[[], Any]) -> Any:
-        """What `function` returns on rank 0, on every rank; a `ConfigError` of it is raised on every rank alike."""
+        """What `function` returns on rank 0, on every rank; an error of it is raised on every rank alike."""
         outcome: Any = None
         if self.is_main:
             try:
                 outcome = function()
             except ConfigError as error:
                 outcome = error
+            except Exception as error:
+                self.broadcast(RuntimeError(f"rank 0 failed: {error}"))  # the others would wait for it
+                raise
         outcome = self.broadcast(outcome)
-        if isinstance(outcome, ConfigError):
+        if isinstance(outcome, (ConfigError, RuntimeError)):
             raise outcome
         return outcome
+
+    def gather(self, value: Any) -> list[Any]:
+        """The picklable values of all ranks on rank 0, nothing on the others."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] | None = [None] * self.size if self.is_main else None
+        dist.gather_object(value, values)
+        return values or []
+
+    def raise_first(self, error: Exception | None) -> None:
+        """Raise on every rank alike the first of the errors that ranks bring; do nothing if none brings one."""
+        errors = [error]
+        if self.size > 1:
+            errors = [None] * self.size
+            dist.all_gather_object(errors, error)
+        for first in errors:
+            if first is not None:
+                raise first
 
     def barrier(self) -> None:
         """Wait for all ranks."""

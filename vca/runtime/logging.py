@@ -103,10 +103,11 @@ class WandbMirror:
 
 
 def progress_bar(total: int, unit: str, show: bool) -> Any:
-    """tqdm's bar; where no person watches, it is renewed once a minute."""
+    """tqdm's bar, after a second; where no person watches, it is renewed once a minute."""
     from tqdm import tqdm
 
-    return tqdm(total=total, unit=unit, mininterval=0.1 if sys.stderr.isatty() else 60.0, disable=not show)
+    every = 0.1 if sys.stderr.isatty() else 60.0
+    return tqdm(total=total, unit=unit, mininterval=every, delay=1.0, disable=not show)
 
 
 class Reporter:

@@ -30,6 +30,8 @@ from vca.runtime.files import write_text
 FREE_KEYS = (
     "autoencoder.source",  # its sha256 is compared
     "autoencoder.weights",
+    "extractor",
+    "fid",
     "out_dir",
     "data.check_seconds",
     "data.root",
@@ -39,6 +41,7 @@ FREE_KEYS = (
     "trainer.checkpoint_every",
     "trainer.device",
     "trainer.eval_only",
+    "trainer.fid_every",
     "trainer.grad_checkpointing",
     "trainer.keep_checkpoints",
     "trainer.timeout_minutes",

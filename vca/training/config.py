@@ -1,37 +1,10 @@
 """How a training goes: length, batch, precision, device, how often what."""
 
-import os
-from contextlib import nullcontext
 from dataclasses import dataclass
-from enum import Enum
-from typing import Any
 
-import torch
-
+from vca.runtime.compute import Device, Precision
 from vca.runtime.errors import ConfigError, check
 from vca.training.init import InitWeights
-
-
-class Device(Enum):
-    """Where to run; `auto` takes a GPU if there is one."""
-
-    auto = "auto"
-    cpu = "cpu"
-    cuda = "cuda"
-
-
-class Precision(Enum):
-    """Arithmetic of the products; parameters, optimizer and EMA are float32 in each."""
-
-    fp32 = "fp32"
-    tf32 = "tf32"
-    bf16 = "bf16"
-    fp16 = "fp16"
-
-    @property
-    def autocast_dtype(self) -> torch.dtype | None:
-        """The dtype of autocast, or None where it is off."""
-        return {Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16}.get(self)
 
 
 @dataclass
@@ -45,6 +18,7 @@ class TrainerConfig:
         micro_batch: images a rank takes at once; accumulation follows from it. Null: `global_batch / ranks`, none.
         ema_decay: null keeps no average.
         log_every, eval_every, checkpoint_every: in updates; `eval_every=0` evaluates at the end only.
+        fid_every: in updates: how often a generator is measured against `fid.reference`; 0 never.
         keep_checkpoints: how many of the newest to keep.
         workers: loader processes a rank; 0 loads in the training process. Results do not depend on it.
         deterministic: ask CUDA for deterministic kernels (exact resume there needs it; slower). CUDA has none for a
@@ -67,6 +41,7 @@ class TrainerConfig:
     ema_decay: float | None = None
     log_every: int = 50
     eval_every: int = 0
+    fid_every: int = 0
     checkpoint_every: int = 1000
     keep_checkpoints: int = 2
     workers: int = 4
@@ -83,7 +58,7 @@ class TrainerConfig:
         for key in ("steps", "micro_batch"):
             value = getattr(self, key)
             check(value is None or value >= 1, f"trainer.{key}", ">= 1 or null", value)
-        for key in ("eval_every", "workers"):
+        for key in ("eval_every", "fid_every", "workers"):
             check(getattr(self, key) >= 0, f"trainer.{key}", ">= 0", getattr(self, key))
         decay_ok = self.ema_decay is None or 0 <= self.ema_decay < 1
         check(decay_ok, "trainer.ema_decay", "in [0, 1) or null", self.ema_decay)
@@ -110,18 +85,3 @@ class TrainerConfig:
     def total_steps(self, steps_per_epoch: int) -> int:
         """Length of the training in updates."""
         return self.steps if self.steps is not None else self.epochs * steps_per_epoch
-
-
-def autocast(precision: Precision, device: torch.device) -> Any:
-    """Autocast context of a precision on a device; does nothing for fp32 and tf32."""
-    dtype = precision.autocast_dtype
-    return torch.autocast(device.type, dtype=dtype) if dtype is not None else nullcontext()
-
-
-def set_precision(precision: Precision, deterministic: bool = False) -> None:
-    """Set torch's process-wide switches: TF32 only where it is asked for, deterministic kernels where asked for."""
-    torch.set_float32_matmul_precision("high" if precision is Precision.tf32 else "highest")
-    torch.backends.cudnn.allow_tf32 = precision is Precision.tf32
-    if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(deterministic)

@@ -5,7 +5,7 @@ from typing import Any
 
 
 def draw_curves(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
-    """Draw training loss, learning rate and, where there is one, accuracy over the steps, one line a run.
+    """Draw loss, learning rate and, where there are such, accuracy and Frechet distance over the steps, a line a run.
 
     Args:
         runs: label -> records of `metrics.jsonl`.
@@ -16,7 +16,7 @@ def draw_curves(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    panels = {"loss": "training loss", "lr": "learning rate", "val/top1": "top-1 (%)"}
+    panels = {"loss": "training loss", "lr": "learning rate", "val/top1": "top-1 (%)", "frechet": "Frechet distance"}
     reported = {key for records in runs.values() for record in records for key in record}
     panels = {key: title for key, title in panels.items() if key in reported or key == "loss"}
     figure, axes = plt.subplots(1, len(panels), figsize=(4.5 * len(panels), 3.4), layout="constrained", squeeze=False)

@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vca.runtime.compute import Precision
 from vca.runtime.distributed import World
 from vca.runtime.errors import NonFiniteError
 from vca.runtime.logging import Reporter, WandbConfig, WandbMirror
 from vca.runtime.rundir import RunDirectory
 from vca.training.checkpoint import load_latest_for_all, save_checkpoint
-from vca.training.config import Precision, TrainerConfig
+from vca.training.config import TrainerConfig
 from vca.training.curves import draw_curves
 from vca.training.step import StepResult, TrainState
 

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from vca.runtime.compute import Precision, autocast
 from vca.runtime.distributed import World
 from vca.runtime.seeding import seed_torch
-from vca.training.config import Precision, TrainerConfig, autocast
+from vca.training.config import TrainerConfig
 from vca.training.ema import Ema
 from vca.training.optim import OptimConfig, build_optimizer, learning_rate
 

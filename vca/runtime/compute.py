@@ -1,0 +1,61 @@
+"""What torch computes with: the device, the arithmetic of the products, and its process-wide switches."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from enum import Enum
+from typing import Any
+
+import torch
+
+
+class Device(Enum):
+    """Where to run; `auto` takes a GPU if there is one."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+class Precision(Enum):
+    """Arithmetic of the products; parameters, optimizer and EMA are float32 in each."""
+
+    fp32 = "fp32"
+    tf32 = "tf32"
+    bf16 = "bf16"
+    fp16 = "fp16"
+
+    @property
+    def autocast_dtype(self) -> torch.dtype | None:
+        """The dtype of autocast, or None where it is off."""
+        return {Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16}.get(self)
+
+
+def autocast(precision: Precision, device: torch.device) -> Any:
+    """Autocast context of a precision on a device; does nothing for fp32 and tf32."""
+    dtype = precision.autocast_dtype
+    return torch.autocast(device.type, dtype=dtype) if dtype is not None else nullcontext()
+
+
+def set_precision(precision: Precision, deterministic: bool = False) -> None:
+    """Set torch's process-wide switches: TF32 only where it is asked for, deterministic kernels where asked for."""
+    torch.set_float32_matmul_precision("high" if precision is Precision.tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = precision is Precision.tf32
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(deterministic)
+
+
+@contextmanager
+def computing(precision: Precision, device: torch.device) -> Iterator[None]:
+    """Compute in a precision, whatever is set around it: TF32 only where it is asked for, autocast likewise."""
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("high" if precision is Precision.tf32 else "highest")
+    torch.backends.cudnn.allow_tf32 = precision is Precision.tf32
+    dtype = precision.autocast_dtype
+    try:
+        with torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
