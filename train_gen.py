@@ -5,17 +5,19 @@
     python train_gen.py attention=softmax                                   the baseline
     torchrun --nproc_per_node=8 train_gen.py experiment=table2/dit_s_2_vca data.root=LATENTS
 
-While it trains, a run draws samples of its EMA weights into `outputs/<name>/samples/`. The same command continues a run
-that was interrupted, to the bit. `--cfg job --resolve` prints the whole config.
+While it trains, a run draws samples of its EMA weights into `outputs/<name>/samples/`, and may measure them:
+`trainer.fid_every=10000 extractor=inception fid.reference=STATISTICS.npz`. The same command continues a run that was
+interrupted, to the bit. `--cfg job --resolve` prints the whole config.
 """
 
 import math
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from models import GENERATORS, build_model
+from models import GENERATORS, build_model, rebuild
 from vca.attention import ATTENTIONS
 from vca.config import TrainGenConfig, command_line, register_schemas
 from vca.data import load_dataset
@@ -23,14 +25,20 @@ from vca.data.augment import train_transform
 from vca.data.doctor import check_before_training
 from vca.data.latents import LatentCache, RandomVersion
 from vca.data.loader import MicroBatches, TrainOrder, train_loader
-from vca.generation.autoencoder import AUTOENCODERS, Autoencoder, load_autoencoder
-from vca.generation.objective import OBJECTIVES, Objective, build_objective
+from vca.evaluation.evaluate import check_comparable, read_features
+from vca.evaluation.extractor import EXTRACTORS, load_extractor
+from vca.evaluation.features import measure
+from vca.evaluation.frechet import frechet_distance
+from vca.evaluation.sources import open_source
+from vca.generation.autoencoder import AUTOENCODERS, load_autoencoder
+from vca.generation.generator import DrawnSet, Generator
+from vca.generation.objective import OBJECTIVES, build_objective
 from vca.generation.sampling import check_sampler, draw_samples, save_grid, to_uint8
 from vca.runtime import distributed
+from vca.runtime.compute import Precision, set_precision
 from vca.runtime.errors import config_errors
 from vca.runtime.rundir import RunDirectory, plain
 from vca.runtime.seeding import seed_torch
-from vca.training.config import set_precision
 from vca.training.generation import GenerationLoss
 from vca.training.run import TrainingRun
 from vca.training.step import TrainState
@@ -42,6 +50,7 @@ register_schemas(
         "attention": ATTENTIONS,
         "objective": OBJECTIVES,
         "autoencoder": AUTOENCODERS,
+        "extractor": EXTRACTORS,
     },
 )
 
@@ -78,6 +87,8 @@ def run(config: TrainGenConfig) -> dict[str, float]:
             transform = RandomVersion(config.augment.hflip) if cached else train_transform(config.augment, config.data)
             dropout = model.config.class_dropout_prob
             loss_of = GenerationLoss(objective, autoencoder, cached, dropout, model.null_label, config.seed)
+            generator = Generator(trained(state), objective, autoencoder)
+            measured = Measured(config, generator, world) if trainer.fid_every else None
             with training.open(config.name, record, config.wandb):
                 data = f"{config.data.name}: {len(images)} images of {math.prod(config.model.grid)} tokens"
                 training.introduce(config.name, f"{config.model.name} with {config.attention.name}", data)
@@ -86,29 +97,65 @@ def run(config: TrainGenConfig) -> dict[str, float]:
                     update = state.update([batch.to(world.device) for batch in batches], loss_of, config.seed)
                     training.record(update, batches)
                     if training.due(trainer.eval_every):
-                        training.write(draw_picture(config, objective, autoencoder, state, folder))
+                        training.write(draw_picture(config, generator, state, folder))
                         training.draw(config.name)
+                    if measured is not None and training.due(trainer.fid_every):
+                        training.write(measured.frechet())
                     if training.due(trainer.checkpoint_every):
                         training.save()
         return summarize(config, folder, world.is_main)
 
 
+def trained(state: TrainState) -> Any:
+    """The network whose samples count: the EMA, or where there is none the raw one."""
+    return state.ema.module if state.ema is not None else state.model
+
+
 def draw_picture(
-    config: TrainGenConfig, objective: Objective, autoencoder: Autoencoder, state: TrainState, folder: RunDirectory
+    config: TrainGenConfig, generator: Generator, state: TrainState, folder: RunDirectory
 ) -> dict[str, int]:
-    """Draw samples of the EMA weights (the raw ones where there is no average) on one rank: a column for each class.
+    """Draw samples on one rank: a column for each class.
 
     Returns how many they are, and how often the network was evaluated for each.
     """
     if not state.world.is_main:
         return {}
-    network = (state.ema.module if state.ema is not None else state.model).eval()
+    generator.model.eval()
     labels = torch.arange(config.sampled_classes, device=state.world.device).repeat(config.samples_per_class)
-    shape = (config.model.in_channels, *config.model.size)
-    samples = draw_samples(network, objective, config.sampler, labels, range(len(labels)), config.seed, shape)
-    pictures = to_uint8(autoencoder.decode(samples.x))
+    samples = draw_samples(
+        generator.model, generator.objective, config.sampler, labels, range(len(labels)), config.seed, generator.shape
+    )
+    pictures = to_uint8(generator.autoencoder.decode(samples.x))
     save_grid(pictures, folder.path / "samples" / f"step_{state.step:08d}.png", columns=config.sampled_classes)
     return {"samples": len(labels), "evaluations": samples.evaluations}
+
+
+class Measured:
+    """The samples of a run as `eval_fid.py` would draw and measure them at this step.
+
+    Args:
+        config: `fid`, `extractor` and `sampler` say how.
+        generator: of the run.
+        world: this process; all ranks share the work.
+    """
+
+    def __init__(self, config: TrainGenConfig, generator: Generator, world: distributed.World) -> None:
+        self.generator, self.world, self.fid = generator, world, config.fid
+        self.extractor = load_extractor(config.extractor, world, rebuild)
+        self.samples = DrawnSet(
+            generator, config.sampler, "random", 0, Precision.fp32, self.fid.count, self.fid.batch_size
+        )
+        reference = open_source(str(self.fid.reference), "fid.reference", config.data, reference=True)
+        for warning in check_comparable(self.samples, reference, self.extractor, allow_few=True):
+            if world.is_main:
+                print(f"fid: {warning}", flush=True)
+        self.reference = read_features(reference, self.extractor, world, self.fid.batch_size, keep=0)
+
+    def frechet(self) -> dict[str, float]:
+        """The distance from the reference, and of how many samples."""
+        self.generator.model.eval()
+        found = measure(self.samples, self.extractor, self.world, self.fid.batch_size, keep=0, talk=False)
+        return {"frechet": frechet_distance(*found.pool, *self.reference.pool), "frechet_samples": self.fid.count}
 
 
 def summarize(config: TrainGenConfig, folder: RunDirectory, talk: bool) -> dict[str, float]:

@@ -8,8 +8,9 @@
 #
 # Further arguments are config overrides of the training of every row. What was interrupted goes on where it stood; a row
 # that fails does not stop the others, but makes the exit code 1. GPUS=n takes n GPUs. Where the hub is out of reach,
-# VAES=FOLDER holds sd-vae-ft-ema/ and sd-vae-ft-mse/, the decoders of SiT and DiT. The rows at 512 px have a cache of
-# their own: ROWS='dit_s_2_512_*' scripts/reproduce_table2.sh data.root=/data/latents-512
+# VAES=FOLDER holds sd-vae-ft-ema/ and sd-vae-ft-mse/, the decoders of SiT and DiT. REFERENCE=FILE.npz, such as ADM's
+# VIRTUAL_imagenet256_labeled.npz, measures the samples too; then `scripts/table.py OUT`. The rows at 512 px have a cache
+# and a reference of their own: ROWS='dit_s_2_512_*' scripts/reproduce_table2.sh data.root=/data/latents-512
 table=table2 script=train_gen.py all='?it_?_?_softmax ?it_?_?_vca'
 for argument in "$@"; do
     if [[ $argument == seed=* || $argument == out_dir=* ]]; then
@@ -17,6 +18,7 @@ for argument in "$@"; do
     fi
 done
 : "${SEED:=0}" "${OUT:=outputs}"
+if [[ -n ${REFERENCE:-} && ! -f $REFERENCE ]]; then echo "REFERENCE: $REFERENCE is no file" >&2; exit 2; fi
 extra=("seed=$SEED" "out_dir=$OUT")
 if [[ -n ${VAES:-} ]]; then
     for vae in sd-vae-ft-ema sd-vae-ft-mse; do
@@ -27,6 +29,9 @@ fi
 after() {
     local run="$OUT/table2-$1-seed$SEED" protocol=dit_table vae=sd-vae-ft-mse
     if [[ $1 == sit_* ]]; then protocol=sit_sde250 vae=sd-vae-ft-ema; fi
-    step "${launch[@]}" "$root/sample.py" "run=$run" "out=$run/$protocol" "protocol=$protocol" npz=true ${VAES:+"decoder=$VAES/$vae"}
+    step "${launch[@]}" "$root/sample.py" "run=$run" "out=$run/$protocol" "protocol=$protocol" npz=true ${VAES:+"decoder=$VAES/$vae"} &&
+        if [[ -n ${REFERENCE:-} ]]; then
+            step "${launch[@]}" "$root/eval_fid.py" "samples=$run/$protocol" "reference=$REFERENCE"
+        fi
 }
 source "$(dirname "$0")/reproduce_rows.sh"

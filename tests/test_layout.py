@@ -21,7 +21,16 @@ ALLOWED = {
     "vca/data": SCIENTIFIC | {"vca.data", "vca.runtime"},
     "vca/training": SCIENTIFIC | {"vca.training", "vca.data", "vca.generation", "vca.runtime"},
     "vca/generation": {"torch", "numpy", "PIL", "torchdiffeq", "diffusers", "vca.generation", "vca.runtime"},
-    "vca/evaluation": SCIENTIFIC | {"vca.evaluation", "vca.data", "vca.runtime"},
+    "vca/evaluation": SCIENTIFIC
+    | {
+        "torch_fidelity",
+        "vca.evaluation",
+        "vca.training",
+        "vca.generation",
+        "vca.data",
+        "vca.attention",
+        "vca.runtime",
+    },
     "vca/config": {
         "hydra",
         "omegaconf",
@@ -97,7 +106,7 @@ def test_importing_changes_nothing():
 import os, warnings, torch
 import timm, torchvision, hydra
 before = (torch.get_float32_matmul_precision(), list(warnings.filters), dict(os.environ), torch.get_rng_state().sum())
-import train_cls, train_gen, sample, models, vca
+import train_cls, train_gen, sample, eval_fid, models, vca
 after = (torch.get_float32_matmul_precision(), list(warnings.filters), dict(os.environ), torch.get_rng_state().sum())
 assert before == after
 """

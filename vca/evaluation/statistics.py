@@ -6,6 +6,8 @@ be stored.
 Shape letters: B batch, D features.
 """
 
+from typing import NamedTuple
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -59,3 +61,26 @@ class FeatureStatistics:
         mean = self.total / self.count
         covariance = (self.outer - self.count * torch.outer(mean, mean)) / (self.count - 1)
         return mean.cpu().numpy(), covariance.cpu().numpy()
+
+
+class Score(NamedTuple):
+    """Mean and standard deviation over subsets or splits."""
+
+    mean: float
+    std: float
+
+
+def check_features(*sets: np.ndarray) -> list[np.ndarray]:
+    """Sets of features in float64.
+
+    Raises:
+        ValueError: unless all are `(N, D)` with one D, and finite.
+    """
+    arrays = [np.asarray(values, dtype=np.float64) for values in sets]
+    for values in arrays:
+        if values.ndim != 2 or values.shape[1] != arrays[0].shape[-1]:
+            shapes = " and ".join(str(a.shape) for a in arrays)
+            raise ValueError(f"features must be (N, D) with one D, got {shapes}")
+        if not np.isfinite(values).all():
+            raise ValueError("features are NaN or infinite")
+    return arrays

@@ -1,0 +1,122 @@
+"""Measure a set of samples against a reference: FID, sFID, KID, Inception Score, precision and recall.
+
+    python eval_fid.py samples=samples/dit_s_2_vca reference=VIRTUAL_imagenet256_labeled.npz
+    torchrun --nproc_per_node=8 eval_fid.py run=outputs/RUN protocol=dit_table reference=VIRTUAL_imagenet256_labeled.npz
+    python eval_fid.py samples=FOLDER reference=data:test data=cifar10 data.root=/data/cifar
+    python eval_fid.py samples=FOLDER reference=data:test data=digits extractor=classifier extractor.run=outputs/RUN
+
+`samples` and `reference` are a folder of `sample.py` or of PNG files, an .npz of images (`arr_0`) or of statistics
+(those of `scripts/reference_stats.py`, and ADM's), or a split of a data set. With `run` or `checkpoint` instead of
+`samples` they are drawn as `sample.py` draws them, and not written. The figures are the same on any number of ranks.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from models import GENERATORS, build_model, rebuild
+from vca.attention import ATTENTIONS
+from vca.config import EvalFidConfig, check_protocol, command_line, drawn_set, read_generator, register_schemas
+from vca.evaluation.evaluate import check_comparable, read_features
+from vca.evaluation.extractor import EXTRACTORS, load_extractor
+from vca.evaluation.features import FeatureSet
+from vca.evaluation.images import Images
+from vca.evaluation.metrics import compare_sets, labelled
+from vca.evaluation.picture import draw_extremes
+from vca.evaluation.record import check_writable, make_record, record_path, write_record
+from vca.evaluation.sources import made_by, manifest_of, open_source
+from vca.generation.autoencoder import AUTOENCODERS
+from vca.generation.generator import DrawnSet, spread
+from vca.generation.objective import OBJECTIVES
+from vca.runtime import distributed
+from vca.runtime.errors import ConfigError, check
+from vca.training.restore import load_generator
+
+DAY = 24 * 60.0  # minutes that ranks wait for each other: the slowest has the last word
+DRAWN = 50_000  # samples, if nothing else is said
+UNKNOWN = "nothing says how the samples were made, so scripts/table.py will not take this record"
+
+register_schemas(
+    root={"eval_fid": EvalFidConfig},
+    groups={
+        "model": GENERATORS,
+        "attention": ATTENTIONS,
+        "objective": OBJECTIVES,
+        "autoencoder": AUTOENCODERS,
+        "extractor": EXTRACTORS,
+    },
+)
+
+
+def run(config: EvalFidConfig) -> dict[str, Any]:
+    """Measure, print a table, write the record and return it."""
+    with distributed.start(config.device.value, DAY, key="device") as world:
+        reference = open_source(config.reference, "reference", config.data, reference=True)
+        samples, made = open_samples(config, world)
+        extractor = load_extractor(config.extractor, world, rebuild)
+        warnings = check_comparable(samples, reference, extractor, config.allow_few)
+        at_hand = all(isinstance(source, (Images, DrawnSet)) for source in (samples, reference))
+        check(at_hand or not config.picture, "picture", "false where statistics stand for images", config.picture)
+        folder, prefix = place_of_record(config)
+        world.from_main(lambda: check_writable(folder / "record"))
+
+        found = read_features(samples, extractor, world, config.batch_size, config.features)
+        there = read_features(reference, extractor, world, config.batch_size, config.features)
+        if isinstance(samples, DrawnSet) and made is not None:
+            counts = [count for part in world.gather(samples.evaluations) for count in part]
+            made["evaluations"] = spread(counts) if world.is_main else None
+
+        def conclude() -> dict[str, Any]:
+            check_unchanged(config, found)
+            metrics, settings = compare_sets(found, there, world.device)
+            said = [*warnings, *([UNKNOWN] if made is None else [])]
+            record = make_record(metrics, settings, found, there, extractor, made, said, config.batch_size, world)
+            path = Path(config.out).expanduser() if config.out else record_path(folder, prefix, record)
+            write_record(path, record)
+            for name, value in labelled(metrics, settings, record["count"], extractor.published).items():
+                print(f"{name:<40}{value}")
+            print("\n".join([*(f"note: {line}" for line in said), f"record: {path}"]), flush=True)
+            if config.picture:
+                draw_extremes(samples, reference, found, there, path.with_suffix(".png"))
+            return record
+
+        return world.from_main(conclude)
+
+
+def open_samples(config: EvalFidConfig, world: distributed.World) -> tuple[Any, dict[str, Any] | None]:
+    """The set to be measured, and how it was made, if that is known."""
+    if config.samples is not None:
+        samples = open_source(config.samples, "samples", config.data)
+        if config.count is not None:
+            check(
+                samples.count == config.count, "count", f"{samples.count}, which {config.samples} holds", config.count
+            )
+        return samples, made_by(manifest_of(config.samples))
+    configs = read_generator(config, GENERATORS)
+    generator = load_generator(configs, build_model, world, config.weights, config.run, config.step, config.checkpoint)
+    check_protocol(config, generator.origin)
+    drawn = drawn_set(config, generator, config.count or DRAWN)
+    return drawn, {"protocol": config.protocol, **drawn.describe()}
+
+
+def place_of_record(config: EvalFidConfig) -> tuple[Path, str]:
+    """Folder of the record, and what its name begins with: in the run or the set that it is about, or beside it."""
+    if config.out is not None:
+        return Path(config.out).expanduser().parent, ""
+    if config.run is not None:
+        return Path(config.run), ""
+    place = str(config.samples or config.checkpoint)
+    if place.startswith("data:"):
+        return Path(), ""
+    path = Path(place).expanduser().resolve()
+    return (path, "") if (path / "manifest.json").is_file() else (path.parent, f"{path.stem}-")
+
+
+def check_unchanged(config: EvalFidConfig, found: FeatureSet) -> None:
+    """Raise `ConfigError` if the images are not those that `sample.py` wrote there."""
+    manifest = manifest_of(config.samples) if config.samples is not None else None
+    if manifest is not None and manifest["result"]["sha256"] != found.sha256:
+        raise ConfigError(f"samples: {config.samples} holds other images than sample.py wrote; draw them again")
+
+
+if __name__ == "__main__":
+    command_line("eval_fid", run)

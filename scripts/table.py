@@ -1,0 +1,44 @@
+"""The paper's tables from what was run: Tables 1 to 4, the paper's figure beside the measured one.
+
+    python scripts/table.py outputs/                  on the screen, as Markdown
+    python scripts/table.py outputs/ --out tables     and as tables/table1.md, tables/table1.csv, ...
+
+Runs of `train_cls.py` and records of `eval_fid.py` are found wherever they lie in the folders, and a row by what a run
+was, whatever its name. Seeds make one row with a spread. Figures that were not measured alike, and records that lack a
+field of their protocol, are refused; what belongs into no table, or is not finished, is named below them.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from vca.config import mistakes_in_one_line
+from vca.evaluation.tables import TABLES, as_csv, as_markdown, gather, lines_of
+from vca.runtime.files import write_text
+
+
+def main() -> None:
+    """Print the tables, and write them where that is asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folders", nargs="+", type=Path, help="where runs and records lie, such as outputs/")
+    parser.add_argument("--out", type=Path, help="folder for table1.md, table1.csv and so on")
+    parser.add_argument("--weights", choices=("raw", "ema"), default="raw", help="of classifiers (default raw)")
+    options = parser.parse_args()
+    with mistakes_in_one_line():
+        found = gather(options.folders, options.weights)
+        tables = {name: lines_of(table, found.measured) for name, table in TABLES.items()}
+        for name, lines in tables.items():
+            text = as_markdown(TABLES[name], lines)
+            print(text)
+            if options.out is not None:
+                options.out.mkdir(parents=True, exist_ok=True)
+                write_text(options.out / f"{name}.md", text)
+                write_text(options.out / f"{name}.csv", as_csv(lines))
+        for line in found.left_out:
+            print(f"left out: {line}")
+
+
+if __name__ == "__main__":
+    main()
