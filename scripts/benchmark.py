@@ -4,8 +4,10 @@
     python scripts/benchmark.py loop --device cpu           the trainer's loop beside a bare loop on the same batches
     python scripts/benchmark.py data --root DIR             the ImageNet training pipeline beside timm's loader
     python scripts/benchmark.py table1 --root DIR           the ten rows of Table 1: 20 updates, a kill, a resume
+    python scripts/benchmark.py inception --weights FILE    eval_fid.py beside torch-fidelity's own command
+    python scripts/benchmark.py evaluation --threads 2      eval_fid.py on 50,000 images: time and peak memory
 
-DIR holds images as `data=imagefolder` reads them.
+DIR holds images as `data=imagefolder` reads them, FILE the weights of torch-fidelity's Inception network.
 
 Machines are noisy: quote the ratio and its spread, not the milliseconds. `--json FILE` keeps the figures.
 """
@@ -25,7 +27,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -42,9 +46,12 @@ SHAPES = [
 
 
 def interleaved(
-    one: Callable[[], object], other: Callable[[], object], rounds: int, device: torch.device
+    one: Callable[[], object], other: Callable[[], object], rounds: int, device: torch.device, warm: int = 2
 ) -> dict[str, float]:
-    """Time two functions in turn, the order changing each round; the ratio one / other, and the median ms of each."""
+    """Time two functions in turn, the order changing each round; the ratio one / other, and the median ms of each.
+
+    Both are called `warm` times before.
+    """
 
     def clock(function: Callable[[], object]) -> float:
         if device.type == "cuda":
@@ -55,7 +62,7 @@ def interleaved(
             torch.cuda.synchronize(device)
         return time.perf_counter() - start
 
-    for _ in range(2):
+    for _ in range(warm):
         one(), other()
     pairs = []
     for turn in range(rounds):
@@ -301,21 +308,92 @@ def train_row(row: str, root: Path, classes: int, folder: Path, threads: int) ->
     }
 
 
+def benchmark_inception(weights: Path, rounds: int, threads: int, images: int = 192) -> list[dict]:
+    """Both whole commands, their start included, on the same two folders of PNG files; FID alone on their side."""
+    with tempfile.TemporaryDirectory() as folder:
+        rng = np.random.default_rng(0)
+        folders = [Path(folder) / name for name in ("samples", "reference")]
+        for path in folders:
+            path.mkdir()
+            for number in range(images):
+                pixels = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(path / f"{number:06d}.png")
+        ours = [sys.executable, "eval_fid.py", f"samples={folders[0]}", f"reference={folders[1]}", "batch_size=32"]
+        ours += ["allow_few=true", "device=cpu", f"extractor.weights={weights}", "extractor.sha256=null"]
+        theirs = [str(Path(sys.executable).parent / "fidelity"), "--cpu", "--fid", "--no-cache", "--batch-size", "32"]
+        theirs += ["--input1", str(folders[0]), "--input2", str(folders[1])]
+        theirs += ["--feature-extractor-weights-path", str(weights)]
+
+        def run(command: list[str]) -> None:
+            environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+            here = Path(__file__).parents[1]
+            subprocess.run(command, cwd=here, env=environment, check=True, capture_output=True)
+
+        times = interleaved(lambda: run(ours), lambda: run(theirs), rounds, torch.device("cpu"), warm=0)
+    ours_rate, their_rate = (2 * images / (times[key] / 1e3) / threads for key in ("ms", "other_ms"))
+    print(f"images a second and core: eval_fid.py {ours_rate:.2f}, fidelity {their_rate:.2f}")
+    print(f"time, eval_fid.py / fidelity: {times['ratio']:.2f} ({times['low']:.2f} to {times['high']:.2f})")
+    return [{"images": 2 * images, "ours_per_core": ours_rate, "theirs_per_core": their_rate, **times}]
+
+
+EXTRACTOR = """
+import torch
+from torch import nn
+
+def load_extractor(weights):
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 32, 3, 2, 1), nn.ReLU(), nn.Conv2d(32, 64, 3, 2, 1), nn.ReLU(), nn.Conv2d(64, 256, 3, 2, 1)]
+    return nn.Sequential(Scale(), *layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+class Scale(nn.Module):
+    def forward(self, images):
+        return images / 128 - 1
+"""
+
+
+def benchmark_evaluation(threads: int, images: int = 50_000) -> list[dict]:
+    """The whole path in a small extractor's features: a folder of PNG files against an npz, all metrics."""
+    with tempfile.TemporaryDirectory() as folder:
+        root, rng = Path(folder), np.random.default_rng(0)
+        (root / "extractor.py").write_text(EXTRACTOR)
+        (root / "samples").mkdir()
+        for number in range(images):
+            pixels = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(root / "samples" / f"{number:06d}.png", compress_level=1)
+        np.savez(root / "reference.npz", arr_0=rng.integers(0, 256, (images, 32, 32, 3), dtype=np.uint8))
+        command = [sys.executable, "eval_fid.py", f"samples={root / 'samples'}", f"reference={root / 'reference.npz'}"]
+        command += ["extractor=file", f"extractor.source={root / 'extractor.py'}", "batch_size=250", "device=cpu"]
+        start, here = time.perf_counter(), Path(__file__).parents[1]
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+        process = subprocess.Popen(command, cwd=here, env=environment)
+        _, status, usage = os.wait4(process.pid, 0)
+        if status:
+            raise RuntimeError(f"failed: {' '.join(command)}")
+    row = {"images": images, "seconds": time.perf_counter() - start, "memory_gib": usage.ru_maxrss / 2**20}
+    print(f"{images} images against {images}: {row['seconds']:.0f} s, at most {row['memory_gib']:.2f} GiB")
+    return [row]
+
+
 def main() -> None:
     """Parse the command line and run one benchmark."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("attention", "loop", "data", "table1"))
+    parser.add_argument("what", choices=("attention", "loop", "data", "table1", "inception", "evaluation"))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
     parser.add_argument("--rounds", type=int, default=15, help="pairs of timings for each figure (default 15)")
     parser.add_argument("--root", type=Path, help="folder with train/ and val/, for data and table1")
+    parser.add_argument("--weights", type=Path, help="torch-fidelity's file of weights, for inception")
     parser.add_argument("--json", type=Path, help="write the figures to this file")
     options = parser.parse_args()
     if options.what in ("data", "table1"):
         if options.root is None or not (options.root / "train").is_dir():
             parser.error(f"{options.what} needs --root, a folder that holds train/ and val/")
         options.device = "cpu"
-    if options.rounds < 3 or options.threads < 1:
+    if options.what == "inception":
+        if options.weights is None or not options.weights.is_file():
+            parser.error("inception needs --weights, torch-fidelity's file of weights")
+        options.device = "cpu"
+    if options.rounds < (1 if options.what == "inception" else 3) or options.threads < 1:
         parser.error("--rounds must be >= 3 and --threads >= 1")
     torch.set_num_threads(options.threads)
     device = torch.device(options.device)
@@ -327,6 +405,8 @@ def main() -> None:
         "loop": lambda: benchmark_loop(device, options.rounds),
         "data": lambda: benchmark_data(options.root, options.rounds),
         "table1": lambda: benchmark_table1(options.root, options.threads),
+        "evaluation": lambda: benchmark_evaluation(options.threads),
+        "inception": lambda: benchmark_inception(options.weights.resolve(), options.rounds, options.threads),
     }[options.what]()
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)

@@ -3,9 +3,10 @@
     python scripts/demo.py
 
 Trains a small DeiT twice on 1,438 real 8 x 8 digits, with VCA and with softmax attention, and evaluates both on the 359
-held out. Then trains a small VCA DiT and SiT on the same digits, draws a labelled grid of samples of each, and lets the
-VCA classifier say which digits it sees in them. Two trainings run at a time. Running the demo again continues where it
-was stopped, or only shows the result.
+held out. Then trains a small VCA DiT and SiT on the same digits, draws a labelled grid of samples of each, lets the VCA
+classifier say which digits it sees in them, and measures in its features how far they are from the held-out digits,
+beside what real digits and noise come to. Two trainings run at a time. Running the demo again continues where it was
+stopped, or only shows the result.
 """
 
 import argparse
@@ -16,23 +17,26 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import Any
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
+import numpy as np
 import torch
-from PIL import Image
+from torch.utils.data import Subset
 
-from models import CLASSIFIERS, build_model
-from vca.attention import ATTENTIONS
-from vca.config import from_plain, from_registry
-from vca.data.augment import eval_transform
+from models import rebuild
+from vca.data import load_dataset
 from vca.data.config import DataConfig
+from vca.evaluation.extractor import ClassifierConfig, Extractor, load_extractor
+from vca.evaluation.features import measure
+from vca.evaluation.frechet import frechet_distance
+from vca.evaluation.images import DatasetImages, Images, NpzImages, PngFolder
 from vca.generation.sample_set import SampleSet
+from vca.runtime.distributed import World
 from vca.runtime.rundir import RunDirectory
-from vca.training.checkpoint import load_latest
 from vca.training.curves import draw_curves
+from vca.training.init import InitWeights
 
 QUIET = ["trainer.eval_every=0", "trainer.log_every=220"]
 CLASSIFICATION = {name: [f"attention={name}", *QUIET] for name in ("vca", "softmax")}
@@ -42,6 +46,7 @@ GENERATION = {
     "sit": [*NETWORK, "objective=interpolant", "sampler=ode", "sampler.steps=20"],
 }
 GUIDANCE = (1.0, 1.5)
+ONE = World(0, 0, 1, torch.device("cpu"))
 
 
 def main() -> None:
@@ -74,12 +79,18 @@ def main() -> None:
     for name, lines in records.items():
         last = next(line for line in reversed(lines) if "val/top1" in line)
         print(f"{name:<12}{last['val/top1']:.2f} % of {last['val/images']}")
+    classifier = load_extractor(ClassifierConfig(run=str(out / "vca"), weights=InitWeights.raw), ONE, rebuild)
     print(f"\n{'generator':<12}samples that the VCA classifier reads as the class asked for, of {options.samples}")
     print(f"{'':<12}" + "".join(f"{describe(guidance):<16}" for guidance in GUIDANCE) + "grid")
     for name in GENERATION:
         folders = [samples_of(out, name, guidance) for guidance in GUIDANCE]
-        shares = [f"{read_classes(out / 'vca', folder):.1f} %" for folder in folders]
+        shares = [f"{read_classes(classifier, folder):.1f} %" for folder in folders]
         print(f"{name:<12}" + "".join(f"{share:<16}" for share in shares) + str(folders[-1] / "grid.png"))
+    print(
+        f"\n{'Frechet distance':<24}from the held-out digits, of {options.samples} images in the classifier's features"
+    )
+    for name, distance in distances(classifier, out, options.samples).items():
+        print(f"{name:<24}{distance:.2f}")
     print(f"\ncurves: {out / 'curves.png'}   ({time.perf_counter() - start:.0f} s in all)")
 
 
@@ -122,20 +133,35 @@ def relay(name: str, process: "subprocess.Popen[str]") -> None:
         print(f"[{name}] {line}", end="", flush=True)
 
 
-@torch.inference_mode()
-def read_classes(run: Path, samples: Path) -> float:
-    """Percentage of the samples in a folder that the classifier of a run takes for the class that was asked for."""
-    config: dict[str, Any] = json.loads((run / "config.json").read_text())
-    model = build_model(
-        from_registry(CLASSIFIERS, config["model"], "family"), from_registry(ATTENTIONS, config["attention"])
+def distances(extractor: Extractor, out: Path, count: int) -> dict[str, float]:
+    """Frechet distance of real digits, samples and noise from the held-out digits, in the features of a classifier."""
+    config = DataConfig(**json.loads((out / "vca" / "config.json").read_text())["data"])
+    held_out, training = (load_dataset(config, train=train) for train in (False, True))
+    noise = out / "noise.npz"
+    shape = (count, config.img_size, config.img_size, config.in_chans)
+    np.savez(noise, arr_0=np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8))
+    of_class = [[n for n, label in enumerate(training.labels) if label == k] for k in range(config.num_classes)]
+    chosen = Subset(training, [n for numbers in of_class for n in numbers[: count // config.num_classes]])
+    sets: dict[str, Images] = {"training digits": DatasetImages(chosen, config.img_size, config.in_chans, "", "")}
+    for guidance in GUIDANCE:
+        for name in GENERATION:
+            folder = samples_of(out, name, guidance) / "images"
+            sets[f"{name}, {describe(guidance)}"] = PngFolder(folder, "samples")
+    sets["noise"] = NpzImages(noise, "samples")
+    reference = measure(
+        DatasetImages(held_out, config.img_size, config.in_chans, "", ""), extractor, ONE, 100, 0, talk=False
     )
-    saved = load_latest(run / "checkpoints")
-    assert saved is not None
-    model.load_state_dict(saved["model"])
-    transform, drawn = eval_transform(from_plain(DataConfig, config["data"])), SampleSet(samples)
+    found = {name: measure(images, extractor, ONE, 100, 0, talk=False) for name, images in sets.items()}
+    return {name: frechet_distance(*part.pool, *reference.pool) for name, part in found.items()}
+
+
+def read_classes(extractor: Extractor, samples: Path) -> float:
+    """Percentage of the samples in a folder that a classifier takes for the class that was asked for."""
+    drawn = SampleSet(samples)
     read = list(drawn.read_all(len(drawn.there())))
-    images = torch.stack([transform(Image.fromarray(sample.pixels[..., 0])) for sample in read])
-    hits = model.eval()(images).argmax(dim=1) == torch.tensor([sample.label for sample in read])
+    logits = extractor(torch.from_numpy(np.stack([sample.pixels for sample in read])).permute(0, 3, 1, 2)).logits
+    assert logits is not None
+    hits = logits.argmax(dim=1) == torch.tensor([sample.label for sample in read])
     return 100 * hits.float().mean().item()
 
 
