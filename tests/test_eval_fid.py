@@ -417,6 +417,10 @@ def test_bad_references(case, use, samples, tmp_path, monkeypatch, capsys):
         ("samples=SET reference=data:test", "data must be given for reference=data:test, such as data=cifar10"),
         ("samples=SET reference=data:test data=digits count=7", "count must be 40, which .* holds, got 7"),
         ("samples=SET reference=data:test data=digits protocol=dit_table", "protocol must be null with samples"),
+        (
+            "samples=SET reference=data:test data=digits sampler=ode",
+            "sampler must be left out with samples, .* 'ode_heun'",
+        ),
         ("samples=SET reference=data:test data=digits extractor=clip", "extractor=clip: no such option"),
         ("samples=SET reference=data:test data=digits extractor=classifier", "extractor.run must be given"),
         ("samples=SET reference=data:test data=digits extractor=file", "extractor.source must be given: a Python file"),

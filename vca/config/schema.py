@@ -295,8 +295,11 @@ class EvalFidConfig(GeneratorConfig):
         super().__post_init__()
         check(self.count is None or self.count >= 2, "count", ">= 2 or null", self.count)
         check(self.features >= 2, "features", ">= 2", self.features)
-        for key in ("protocol", "decoder"):
-            check(self.samples is None or getattr(self, key) is None, key, "null with samples", getattr(self, key))
+        if self.samples is not None:
+            for key in ("protocol", "decoder"):
+                check(getattr(self, key) is None, key, "null with samples", getattr(self, key))
+            rule = "left out with samples, which are drawn already"
+            check(self.sampler == SamplerConfig(), "sampler", rule, self.sampler.method.value)
 
 
 @dataclass
