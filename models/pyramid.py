@@ -1,7 +1,7 @@
 """What PVT, Swin and CSWin share: stages of blocks over token grids, each grid half as high and wide as the last.
 
 In the stages that `attention_stages` names, the attention is the variant of the config and sees the whole grid; in the
-others, and everywhere under the softmax baseline, it is the backbone's own, with its windows, stripes or reductions.
+others, and everywhere under `attention=softmax`, it is the backbone's own, with its windows, stripes or reductions.
 Both are called `attn(x, grid)`, and no block knows which it holds.
 
 Shape letters: B batch, N tokens of a grid H x W (after P prefix tokens), C channels of the stage.
@@ -29,7 +29,7 @@ class Stage(nn.Module):
 
 def keeps_own(config: PyramidConfig, attention: Any, stage: int) -> bool:
     """Whether a stage, counted from 0, keeps the backbone's own attention."""
-    return isinstance(attention, SoftmaxConfig) or stage + 1 not in config.attention_stages
+    return attention == SoftmaxConfig() or stage + 1 not in config.attention_stages
 
 
 class Pyramid(Backbone):

@@ -10,7 +10,9 @@ from tests.conftest import GOLDEN
 from vca import VCAConfig, VisualContrastAttention, visual_contrast_attention
 from vca.attention import ATTENTIONS, build_attention
 from vca.attention.contrast import Stage2Softmax, Stream
-from vca.attention.reference import reference_attention, rms_norm
+from vca.attention.maps import listening, maps_of
+from vca.attention.pooling import Pooling, pool_queries
+from vca.attention.reference import adaptive_bins, reference_attention, rms_norm
 
 CASES = ("square_cls", "rect_nocls", "ragged_pool")
 ARGUMENTS = ("q", "k", "v", "e_pos", "e_neg", "lambda1", "lambda2", "lambda_init", "norm1_weight", "norm2_weight")
@@ -185,6 +187,144 @@ def test_options(options):
     assert not torch.allclose(out, plain_formula(arguments)), "the option changes nothing"
 
 
+def every(q, k, v):
+    """Each head of each image: what an oracle sees."""
+    return [(b, m) for b in range(q.shape[0]) for m in range(q.shape[1])]
+
+
+def differential_oracle(module, q, k, v, grid):
+    """Differential Attention, one head at a time."""
+    half, out = q.shape[-1] // 2, torch.empty_like(v)
+    for b, m in every(q, k, v):
+        first = torch.softmax(q[b, m, :, :half] @ k[b, m, :, :half].T / half**0.5, -1)
+        second = torch.softmax(q[b, m, :, half:] @ k[b, m, :, half:].T / half**0.5, -1)
+        seen = (first - module.lambda1() * second) @ v[b, m]
+        out[b, m] = (1 - module.lambda_init) * rms_norm(seen, module.norm1_weight, 1e-5)
+    return out
+
+
+def differential_stages_oracle(module, q, k, v, grid):
+    """Both stages, one head at a time."""
+    half, out = q.shape[-1] // 2, torch.empty_like(v)
+    for b, m in every(q, k, v):
+        t = averaged(q[b, m, module.num_prefix_tokens :], grid, module.pool)
+        halves = [(x[:, :half], x[:, half:]) for x in (q[b, m], k[b, m], t)]
+        (q1, q2), (k1, k2), (t1, t2) = halves
+        seen = torch.softmax(t1 @ k1.T / half**0.5, -1) @ v[b, m]
+        seen = seen - module.lambda1() * torch.softmax(t2 @ k2.T / half**0.5, -1) @ v[b, m]
+        v_hat = (1 - module.lambda_init) * rms_norm(seen, module.norm1_weight, 1e-5)
+        weights = torch.softmax(q1 @ t1.T / half**0.5, -1) - module.lambda2() * torch.softmax(q2 @ t2.T / half**0.5, -1)
+        out[b, m] = (1 - module.lambda_init) * rms_norm(weights @ v_hat, module.norm2_weight, 1e-5)
+    return out
+
+
+def agent_oracle(module, q, k, v, grid):
+    """Agent Attention, one head and one bias at a time."""
+    scale, out = q.shape[-1] ** -0.5, torch.empty_like(v)
+    prefix, agents = module.num_prefix_tokens, module.pool[0] * module.pool[1]
+
+    def bias(of, m):
+        cells = torch.nn.functional.interpolate(of.cells, grid, mode="bilinear")[m]
+        table = torch.empty(agents, prefix + grid[0] * grid[1], dtype=q.dtype)
+        for a in range(agents):
+            for p in range(prefix):
+                table[a, p] = of.prefix[m, a, p]
+            for y in range(grid[0]):
+                for x in range(grid[1]):
+                    here = cells[a, y, x] + of.rows[m, a, y, 0] + of.columns[m, a, 0, x]
+                    table[a, prefix + y * grid[1] + x] = here
+        return table
+
+    for b, m in every(q, k, v):
+        t = averaged(q[b, m, prefix:], grid, module.pool)
+        seen = torch.softmax(t @ k[b, m].T * scale + bias(module.bias1, m), -1) @ v[b, m]
+        out[b, m] = torch.softmax(q[b, m] @ t.T * scale + bias(module.bias2, m).T, -1) @ seen
+    return out
+
+
+def focused_linear_oracle(module, q, k, v, grid):
+    """Focused linear attention as a map of all pairs, one head at a time."""
+
+    def focused(x):
+        x = torch.relu(x) + 1e-6
+        return x.norm(dim=-1, keepdim=True) * x**3 / (x**3).norm(dim=-1, keepdim=True)
+
+    out = torch.empty_like(v)
+    for b, m in every(q, k, v):
+        pairs = focused(q[b, m]) @ focused(k[b, m]).T
+        out[b, m] = pairs / pairs.sum(-1, keepdim=True) @ v[b, m]
+    return out
+
+
+def averaged(tokens, grid, pool):
+    """Adaptive average pooling of `(H W, D)`, bin by bin."""
+    image = tokens.unflatten(0, grid)
+    return torch.stack(
+        [
+            image[top:bottom, left:right].mean(dim=(0, 1))
+            for top, bottom in adaptive_bins(grid[0], pool[0])
+            for left, right in adaptive_bins(grid[1], pool[1])
+        ]
+    )
+
+
+ORACLES = {
+    "differential": differential_oracle,
+    "differential_stages": differential_stages_oracle,
+    "agent": agent_oracle,
+    "focused_linear": focused_linear_oracle,
+}
+
+
+@pytest.mark.parametrize("grid", [(4, 6), (3, 5), (1, 7)], ids=str)
+@pytest.mark.parametrize("name", ORACLES)
+def test_comparison_attention_against_its_oracle(name, grid):
+    """Value and the gradient of every parameter and of q, k, v."""
+    torch.manual_seed(0)
+    module = build_attention(ATTENTIONS[name][0](), 16, 2, grid, (2, 3), num_prefix_tokens=1, layer_index=2).double()
+    q, k, v = (torch.randn(2, 2, 1 + grid[0] * grid[1], 8, dtype=torch.float64).requires_grad_() for _ in range(3))
+    inside = [p for n, p in module.named_parameters() if n.split(".")[0] not in ("qkv", "proj", "local")]
+    results = []
+    for function in (lambda: ORACLES[name](module, q, k, v, grid), lambda: module.attend(q, k, v, grid)):
+        out = function()
+        weight = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)
+        results.append((out, torch.autograd.grad((out * weight).sum(), [q, k, v, *inside])))
+    (expected, expected_grads), (out, grads) = results
+    torch.testing.assert_close(out, expected, rtol=1e-9, atol=1e-10)
+    for grad, reference in zip(grads, expected_grads, strict=True):
+        torch.testing.assert_close(grad, reference, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("grid", [(4, 6), (5, 7), (2, 2)], ids=str)
+def test_poolings(grid):
+    """Maximum and learned pooling against loops; the learned one begins as the average where that is exact."""
+    torch.manual_seed(0)
+    q, pool, prefix = torch.randn(2, 2, 1 + grid[0] * grid[1], 3, dtype=torch.float64), (2, 2), 1
+    image = q[:, :, prefix:].unflatten(2, grid)
+    maximum = pool_queries(q, grid, pool, prefix, Pooling.maximum)
+    average = pool_queries(q, grid, pool, prefix)
+    cells = [(rows, columns) for rows in adaptive_bins(grid[0], 2) for columns in adaptive_bins(grid[1], 2)]
+    for index, ((top, bottom), (left, right)) in enumerate(cells):
+        cell = image[:, :, top:bottom, left:right]
+        assert torch.equal(maximum[:, :, index], cell.amax(dim=(2, 3)))
+        torch.testing.assert_close(average[:, :, index], cell.mean(dim=(2, 3)))
+
+    weight = VCAConfig(pooling="depthwise").pool_weight(6, grid, pool).double()
+    assert weight.shape == (6, 1, grid[0] // 2, grid[1] // 2)
+    learned = pool_queries(q, grid, pool, prefix, Pooling.depthwise, weight)
+    if grid[0] % 2 == grid[1] % 2 == 0:
+        torch.testing.assert_close(learned, average)
+    weight = torch.randn_like(weight)
+    (height, width), step = weight.shape[2:], []
+    for top in range(0, grid[0] - height + 1, height):
+        for left in range(0, grid[1] - width + 1, width):
+            cell = image[:, :, top : top + height, left : left + width].permute(0, 1, 4, 2, 3).flatten(1, 2)
+            step.append((cell * weight[:, 0]).sum((2, 3)))
+    expected = torch.stack(step, -1).unflatten(2, (grid[0] // height, grid[1] // width))
+    expected = torch.nn.functional.adaptive_avg_pool2d(expected, pool).flatten(2).unflatten(1, (2, 3)).transpose(2, 3)
+    torch.testing.assert_close(pool_queries(q, grid, pool, prefix, Pooling.depthwise, weight), expected)
+
+
 CONFIGS = {
     "vca": VCAConfig(),
     "stage1 plain": VCAConfig(stage1="plain"),
@@ -193,7 +333,11 @@ CONFIGS = {
     "embedding only": VCAConfig(positive="embedding", negative="embedding"),
     "no local branch": VCAConfig(local_branch=False),
     "joint softmax": VCAConfig(stage2_softmax="joint"),
-    "softmax": ATTENTIONS["softmax"][0](),
+    "maximum": VCAConfig(pooling="maximum"),
+    "learned pooling": VCAConfig(pooling="depthwise"),
+    "learned pooling of no stream": VCAConfig(pooling="depthwise", positive="embedding", negative="embedding"),
+    "softmax with local branch": ATTENTIONS["softmax"][0](local_branch=True),
+    **{name: config() for name, (config, _) in ATTENTIONS.items() if name != "vca"},
 }
 
 
@@ -207,21 +351,22 @@ def test_every_parameter_gets_a_gradient(name):
         assert parameter.grad.abs().sum() > 0, parameter_name
 
 
-@pytest.mark.parametrize("name", ["vca", "softmax"])
+@pytest.mark.parametrize("name", CONFIGS)
 def test_any_grid(name):
     """A module serves grids that it was not built for."""
     module = build_attention(CONFIGS[name], 16, 2, (4, 4), (2, 2), num_prefix_tokens=1)
-    for grid in ((4, 4), (7, 9), (1, 5), (14, 14)):
+    for grid in ((4, 4), (7, 9), (2, 5), (14, 14)):
         assert module(torch.randn(1, 1 + grid[0] * grid[1], 16), grid).shape == (1, 1 + grid[0] * grid[1], 16)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("inputs", ["large", "constant"])
-def test_autocast_stays_finite(dtype, inputs):
+@pytest.mark.parametrize("name", ATTENTIONS)
+def test_autocast_stays_finite(name, dtype, inputs):
     if dtype is torch.float16 and inputs == "large":
         pytest.skip("1e4 times a projection overflows float16 in the projection itself")
     torch.manual_seed(0)
-    module = VisualContrastAttention(32, 2, (6, 6), (3, 3), num_prefix_tokens=1)
+    module = build_attention(ATTENTIONS[name][0](), 32, 2, (6, 6), (3, 3), num_prefix_tokens=1)
     x = torch.ones(2, 37, 32) if inputs == "constant" else 1e4 * torch.randn(2, 37, 32)
     x.requires_grad_()
     with torch.autocast("cpu", dtype=dtype):
@@ -274,6 +419,16 @@ def test_bfloat16_is_close_to_float32():
         (lambda: VCAConfig(stage1="both"), "'both' is not a valid Stage"),
         (lambda: VCAConfig(pool=[[2, 2]]).pool_of_layer(1, (7, 7)), "names 1 layers"),
         (lambda: VisualContrastAttention(8, 2, (3, 3))(torch.zeros(1, 10, 8)), "10 tokens do not fill grid 3 x 3"),
+        (lambda: build_attention(ATTENTIONS["differential"][0](), 6, 2, (3, 3)), "head dim must be even.*got 3"),
+        (lambda: build_attention(ATTENTIONS["differential_stages"][0](), 6, 2, (3, 3)), "head dim must be even"),
+        (lambda: VCAConfig(pooling="median"), "'median' is not a valid Pooling"),
+        (lambda: ATTENTIONS["focused_linear"][0](power=0), "attention.power must be >= 1, got 0"),
+        (
+            lambda: VisualContrastAttention(8, 2, (8, 8), (2, 2), config=VCAConfig(pooling="depthwise"))(
+                torch.zeros(1, 6, 8), grid=(2, 3)
+            ),
+            r"a learned pooling of 4 x 4 tokens needs such a grid, got \(2, 3\)",
+        ),
     ],
 )
 def test_wrong_use(build, message):
@@ -285,3 +440,29 @@ def test_pool_of_each_layer():
     config = VCAConfig(pool=[[2, 2], [3, 1]])
     modules = [build_attention(config, 8, 2, (6, 6), layer_index=index) for index in range(2)]
     assert [tuple(m.e_pos.shape) for m in modules] == [(2, 4, 4), (2, 3, 4)]
+
+
+def test_maps_are_the_attention():
+    """The map of both stages, applied to v and normalised as the layer does it, is what the layer computes."""
+    torch.manual_seed(0)
+    for config in (VCAConfig(local_branch=False), VCAConfig(local_branch=False, stage2_softmax="joint")):
+        module = VisualContrastAttention(8, 1, (4, 4), (2, 2), 1, config=config).double()
+        x = torch.randn(2, 17, 8, dtype=torch.float64)
+        with listening(module) as heard:
+            module(x)
+        ((same, heads),) = heard
+        assert same is module
+        maps = maps_of(module, heads, (2, 1))
+        assert list(maps) == ["I+", "I-", "I", "II+", "II-", "II", "VCA"]
+        torch.testing.assert_close(maps["I"], maps["I+"] - module.lambda1() * maps["I-"])
+        torch.testing.assert_close(maps["II"], maps["II+"] - module.lambda2() * maps["II-"])
+        total = maps["II+"].sum((1, 2)) + (maps["II-"].sum((1, 2)) if config.stage2_softmax.value == "joint" else 0)
+        torch.testing.assert_close(total, torch.ones(2, dtype=torch.float64))
+    assert "attend" not in vars(module)  # listening has gone
+
+    mhsa = build_attention(ATTENTIONS["softmax"][0](), 8, 2, (4, 4))
+    with listening(mhsa) as heard:
+        mhsa(x[:, 1:].float())
+    torch.testing.assert_close(maps_of(*heard[0], (0, 0))["MHSA"].sum((1, 2)), torch.ones(2))
+    with pytest.raises(ValueError, match="no patch \\(4, 0\\) on a grid of 4 x 4"):
+        maps_of(*heard[0], (4, 0))

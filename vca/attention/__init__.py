@@ -1,23 +1,31 @@
 """The attention core shared by every backbone: torch and nothing else.
 
-To add a variant: one file here, with a config dataclass whose `name` is its key, and one line in `ATTENTIONS`.
+To add a variant: one file here, with a config dataclass whose `name` is its key and a subclass of `ProjectedAttention`
+that defines `attend`, and one line in `ATTENTIONS`.
 """
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
+from vca.attention.agent import AgentAttention, AgentConfig
 from vca.attention.contrast import VCAConfig, VisualContrastAttention, visual_contrast_attention
+from vca.attention.differential import DifferentialAttention, DifferentialConfig
+from vca.attention.differential_stages import DifferentialStagesAttention, DifferentialStagesConfig
+from vca.attention.focused_linear import FocusedLinearAttention, FocusedLinearConfig
 from vca.attention.replace import replace_attention
 from vca.attention.softmax import SoftmaxAttention, SoftmaxConfig, softmax_attention
 
 __all__ = [
     "ATTENTIONS",
+    "DifferentialStagesConfig",
     "SoftmaxAttention",
     "SoftmaxConfig",
     "VCAConfig",
     "VisualContrastAttention",
     "build_attention",
+    "describe",
     "replace_attention",
     "softmax_attention",
     "visual_contrast_attention",
@@ -27,7 +35,27 @@ __all__ = [
 ATTENTIONS: dict[str, tuple[type, type[nn.Module]]] = {
     "softmax": (SoftmaxConfig, SoftmaxAttention),
     "vca": (VCAConfig, VisualContrastAttention),
+    "differential": (DifferentialConfig, DifferentialAttention),
+    "differential_stages": (DifferentialStagesConfig, DifferentialStagesAttention),
+    "agent": (AgentConfig, AgentAttention),
+    "focused_linear": (FocusedLinearConfig, FocusedLinearAttention),
 }
+
+
+def describe(options: Mapping[str, Any]) -> str:
+    """A name for a variant and its options: `vca`, or `vca-stage2_plain` where one is not the default.
+
+    It can stand in the name of a run: lists are written `7x7`.
+    """
+
+    def said(value: Any) -> str:
+        if isinstance(value, Sequence) and not isinstance(value, str):
+            return "x".join(map(said, value))
+        return str(getattr(value, "value", value)).lower()
+
+    default = ATTENTIONS[options["name"]][0]()
+    changed = {k: v for k, v in options.items() if said(v) != said(getattr(default, k, None))}
+    return "-".join([options["name"], *(f"{key}_{said(value)}" for key, value in changed.items())])
 
 
 def build_attention(

@@ -26,13 +26,14 @@ n = h w contrast tokens. `reference.py` is the same mathematics, slow and obviou
 import math
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vca.attention.geometry import check_heads, check_tokens, is_pair, to_image
+from vca.attention.base import ProjectedAttention
+from vca.attention.geometry import check_tokens
+from vca.attention.pooling import PooledConfig, Pooling, pool_queries
 
 
 class Stage(Enum):
@@ -54,65 +55,39 @@ class Stage2Softmax(Enum):
 
 
 @dataclass
-class VCAConfig:
+class VCAConfig(PooledConfig):
     """Options of VCA; the defaults are the paper's. Strings are accepted for the enums.
 
     Attributes:
-        pool: contrast grid `[h, w]`, or one such pair for each layer; None takes the backbone's.
+        name, local_branch: as for every variant, see `AttentionConfig`.
+        pool, pooling: as for every variant that pools, see `PooledConfig`.
         stage1, stage2: `contrast` or `plain` (Table 3).
         positive, negative: content of the two streams: `pool`, `embedding` or `pool+embedding` (Table 4).
-        local_branch: add the 3 x 3 depthwise convolution of v.
         embedding_init_std: standard deviation of e+ and e- at the start.
         stage2_softmax: `separate` or `joint`.
     """
 
     name: str = "vca"
-    pool: Any = None
+    local_branch: bool = True
     stage1: Stage = Stage.contrast
     stage2: Stage = Stage.contrast
     positive: Stream = Stream["pool+embedding"]
     negative: Stream = Stream["pool+embedding"]
-    local_branch: bool = True
     embedding_init_std: float = 1.0
     stage2_softmax: Stage2Softmax = Stage2Softmax.separate
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self.stage1, self.stage2 = Stage(self.stage1), Stage(self.stage2)
         self.positive, self.negative = Stream(self.positive), Stream(self.negative)
         self.stage2_softmax = Stage2Softmax(self.stage2_softmax)
-        per_layer = isinstance(self.pool, (list, tuple)) and len(self.pool) > 0 and all(map(is_pair, self.pool))
-        if not (self.pool is None or is_pair(self.pool) or per_layer):
-            raise ValueError(f"attention.pool must be two integers >= 1, or such a pair a layer, got {self.pool}")
         if not self.embedding_init_std >= 0:
             raise ValueError(f"attention.embedding_init_std must be >= 0, got {self.embedding_init_std}")
-
-    def pool_of_layer(self, layer_index: int, default: tuple[int, int]) -> tuple[int, int]:
-        """Contrast grid `(h, w)` of one layer; `default` is the backbone's."""
-        if self.pool is None:
-            return default
-        if is_pair(self.pool):
-            return (self.pool[0], self.pool[1])
-        if layer_index >= len(self.pool):
-            raise ValueError(f"attention.pool names {len(self.pool)} layers, but the model has a layer {layer_index}")
-        return tuple(self.pool[layer_index])
 
 
 def lambda_init_of_layer(layer_index: int) -> float:
     """`l_init = 0.8 - 0.6 exp(-0.3 layer)`, layers from 0 (Differential Transformer, arXiv 2410.05258)."""
     return 0.8 - 0.6 * math.exp(-0.3 * layer_index)
-
-
-def pool_queries(q: Tensor, grid: tuple[int, int], pool: tuple[int, int], num_prefix_tokens: int) -> Tensor:
-    """Adaptive average pooling of the queries on the grid: `(B, M, N, D)` to `(B, M, n, D)`.
-
-    Heads lie next to each other in a token, so the grid of all heads is one channels_last image and needs no copy.
-    """
-    image = to_image(q.transpose(1, 2).flatten(2), grid, num_prefix_tokens)  # (B, C, H, W)
-    if grid[0] % pool[0] or grid[1] % pool[1]:
-        pooled = F.adaptive_avg_pool2d(image, pool)  # (B, C, h, w)
-    else:  # the same, and several times faster
-        pooled = F.avg_pool2d(image, (grid[0] // pool[0], grid[1] // pool[1]))  # (B, C, h, w)
-    return pooled.flatten(2).unflatten(1, (q.shape[1], -1)).transpose(2, 3)  # (B, M, n, D)
 
 
 def visual_contrast_attention(
@@ -133,6 +108,8 @@ def visual_contrast_attention(
     *,
     streams: tuple[Stream, Stream] = (Stream["pool+embedding"], Stream["pool+embedding"]),
     stage2_softmax: Stage2Softmax = Stage2Softmax.separate,
+    pooling: Pooling = Pooling.average,
+    pool_weight: Tensor | None = None,
 ) -> Tensor:
     """The attention of VCA, before the local branch.
 
@@ -146,11 +123,12 @@ def visual_contrast_attention(
         lambda_init: the constant of the layer; both norms are scaled by `1 - lambda_init`.
         norm1_weight, norm2_weight: `(D,)`.
         grid: `(H, W)`.
-        pool: `(h, w)`; bins overlap where they do not divide the grid (adaptive average pooling).
+        pool: `(h, w)`; bins overlap where they do not divide the grid.
         num_prefix_tokens: P; these tokens attend and are attended to, but are not pooled.
         eps: of the two norms.
         streams: content of the positive and the negative stream.
         stage2_softmax: one softmax a stream, or one over both.
+        pooling, pool_weight: as `vca.attention.pooling.pool_queries` has them.
 
     Returns:
         `(B, M, N, D)`, in the dtype of `q`.
@@ -162,7 +140,7 @@ def visual_contrast_attention(
     full = torch.promote_types(q.dtype, torch.float32)
     num_contrast, dim = pool[0] * pool[1], q.shape[-1]
 
-    t = pool_queries(q, grid, pool, num_prefix_tokens).to(full)  # (B, M, n, D)
+    t = pool_queries(q, grid, pool, num_prefix_tokens, pooling, pool_weight).to(full)  # (B, M, n, D)
     t_pos = stream_tokens(t, e_pos, streams[0])  # (B, M, n, D)
     both = t_pos  # a plain stage reads the positive stream alone
     if lambda1 is not None or lambda2 is not None:
@@ -221,7 +199,7 @@ class Lambda(nn.Module):
         return first.exp() - second.exp() + self.init
 
 
-class VisualContrastAttention(nn.Module):
+class VisualContrastAttention(ProjectedAttention):
     """VCA with its projections and local branch: `(B, N, C)` to `(B, N, C)`, in the place of MHSA.
 
     Takes the arguments that every variant takes (see `vca.attention.build_attention`) and its own options as `config`.
@@ -253,21 +231,12 @@ class VisualContrastAttention(nn.Module):
         proj_drop: float = 0.0,
         config: VCAConfig | None = None,
     ) -> None:
-        super().__init__()
-        check_heads(dim, num_heads)
-        self.config = config = config or VCAConfig()
-        self.num_heads, self.grid, self.num_prefix_tokens = num_heads, grid, num_prefix_tokens
+        config = config or VCAConfig()
+        super().__init__(dim, num_heads, grid, num_prefix_tokens, qkv_bias, proj_drop, config.local_branch)
+        self.config = config
         self.pool = config.pool_of_layer(layer_index, default=pool)
         self.lambda_init = lambda_init_of_layer(layer_index)
-        head_dim, num_contrast = dim // num_heads, self.pool[0] * self.pool[1]
-
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
-        self.proj = nn.Linear(dim, dim)
-        self.proj_drop = nn.Dropout(proj_drop)
-        self.local = None
-        if config.local_branch:  # its images are channels_last, and so will be the gradient of its weight
-            local = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
-            self.local = local.to(memory_format=torch.channels_last)
+        head_dim, num_contrast = self.head_dim, self.pool[0] * self.pool[1]
 
         # Only what the chosen stages and streams use exists, so every parameter gets a gradient.
         contrast1, contrast2 = config.stage1 is Stage.contrast, config.stage2 is Stage.contrast
@@ -282,14 +251,14 @@ class VisualContrastAttention(nn.Module):
 
         self.e_pos = embedding(config.positive)
         self.e_neg = embedding(config.negative) if contrast1 or contrast2 else None
+        pooled = config.positive is not Stream.embedding or (
+            (contrast1 or contrast2) and config.negative is not Stream.embedding
+        )
+        self.pool_weight = config.pool_weight(dim, grid, self.pool) if pooled else None
 
-    def forward(self, x: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
-        """Attend: `(B, N, C)` to `(B, N, C)`; `grid` where this input's is not the one the module was built for."""
-        grid = grid or self.grid
-        qkv = self.qkv(x)  # (B, N, 3C)
-        heads = qkv.unflatten(-1, (3, self.num_heads, -1))  # (B, N, 3, M, D)
-        q, k, v = heads.permute(2, 0, 3, 1, 4).unbind(0)  # 3 x (B, M, N, D)
-        out = visual_contrast_attention(
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, grid: tuple[int, int]) -> Tensor:
+        """`visual_contrast_attention` with the parameters of this layer."""
+        return visual_contrast_attention(
             q,
             k,
             v,
@@ -305,14 +274,6 @@ class VisualContrastAttention(nn.Module):
             self.num_prefix_tokens,
             streams=(self.config.positive, self.config.negative),
             stage2_softmax=self.config.stage2_softmax,
+            pooling=self.config.pooling,
+            pool_weight=self.pool_weight,
         )
-        out = out.transpose(1, 2).flatten(2)  # (B, N, C)
-        if self.local is not None:
-            out[:, self.num_prefix_tokens :] += self.local_branch(qkv.chunk(3, dim=-1)[2], grid)
-        return self.proj_drop(self.proj(out))  # (B, N, C)
-
-    def local_branch(self, v: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Depthwise 3 x 3 convolution of v on the grid: `(B, N, C)` to `(B, H W, C)`, nothing for prefix tokens."""
-        assert self.local is not None
-        image = self.local(to_image(v, grid, self.num_prefix_tokens))  # (B, C, H, W)
-        return image.flatten(2).transpose(1, 2)  # (B, H W, C)

@@ -2,8 +2,7 @@
 
     o = softmax(q k^T / sqrt D + bias) v,    y = o Wo
 
-Parameters are named as in timm's `Attention` (`qkv`, `proj`), so that its checkpoints load as they are. The windows
-and stripes of the backbones call the function with the tokens they have chosen.
+The windows and stripes of the backbones call the function with the tokens they have chosen.
 
 Shape letters: B batch, N tokens, C channels, M heads, D = C / M head dim.
 """
@@ -11,9 +10,9 @@ Shape letters: B batch, N tokens, C channels, M heads, D = C / M head dim.
 from dataclasses import dataclass
 
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from vca.attention.geometry import check_heads
+from vca.attention.base import AttentionConfig, ProjectedAttention
 
 
 def softmax_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -27,20 +26,21 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = Non
 
 
 @dataclass
-class SoftmaxConfig:
-    """MHSA has no options of its own. A backbone with windows, stripes or spatial reduction keeps them under it."""
+class SoftmaxConfig(AttentionConfig):
+    """MHSA. A backbone with windows, stripes or spatial reduction keeps those under the defaults, its baseline.
+
+    Attributes:
+        local_branch: as for every variant; what this convolution alone adds to the baseline.
+    """
 
     name: str = "softmax"
 
 
-class SoftmaxAttention(nn.Module):
+class SoftmaxAttention(ProjectedAttention):
     """MHSA over all tokens.
 
-    Takes the arguments that every variant takes (see `vca.attention.build_attention`); the token grid and the
-    contrast pool mean nothing to it.
-
-    Raises:
-        ValueError: if `dim` is not divisible by `num_heads`.
+    Takes the arguments that every variant takes (see `vca.attention.build_attention`); the contrast pool and the layer
+    mean nothing to it, nor does the grid but for the local branch.
     """
 
     def __init__(
@@ -55,16 +55,10 @@ class SoftmaxAttention(nn.Module):
         proj_drop: float = 0.0,
         config: SoftmaxConfig | None = None,
     ) -> None:
-        super().__init__()
-        check_heads(dim, num_heads)
-        self.num_heads = num_heads
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
-        self.proj = nn.Linear(dim, dim)
-        self.proj_drop = nn.Dropout(proj_drop)
+        config = config or SoftmaxConfig()
+        super().__init__(dim, num_heads, grid, num_prefix_tokens, qkv_bias, proj_drop, config.local_branch)
 
-    def forward(self, x: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
-        """Attend over all tokens: `(B, N, C)` to `(B, N, C)`. `grid` is accepted and not needed."""
-        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # (B, N, 3, M, D)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # 3 x (B, M, N, D)
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, grid: tuple[int, int]) -> Tensor:
+        """`softmax_attention` over all tokens."""
         out = softmax_attention(q, k, v)  # (B, M, N, D)
-        return self.proj_drop(self.proj(out.transpose(1, 2).flatten(2)))  # (B, N, C)
+        return out if self.local is None else out.clone()

@@ -1,0 +1,141 @@
+"""What the attention of a trained classifier looks at from one patch: a picture a layer.
+
+    python scripts/attention_maps.py outputs/VCA_RUN --baseline outputs/SOFTMAX_RUN        four evaluation images
+    python scripts/attention_maps.py outputs/VCA_RUN --images photo.png --patch 3 5 --out maps
+
+A row an image, the patch framed in it. Of VCA, averaged over heads: where the positive and the negative stream of the
+patch's contrast token look (Stage I: I+, I-, and the weighted difference I), how the patch reads the contrast tokens of
+the two streams (Stage II: II+, II-, II), and what comes of both (VCA). Of the baseline: where MHSA looks from the same
+patch. Each map has its own scale; in the differences red is positive and blue negative.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import torch
+from torch import Tensor
+
+from models import rebuild
+from vca.attention.maps import listening, maps_of
+from vca.config import from_plain, mistakes_in_one_line
+from vca.data import load_dataset
+from vca.data.augment import eval_transform
+from vca.data.config import DataConfig
+from vca.runtime.distributed import World
+from vca.runtime.errors import ConfigError, config_errors
+from vca.training.init import InitWeights
+from vca.training.restore import load_run
+
+
+def read_config(run: Path) -> dict[str, Any]:
+    """The config of a run of `train_cls.py`."""
+    file = run / "config.json"
+    if not file.exists():
+        raise ConfigError(f"{run} is no run directory: it has no config.json")
+    config = json.loads(file.read_text())
+    if "objective" in config:
+        raise ConfigError(f"{run} is a generator; the maps are those of a classifier")
+    return config
+
+
+def read_images(config: dict[str, Any], root: str | None, images: list[str]) -> Tensor:
+    """Images `(B, C, height, width)` as the model gets them: numbers of the evaluation set, or files."""
+    from PIL import Image
+
+    data = from_plain(DataConfig, {**config["data"], **({"root": root} if root else {})})
+    transform = eval_transform(data)
+    dataset = load_dataset(data, train=False) if any(name.isdigit() for name in images) else []
+    found = []
+    for name in images:
+        if name.isdigit() and int(name) >= len(dataset):
+            raise ConfigError(f"--images: there are {len(dataset)} evaluation images, no number {name}")
+        if not name.isdigit() and not Path(name).is_file():
+            raise ConfigError(f"--images: there is no file {name}")
+        image = dataset[int(name)][0] if name.isdigit() else Image.open(name).convert("RGB")
+        found.append(transform(image))
+    return torch.stack(found)
+
+
+@torch.inference_mode()
+def maps_of_run(run: Path, images: Tensor, patch: tuple[int, int] | None) -> list[dict[str, Tensor]]:
+    """Maps of every layer of a run, see `vca.attention.maps.maps_of`."""
+    with config_errors():
+        model = rebuild(read_config(run))
+    load_run(model, run, None, InitWeights.ema, World(0, 0, 1, torch.device("cpu")))
+    with listening(model.eval()) as heard, config_errors():
+        model(images)
+        if not heard:
+            raise ConfigError(f"{run}: its layers keep the attention of their backbone, of which there are no maps")
+        return [maps_of(module, heads, patch or centre(heads[2])) for module, heads in heard]
+
+
+def centre(grid: tuple[int, int]) -> tuple[int, int]:
+    """The patch in the middle."""
+    return grid[0] // 2, grid[1] // 2
+
+
+def draw(layer: int, images: Tensor, maps: dict[str, Tensor], patch: tuple[int, int] | None, path: Path) -> None:
+    """A row an image, a column a map."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    low, high = images.amin((1, 2, 3), keepdim=True), images.amax((1, 2, 3), keepdim=True)
+    shown = ((images - low) / (high - low).clamp_min(1e-6)).permute(0, 2, 3, 1)
+    figure, axes = plt.subplots(
+        len(images), 1 + len(maps), figsize=(1.3 * (1 + len(maps)), 1.3 * len(images) + 0.35), squeeze=False
+    )
+    figure.suptitle(f"layer {layer}", fontsize="small")
+    grid = next(maps[name] for name in ("VCA", "MHSA") if name in maps).shape[1:]
+    row, column = patch or centre((grid[0], grid[1]))
+    size = shown.shape[1] / grid[0], shown.shape[2] / grid[1]
+    for index, picture in enumerate(shown):
+        axes[index, 0].imshow(picture.squeeze(-1), cmap="gray")
+        place = (column * size[1] - 0.5, row * size[0] - 0.5)
+        axes[index, 0].add_patch(plt.Rectangle(place, size[1], size[0], fill=False, color="red", lw=1.2))
+        for axis, (name, values) in zip(axes[index, 1:], maps.items(), strict=True):
+            one, signed = values[index], name in ("I", "II", "VCA")
+            peak = float(one.abs().max())
+            axis.imshow(one, cmap="seismic" if signed else "viridis", vmin=-peak if signed else 0, vmax=peak)
+            if index == 0:
+                axis.set_title(name, fontsize="small")
+    for axis in axes.flat:
+        axis.set_axis_off()
+    figure.tight_layout(pad=0.4)
+    figure.savefig(path, dpi=90)
+    plt.close(figure)
+
+
+def main() -> None:
+    """Read, look, draw."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, help="run directory of train_cls.py")
+    parser.add_argument("--baseline", type=Path, help="run directory of the same model with attention=softmax")
+    parser.add_argument(
+        "--images", nargs="+", default=["0", "1", "2", "3"], help="numbers in the evaluation set, files"
+    )
+    parser.add_argument("--patch", nargs=2, type=int, metavar=("ROW", "COLUMN"), help="on the grid (the middle)")
+    parser.add_argument("--root", help="data.root, if the data has moved")
+    parser.add_argument("--out", type=Path, default=Path("attention_maps"), help="folder of the pictures")
+    options = parser.parse_args()
+    with mistakes_in_one_line():
+        images = read_images(read_config(options.run), options.root, options.images)
+        patch = tuple(options.patch) if options.patch else None
+        layers = maps_of_run(options.run, images, patch)
+        beside = maps_of_run(options.baseline, images, patch) if options.baseline else [{} for _ in layers]
+        if len(beside) != len(layers):
+            raise ConfigError(f"{options.run} has {len(layers)} layers and {options.baseline} has {len(beside)}")
+        options.out.mkdir(parents=True, exist_ok=True)
+        for index, (maps, other) in enumerate(zip(layers, beside, strict=True)):
+            draw(index, images, maps | other, patch, options.out / f"layer_{index:02d}.png")
+        print(f"{len(layers)} pictures in {options.out}")
+
+
+if __name__ == "__main__":
+    main()

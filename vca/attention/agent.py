@@ -1,0 +1,103 @@
+"""Agent Attention (arXiv 2312.08874): the linear attention that VCA grew from; one stream, no difference, no norm.
+
+    a = AvgPool(q on the grid)                           n agent tokens
+    v^ = softmax(a k^T / sqrt D + b1) v                  agents look at the image
+    o  = softmax(q a^T / sqrt D + b2) v^                 tokens read the agents
+
+The biases b1 and b2 depend on the position alone: for each agent a coarse picture of 7 x 7 cells, stretched over the
+grid, and one number for each row, each column and each prefix token.
+
+Shape letters: B batch, M heads, N = P + H W tokens, D head dim, n = h w agents.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vca.attention.base import ProjectedAttention
+from vca.attention.geometry import check_tokens
+from vca.attention.pooling import PooledConfig, pool_queries
+
+CELLS = 7  # a side of the coarse picture, as in the original
+
+
+@dataclass
+class AgentConfig(PooledConfig):
+    """Options of Agent Attention.
+
+    Attributes:
+        pool: the grid of agents; the original has the contrast grids of the VCA backbones.
+        position_bias: add the biases b1 and b2.
+    """
+
+    name: str = "agent"
+    local_branch: bool = True
+    position_bias: bool = True
+
+
+class PositionBias(nn.Module):
+    """A bias for each agent and token, `(M, n, N)`, from the token's place on the grid; truncated normal 0.02."""
+
+    def __init__(self, num_heads: int, num_agents: int, grid: tuple[int, int], num_prefix_tokens: int) -> None:
+        super().__init__()
+
+        def parameter(*size: int) -> nn.Parameter:
+            return nn.Parameter(nn.init.trunc_normal_(torch.empty(num_heads, num_agents, *size), std=0.02))
+
+        self.cells = parameter(CELLS, CELLS)
+        self.rows = parameter(grid[0], 1)
+        self.columns = parameter(1, grid[1])
+        self.prefix = parameter(num_prefix_tokens) if num_prefix_tokens else None
+
+    def forward(self, grid: tuple[int, int]) -> Tensor:
+        """The biases on a grid `(H, W)`, interpolated to it."""
+        height, width = grid
+        cells = F.interpolate(self.cells, (height, width), mode="bilinear")  # (M, n, H, W)
+        rows = F.interpolate(self.rows, (height, 1), mode="bilinear")  # (M, n, H, 1)
+        columns = F.interpolate(self.columns, (1, width), mode="bilinear")  # (M, n, 1, W)
+        bias = (cells + rows + columns).flatten(2)  # (M, n, H W)
+        return bias if self.prefix is None else torch.cat((self.prefix, bias), dim=2)  # (M, n, N)
+
+
+class AgentAttention(ProjectedAttention):
+    """Agent Attention in the place of MHSA.
+
+    Takes the arguments that every variant takes (see `vca.attention.build_attention`).
+
+    Raises:
+        ValueError: if `dim` is not divisible by `num_heads`.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        grid: tuple[int, int],
+        pool: tuple[int, int] = (7, 7),
+        num_prefix_tokens: int = 0,
+        layer_index: int = 0,
+        qkv_bias: bool = True,
+        proj_drop: float = 0.0,
+        config: AgentConfig | None = None,
+    ) -> None:
+        config = config or AgentConfig()
+        super().__init__(dim, num_heads, grid, num_prefix_tokens, qkv_bias, proj_drop, config.local_branch)
+        self.config = config
+        self.pool = config.pool_of_layer(layer_index, default=pool)
+        self.pool_weight = config.pool_weight(dim, grid, self.pool)
+        self.bias1 = self.bias2 = None
+        if config.position_bias:
+            num_agents = self.pool[0] * self.pool[1]
+            self.bias1 = PositionBias(num_heads, num_agents, grid, num_prefix_tokens)
+            self.bias2 = PositionBias(num_heads, num_agents, grid, num_prefix_tokens)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Agents look, tokens read them: three `(B, M, N, D)` to one."""
+        check_tokens(q.shape[2], grid, self.num_prefix_tokens)
+        agents = pool_queries(q, grid, self.pool, self.num_prefix_tokens, self.config.pooling, self.pool_weight)
+        bias1 = self.bias1(grid).to(q.dtype) if self.bias1 is not None else None  # (M, n, N)
+        bias2 = self.bias2(grid).transpose(1, 2).to(q.dtype) if self.bias2 is not None else None  # (M, N, n)
+        seen = F.scaled_dot_product_attention(agents, k, v, attn_mask=bias1)  # (B, M, n, D)
+        return F.scaled_dot_product_attention(q, agents, seen, attn_mask=bias2).clone()  # (B, M, N, D)

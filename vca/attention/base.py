@@ -1,0 +1,92 @@
+"""What every variant shares: the projections around its attention over heads, and the local branch beside it.
+
+    y = (attend(q, k, v) + DWConv3x3(v)) Wo
+
+A variant is a subclass with one method, `attend`. Parameters are named as in timm's `Attention` (`qkv`, `proj`), so
+that its checkpoints load into every variant as far as they go.
+
+Shape letters: B batch, M heads, N = P + H W tokens (P prefix tokens, then the grid), C = M D channels, D head dim.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from vca.attention.geometry import check_heads, to_image
+
+
+@dataclass
+class AttentionConfig:
+    """Options that every variant has.
+
+    Attributes:
+        name: key of the variant in `vca.attention.ATTENTIONS`.
+        local_branch: add a 3 x 3 depthwise convolution of v on the grid, before the output projection.
+    """
+
+    name: str = ""
+    local_branch: bool = False
+
+
+class ProjectedAttention(nn.Module):
+    """`(B, N, C)` to `(B, N, C)`: projections, an attention over heads that the subclass defines, local branch.
+
+    Args:
+        dim: C.
+        num_heads: M.
+        grid: `(H, W)` of the patch tokens; another one can be given to `forward`.
+        num_prefix_tokens: P, tokens before the grid.
+        qkv_bias: bias of the qkv projection.
+        proj_drop: dropout after the output projection.
+        local_branch: whether there is one.
+
+    Raises:
+        ValueError: if `dim` is not divisible by `num_heads`.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        grid: tuple[int, int],
+        num_prefix_tokens: int,
+        qkv_bias: bool,
+        proj_drop: float,
+        local_branch: bool,
+    ) -> None:
+        super().__init__()
+        check_heads(dim, num_heads)
+        self.num_heads, self.head_dim = num_heads, dim // num_heads
+        self.grid, self.num_prefix_tokens = grid, num_prefix_tokens
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.proj = nn.Linear(dim, dim)
+        self.proj_drop = nn.Dropout(proj_drop)
+        self.local = None
+        if local_branch:  # its images are channels_last, and so will be the gradient of its weight
+            local = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
+            self.local = local.to(memory_format=torch.channels_last)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, grid: tuple[int, int]) -> Tensor:
+        """The variant itself: three `(B, M, N, D)` to one, in the dtype of `q`.
+
+        The local branch is added into it, so with one it may not be what the backward pass keeps, as SDPA does.
+        """
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
+        """Attend: `(B, N, C)` to `(B, N, C)`; `grid` where this input's is not the one the module was built for."""
+        grid = grid or self.grid
+        qkv = self.qkv(x)  # (B, N, 3C)
+        heads = qkv.unflatten(-1, (3, self.num_heads, -1))  # (B, N, 3, M, D)
+        q, k, v = heads.permute(2, 0, 3, 1, 4).unbind(0)  # 3 x (B, M, N, D)
+        out = self.attend(q, k, v, grid).transpose(1, 2).flatten(2)  # (B, N, C)
+        if self.local is not None:
+            out[:, self.num_prefix_tokens :] += self.local_branch(qkv.chunk(3, dim=-1)[2], grid)
+        return self.proj_drop(self.proj(out))  # (B, N, C)
+
+    def local_branch(self, v: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Depthwise 3 x 3 convolution of v on the grid: `(B, N, C)` to `(B, H W, C)`, nothing for prefix tokens."""
+        assert self.local is not None
+        image = self.local(to_image(v, grid, self.num_prefix_tokens))  # (B, C, H, W)
+        return image.flatten(2).transpose(1, 2)  # (B, H W, C)

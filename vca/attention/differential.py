@@ -1,0 +1,73 @@
+"""Differential Attention of the Differential Transformer (arXiv 2410.05258), over all tokens: quadratic.
+
+Each head splits its queries and keys into two halves, which attend apart; what both see cancels:
+
+    q = [q1; q2],   k = [k1; k2]
+    o = (1 - l_init) RMSNorm((softmax(q1 k1^T / sqrt(D/2)) - l softmax(q2 k2^T / sqrt(D/2))) v)
+
+With M heads of dim D this is the paper's layer of M heads whose two queries have dim D / 2 and whose values have D.
+
+Shape letters: B batch, M heads, N tokens, D head dim.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vca.attention.base import AttentionConfig, ProjectedAttention
+from vca.attention.contrast import Lambda, difference, lambda_init_of_layer
+
+
+@dataclass
+class DifferentialConfig(AttentionConfig):
+    """Differential Attention has no options of its own; its paper has no local branch."""
+
+    name: str = "differential"
+
+
+def check_halves(head_dim: int) -> None:
+    """Raise `ValueError` unless a head can be split in two."""
+    if head_dim % 2:
+        raise ValueError(f"the head dim must be even to be split into two streams, got {head_dim}")
+
+
+class DifferentialAttention(ProjectedAttention):
+    """Differential Attention in the place of MHSA.
+
+    Takes the arguments that every variant takes (see `vca.attention.build_attention`); the contrast pool means nothing
+    to it.
+
+    Raises:
+        ValueError: if `dim` is not divisible by `num_heads`, or the head dim is odd.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        grid: tuple[int, int],
+        pool: tuple[int, int] = (7, 7),
+        num_prefix_tokens: int = 0,
+        layer_index: int = 0,
+        qkv_bias: bool = True,
+        proj_drop: float = 0.0,
+        config: DifferentialConfig | None = None,
+    ) -> None:
+        config = config or DifferentialConfig()
+        super().__init__(dim, num_heads, grid, num_prefix_tokens, qkv_bias, proj_drop, config.local_branch)
+        check_halves(self.head_dim)
+        self.lambda_init = lambda_init_of_layer(layer_index)
+        self.lambda1 = Lambda(self.head_dim // 2, self.lambda_init)
+        self.norm1_weight = nn.Parameter(torch.ones(self.head_dim))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Attend with both halves and take the difference: three `(B, M, N, D)` to one."""
+        full = torch.promote_types(q.dtype, torch.float32)
+        (q1, q2), (k1, k2) = q.chunk(2, dim=-1), k.chunk(2, dim=-1)  # (B, M, N, D / 2)
+        positive = F.scaled_dot_product_attention(q1, k1, v).to(full)  # (B, M, N, D)
+        negative = F.scaled_dot_product_attention(q2, k2, v).to(full)  # (B, M, N, D)
+        out = difference(positive, negative, self.lambda1())  # (B, M, N, D)
+        weight = (1 - self.lambda_init) * self.norm1_weight.to(full)
+        return F.rms_norm(out, (self.head_dim,), weight, 1e-5).to(q.dtype)

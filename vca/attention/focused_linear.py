@@ -1,0 +1,86 @@
+"""Focused linear attention of FLatten Transformer (arXiv 2308.00442): a kernel instead of the softmax.
+
+    f(x) = |relu(x)| u^3 / |u^3|,   u = relu(x) / |relu(x)|       the power sharpens the direction, the length stays
+    o    = f(q) (f(k)^T v) / (f(q) sum f(k)^T)
+
+The original adds a depthwise convolution of v against the low rank of such a map; here it is the 3 x 3 local branch
+that all variants share, where the original has 5 x 5 (and one kernel for all heads). Its learned scale before the
+power, one number a channel, is left out: being positive, it is a rescaling of the projections.
+
+Shape letters: B batch, M heads, N tokens, D head dim.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vca.attention.base import AttentionConfig, ProjectedAttention
+
+
+@dataclass
+class FocusedLinearConfig(AttentionConfig):
+    """Options of focused linear attention.
+
+    Attributes:
+        power: p, of the focusing function; 3 in the original.
+    """
+
+    name: str = "focused_linear"
+    local_branch: bool = True
+    power: int = 3
+
+    def __post_init__(self) -> None:
+        if self.power < 1:
+            raise ValueError(f"attention.power must be >= 1, got {self.power}")
+
+
+def focus(x: Tensor, power: int, eps: float = 1e-6) -> Tensor:
+    """`f(x)` over the last dimension, in the dtype of `x`; never all zero, so that its sums can be divided by."""
+    positive = F.relu(x) + eps
+    length = positive.norm(dim=-1, keepdim=True)
+    sharp = (positive / length) ** power  # the direction first: a power of the length would leave the range
+    return length * sharp / sharp.norm(dim=-1, keepdim=True)
+
+
+class FocusedLinearAttention(ProjectedAttention):
+    """Focused linear attention in the place of MHSA.
+
+    Takes the arguments that every variant takes (see `vca.attention.build_attention`); pool and layer mean nothing to
+    it.
+
+    Raises:
+        ValueError: if `dim` is not divisible by `num_heads`.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        grid: tuple[int, int],
+        pool: tuple[int, int] = (7, 7),
+        num_prefix_tokens: int = 0,
+        layer_index: int = 0,
+        qkv_bias: bool = True,
+        proj_drop: float = 0.0,
+        config: FocusedLinearConfig | None = None,
+    ) -> None:
+        config = config or FocusedLinearConfig()
+        super().__init__(dim, num_heads, grid, num_prefix_tokens, qkv_bias, proj_drop, config.local_branch)
+        self.power = config.power
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, grid: tuple[int, int]) -> Tensor:
+        """The kernel map, keys and values first: three `(B, M, N, D)` to one.
+
+        The focusing function and the division are taken in float32. The result does not depend on the length of the
+        queries, nor on a common factor of the keys, so both are brought to the order of one.
+        """
+        full = torch.promote_types(q.dtype, torch.float32)
+        q_focused = F.normalize(focus(q.to(full), self.power), dim=-1)  # (B, M, N, D)
+        k_focused = focus(k.to(full), self.power)  # (B, M, N, D)
+        k_focused = k_focused / k_focused.mean(dim=(2, 3), keepdim=True)  # (B, M, N, D)
+        k_mean = k_focused.mean(dim=2, keepdim=True)  # (B, M, 1, D)
+        seen = k_focused.to(q.dtype).transpose(2, 3) @ (v / v.shape[2])  # (B, M, D, D)
+        out = (q_focused.to(q.dtype) @ seen).to(full)  # (B, M, N, D)
+        return (out / (q_focused * k_mean).sum(-1, keepdim=True)).to(q.dtype)

@@ -1,0 +1,96 @@
+"""Contrast tokens: the queries of the grid, pooled to `h x w` cells.
+
+The paper averages. As its outlook suggests, the pooling is a choice: `average`, `maximum`, or `depthwise`, a strided
+depthwise convolution whose weights are learned and begin as the average.
+
+Shape letters: B batch, M heads, N = P + H W tokens, C = M D channels, D head dim, n = h w contrast tokens.
+"""
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vca.attention.base import AttentionConfig
+from vca.attention.geometry import is_pair, to_image
+
+
+class Pooling(Enum):
+    """How the queries of a cell become its contrast token."""
+
+    average = "average"
+    maximum = "maximum"
+    depthwise = "depthwise"
+
+
+@dataclass
+class PooledConfig(AttentionConfig):
+    """Options of the variants that pool.
+
+    Attributes:
+        pool: contrast grid `[h, w]`, or one such pair for each layer; None takes the backbone's.
+        pooling: `average` (the paper), `maximum` or `depthwise`.
+    """
+
+    pool: Any = None
+    pooling: Pooling = Pooling.average
+
+    def __post_init__(self) -> None:
+        self.pooling = Pooling(self.pooling)
+        per_layer = isinstance(self.pool, (list, tuple)) and len(self.pool) > 0 and all(map(is_pair, self.pool))
+        if not (self.pool is None or is_pair(self.pool) or per_layer):
+            raise ValueError(f"attention.pool must be two integers >= 1, or such a pair a layer, got {self.pool}")
+
+    def pool_of_layer(self, layer_index: int, default: tuple[int, int]) -> tuple[int, int]:
+        """Contrast grid `(h, w)` of one layer; `default` is the backbone's."""
+        if self.pool is None:
+            return default
+        if is_pair(self.pool):
+            return (self.pool[0], self.pool[1])
+        if layer_index >= len(self.pool):
+            raise ValueError(f"attention.pool names {len(self.pool)} layers, but the model has a layer {layer_index}")
+        return tuple(self.pool[layer_index])
+
+    def pool_weight(self, dim: int, grid: tuple[int, int], pool: tuple[int, int]) -> nn.Parameter | None:
+        """Weights `(C, 1, H // h, W // w)` of `depthwise`, which begin as an average; None for the others."""
+        if self.pooling is not Pooling.depthwise:
+            return None
+        stride = (max(grid[0] // pool[0], 1), max(grid[1] // pool[1], 1))
+        return nn.Parameter(torch.full((dim, 1, *stride), 1 / (stride[0] * stride[1])))
+
+
+def pool_queries(
+    q: Tensor,
+    grid: tuple[int, int],
+    pool: tuple[int, int],
+    num_prefix_tokens: int,
+    pooling: Pooling = Pooling.average,
+    weight: Tensor | None = None,
+) -> Tensor:
+    """Pool the queries on the grid: `(B, M, N, D)` to `(B, M, n, D)`; prefix tokens are left out.
+
+    Heads lie next to each other in a token, so the grid of all heads is one channels_last image and needs no copy.
+    Average and maximum are adaptive: bins overlap where they do not divide the grid. The convolution goes over the grid
+    in steps of its own size, and what it makes is averaged to the contrast grid where it is finer than that.
+
+    Raises:
+        ValueError: if the grid is smaller than the kernel of a learned pooling.
+    """
+    image = to_image(q.transpose(1, 2).flatten(2), grid, num_prefix_tokens)  # (B, C, H, W)
+    if pooling is Pooling.maximum:
+        pooled = F.adaptive_max_pool2d(image, pool)  # (B, C, h, w)
+    elif weight is not None:
+        stride = (weight.shape[2], weight.shape[3])
+        if grid[0] < stride[0] or grid[1] < stride[1]:
+            raise ValueError(f"a learned pooling of {stride[0]} x {stride[1]} tokens needs such a grid, got {grid}")
+        pooled = F.conv2d(image, weight.to(q.dtype), stride=stride, groups=image.shape[1])  # (B, C, H // sh, W // sw)
+        if pooled.shape[2:] != pool:
+            pooled = F.adaptive_avg_pool2d(pooled, pool)  # (B, C, h, w)
+    elif grid[0] % pool[0] or grid[1] % pool[1]:
+        pooled = F.adaptive_avg_pool2d(image, pool)  # (B, C, h, w)
+    else:  # the same, and several times faster
+        pooled = F.avg_pool2d(image, (grid[0] // pool[0], grid[1] // pool[1]))  # (B, C, h, w)
+    return pooled.flatten(2).unflatten(1, (q.shape[1], -1)).transpose(2, 3)  # (B, M, n, D)
