@@ -86,13 +86,15 @@ def run(config: TrainClsConfig) -> dict[str, float]:
                 training.reporter.say(f"starting from {trainer.init_from}\n{started_from}")
             loss_of = ClassificationLoss(BatchMixer(config.augment, config.data.num_classes, config.seed))
             shares = MicroBatches(order, world, micro_batch, accumulation, state.step, state.total_steps)
-            for batches in train_loader(images, transform, config.seed, shares, trainer.workers):
+            loader = train_loader(images, transform, config.seed, shares, trainer.workers)
+            for batches in training.timing(loader):
                 update = state.update([batch.to(world.device) for batch in batches], loss_of, config.seed)
                 training.record(update, batches)
                 if training.due(trainer.eval_every):
                     training.write(result := evaluate_weights(state, val_batches))
                 if training.due(trainer.checkpoint_every):
                     training.save()
+                training.leave_if_asked()
         training.draw(config.name)
         return summarize(config, result, world.is_main)
 

@@ -93,7 +93,8 @@ def run(config: TrainGenConfig) -> dict[str, float]:
                 data = f"{config.data.name}: {len(images)} images of {math.prod(config.model.grid)} tokens"
                 training.introduce(config.name, f"{config.model.name} with {config.attention.name}", data)
                 shares = MicroBatches(order, world, micro_batch, accumulation, state.step, state.total_steps)
-                for batches in train_loader(images, transform, config.seed, shares, trainer.workers):
+                loader = train_loader(images, transform, config.seed, shares, trainer.workers)
+                for batches in training.timing(loader):
                     update = state.update([batch.to(world.device) for batch in batches], loss_of, config.seed)
                     training.record(update, batches)
                     if training.due(trainer.eval_every):
@@ -103,6 +104,7 @@ def run(config: TrainGenConfig) -> dict[str, float]:
                         training.write(measured.frechet())
                     if training.due(trainer.checkpoint_every):
                         training.save()
+                    training.leave_if_asked()
         return summarize(config, folder, world.is_main)
 
 

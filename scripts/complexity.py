@@ -1,6 +1,8 @@
-"""Parameters and multiply-adds of every model config, with each attention, beside the paper's figures.
+"""Parameters and multiply-adds of every model config as baseline and with VCA, beside the paper's figures; and of every
+row of the ablations in configs/ablation/ on the models of Tables 3 and 4.
 
 python scripts/complexity.py
+python scripts/complexity.py --model swin_tiny --attention agent differential       these alone
 python scripts/complexity.py --json         [{"model": ..., "attention": ..., "params": ..., "macs": ...}, ...]
 """
 
@@ -19,6 +21,7 @@ from models import CLASSIFIERS, build_model
 from models.timm_registry import load_sizes
 from vca.config import compose
 from vca.config.load import CONFIGS
+from vca.config.sweep import ablations, rows_of_ablation
 from vca.evaluation.complexity import Complexity, count
 
 IMAGE, LATENT = (3, 224, 224), (4, 32, 32)
@@ -39,9 +42,13 @@ PAPER = {
 }
 
 
-def complexity_of(model: str, attention: str) -> Complexity:
+# The models of the ablations, Tables 3 and 4.
+ABLATED = ("deit_tiny", "dit_s_2")
+
+
+def complexity_of(model: str, attention: str, *overrides: str) -> Complexity:
     """Counts of `model=... attention=...`: a classifier on 224 px images, a generator on 32 x 32 x 4 latents."""
-    choice = [f"model={model}", f"attention={attention}"]
+    choice = [f"model={model}", f"attention={attention}", *overrides]
     if load_sizes()[model]["family"] in CLASSIFIERS:
         config = compose("train_cls", [*choice, "data=imagefolder"])
         return count(lambda: build_model(config.model, config.attention), lambda: (torch.empty(1, *IMAGE),))
@@ -53,22 +60,37 @@ def complexity_of(model: str, attention: str) -> Complexity:
     return count(lambda: build_model(config.model, config.attention), inputs)
 
 
+def choices(models: list[str], attentions: list[str]) -> list[tuple[str, tuple[str, ...]]]:
+    """What is counted: a model, and its attention with further overrides."""
+    shown = models or sorted(load_sizes()), attentions or ("softmax", "vca")
+    rows: list[tuple[str, tuple[str, ...]]] = [(model, (attention,)) for model in shown[0] for attention in shown[1]]
+    if not models and not attentions:
+        ablated = [tuple(row) for name in ablations() for row in rows_of_ablation(name)]
+        rows += [(model, row) for model in ABLATED for row in ablated]
+    return list(dict.fromkeys(rows))
+
+
 def main() -> None:
     """Count and print."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="rows as JSON")
-    as_json = parser.parse_args().json
+    parser.add_argument("--model", nargs="+", default=[], choices=sorted(load_sizes()), metavar="NAME")
+    attentions = sorted(path.stem for path in (CONFIGS / "attention").glob("*.yaml"))
+    parser.add_argument("--attention", nargs="+", default=[], choices=attentions, metavar="NAME")
+    options = parser.parse_args()
 
-    models, attentions = (sorted(p.stem for p in (CONFIGS / group).glob("*.yaml")) for group in ("model", "attention"))
-    rows = [(model, attention, complexity_of(model, attention)) for model in models for attention in attentions]
-    if as_json:
+    rows = [
+        (model, " ".join(chosen).replace("attention.", ""), complexity_of(model, *chosen))
+        for model, chosen in choices(options.model, options.attention)
+    ]
+    if options.json:
         print(json.dumps([{"model": m, "attention": a, "params": c.params, "macs": c.macs} for m, a, c in rows]))
         return
-    print(f"{'model':22}{'attention':10}{'params (M)':>12}{'MACs (G)':>10}   paper: params  MACs")
+    print(f"{'model':22}{'attention':24}{'params (M)':>12}{'MACs (G)':>10}   paper: params  MACs")
     for model, attention, counts in rows:
         paper = PAPER.get((model, attention))
         beside = f"{paper[0]:>16}{paper[1]:>6}" if paper else ""
-        print(f"{model:22}{attention:10}{counts.params / 1e6:12.3f}{counts.macs / 1e9:10.3f}{beside}")
+        print(f"{model:22}{attention:24}{counts.params / 1e6:12.3f}{counts.macs / 1e9:10.3f}{beside}")
 
 
 if __name__ == "__main__":

@@ -1,24 +1,63 @@
-"""Check a data set before training on it: its folders, its classes, its image files.
+"""Check a data set before training on it, or a cluster.
 
     python scripts/doctor.py data=imagefolder data.root=/data/imagenet
     python scripts/doctor.py data.root=/data/imagenet data.check_seconds=3600      every file of a large set
+    python scripts/doctor.py --cluster                            this machine: its GPUs, or two CPU ranks
+    python scripts/doctor.py --cluster experiment=table1/deit_tiny_vca data.root=/data/imagenet out_dir=/scratch/runs
+    python scripts/doctor.py --cluster -m cluster=slurm cluster.nodes=2 cluster.partition=gpu ...      on the nodes
 
-Prints a line for each thing found, with the file and the remedy. Exit code 0 if a training can use all that was read, 2
-if not. A training makes the same check at its start, for `data.check_seconds` of its own config.
+Of a data set it prints a line for each thing found, with the file and the remedy. A training makes the same check at
+its start, for `data.check_seconds` of its own config.
+
+Of a cluster it prints a line for each thing that a training relies on: ranks and devices, the rendezvous, sums over
+the ranks, bandwidth, the slowest rank, bf16, data, disk, exact resume of a run of ten updates. What is to be trained is
+told as to `train_cls.py`.
+
+Exit code 0 if all is well, 2 if not.
 """
 
+import io
+import os
+import shutil
 import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import redirect_stdout
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from vca.config import DoctorConfig, command_line, register_schemas
+import torch
+from torch import Tensor
+
+import train_cls
+from models import build_model
+from vca.config import DoctorConfig, TrainClsConfig, command_line, compose, register_schemas
 from vca.data import load_dataset
 from vca.data.config import DataConfig
 from vca.data.doctor import examine, image_files
+from vca.runtime import distributed
 from vca.runtime.errors import ConfigError
+from vca.runtime.launch import torchrun
+from vca.training import cluster
+from vca.training.checkpoint import load_latest
 
 register_schemas(root={"doctor": DoctorConfig}, groups={})
+
+# The run of ten updates: small, on data that is always there.
+TEN_UPDATES = (
+    "trainer.steps=10",
+    "trainer.checkpoint_every=5",
+    "trainer.eval_every=0",
+    "trainer.log_every=5",
+    "trainer.workers=0",
+    "trainer.deterministic=true",
+    "model.drop_path_rate=0.1",
+    "augment.mixup=0.8",
+    "name=ten",
+)
 
 
 def run(config: DoctorConfig) -> None:
@@ -53,5 +92,80 @@ def examine_folders(data: DataConfig) -> tuple[list[str], list[str]]:
     return list(dict.fromkeys(problems)), [str(path) for path in files if path.suffix.lower() in IMG_EXTENSIONS]
 
 
+def check_cluster(config: TrainClsConfig) -> None:
+    """Make every check on every rank; `ConfigError` if one found something that would break a training."""
+    trainer, start = config.trainer, time.perf_counter()
+    with distributed.start(trainer.device.value, timeout_minutes=1.0) as world:
+        met = time.perf_counter() - start
+        parameters = sum(p.numel() for p in build_model(config.model, config.attention).parameters())
+        out, keep, ema = Path(config.out_dir), trainer.keep_checkpoints, trainer.ema_decay is not None
+        # Without a rank's batch the shared memory of a training cannot be reckoned.
+        batch_bytes = -(-trainer.global_batch // world.size) * config.data.image_bytes
+
+        def load() -> list[Any]:
+            return [load_dataset(config.data, train=train) for train in (True, False)]
+
+        def ten_updates(folder: Path) -> dict[str, Tensor]:
+            return train_ten_updates(folder, trainer.device.value, world.size)
+
+        def resume() -> str:
+            folder = Path(world.from_main(lambda: tempfile.mkdtemp(dir=out, prefix="doctor-")))
+            try:
+                return cluster.resume(world, ten_updates, folder)
+            finally:
+                world.barrier()
+                if world.is_main:
+                    shutil.rmtree(folder)
+
+        checks: dict[str, Callable[[], str]] = {
+            "ranks": lambda: cluster.ranks_and_devices(world),
+            "rendezvous": lambda: f"all {world.size} ranks met in {met:.1f} s",
+            "all-reduce": lambda: cluster.all_reduce(world),
+            "bandwidth": lambda: cluster.bandwidth(world, parameters),
+            "speed": lambda: cluster.speed(world),
+            "bf16": lambda: cluster.bf16(world),
+            "data": lambda: cluster.data(world, load, config.data, trainer.workers, batch_bytes),
+            "disk": lambda: cluster.disk(world, out, parameters, keep, ema),
+            "resume": resume,
+        }
+        failed = [name for name, check in checks.items() if not cluster.report(name, check, world)]
+        if world.is_main:
+            print(f"{time.perf_counter() - start:.0f} s in all", flush=True)
+        if failed:
+            raise ConfigError(f"not ready for a training: {', '.join(failed)}")
+
+
+def train_ten_updates(folder: Path, device: str, ranks: int) -> dict[str, Tensor]:
+    """Run, or go on with, a small training of ten updates that saves after five; its weights."""
+    batch = f"trainer.global_batch={-(-32 // ranks) * 2 * ranks}"  # Mixup wants an even share
+    options = [*TEN_UPDATES, f"trainer.device={device}", batch, f"out_dir={folder}"]
+    with redirect_stdout(io.StringIO()):
+        train_cls.run(compose("train_cls", options))
+    saved = load_latest(folder / "ten" / "checkpoints", set_aside=False)
+    assert saved is not None
+    return saved["model"]
+
+
+def said(folder: Path) -> str:
+    """What the job of a check on a cluster printed on its first node."""
+    logs = sorted((folder / "logs").glob("*.log"))
+    lines = [line for log in logs for line in log.read_text().splitlines()]
+    return "\n".join(line for line in lines if line.startswith(("ok ", "error ", "config error:")))
+
+
+def main() -> None:
+    """One check or the other; that of a cluster starts ranks where nobody has."""
+    if "--cluster" not in sys.argv:
+        command_line("doctor", run)
+        return
+    sys.argv.remove("--cluster")
+    alone = "RANK" not in os.environ and not {"-m", "--multirun", "-h", "--help"} & set(sys.argv)
+    if alone:
+        ranks = torch.cuda.device_count() or 2
+        command = torchrun(Path(__file__), ["--cluster", *sys.argv[1:]], 1, ranks, 0)
+        os.execv(command[0], command)
+    command_line("train_cls", check_cluster, ("scripts/doctor.py", "--cluster"), said)
+
+
 if __name__ == "__main__":
-    command_line("doctor", run)
+    main()

@@ -2,10 +2,13 @@
 
     python scripts/table.py outputs/                  on the screen, as Markdown
     python scripts/table.py outputs/ --out tables     and as tables/table1.md, tables/table1.csv, ...
+    python scripts/table.py outputs/ --sweep          instead a row for each config there is, whatever it is
 
 Runs of `train_cls.py` and records of `eval_fid.py` are found wherever they lie in the folders, and a row by what a run
 was, whatever its name. Seeds make one row with a spread. Figures that were not measured alike, and records that lack a
 field of their protocol, are refused; what belongs into no table, or is not finished, is named below them.
+
+The table of `--sweep` is the one that a sweep ends with: rows are told apart by what differs between their configs.
 """
 
 import argparse
@@ -15,8 +18,18 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from vca.config import mistakes_in_one_line
+from vca.evaluation.sweep_table import sweep_table
 from vca.evaluation.tables import TABLES, as_csv, as_markdown, gather, lines_of
+from vca.runtime.errors import ConfigError
 from vca.runtime.files import write_text
+
+
+def runs_below(folders: list[Path]) -> list[Path]:
+    """Run directories, wherever they lie in some folders."""
+    for folder in folders:
+        if not folder.is_dir():
+            raise ConfigError(f"{folder} is no folder")
+    return sorted(path.parent for folder in folders for path in folder.rglob("config.json"))
 
 
 def main() -> None:
@@ -25,8 +38,12 @@ def main() -> None:
     parser.add_argument("folders", nargs="+", type=Path, help="where runs and records lie, such as outputs/")
     parser.add_argument("--out", type=Path, help="folder for table1.md, table1.csv and so on")
     parser.add_argument("--weights", choices=("raw", "ema"), default="raw", help="of classifiers (default raw)")
+    parser.add_argument("--sweep", action="store_true", help="a row for each config instead of the paper's tables")
     options = parser.parse_args()
     with mistakes_in_one_line():
+        if options.sweep:
+            print(sweep_table(runs_below(options.folders)))
+            return
         found = gather(options.folders, options.weights)
         tables = {name: lines_of(table, found.measured) for name, table in TABLES.items()}
         for name, lines in tables.items():

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from vca.config import command_line, compose
+from vca.runtime.launch import FRESH_STORE
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = ROOT / "tests" / "golden"
@@ -111,12 +112,13 @@ def classifier_run(tmp_path_factory):
 def environment(**extra: str) -> dict[str, str]:
     """Environment of a subprocess: one thread, this checkout importable."""
     inherited = {k: v for k, v in os.environ.items() if k not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
-    return {**inherited, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **extra}
+    return {**inherited, **FRESH_STORE, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **extra}
 
 
-def launcher(ranks: int) -> list[str]:
+def launcher(ranks: int, restarts: int = 0) -> list[str]:
     """`python`, or torchrun on a free port."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    torchrun.append(f"--max_restarts={restarts}")
     return [sys.executable] if ranks == 1 else torchrun
 
 
@@ -173,10 +175,15 @@ def one_line(script: str, run: Callable, arguments: list[str], monkeypatch, caps
 def kill_all(mark: str) -> None:
     """SIGKILL every process with `mark` in its environment, until none is left: torchrun puts each rank into a session
     of its own, and a loader worker may be born while the others die."""
-    while found := [int(p.name) for p in Path("/proc").glob("[0-9]*") if has_mark(int(p.name), mark)]:
+    while found := marked(mark):
         for pid in found:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
+
+
+def marked(mark: str) -> list[int]:
+    """Ids of all processes with `mark` in their environment."""
+    return [int(p.name) for p in Path("/proc").glob("[0-9]*") if has_mark(int(p.name), mark)]
 
 
 def has_mark(pid: int, mark: str) -> bool:
@@ -195,7 +202,8 @@ def metrics(folder: Path) -> list[dict]:
 
 def untimed(folder: Path) -> list[dict]:
     """The records without what the clock decides."""
-    return [{k: v for k, v in record.items() if k != "images_per_second"} for record in metrics(folder)]
+    clocked = ("images_per_second", "data_wait", "data_wait_rank")
+    return [{k: v for k, v in record.items() if k not in clocked} for record in metrics(folder)]
 
 
 def assert_same(one, other, path: str = "") -> None:

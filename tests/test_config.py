@@ -230,6 +230,7 @@ def test_help(script, monkeypatch, capsys):
     command_line(script, lambda config: pytest.fail("ran"))
     said = capsys.readouterr().out
     assert "seed: of" in said
-    assert "attention: softmax, vca" in said
+    assert "attention: agent, differential, " in said
+    assert ", vca, vca_embedding_streams, " in said  # builds on vca.yaml, which has the schema
     assert "_schema" not in said
     assert ("epochs: length of the training" in said) == (script != "sample")

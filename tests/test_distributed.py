@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from tests.conftest import ROOT, TINY, environment, launcher, metrics, train
+from tests.conftest import ROOT, TINY, environment, launcher, metrics
 
 
 def free_port() -> int:
@@ -35,7 +35,12 @@ def launch_script(script, out, ranks):
 def launch(out, nodes, ranks):
     """`workers.py` on `nodes` x `ranks`; several nodes are several torchrun agents on this machine."""
     out.mkdir()
-    script = [str(ROOT / "tests" / "workers.py"), str(out)]
+    on_nodes([str(ROOT / "tests" / "workers.py"), str(out)], nodes, ranks)
+    return [torch.load(out / f"{rank}.pt", weights_only=True) for rank in range(nodes * ranks)]
+
+
+def on_nodes(script, nodes, ranks):
+    """A script on `nodes` x `ranks` to its end; several nodes are several torchrun agents on this machine."""
     if nodes == 1:
         commands = [[*launcher(ranks), *script]]
     else:
@@ -49,7 +54,6 @@ def launch(out, nodes, ranks):
     for process in running:
         said, _ = process.communicate(timeout=300)
         assert process.returncode == 0, said.decode()[-3000:]
-    return [torch.load(out / f"{rank}.pt", weights_only=True) for rank in range(nodes * ranks)]
 
 
 @pytest.fixture(scope="module")
@@ -102,17 +106,18 @@ def test_evaluation_is_exact(worlds):
                 assert result["loss"] == pytest.approx(expected["loss"], rel=1e-6)
 
 
-def test_one_run_directory(tmp_path):
-    """Two ranks write one directory, its name without a clock, nothing else, and log each step once."""
-    done = train(f"out_dir={tmp_path}/out", "name=run", *TINY, "trainer.steps=3", ranks=2)
-    assert done.returncode == 0, done.stderr[-3000:]
+@pytest.mark.parametrize(("nodes", "ranks"), [(1, 2), (2, 2)], ids=["one node of two", "two nodes of two"])
+def test_one_run_directory(tmp_path, nodes, ranks):
+    """All ranks write one directory, its name without a clock, nothing else, and log each step once."""
+    options = [f"out_dir={tmp_path}/out", "name=run", *TINY, "trainer.steps=3"]
+    on_nodes([str(ROOT / "train_cls.py"), *options], nodes, ranks)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["run"]
     expected = {"checkpoints", "config.json", "curves.png", "launches.jsonl", "metrics.jsonl", "uncommitted.diff"}
     assert {path.name for path in (tmp_path / "out" / "run").iterdir()} == expected
     assert [record["step"] for record in metrics(tmp_path / "out" / "run")] == [1, 2, 3, 3]
     launch = json.loads((tmp_path / "out" / "run" / "launches.jsonl").read_text())
-    assert (launch["ranks"], launch["first_step"]) == (2, 0)
+    assert (launch["ranks"], launch["first_step"]) == (nodes * ranks, 0)
     assert "name=run" in launch["command"]
 
 

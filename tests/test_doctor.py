@@ -9,6 +9,7 @@ import time
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 import train_cls
@@ -18,7 +19,9 @@ from vca.config import compose
 from vca.data import load_dataset
 from vca.data.config import DataConfig
 from vca.data.doctor import examine, examine_image, image_files, shared_memory_note
+from vca.runtime.distributed import World
 from vca.runtime.errors import ConfigError
+from vca.training import cluster
 
 TINY_RUN = ("model=deit_mini", "augment=none", "data.img_size=8", "trainer.steps=1", "trainer.global_batch=2")
 
@@ -200,3 +203,47 @@ def test_a_training_split_alone_is_enough_for_generation(tmp_path):
     assert len(load_dataset(config, train=True)) == 2
     with pytest.raises(ConfigError, match="must be a folder that holds train/ and val/ class folders"):
         load_dataset(config, train=False)
+
+
+def cluster_doctor(*options):
+    command = [sys.executable, "scripts/doctor.py", "--cluster", "trainer.device=cpu", *options]
+    return subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)
+
+
+def test_a_sound_cluster(tmp_path):
+    """Two ranks of this machine, which it starts by itself: a line for each check, nothing left behind."""
+    done = cluster_doctor(f"out_dir={tmp_path}")
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    lines = done.stdout.splitlines()
+    checks = ["ranks", "rendezvous", "all-reduce", "bandwidth", "speed", "bf16", "data", "disk", "resume"]
+    assert [line.split()[:2] for line in lines[:-1]] == [["ok", check] for check in checks]
+    assert lines[0].split()[2] == "2"
+    assert lines[-1].endswith("s in all")
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_unfit_cluster(tmp_path):
+    """Data that are not there and a folder that cannot be: their lines, and the other checks all the same."""
+    (tmp_path / "file").write_text("")
+    done = cluster_doctor(f"out_dir={tmp_path}/file/runs", "data=cifar10", "data.root=/nowhere")
+    assert done.returncode != 0
+    state = {line.split()[1]: line.split()[0] for line in done.stdout.splitlines() if line.startswith(("ok", "error"))}
+    assert {name for name, what in state.items() if what == "error"} == {"data", "disk", "resume"}
+    assert "config error: not ready for a training: data, disk, resume" in done.stderr
+
+
+def test_checks_see_what_is_wrong(tmp_path, monkeypatch):
+    one = World(0, 0, 1, torch.device("cpu"))
+    monkeypatch.setattr(World, "sum", lambda self, tensor: tensor + 1)
+    with pytest.raises(cluster.CheckError, match="wrong by 1"):
+        cluster.all_reduce(one)
+    with pytest.raises(cluster.CheckError, match=r"checkpoints need .* GiB"):
+        cluster.disk(one, tmp_path, 10**13, keep=2, ema=True)
+    weights = iter([{"w": torch.zeros(2), "b": torch.ones(1)}, {"w": torch.tensor([0.0, 1e-7]), "b": torch.ones(1)}])
+
+    def train(folder):
+        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+        return next(weights)
+
+    with pytest.raises(cluster.CheckError, match="1 of 2 tensors differ after a resume, such as w"):
+        cluster.resume(one, train, tmp_path / "resume")

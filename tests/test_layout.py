@@ -33,6 +33,7 @@ ALLOWED = {
     },
     "vca/config": {
         "hydra",
+        "submitit",
         "omegaconf",
         "vca.config",
         "vca.attention",
@@ -44,7 +45,17 @@ ALLOWED = {
     },
     "models": {"torch", "timm", "yaml", "vca.attention", "models"},
 }
-LAZY = {"torchdiffeq", "wandb", "tqdm", "matplotlib", "sklearn", "torchvision.datasets", "diffusers", "torch_fidelity"}
+LAZY = {
+    "submitit",
+    "torchdiffeq",
+    "wandb",
+    "tqdm",
+    "matplotlib",
+    "sklearn",
+    "torchvision.datasets",
+    "diffusers",
+    "torch_fidelity",
+}
 
 
 def imports(path, top_level_only=False):

@@ -23,6 +23,7 @@ from scripts.complexity import PAPER
 from tests.conftest import GOLDEN, ROOT
 from vca.attention import ATTENTIONS, SoftmaxAttention, SoftmaxConfig, VCAConfig, VisualContrastAttention
 from vca.config import compose
+from vca.config.sweep import ablations, rows_of_ablation
 
 ATTENTION_NAMES = sorted(ATTENTIONS)
 MODEL_FILES = sorted(path.stem for path in (ROOT / "configs" / "model").glob("*.yaml"))
@@ -177,8 +178,11 @@ def test_counts_of_the_paper(counts, model, attention):
 
 
 def test_counts_of_every_model_file(counts):
-    """A row for each model file and attention; the rows of the paper are all settled."""
-    assert set(counts) == {(model, attention) for model in MODEL_FILES for attention in ATTENTION_NAMES}
+    """A row for each model file as baseline and with VCA, and for each row of the ablations on the models of Tables 3
+    and 4; the rows of the paper are all settled."""
+    ablated = {" ".join(row).replace("attention.", "") for name in ablations() for row in rows_of_ablation(name)}
+    expected = {(model, attention) for model in MODEL_FILES for attention in ("softmax", "vca")}
+    assert set(counts) == expected | {(model, row) for model in ("deit_tiny", "dit_s_2") for row in ablated}
     assert set(SETTLED) == set(PAPER)
     assert counts["cswin_tiny_original", "softmax"]["params"] == 22_320_552
     assert counts["pvt_tiny", "softmax"]["params"] == 13_229_288
@@ -192,8 +196,9 @@ def test_every_parameter_gets_a_gradient(family, attention):
     network = small(family, attention, drop_rate=0.1, drop_path_rate=0.1).train()
     network(torch.randn(4, 3, *network.config.size)).square().mean().backward()
     unreached = set()
-    if family == "deit":  # the head reads the class token alone, which the last block's local branch does not reach
-        unreached = {f"blocks.1.attn.local.{kind}" for kind in ("weight", "bias")}
+    if family == "deit":  # the head reads the class token alone: what the last block does to patches reaches nothing
+        patches = ("local.weight", "local.bias", "bias2.cells", "bias2.rows", "bias2.columns")
+        unreached = {f"blocks.1.attn.{name}" for name in patches}
     for name, parameter in network.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.abs().sum() > 0 or name in unreached, name
@@ -371,7 +376,7 @@ def test_timm_refuses():
         timm.create_model("vca_pvt_tiny_224", pretrained=True)
     with pytest.raises(ValueError, match="has no key 'windows'"):
         timm.create_model("vca_pvt_tiny_224", windows=3)
-    with pytest.raises(ValueError, match=r"attention must name one of \['softmax', 'vca'\], got 'linear'"):
+    with pytest.raises(ValueError, match=r"attention must name one of \['agent', .*'vca'\], got 'linear'"):
         timm.create_model("vca_pvt_tiny_224", attention="linear")
     with pytest.raises(ValueError, match="has no features_only"):
         timm.create_model("vca_pvt_tiny_224", features_only=True)

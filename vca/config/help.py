@@ -46,7 +46,11 @@ def attributes(part: Any) -> str:
 
 
 def options(folder: Path, schemas: set[str] | None) -> list[str]:
-    """Files of a group that have one of these schemas, where it has schemas at all."""
-    files = sorted(folder.rglob("*.yaml"))
-    fit = [file for file in files if not schemas or any(f"- {schema}\n" in file.read_text() for schema in schemas)]
-    return [str(file.relative_to(folder).with_suffix("")) for file in fit]
+    """Files of a group that have one of these schemas, or build on one that has, where it has schemas at all."""
+    texts = {str(file.relative_to(folder).with_suffix("")): file.read_text() for file in sorted(folder.rglob("*.yaml"))}
+    if not schemas:
+        return list(texts)
+    fit: set[str] = set()
+    while more := {name for name, text in texts.items() if any(f"- {base}\n" in text for base in schemas | fit)} - fit:
+        fit |= more
+    return [name for name in texts if name in fit]

@@ -10,20 +10,24 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import hydra
 from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from vca.attention import describe
+from vca.config import sweep
 from vca.config.help import help_text, options
 from vca.runtime.distributed import is_main_process
-from vca.runtime.errors import ConfigError, NonFiniteError, check, config_errors
+from vca.runtime.errors import ConfigError, NonFiniteError, PreemptedError, check, config_errors
+from vca.runtime.signals import EXIT_PREEMPTED
 
 Registry = Mapping[str, tuple[type, Any]]  # name -> (config dataclass, what is built from it)
 
@@ -35,13 +39,16 @@ EXIT_NON_FINITE = 3
 
 
 def register_schemas(root: Mapping[str, type], groups: Mapping[str, Registry]) -> None:
-    """Tell Hydra the dataclasses behind the YAML files, and OmegaConf what `${divide:a,b}` in them is.
+    """Tell Hydra the dataclasses behind the YAML files, and OmegaConf what `${divide:a,b}`, ... in them are.
 
     Args:
         root: script name -> its config dataclass, stored as `<name>_schema`.
         groups: config group -> registry, whose dataclasses are stored as `<group>/<name>_schema`.
     """
     OmegaConf.register_new_resolver("divide", lambda value, by: value // max(by, 1), replace=True)
+    OmegaConf.register_new_resolver("multiply", lambda value, by: value * by, replace=True)
+    OmegaConf.register_new_resolver("sbatch", sbatch_options, replace=True)
+    OmegaConf.register_new_resolver("variant", lambda node: describe(dict(node)), replace=True)
     store = ConfigStore.instance()
     for name, node in root.items():
         store.store(name=f"{name}_schema", node=node)
@@ -50,21 +57,40 @@ def register_schemas(root: Mapping[str, type], groups: Mapping[str, Registry]) -
             store.store(group=group, name=f"{name}_schema", node=node)
 
 
+def sbatch_options(lines: Iterable[str]) -> dict[str, Any]:
+    """`["exclude=node7", "exclusive"]` as submitit wants it, an option without a value as True."""
+    options = (line.lstrip("-").partition("=") for line in lines)
+    return {name: value if equals else True for name, equals, value in options}
+
+
 def compose(config_name: str, overrides: Iterable[str] = ()) -> Any:
     """The dataclass that `python <config_name>.py <overrides>` would run with.
 
     Raises:
         ConfigError: on anything wrong in the files or the overrides.
     """
-    with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
+    inside = GlobalHydra.instance().is_initialized()  # a root script, which has these configs already
+    with nullcontext() if inside else hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
         try:
             return to_dataclass(hydra.compose(config_name, list(overrides)))
         except (HydraException, OmegaConfBaseException) as error:
             raise ConfigError(explain(error)) from error
 
 
-def command_line(config_name: str, run: Callable[[Any], Any]) -> None:
-    """Body of a root script: compose the config from the command line and run, with mistakes told in one line."""
+def command_line(
+    config_name: str,
+    run: Callable[[Any], Any],
+    program: Sequence[str] = (),
+    summary: Callable[[Path], str] = sweep.table,
+) -> None:
+    """Body of a root script: compose the config from the command line and run, with mistakes told in one line.
+
+    Args:
+        config_name: of the YAML file.
+        run: what to do with the config.
+        program: what the jobs of a sweep (`-m`) run, see `sweep.main`; the root script of that name if it is empty.
+        summary: what a sweep prints at its end.
+    """
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # so that Hydra raises instead of printing and exiting
     if any(argument.startswith("--local-rank") for argument in sys.argv):
         sys.exit("config error: start ranks with torchrun, which sets LOCAL_RANK; --local-rank is not an option here")
@@ -74,12 +100,17 @@ def command_line(config_name: str, run: Callable[[Any], Any]) -> None:
         print(help_text(sys.modules["__main__"].__doc__, root, CONFIGS / f"{config_name}.yaml", registered_schemas()))
         return
 
+    start = hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=config_name)
+    if {"-m", "--multirun"} & set(sys.argv[1:]):
+        with mistakes_in_one_line():
+            sys.exit(sweep.main(start, program or (f"{config_name}.py",), summary))
+
     def main(config: DictConfig) -> None:
         with mistakes_in_one_line():
             run(to_dataclass(config))
 
     with mistakes_in_one_line():
-        hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=config_name)(main)()
+        start(main)()
 
 
 @contextmanager
@@ -97,6 +128,8 @@ def mistakes_in_one_line() -> Iterator[None]:
         fail("config error: a group that an experiment sets may not be null here; recipe=none is none", EXIT_CONFIG)
     except NonFiniteError as error:
         fail(f"stopped: {error}", EXIT_NON_FINITE)
+    except PreemptedError as error:
+        fail(f"stopped: {error}", EXIT_PREEMPTED)
 
 
 def fail(line: str, code: int) -> None:

@@ -12,6 +12,7 @@ from vca.generation.autoencoder import AutoencoderConfig
 from vca.generation.objective import SamplerConfig
 from vca.runtime.compute import Device, Precision
 from vca.runtime.errors import check
+from vca.runtime.launch import ClusterConfig
 from vca.runtime.logging import WandbConfig
 from vca.training.config import TrainerConfig
 from vca.training.init import InitWeights
@@ -26,6 +27,7 @@ class TrainConfig:
         name: of the run; its directory is `out_dir/name`.
         seed: of everything random.
         model, attention: dataclasses of `models.MODELS` and `vca.attention.ATTENTIONS`.
+        cluster: where the jobs of a sweep (`-m`) run.
     """
 
     name: str = MISSING
@@ -38,6 +40,7 @@ class TrainConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     wandb: WandbConfig = field(default_factory=WandbConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
 
     def __post_init__(self) -> None:
         check(self.name not in ("", ".", "..") and "/" not in self.name, "name", "a folder name", self.name)

@@ -21,7 +21,7 @@ from vca.generation.objective import SamplerConfig
 from vca.runtime.distributed import World
 from vca.runtime.errors import ConfigError
 from vca.runtime.files import write_text
-from vca.runtime.rundir import git
+from vca.runtime.provenance import provenance
 
 FORMAT = "vca-evaluation-1"
 SAMPLER = tuple(f.name for f in fields(SamplerConfig))
@@ -92,6 +92,7 @@ def make_record(
 
     import numpy as np
 
+    commit, diff = provenance()
     record = {
         "format": FORMAT,
         "count": samples.count,
@@ -120,8 +121,8 @@ def make_record(
                 "torch_fidelity": version("torch-fidelity"),
                 "numpy": np.__version__,
             },
-            "commit": git("rev-parse", "HEAD"),
-            "uncommitted": bool(git("status", "--porcelain", "--untracked-files=no")),
+            "commit": commit,
+            "uncommitted": bool(diff),
         },
         "warnings": warnings,
     }

@@ -99,6 +99,8 @@ def pick_device(name: str, local_rank: int, key: str = "trainer.device") -> torc
 def start(device: str, timeout_minutes: float = 10.0, key: str = "trainer.device") -> Iterator[World]:
     """Join the process group that torchrun describes in the environment, and leave it at the end.
 
+    Within another `start` it is the group of that one: a process joins once.
+
     Args:
         device: `cpu`, `cuda` or `auto`.
         timeout_minutes: how long a collective waits for a lost rank.
@@ -109,14 +111,23 @@ def start(device: str, timeout_minutes: float = 10.0, key: str = "trainer.device
     world = World(rank, local_rank, size, pick_device(device, local_rank, key))
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)
-    if size > 1:
+    join = size > 1 and not dist.is_initialized()
+    if join:
+        check_restart()
         backend = "nccl" if world.device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
     try:
         yield world
     finally:
-        if size > 1:
+        if join:
             dist.destroy_process_group()
+
+
+def check_restart() -> None:
+    """Raise `ConfigError` where torchrun has started the ranks again and they would meet the dead ones' addresses."""
+    again, shared = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)), "TORCHELASTIC_USE_AGENT_STORE"
+    if again and os.environ.get(shared) == "True":  # https://github.com/pytorch/pytorch/issues/135712
+        raise ConfigError("torchrun --max_restarts works with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment")
 
 
 def is_main_process() -> bool:

@@ -12,6 +12,10 @@ class NonFiniteError(RuntimeError):
     """A loss or a gradient that is NaN or infinite; raised on every rank at the same step."""
 
 
+class PreemptedError(RuntimeError):
+    """A signal asked the training to stop, and it has saved; raised on every rank after the same step."""
+
+
 def check(condition: bool, key: str, rule: str, value: object) -> None:
     """Raise `ConfigError("<key> must be <rule>, got <value>")` unless `condition` holds."""
     if not condition:

@@ -12,7 +12,6 @@ import json
 import os
 import platform
 import shlex
-import subprocess
 import sys
 import time
 from collections.abc import Collection
@@ -25,11 +24,13 @@ import torch
 from vca.runtime.distributed import World
 from vca.runtime.errors import ConfigError
 from vca.runtime.files import write_text
+from vca.runtime.provenance import provenance
 
 # Keys that may differ between two starts of one run: they change where and how it runs, not what it computes.
 FREE_KEYS = (
     "autoencoder.source",  # its sha256 is compared
     "autoencoder.weights",
+    "cluster",
     "extractor",
     "fid",
     "out_dir",
@@ -78,6 +79,7 @@ class RunDirectory:
 
     def record_launch(self, world: World, step: int) -> None:
         """Append this start to `launches.jsonl`, and keep what is not committed."""
+        commit, diff = provenance()
         launch = {
             "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "command": shlex.join(sys.argv),
@@ -89,11 +91,13 @@ class RunDirectory:
             "threads": torch.get_num_threads(),
             "python": platform.python_version(),
             "torch": torch.__version__,
-            "commit": git("rev-parse", "HEAD"),
+            "commit": commit,
+            "slurm_job_id": os.environ.get("SLURM_JOB_ID"),
+            "slurm_restarts": int(os.environ.get("SLURM_RESTART_COUNT", 0)),
         }
         with open(self.path / "launches.jsonl", "a") as file:
             file.write(json.dumps(launch) + "\n")
-        (self.path / "uncommitted.diff").write_text(git("diff", "HEAD") or "")
+        (self.path / "uncommitted.diff").write_text(diff)
 
     def write_failure(self, rank: int, record: dict[str, Any]) -> None:
         """Keep what a rank saw when a gradient was not finite."""
@@ -139,13 +143,3 @@ def compare(there: Any, here: Any, free: Collection[str] = (), key: str = "") ->
             differences += compare(there.get(name), here.get(name), free, path)
         return differences
     return [] if there == here else [f"{key}: {there!r} there, {here!r} here"]
-
-
-def git(*arguments: str) -> str | None:
-    """Output of a git command on this checkout, or None where there is no git or no checkout."""
-    root = Path(__file__).parents[2]
-    try:
-        done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, timeout=60)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None

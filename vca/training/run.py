@@ -1,7 +1,7 @@
 """A training run around its updates, the same for both trainers: resume, reports, checkpoints, the end."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,9 +10,10 @@ from torch import Tensor
 
 from vca.runtime.compute import Precision
 from vca.runtime.distributed import World
-from vca.runtime.errors import NonFiniteError
+from vca.runtime.errors import NonFiniteError, PreemptedError
 from vca.runtime.logging import Reporter, WandbConfig, WandbMirror
 from vca.runtime.rundir import RunDirectory
+from vca.runtime.signals import StopRequest, noting_stop_signals
 from vca.training.checkpoint import load_latest_for_all, save_checkpoint
 from vca.training.config import TrainerConfig
 from vca.training.curves import draw_curves
@@ -37,8 +38,11 @@ class TrainingRun:
         self.updates = 0  # how many these are
         self.timed = 0  # how many of them this process made, and in how long; neither counts pauses
         self.seconds = 0.0
+        self.waited = 0.0  # of these seconds, for data
         self.clock = time.perf_counter()
         self.reporter = Reporter()
+        self.saved_step = -1  # of the newest checkpoint
+        self.stop = StopRequest()
 
     @property
     def finished(self) -> bool:
@@ -51,6 +55,7 @@ class TrainingRun:
         if saved is None:
             return False
         self.state.load_state_dict(saved)
+        self.saved_step = self.state.step
         self.consumed = saved["consumed"]
         # Of the mean loss over all ranks, each now holds the same part.
         self.loss, self.updates = saved["report"]["loss"].to(self.world.device), saved["report"]["updates"]
@@ -58,7 +63,10 @@ class TrainingRun:
 
     @contextmanager
     def open(self, name: str, config: dict[str, Any], wandb: WandbConfig) -> Iterator[None]:
-        """Open the run directory for writing, drop the reports that will be made again; however it ends, close it."""
+        """Open the run directory for writing, drop the reports that will be made again; however it ends, close it.
+
+        From here on a signal to stop waits for `leave_if_asked`.
+        """
         if self.world.is_main:
             self.folder.create(config)
             self.folder.rewind(self.state.step)
@@ -67,10 +75,11 @@ class TrainingRun:
             self.reporter = Reporter(self.folder, step, total, self.trainer.global_batch)
             self.reporter.wandb = WandbMirror(wandb, self.folder.path, name, config)
         self.clock = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.reporter.close()
+        with noting_stop_signals() as self.stop:
+            try:
+                yield
+            finally:
+                self.reporter.close()
 
     def introduce(self, name: str, model: str, data: str) -> None:
         """Say what is about to happen: the run, the model (its name, with what), the data."""
@@ -83,6 +92,17 @@ class TrainingRun:
             f"({self.world.size} rank(s) x {state.accumulation} x {state.micro_batch}), peak lr {state.peak_lr:.3g}, "
             f"{trainer.precision.value} on {self.world.device.type} ({torch.get_num_threads()} threads)"
         )
+
+    def timing(self, batches: Iterable[Any]) -> Iterator[Any]:
+        """The same batches; how long this rank waited for them is reported."""
+        source = iter(batches)
+        while True:
+            start = time.perf_counter()
+            batch = next(source, None)
+            if batch is None:
+                return
+            self.waited += time.perf_counter() - start
+            yield batch
 
     def due(self, every: int) -> bool:
         """Whether something that happens every so many updates (0: only at the end) happens now."""
@@ -118,7 +138,12 @@ class TrainingRun:
         return self.trainer.precision is Precision.fp16 and self.state.scaler.get_scale() >= 1
 
     def report(self, update: StepResult) -> None:
-        """Write a record of the updates since the last one."""
+        """Write a record of the updates since the last one.
+
+        `data_wait` is the share of the time that the rank which waits longest for its data waits, `data_wait_rank`: the
+        others wait for it.
+        """
+        waits = self.world.gather(self.waited / self.seconds)
         self.write(
             {
                 "epoch": self.state.step / self.state.steps_per_epoch,
@@ -127,10 +152,11 @@ class TrainingRun:
                 "grad_norm": update.grad_norm if update.applied else None,
                 "consumed": self.sum_consumed(),
                 "images_per_second": self.timed * self.trainer.global_batch / self.seconds,
+                **({"data_wait": max(waits), "data_wait_rank": waits.index(max(waits))} if waits else {}),
             }
         )
         self.loss.zero_()
-        self.updates, self.timed, self.seconds = 0, 0, 0.0
+        self.updates, self.timed, self.seconds, self.waited = 0, 0, 0.0, 0.0
 
     def mean_loss(self) -> Tensor:
         """The sum of losses since the last report, averaged over the ranks and the same on each."""
@@ -155,7 +181,23 @@ class TrainingRun:
         state = {**self.state.state_dict(), "consumed": self.sum_consumed(), "report": report}
         if self.world.is_main:
             save_checkpoint(self.folder.checkpoints, self.state.step, state, self.trainer.keep_checkpoints)
+        self.saved_step = self.state.step
         self.clock = time.perf_counter()
+
+    def leave_if_asked(self) -> None:
+        """Once a signal asked any rank to stop: save, and leave on every rank after the same update.
+
+        Raises:
+            PreemptedError: on every rank alike; a training that has just made its last update ends as always.
+        """
+        asked = self.world.sum(torch.tensor(self.stop.received is not None, dtype=torch.int, device=self.world.device))
+        if asked == 0 or self.finished:
+            return
+        if self.saved_step != self.state.step:
+            self.save()
+        signal = self.stop.received or "a signal to another rank"
+        step = f"step {self.state.step} of {self.state.total_steps}"
+        raise PreemptedError(f"{self.folder.path}: {signal}; saved after {step}, the same command goes on from there")
 
     def draw(self, name: str) -> None:
         """Draw the curves of all that is reported."""

@@ -1,0 +1,181 @@
+"""Sweeps: planned and refused before anything starts, run to the end, tabulated, their failures named."""
+
+import json
+import re
+import subprocess
+import sys
+
+import hydra
+import pytest
+from hydra.core.global_hydra import GlobalHydra
+
+import train_cls
+import train_gen
+from tests.conftest import ROOT, SMALL_DIT, TINY, environment, metrics
+from vca.attention import ATTENTIONS, describe
+from vca.config import compose
+from vca.config.load import CONFIGS
+from vca.config.sweep import ablations, last_line, plan, rows_of_ablation
+from vca.evaluation.sweep_table import sweep_table
+from vca.runtime.errors import ConfigError
+
+ATTENTION_FILES = sorted(path.stem for path in (CONFIGS / "attention").glob("*.yaml"))
+
+
+def sweep(*overrides, script="train_cls.py"):
+    command = [sys.executable, str(ROOT / script), "-m", *overrides]
+    return subprocess.run(command, env=environment(), cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+def test_a_sweep_with_a_failing_job(tmp_path):
+    """The others give their table, the failing one is named with its reason, and the exit code is not zero."""
+    out = tmp_path / "out"
+    done = sweep(*TINY, "trainer.steps=3", "seed=0,1", "data=digits,cifar10", "data.root=/nowhere", f"out_dir={out}")
+    assert done.returncode == 1, done.stderr[-3000:]
+    (folder,) = (out / "sweeps").iterdir()
+
+    record = json.loads((folder / "jobs.json").read_text())
+    assert "-m" in record["command"]
+    assert [job["number"] for job in record["jobs"]] == [0, 1, 2, 3]
+    names = [f"{data}-deit_mini-vca-seed{seed}" for seed in (0, 1) for data in ("digits", "cifar10")]
+    assert [job["name"] for job in record["jobs"]] == names
+    assert (folder / "code" / "train_cls.py").read_text() == (ROOT / "train_cls.py").read_text()
+    launch = json.loads((out / names[0] / "launches.jsonl").read_text())
+    assert launch["commit"] == record["commit"] == ((folder / "code" / "COMMIT").read_text().strip() or None)
+    assert str(folder / "code") in launch["command"]
+
+    table = [line for line in done.stdout.splitlines() if line.startswith("| vca")]
+    assert len(table) == 1
+    assert table[0].endswith("| 2 |")
+    assert " +- " in table[0]
+    failed = [line for line in done.stderr.splitlines() if line.startswith("failed: ")]
+    assert [line.split(":")[1].strip() for line in failed] == [names[1], names[3]]
+    for line, name in zip(failed, (names[1], names[3]), strict=True):
+        assert "exit code 1; config error: data.root" in line
+        assert "config error: data.root" in (folder / "logs" / f"{name}.log").read_text()
+    ends = [json.loads((folder / "ends" / f"{number}.json").read_text())["exit_code"] for number in range(4)]
+    assert ends == [0, 1, 0, 1]
+    assert metrics(out / names[2])[-1]["step"] == 3
+
+
+@pytest.mark.parametrize(
+    ("overrides", "line"),
+    [
+        (["optim.lr=1e-3,5e-4"], r"jobs 0 and 1 would both be .*; put what you sweep into the name, such as name='lr"),
+        (["seed=0,-1"], r"config error: seed must be >= 0 and below 2\^63, got -1 \(job 1: .*seed=-1\)"),
+        (["ablation=stagse"], r"ablation=stagse: no such option; did you mean 'stages'\?"),
+        (["cluster=local", "cluster.nodes=2"], r"cluster.nodes must be 1 for cluster=local, got 2"),
+        (["cluster.nodse=2"], r"unknown key 'cluster.nodse'; did you mean 'cluster.nodes'\?"),
+    ],
+    ids=lambda value: value[-1] if isinstance(value, list) else None,
+)
+def test_a_wrong_sweep_is_refused_before_it_starts(tmp_path, overrides, line):
+    done = sweep(f"out_dir={tmp_path / 'out'}", *overrides)
+    assert done.returncode == 2, done.stderr[-3000:]
+    assert re.search(line, done.stderr), done.stderr
+    assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("script", ["train_cls", "train_gen"])
+@pytest.mark.parametrize("name", ablations())
+def test_every_ablation_is_a_sweep_of_distinct_runs(name, script):
+    GlobalHydra.instance().clear()
+    with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        config = hydra.compose(script, [f"ablation={name}"], return_hydra_config=True)
+        config.hydra.overrides.task = [f"ablation={name}"]
+        jobs = plan(config, script)
+    assert len(jobs) == 3 * len(rows_of_ablation(name))
+    assert len({job["run"] for job in jobs}) == len(jobs)
+
+
+def test_ablations_have_the_rows_of_tables_3_and_4():
+    named = {name: [row[0] for row in rows_of_ablation(name)] for name in ablations()}
+    assert named["stages"] == ["vca_stage1_only", "vca_stage2_only", "differential_stages", "vca"]
+    assert named["streams"] == ["vca_embedding_streams", "vca"]
+    assert {attention for rows in named.values() for attention in rows} <= set(ATTENTION_FILES)
+
+
+@pytest.mark.parametrize("attention", ATTENTION_FILES)
+def test_every_attention_trains_for_twenty_updates(tmp_path, attention):
+    """As a classifier and as a generator; every loss is finite and the last ones are below the first."""
+    short = ("trainer.steps=20", f"attention={attention}", f"out_dir={tmp_path}", "trainer.eval_every=0")
+    train_cls.run(compose("train_cls", [*TINY, *short, "name=cls", "optim.lr=2e-3", "optim.warmup_epochs=0"]))
+    batch = ("trainer.log_every=1", "trainer.global_batch=60", "optim.lr=2e-3")
+    train_gen.run(compose("train_gen", [*SMALL_DIT, *short, *batch, "name=gen"]))
+    for name in ("cls", "gen"):
+        losses = [record["loss"] for record in metrics(tmp_path / name) if "loss" in record]
+        assert len(losses) == 20
+        assert sum(losses[-5:]) < sum(losses[:5])
+
+
+@pytest.mark.parametrize("pool", ["[1,1]", "[2,2]", "[4,4]", "[7,7]", "[8,8]"])
+def test_every_contrast_grid_trains(tmp_path, pool):
+    options = [*TINY, "trainer.steps=2", f"attention.pool={pool}", f"out_dir={tmp_path}"]
+    train_cls.run(compose("train_cls", [*options, "name=cls"]))
+    assert metrics(tmp_path / "cls")[-1]["step"] == 2
+    assert [f"attention.pool={pool}"] in [row[1:] for row in rows_of_ablation("contrast_grid")]
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({"name": "vca"}, "vca"),
+        ({"name": "vca", "stage2": "plain"}, "vca-stage2_plain"),
+        ({"name": "vca", "pool": [4, 4], "local_branch": False}, "vca-pool_4x4-local_branch_false"),
+        ({"name": "vca", "positive": "pool+embedding"}, "vca"),
+        ({"name": "softmax", "local_branch": True}, "softmax-local_branch_true"),
+    ],
+    ids=str,
+)
+def test_names_of_variants(options, name):
+    assert describe(options) == name
+    assert ATTENTIONS[options["name"]][0](**options) is not None
+
+
+def finished_run(folder, attention="vca", seed=0, top1=50.0, step=4, **data):
+    config = {
+        "name": folder.name,
+        "seed": seed,
+        "attention": {"name": "vca", **({"stage2": "plain"} if attention == "plain" else {})},
+        "trainer": {"steps": 4, "epochs": 1},
+        "data": {"name": "digits", **data},
+        "optim": {"lr": 0.001},
+    }
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    records = [{"step": step, "loss": 1.0}, {"step": step, "val/top1": top1, "val/loss": 0.5}]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    return folder
+
+
+def test_table_of_a_sweep(tmp_path):
+    """Mean and spread over seeds, a row for each config, what is not finished below; other data are refused."""
+    runs = [finished_run(tmp_path / f"a{seed}", seed=seed, top1=50 + seed) for seed in range(3)]
+    runs += [finished_run(tmp_path / "b", attention="plain", top1=40.0)]
+    short = finished_run(tmp_path / "short", seed=5, step=2)
+    lines = sweep_table([*runs, short, tmp_path / "none"]).splitlines()
+    assert lines[2:] == [
+        "| vca | 51 +- 1 | 0.5 +- 0 | 1 +- 0 | 3 |",
+        "| vca-stage2_plain | 40 | 0.5 | 1 | 1 |",
+        f"{short}: not finished (step 2)",
+        f"{tmp_path / 'none'}: not begun",
+    ]
+    other = finished_run(tmp_path / "other", num_classes=7)
+    with pytest.raises(ConfigError, match=r"do not fit one table: data\.num_classes is None and 7"):
+        sweep_table([*runs, other])
+
+
+@pytest.mark.parametrize(
+    ("log", "line"),
+    [
+        (None, "it wrote no log"),
+        ("", "its log is empty"),
+        ("config error: data.root must be\nE1123 failed\nChildFailedError: x\n", "config error: data.root must be"),
+        ("Traceback\n  File\n[rank0]: ZeroDivisionError: by zero\ntorch.elastic.ChildFailedError:\n", "[rank0]: Zero"),
+    ],
+)
+def test_last_line(tmp_path, log, line):
+    if log is not None:
+        (tmp_path / "log").write_text(log)
+    assert last_line(tmp_path / "log").startswith(line)

@@ -1,0 +1,43 @@
+"""Being asked to stop. SLURM, before it takes a node back, and people send SIGTERM, SIGUSR1 or SIGUSR2."""
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+EXIT_PREEMPTED = 75  # of a training that was asked to stop and has saved; EX_TEMPFAIL of sysexits.h: try again
+
+
+@dataclass
+class StopRequest:
+    """Name of the last stop signal that came, None while there was none."""
+
+    received: str | None = None
+
+
+@contextmanager
+def noting_stop_signals() -> Iterator[StopRequest]:
+    """Only note the stop signals, so that a training can end between two updates; afterwards they do what they did."""
+    request = StopRequest()
+
+    def note(number: int, frame: FrameType | None) -> None:
+        request.received = signal.Signals(number).name
+
+    if threading.current_thread() is not threading.main_thread():  # where Python lets nobody handle signals
+        yield request
+        return
+    before = {number: signal.signal(number, note) for number in STOP_SIGNALS}
+    try:
+        yield request
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def ignore_stop_signals(*_: object) -> None:
+    """For loader processes, which a signal to the whole job reaches too: the training itself ends them."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
