@@ -113,7 +113,8 @@ def test_one_run_directory(tmp_path, nodes, ranks):
     on_nodes([str(ROOT / "train_cls.py"), *options], nodes, ranks)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["run"]
-    expected = {"checkpoints", "config.json", "curves.png", "launches.jsonl", "metrics.jsonl", "uncommitted.diff"}
+    expected = {"checkpoints", "config.json", "curves.png", "launches.jsonl", "lock", "metrics.jsonl"}
+    expected |= {"uncommitted.diff"}
     assert {path.name for path in (tmp_path / "out" / "run").iterdir()} == expected
     assert [record["step"] for record in metrics(tmp_path / "out" / "run")] == [1, 2, 3, 3]
     launch = json.loads((tmp_path / "out" / "run" / "launches.jsonl").read_text())

@@ -176,3 +176,26 @@ def test_a_lost_rank_of_three(tmp_path, name):
     assert one["step"] == 150
     assert_same(one, other)
     assert untimed(tmp_path / "whole") == untimed(folder)
+
+
+def test_two_trainings_do_not_share_a_directory(tmp_path):
+    """The second is refused while the first goes on, its loader process dead or alive, and not after it was killed."""
+    options = [*TINY, f"out_dir={tmp_path}", "name=run", "trainer.steps=4000", "trainer.checkpoint_every=10"]
+    process, mark = start(*options, "trainer.workers=1", script="train_cls.py")
+    folder = tmp_path / "run"
+    while last_step(folder) < 10:
+        assert process.poll() is None, process.communicate()[0][-3000:]
+        time.sleep(0.01)
+    refused = train(*options)
+    assert refused.returncode != 0
+    line = f"config error: {folder} is being trained by another process; wait for it or stop it"
+    assert refused.stderr.count(line) == 1, refused.stderr[-3000:]
+    process.kill()  # the training alone: its loader process lives on for some seconds
+    process.wait()
+    again, other = start(*options, script="train_cls.py")
+    at = last_step(folder)
+    while last_step(folder) < at + 10:
+        assert again.poll() is None, again.communicate()[0][-3000:]
+        time.sleep(0.01)
+    for one in (mark, other):
+        kill_all(one)

@@ -57,9 +57,9 @@ def register_schemas(root: Mapping[str, type], groups: Mapping[str, Registry]) -
             store.store(group=group, name=f"{name}_schema", node=node)
 
 
-def sbatch_options(lines: Iterable[str]) -> dict[str, Any]:
+def sbatch_options(lines: Iterable[str], requeue: bool) -> dict[str, Any]:
     """`["exclude=node7", "exclusive"]` as submitit wants it, an option without a value as True."""
-    options = (line.lstrip("-").partition("=") for line in lines)
+    options = (line.lstrip("-").partition("=") for line in [*lines, "requeue" if requeue else "no-requeue"])
     return {name: value if equals else True for name, equals, value in options}
 
 

@@ -34,7 +34,8 @@ class ClusterConfig:
         cpus_per_rank: CPU cores for each process and its loader workers.
         memory_gb: of a node; null leaves it to SLURM.
         partition, account, qos, constraint: as for sbatch; null leaves them out.
-        minutes: time limit of a job, which is requeued when it is over.
+        minutes: time limit of a job.
+        requeue: put a job that was preempted, or ran out of its time, back into the queue.
         max_requeues: how often a job that ran out of its time is requeued; preemption does not count.
         signal_seconds: how long before the end of its time a job is told to save.
         max_restarts: how often torchrun starts the ranks again when one of them fails.
@@ -54,6 +55,7 @@ class ClusterConfig:
     qos: str | None = None
     constraint: str | None = None
     minutes: int = 1440
+    requeue: bool = True
     max_requeues: int = 100
     signal_seconds: int = 120
     max_restarts: int = 0

@@ -8,6 +8,8 @@ checkpoints/      see vca.training.checkpoint
 """
 
 import dataclasses
+import errno
+import fcntl
 import json
 import os
 import platform
@@ -58,6 +60,7 @@ class RunDirectory:
         self.path = path
         self.checkpoints = path / "checkpoints"
         self.metrics_file = path / "metrics.jsonl"
+        self.locked: Any = None
 
     def check(self, config: dict[str, Any]) -> None:
         """Raise `ConfigError` if the directory belongs to a run with another config; names what differs."""
@@ -70,12 +73,26 @@ class RunDirectory:
             )
 
     def create(self, config: dict[str, Any]) -> None:
-        """Make the directory, or enter it again, and write the config."""
+        """Make the directory, or enter it again, and write the config; from now on no other process may train here."""
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ConfigError(f"out_dir: {self.path} cannot be made: {error.strerror}") from error
+        self.lock()
         write_text(self.path / "config.json", json.dumps(config, indent=2) + "\n")
+
+    def lock(self) -> None:
+        """Lock the directory until this process ends, however it ends; its loader processes do not hold the lock.
+
+        Raises:
+            ConfigError: if another process has it. A file system that knows no locks keeps nobody out.
+        """
+        self.locked = open(self.path / "lock", "w")  # noqa: SIM115 - open as long as it is locked
+        try:
+            fcntl.lockf(self.locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EAGAIN, errno.EACCES):
+                raise ConfigError(f"{self.path} is being trained by another process; wait for it or stop it") from error
 
     def record_launch(self, world: World, step: int) -> None:
         """Append this start to `launches.jsonl`, and keep what is not committed."""

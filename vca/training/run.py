@@ -67,8 +67,8 @@ class TrainingRun:
 
         From here on a signal to stop waits for `leave_if_asked`.
         """
+        self.world.from_main(lambda: self.folder.create(config))
         if self.world.is_main:
-            self.folder.create(config)
             self.folder.rewind(self.state.step)
             self.folder.record_launch(self.world, self.state.step)
             step, total = self.state.step, self.state.total_steps
