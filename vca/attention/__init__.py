@@ -59,15 +59,7 @@ def describe(options: Mapping[str, Any]) -> str:
 
 
 def build_attention(
-    config: Any,
-    dim: int,
-    num_heads: int,
-    grid: tuple[int, int],
-    pool: tuple[int, int] = (7, 7),
-    num_prefix_tokens: int = 0,
-    layer_index: int = 0,
-    qkv_bias: bool = True,
-    proj_drop: float = 0.0,
+    config: Any, dim: int, num_heads: int, grid: tuple[int, int], pool: tuple[int, int] = (7, 7), **place: Any
 ) -> nn.Module:
     """Build the variant that `config` (one of the dataclasses in `ATTENTIONS`) describes.
 
@@ -76,14 +68,8 @@ def build_attention(
 
     Args:
         config: options of the variant.
-        dim: width C.
-        num_heads: M, a divisor of `dim`.
-        grid: `(H, W)` of the patch tokens.
-        pool: the backbone's contrast grid `(h, w)`.
-        num_prefix_tokens: tokens before the grid.
-        layer_index: depth of the layer, from 0.
-        qkv_bias: bias of the qkv projection.
-        proj_drop: dropout after the output projection.
+        dim, num_heads, grid, pool: width C, heads M, `(H, W)` of the patch tokens, the backbone's contrast grid.
+        place: whatever else `ProjectedAttention` takes: `num_prefix_tokens`, `layer_index`, `qkv_bias`, `proj_drop`.
 
     Raises:
         ValueError: if `config.name` is not a variant, or a value is out of its range.
@@ -95,4 +81,4 @@ def build_attention(
         raise ValueError(
             f"attention.name '{config.name}' goes with {config_class.__name__}, got {type(config).__name__}"
         )
-    return module(dim, num_heads, grid, pool, num_prefix_tokens, layer_index, qkv_bias, proj_drop, config)
+    return module(dim, num_heads, grid, pool, config=config, **place)

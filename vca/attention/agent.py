@@ -16,9 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vca.attention.base import ProjectedAttention
-from vca.attention.geometry import check_tokens
-from vca.attention.pooling import PooledConfig, pool_queries
+from vca.attention.pooling import PooledAttention, PooledConfig
 
 CELLS = 7  # a side of the coarse picture, as in the original
 
@@ -61,42 +59,25 @@ class PositionBias(nn.Module):
         return bias if self.prefix is None else torch.cat((self.prefix, bias), dim=2)  # (M, n, N)
 
 
-class AgentAttention(ProjectedAttention):
-    """Agent Attention in the place of MHSA.
+class AgentAttention(PooledAttention):
+    """Agent Attention in the place of MHSA; the arguments are those of `ProjectedAttention`."""
 
-    Takes the arguments that every variant takes (see `vca.attention.build_attention`).
+    Config = AgentConfig
 
-    Raises:
-        ValueError: if `dim` is not divisible by `num_heads`.
-    """
+    def add_parameters(self) -> None:
+        """The two position biases."""
+        super().add_parameters()
 
-    def __init__(
-        self,
-        dim: int,
-        num_heads: int,
-        grid: tuple[int, int],
-        pool: tuple[int, int] = (7, 7),
-        num_prefix_tokens: int = 0,
-        layer_index: int = 0,
-        qkv_bias: bool = True,
-        proj_drop: float = 0.0,
-        config: AgentConfig | None = None,
-    ) -> None:
-        config = config or AgentConfig()
-        super().__init__(dim, num_heads, grid, num_prefix_tokens, qkv_bias, proj_drop, config.local_branch)
-        self.config = config
-        self.pool = config.pool_of_layer(layer_index, default=pool)
-        self.pool_weight = config.pool_weight(dim, grid, self.pool)
-        self.bias1 = self.bias2 = None
-        if config.position_bias:
-            num_agents = self.pool[0] * self.pool[1]
-            self.bias1 = PositionBias(num_heads, num_agents, grid, num_prefix_tokens)
-            self.bias2 = PositionBias(num_heads, num_agents, grid, num_prefix_tokens)
+        def bias() -> PositionBias | None:
+            if not self.config.position_bias:
+                return None
+            return PositionBias(self.num_heads, self.pool[0] * self.pool[1], self.grid, self.num_prefix_tokens)
+
+        self.bias1, self.bias2 = bias(), bias()
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, grid: tuple[int, int]) -> Tensor:
         """Agents look, tokens read them: three `(B, M, N, D)` to one."""
-        check_tokens(q.shape[2], grid, self.num_prefix_tokens)
-        agents = pool_queries(q, grid, self.pool, self.num_prefix_tokens, self.config.pooling, self.pool_weight)
+        agents = self.contrast_tokens(q, grid)  # (B, M, n, D)
         bias1 = self.bias1(grid).to(q.dtype) if self.bias1 is not None else None  # (M, n, N)
         bias2 = self.bias2(grid).transpose(1, 2).to(q.dtype) if self.bias2 is not None else None  # (M, N, n)
         seen = F.scaled_dot_product_attention(agents, k, v, attn_mask=bias1)  # (B, M, n, D)

@@ -2,13 +2,15 @@
 
     y = (attend(q, k, v) + DWConv3x3(v)) Wo
 
-A variant is a subclass with one method, `attend`. Parameters are named as in timm's `Attention` (`qkv`, `proj`), so
-that its checkpoints load into every variant as far as they go.
+A variant is a subclass that names its `Config` and defines `attend`; parameters of its own are made in
+`add_parameters`. Parameters are named as in timm's `Attention` (`qkv`, `proj`), so that its checkpoints load into every
+variant as far as they go.
 
 Shape letters: B batch, M heads, N = P + H W tokens (P prefix tokens, then the grid), C = M D channels, D head dim.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,40 +34,53 @@ class AttentionConfig:
 class ProjectedAttention(nn.Module):
     """`(B, N, C)` to `(B, N, C)`: projections, an attention over heads that the subclass defines, local branch.
 
+    The constructor of every variant. What means nothing to one, such as the contrast grid to MHSA, it leaves alone.
+
     Args:
         dim: C.
         num_heads: M.
         grid: `(H, W)` of the patch tokens; another one can be given to `forward`.
-        num_prefix_tokens: P, tokens before the grid.
+        pool: `(h, w)`, the backbone's contrast grid, unless the variant's options name one.
+        num_prefix_tokens: P, tokens before the grid (class token, registers).
+        layer_index: depth of the layer, from 0.
         qkv_bias: bias of the qkv projection.
         proj_drop: dropout after the output projection.
-        local_branch: whether there is one.
+        config: the variant's options; None takes their defaults.
 
     Raises:
         ValueError: if `dim` is not divisible by `num_heads`.
     """
+
+    Config: type[AttentionConfig] = AttentionConfig
 
     def __init__(
         self,
         dim: int,
         num_heads: int,
         grid: tuple[int, int],
-        num_prefix_tokens: int,
-        qkv_bias: bool,
-        proj_drop: float,
-        local_branch: bool,
+        pool: tuple[int, int] = (7, 7),
+        num_prefix_tokens: int = 0,
+        layer_index: int = 0,
+        qkv_bias: bool = True,
+        proj_drop: float = 0.0,
+        config: Any = None,
     ) -> None:
         super().__init__()
         check_heads(dim, num_heads)
-        self.num_heads, self.head_dim = num_heads, dim // num_heads
-        self.grid, self.num_prefix_tokens = grid, num_prefix_tokens
+        self.config: Any = config or self.Config()
+        self.dim, self.num_heads, self.head_dim = dim, num_heads, dim // num_heads
+        self.grid, self.pool, self.num_prefix_tokens, self.layer_index = grid, pool, num_prefix_tokens, layer_index
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
         self.local = None
-        if local_branch:  # its images are channels_last, and so will be the gradient of its weight
+        if self.config.local_branch:  # its images are channels_last, and so will be the gradient of its weight
             local = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
             self.local = local.to(memory_format=torch.channels_last)
+        self.add_parameters()
+
+    def add_parameters(self) -> None:
+        """Make what the variant has besides; called at the end of the constructor."""
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, grid: tuple[int, int]) -> Tensor:
         """The variant itself: three `(B, M, N, D)` to one, in the dtype of `q`.

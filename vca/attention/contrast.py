@@ -31,9 +31,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vca.attention.base import ProjectedAttention
 from vca.attention.geometry import check_tokens
-from vca.attention.pooling import PooledConfig, Pooling, pool_queries
+from vca.attention.pooling import PooledAttention, PooledConfig, Pooling, pool_queries
 
 
 class Stage(Enum):
@@ -199,62 +198,36 @@ class Lambda(nn.Module):
         return first.exp() - second.exp() + self.init
 
 
-class VisualContrastAttention(ProjectedAttention):
+class VisualContrastAttention(PooledAttention):
     """VCA with its projections and local branch: `(B, N, C)` to `(B, N, C)`, in the place of MHSA.
 
-    Takes the arguments that every variant takes (see `vca.attention.build_attention`) and its own options as `config`.
-
-    Args:
-        dim: C.
-        num_heads: M.
-        grid: `(H, W)` of the patch tokens; another one can be given to `forward`, parameters do not depend on it.
-        pool: `(h, w)`, the contrast grid, unless `config.pool` names one.
-        num_prefix_tokens: P, tokens before the grid (class token, registers).
-        layer_index: depth of the layer, from 0; sets `lambda_init`.
-        qkv_bias: bias of the qkv projection.
-        proj_drop: dropout after the output projection.
-        config: the variant's options.
-
-    Raises:
-        ValueError: if `dim` is not divisible by `num_heads`.
+    The arguments are those of `ProjectedAttention`, the options those of `VCAConfig`. Parameters do not depend on the
+    grid, and the depth of the layer sets `lambda_init`.
     """
 
-    def __init__(
-        self,
-        dim: int,
-        num_heads: int,
-        grid: tuple[int, int],
-        pool: tuple[int, int] = (7, 7),
-        num_prefix_tokens: int = 0,
-        layer_index: int = 0,
-        qkv_bias: bool = True,
-        proj_drop: float = 0.0,
-        config: VCAConfig | None = None,
-    ) -> None:
-        config = config or VCAConfig()
-        super().__init__(dim, num_heads, grid, num_prefix_tokens, qkv_bias, proj_drop, config.local_branch)
-        self.config = config
-        self.pool = config.pool_of_layer(layer_index, default=pool)
-        self.lambda_init = lambda_init_of_layer(layer_index)
-        head_dim, num_contrast = self.head_dim, self.pool[0] * self.pool[1]
+    Config = VCAConfig
 
-        # Only what the chosen stages and streams use exists, so every parameter gets a gradient.
+    def add_parameters(self) -> None:
+        """Lambdas, norms and stream embeddings: only what the chosen stages and streams use, so all get a gradient."""
+        super().add_parameters()
+        config, dim = self.config, self.head_dim
         contrast1, contrast2 = config.stage1 is Stage.contrast, config.stage2 is Stage.contrast
-        self.lambda1 = Lambda(head_dim, self.lambda_init) if contrast1 else None
-        self.lambda2 = Lambda(head_dim, self.lambda_init) if contrast2 else None
-        self.norm1_weight, self.norm2_weight = nn.Parameter(torch.ones(head_dim)), nn.Parameter(torch.ones(head_dim))
+        self.lambda_init = lambda_init_of_layer(self.layer_index)
+        self.lambda1 = Lambda(dim, self.lambda_init) if contrast1 else None
+        self.lambda2 = Lambda(dim, self.lambda_init) if contrast2 else None
+        self.norm1_weight, self.norm2_weight = nn.Parameter(torch.ones(dim)), nn.Parameter(torch.ones(dim))
 
         def embedding(content: Stream) -> nn.Parameter | None:
             if content is Stream.pool:
                 return None
-            return nn.Parameter(config.embedding_init_std * torch.randn(num_heads, num_contrast, head_dim))
+            size = (self.num_heads, self.pool[0] * self.pool[1], dim)
+            return nn.Parameter(config.embedding_init_std * torch.randn(size))
 
+        streams = [config.positive, config.negative] if contrast1 or contrast2 else [config.positive]
         self.e_pos = embedding(config.positive)
         self.e_neg = embedding(config.negative) if contrast1 or contrast2 else None
-        pooled = config.positive is not Stream.embedding or (
-            (contrast1 or contrast2) and config.negative is not Stream.embedding
-        )
-        self.pool_weight = config.pool_weight(dim, grid, self.pool) if pooled else None
+        if all(content is Stream.embedding for content in streams):
+            self.pool_weight = None  # nothing is pooled
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, grid: tuple[int, int]) -> Tensor:
         """`visual_contrast_attention` with the parameters of this layer."""

@@ -34,31 +34,18 @@ def check_halves(head_dim: int) -> None:
 
 
 class DifferentialAttention(ProjectedAttention):
-    """Differential Attention in the place of MHSA.
-
-    Takes the arguments that every variant takes (see `vca.attention.build_attention`); the contrast pool means nothing
-    to it.
+    """Differential Attention in the place of MHSA; the arguments are those of `ProjectedAttention`.
 
     Raises:
-        ValueError: if `dim` is not divisible by `num_heads`, or the head dim is odd.
+        ValueError: if the head dim is odd.
     """
 
-    def __init__(
-        self,
-        dim: int,
-        num_heads: int,
-        grid: tuple[int, int],
-        pool: tuple[int, int] = (7, 7),
-        num_prefix_tokens: int = 0,
-        layer_index: int = 0,
-        qkv_bias: bool = True,
-        proj_drop: float = 0.0,
-        config: DifferentialConfig | None = None,
-    ) -> None:
-        config = config or DifferentialConfig()
-        super().__init__(dim, num_heads, grid, num_prefix_tokens, qkv_bias, proj_drop, config.local_branch)
+    Config = DifferentialConfig
+
+    def add_parameters(self) -> None:
+        """One lambda and one norm."""
         check_halves(self.head_dim)
-        self.lambda_init = lambda_init_of_layer(layer_index)
+        self.lambda_init = lambda_init_of_layer(self.layer_index)
         self.lambda1 = Lambda(self.head_dim // 2, self.lambda_init)
         self.norm1_weight = nn.Parameter(torch.ones(self.head_dim))
 

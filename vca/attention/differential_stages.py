@@ -17,11 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vca.attention.base import ProjectedAttention
 from vca.attention.contrast import Lambda, difference, lambda_init_of_layer
 from vca.attention.differential import check_halves
-from vca.attention.geometry import check_tokens
-from vca.attention.pooling import PooledConfig, pool_queries
+from vca.attention.pooling import PooledAttention, PooledConfig
 
 
 @dataclass
@@ -32,44 +30,29 @@ class DifferentialStagesConfig(PooledConfig):
     local_branch: bool = True
 
 
-class DifferentialStagesAttention(ProjectedAttention):
-    """VCA's two stages with the streams of Differential Attention.
-
-    Takes the arguments that every variant takes (see `vca.attention.build_attention`).
+class DifferentialStagesAttention(PooledAttention):
+    """The two stages with the streams of Differential Attention; the arguments are those of `ProjectedAttention`.
 
     Raises:
-        ValueError: if `dim` is not divisible by `num_heads`, or the head dim is odd.
+        ValueError: if the head dim is odd.
     """
 
-    def __init__(
-        self,
-        dim: int,
-        num_heads: int,
-        grid: tuple[int, int],
-        pool: tuple[int, int] = (7, 7),
-        num_prefix_tokens: int = 0,
-        layer_index: int = 0,
-        qkv_bias: bool = True,
-        proj_drop: float = 0.0,
-        config: DifferentialStagesConfig | None = None,
-    ) -> None:
-        config = config or DifferentialStagesConfig()
-        super().__init__(dim, num_heads, grid, num_prefix_tokens, qkv_bias, proj_drop, config.local_branch)
+    Config = DifferentialStagesConfig
+
+    def add_parameters(self) -> None:
+        """A lambda and a norm for each stage."""
+        super().add_parameters()
         check_halves(self.head_dim)
-        self.config = config
-        self.pool = config.pool_of_layer(layer_index, default=pool)
-        self.lambda_init = lambda_init_of_layer(layer_index)
+        self.lambda_init = lambda_init_of_layer(self.layer_index)
         self.lambda1 = Lambda(self.head_dim // 2, self.lambda_init)
         self.lambda2 = Lambda(self.head_dim // 2, self.lambda_init)
         self.norm1_weight = nn.Parameter(torch.ones(self.head_dim))
         self.norm2_weight = nn.Parameter(torch.ones(self.head_dim))
-        self.pool_weight = config.pool_weight(dim, grid, self.pool)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, grid: tuple[int, int]) -> Tensor:
         """Both stages: three `(B, M, N, D)` to one. What is float32 in VCA is float32 here."""
-        check_tokens(q.shape[2], grid, self.num_prefix_tokens)
         full = torch.promote_types(q.dtype, torch.float32)
-        t = pool_queries(q, grid, self.pool, self.num_prefix_tokens, self.config.pooling, self.pool_weight)
+        t = self.contrast_tokens(q, grid)  # (B, M, n, D)
         (t1, t2), (q1, q2), (k1, k2) = (x.chunk(2, dim=-1) for x in (t, q, k))  # (B, M, n or N, D / 2)
 
         positive = F.scaled_dot_product_attention(t1, k1, v).to(full)  # (B, M, n, D)

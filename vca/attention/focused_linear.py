@@ -45,30 +45,9 @@ def focus(x: Tensor, power: int, eps: float = 1e-6) -> Tensor:
 
 
 class FocusedLinearAttention(ProjectedAttention):
-    """Focused linear attention in the place of MHSA.
+    """Focused linear attention in the place of MHSA; the arguments are those of `ProjectedAttention`."""
 
-    Takes the arguments that every variant takes (see `vca.attention.build_attention`); pool and layer mean nothing to
-    it.
-
-    Raises:
-        ValueError: if `dim` is not divisible by `num_heads`.
-    """
-
-    def __init__(
-        self,
-        dim: int,
-        num_heads: int,
-        grid: tuple[int, int],
-        pool: tuple[int, int] = (7, 7),
-        num_prefix_tokens: int = 0,
-        layer_index: int = 0,
-        qkv_bias: bool = True,
-        proj_drop: float = 0.0,
-        config: FocusedLinearConfig | None = None,
-    ) -> None:
-        config = config or FocusedLinearConfig()
-        super().__init__(dim, num_heads, grid, num_prefix_tokens, qkv_bias, proj_drop, config.local_branch)
-        self.power = config.power
+    Config = FocusedLinearConfig
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, grid: tuple[int, int]) -> Tensor:
         """The kernel map, keys and values first: three `(B, M, N, D)` to one.
@@ -77,8 +56,8 @@ class FocusedLinearAttention(ProjectedAttention):
         queries, nor on a common factor of the keys, so both are brought to the order of one.
         """
         full = torch.promote_types(q.dtype, torch.float32)
-        q_focused = F.normalize(focus(q.to(full), self.power), dim=-1)  # (B, M, N, D)
-        k_focused = focus(k.to(full), self.power)  # (B, M, N, D)
+        q_focused = F.normalize(focus(q.to(full), self.config.power), dim=-1)  # (B, M, N, D)
+        k_focused = focus(k.to(full), self.config.power)  # (B, M, N, D)
         k_focused = k_focused / k_focused.mean(dim=(2, 3), keepdim=True)  # (B, M, N, D)
         k_mean = k_focused.mean(dim=2, keepdim=True)  # (B, M, 1, D)
         seen = k_focused.to(q.dtype).transpose(2, 3) @ (v / v.shape[2])  # (B, M, D, D)

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vca.attention.base import AttentionConfig
-from vca.attention.geometry import is_pair, to_image
+from vca.attention.base import AttentionConfig, ProjectedAttention
+from vca.attention.geometry import check_tokens, is_pair, to_image
 
 
 class Pooling(Enum):
@@ -94,3 +94,19 @@ def pool_queries(
     else:  # the same, and several times faster
         pooled = F.avg_pool2d(image, (grid[0] // pool[0], grid[1] // pool[1]))  # (B, C, h, w)
     return pooled.flatten(2).unflatten(1, (q.shape[1], -1)).transpose(2, 3)  # (B, M, n, D)
+
+
+class PooledAttention(ProjectedAttention):
+    """A variant with contrast tokens."""
+
+    Config: type[AttentionConfig] = PooledConfig
+
+    def add_parameters(self) -> None:
+        """The contrast grid of this layer, and the weights of a learned pooling."""
+        self.pool = self.config.pool_of_layer(self.layer_index, default=self.pool)
+        self.pool_weight = self.config.pool_weight(self.dim, self.grid, self.pool)
+
+    def contrast_tokens(self, q: Tensor, grid: tuple[int, int]) -> Tensor:
+        """`pool_queries` of this layer, `(B, M, N, D)` to `(B, M, n, D)`; `ValueError` if `q` is not of that grid."""
+        check_tokens(q.shape[2], grid, self.num_prefix_tokens)
+        return pool_queries(q, grid, self.pool, self.num_prefix_tokens, self.config.pooling, self.pool_weight)

@@ -37,26 +37,9 @@ class SoftmaxConfig(AttentionConfig):
 
 
 class SoftmaxAttention(ProjectedAttention):
-    """MHSA over all tokens.
+    """MHSA over all tokens; the arguments are those of `ProjectedAttention`."""
 
-    Takes the arguments that every variant takes (see `vca.attention.build_attention`); the contrast pool and the layer
-    mean nothing to it, nor does the grid but for the local branch.
-    """
-
-    def __init__(
-        self,
-        dim: int,
-        num_heads: int,
-        grid: tuple[int, int],
-        pool: tuple[int, int] = (7, 7),
-        num_prefix_tokens: int = 0,
-        layer_index: int = 0,
-        qkv_bias: bool = True,
-        proj_drop: float = 0.0,
-        config: SoftmaxConfig | None = None,
-    ) -> None:
-        config = config or SoftmaxConfig()
-        super().__init__(dim, num_heads, grid, num_prefix_tokens, qkv_bias, proj_drop, config.local_branch)
+    Config = SoftmaxConfig
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, grid: tuple[int, int]) -> Tensor:
         """`softmax_attention` over all tokens."""
