@@ -51,6 +51,24 @@ SMALL_DIT = (
 )
 
 
+# Twelve features of an image of 8 x 8 pixels, and logits and spatial features of their own.
+EXTRACTOR = """
+import torch
+
+class Blocks(torch.nn.Module):
+    def forward(self, images):
+        x = images.float().mean(dim=1)
+        if x.shape[-1] != 8:
+            raise ValueError(f"wants 8 x 8 pixels, got {x.shape[-1]}")
+        pool = torch.nn.functional.avg_pool2d(x[:, None], (2, 3)).flatten(1)[:, :8]
+        return {"pool": pool, "logits": pool[:, :5] / 30, "spatial": x[:, ::3, ::3].flatten(1)}
+
+def load_extractor(weights):
+    return Blocks()
+"""
+DRAWN = 40  # images of the fixture `samples`
+
+
 @pytest.fixture(autouse=True)
 def _one_thread():
     """Small tensors: more threads only fight each other."""
@@ -107,6 +125,31 @@ def classifier_run(tmp_path_factory):
     out = tmp_path_factory.mktemp("classifiers")
     train_cls.run(compose("train_cls", [*TINY, f"out_dir={out}", "name=run", "trainer.steps=4"]))
     return out / "run"
+
+
+@pytest.fixture(scope="session")
+def extractor_file(tmp_path_factory):
+    """A file for `extractor=file`."""
+    path = tmp_path_factory.mktemp("extractor") / "blocks.py"
+    path.write_text(EXTRACTOR)
+    return path
+
+
+@pytest.fixture(scope="session")
+def use(extractor_file):
+    """Overrides that choose the extractor."""
+    return ("extractor=file", f"extractor.source={extractor_file}")
+
+
+@pytest.fixture(scope="session")
+def samples(generator_run, tmp_path_factory):
+    """`DRAWN` images by `sample.py`, also as npz."""
+    import sample
+
+    out = tmp_path_factory.mktemp("drawn") / "set"
+    how = ("npz=true", "sampler=ddpm", "sampler.steps=4", "device=cpu")
+    sample.run(compose("sample", [f"out={out}", f"run={generator_run}", f"count={DRAWN}", *how]))
+    return out
 
 
 def environment(**extra: str) -> dict[str, str]:

@@ -1,0 +1,115 @@
+"""Every comparison attention against its oracle, one head of one image at a time: value and every gradient."""
+
+import pytest
+import torch
+
+from vca.attention import ATTENTIONS, build_attention
+from vca.attention.reference import adaptive_bins, rms_norm
+
+
+def every(q, k, v):
+    """Each head of each image: what an oracle sees."""
+    return [(b, m) for b in range(q.shape[0]) for m in range(q.shape[1])]
+
+
+def differential_oracle(module, q, k, v, grid):
+    """Differential Attention, one head at a time."""
+    half, out = q.shape[-1] // 2, torch.empty_like(v)
+    for b, m in every(q, k, v):
+        first = torch.softmax(q[b, m, :, :half] @ k[b, m, :, :half].T / half**0.5, -1)
+        second = torch.softmax(q[b, m, :, half:] @ k[b, m, :, half:].T / half**0.5, -1)
+        seen = (first - module.lambda1() * second) @ v[b, m]
+        out[b, m] = (1 - module.lambda_init) * rms_norm(seen, module.norm1_weight, 1e-5)
+    return out
+
+
+def differential_stages_oracle(module, q, k, v, grid):
+    """Both stages, one head at a time."""
+    half, out = q.shape[-1] // 2, torch.empty_like(v)
+    for b, m in every(q, k, v):
+        t = averaged(q[b, m, module.num_prefix_tokens :], grid, module.pool)
+        halves = [(x[:, :half], x[:, half:]) for x in (q[b, m], k[b, m], t)]
+        (q1, q2), (k1, k2), (t1, t2) = halves
+        seen = torch.softmax(t1 @ k1.T / half**0.5, -1) @ v[b, m]
+        seen = seen - module.lambda1() * torch.softmax(t2 @ k2.T / half**0.5, -1) @ v[b, m]
+        v_hat = (1 - module.lambda_init) * rms_norm(seen, module.norm1_weight, 1e-5)
+        weights = torch.softmax(q1 @ t1.T / half**0.5, -1) - module.lambda2() * torch.softmax(q2 @ t2.T / half**0.5, -1)
+        out[b, m] = (1 - module.lambda_init) * rms_norm(weights @ v_hat, module.norm2_weight, 1e-5)
+    return out
+
+
+def agent_oracle(module, q, k, v, grid):
+    """Agent Attention, one head and one bias at a time."""
+    scale, out = q.shape[-1] ** -0.5, torch.empty_like(v)
+    prefix, agents = module.num_prefix_tokens, module.pool[0] * module.pool[1]
+
+    def bias(of, m):
+        cells = torch.nn.functional.interpolate(of.cells, grid, mode="bilinear")[m]
+        table = torch.empty(agents, prefix + grid[0] * grid[1], dtype=q.dtype)
+        for a in range(agents):
+            for p in range(prefix):
+                table[a, p] = of.prefix[m, a, p]
+            for y in range(grid[0]):
+                for x in range(grid[1]):
+                    here = cells[a, y, x] + of.rows[m, a, y, 0] + of.columns[m, a, 0, x]
+                    table[a, prefix + y * grid[1] + x] = here
+        return table
+
+    for b, m in every(q, k, v):
+        t = averaged(q[b, m, prefix:], grid, module.pool)
+        seen = torch.softmax(t @ k[b, m].T * scale + bias(module.bias1, m), -1) @ v[b, m]
+        out[b, m] = torch.softmax(q[b, m] @ t.T * scale + bias(module.bias2, m).T, -1) @ seen
+    return out
+
+
+def focused_linear_oracle(module, q, k, v, grid):
+    """Focused linear attention as a map of all pairs, one head at a time."""
+
+    def focused(x):
+        x = torch.relu(x) + 1e-6
+        return x.norm(dim=-1, keepdim=True) * x**3 / (x**3).norm(dim=-1, keepdim=True)
+
+    out = torch.empty_like(v)
+    for b, m in every(q, k, v):
+        pairs = focused(q[b, m]) @ focused(k[b, m]).T
+        out[b, m] = pairs / pairs.sum(-1, keepdim=True) @ v[b, m]
+    return out
+
+
+def averaged(tokens, grid, pool):
+    """Adaptive average pooling of `(H W, D)`, bin by bin."""
+    image = tokens.unflatten(0, grid)
+    return torch.stack(
+        [
+            image[top:bottom, left:right].mean(dim=(0, 1))
+            for top, bottom in adaptive_bins(grid[0], pool[0])
+            for left, right in adaptive_bins(grid[1], pool[1])
+        ]
+    )
+
+
+ORACLES = {
+    "differential": differential_oracle,
+    "differential_stages": differential_stages_oracle,
+    "agent": agent_oracle,
+    "focused_linear": focused_linear_oracle,
+}
+
+
+@pytest.mark.parametrize("grid", [(4, 6), (3, 5), (1, 7)], ids=str)
+@pytest.mark.parametrize("name", ORACLES)
+def test_comparison_attention_against_its_oracle(name, grid):
+    """Value and the gradient of every parameter and of q, k, v."""
+    torch.manual_seed(0)
+    module = build_attention(ATTENTIONS[name][0](), 16, 2, grid, (2, 3), num_prefix_tokens=1, layer_index=2).double()
+    q, k, v = (torch.randn(2, 2, 1 + grid[0] * grid[1], 8, dtype=torch.float64).requires_grad_() for _ in range(3))
+    inside = [p for n, p in module.named_parameters() if n.split(".")[0] not in ("qkv", "proj", "local")]
+    results = []
+    for function in (lambda: ORACLES[name](module, q, k, v, grid), lambda: module.attend(q, k, v, grid)):
+        out = function()
+        weight = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)
+        results.append((out, torch.autograd.grad((out * weight).sum(), [q, k, v, *inside])))
+    (expected, expected_grads), (out, grads) = results
+    torch.testing.assert_close(out, expected, rtol=1e-9, atol=1e-10)
+    for grad, reference in zip(grads, expected_grads, strict=True):
+        torch.testing.assert_close(grad, reference, rtol=1e-7, atol=1e-9)
