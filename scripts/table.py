@@ -3,12 +3,14 @@
     python scripts/table.py outputs/                  on the screen, as Markdown
     python scripts/table.py outputs/ --out tables     and as tables/table1.md, tables/table1.csv, ...
     python scripts/table.py outputs/ --sweep          instead a row for each config there is, whatever it is
+    python scripts/table.py outputs/sweeps/... --sweep      the same of one sweep, and which of its jobs failed
 
 Runs of `train_cls.py` and records of `eval_fid.py` are found wherever they lie in the folders, and a row by what a run
 was, whatever its name. Seeds make one row with a spread. Figures that were not measured alike, and records that lack a
 field of their protocol, are refused; what belongs into no table, or is not finished, is named below them.
 
 The table of `--sweep` is the one that a sweep ends with: rows are told apart by what differs between their configs.
+Of one sweep the exit code is 1 if a job failed.
 """
 
 import argparse
@@ -17,10 +19,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from vca.config import mistakes_in_one_line
+from vca.config import mistakes_in_one_line, sweep
 from vca.evaluation.sweep_table import sweep_table
 from vca.evaluation.tables import TABLES, as_csv, as_markdown, gather, lines_of
-from vca.runtime.errors import ConfigError
+from vca.runtime.errors import ConfigError, check
 from vca.runtime.files import write_text
 
 
@@ -29,7 +31,10 @@ def runs_below(folders: list[Path]) -> list[Path]:
     for folder in folders:
         if not folder.is_dir():
             raise ConfigError(f"{folder} is no folder")
-    return sorted(path.parent for folder in folders for path in folder.rglob("config.json"))
+    found = sorted(path.parent for folder in folders for path in folder.rglob("config.json"))
+    if not found:
+        raise ConfigError(f"no run lies in {', '.join(map(str, folders))}")
+    return found
 
 
 def main() -> None:
@@ -42,6 +47,9 @@ def main() -> None:
     options = parser.parse_args()
     with mistakes_in_one_line():
         if options.sweep:
+            check(options.out is None, "--out", "left out with --sweep, which prints", options.out)
+            if [(folder / "jobs.json").exists() for folder in options.folders] == [True]:
+                sys.exit(sweep.tell(options.folders[0]))
             print(sweep_table(runs_below(options.folders)))
             return
         found = gather(options.folders, options.weights)

@@ -1,23 +1,28 @@
 """Sweeps: planned and refused before anything starts, run to the end, tabulated, their failures named."""
 
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
+import time
 
 import hydra
 import pytest
 from hydra.core.global_hydra import GlobalHydra
+from hydra.types import RunMode
 
 import train_cls
 import train_gen
 from tests.conftest import ROOT, SMALL_DIT, TINY, environment, metrics
 from vca.attention import ATTENTIONS, describe
 from vca.config import compose
+from vca.config import sweep as sweeps
 from vca.config.load import CONFIGS
-from vca.config.sweep import ablations, last_line, plan, rows_of_ablation
+from vca.config.sweep import ablations, last_words, plan, rows_of_ablation, wait_for_jobs
 from vca.evaluation.sweep_table import sweep_table
-from vca.runtime.errors import ConfigError
+from vca.training.checkpoint import list_checkpoints
 
 ATTENTION_FILES = sorted(path.stem for path in (CONFIGS / "attention").glob("*.yaml"))
 
@@ -65,6 +70,10 @@ def test_a_sweep_with_a_failing_job(tmp_path):
         (["seed=0,-1"], r"config error: seed must be >= 0 and below 2\^63, got -1 \(job 1: .*seed=-1\)"),
         (["ablation=stagse"], r"ablation=stagse: no such option; did you mean 'stages'\?"),
         (["cluster=local", "cluster.nodes=2"], r"cluster.nodes must be 1 for cluster=local, got 2"),
+        (["out_dir=/a,/b"], r"out_dir may not be swept"),
+        (["cluster=slurm", "cluster.minutes=3"], r"signal_seconds must be at most half of cluster.minutes=3, got 120"),
+        (["cluster=slurm", "cluster.sbatch=['nodes=2']"], r"what no key of its own sets; cluster.nodes sets nodes"),
+        (["cluster=slurm", "cluster.gpus_per_node=-1"], r"cluster.gpus_per_node must be >= 1 or null, got -1"),
         (["cluster.nodse=2"], r"unknown key 'cluster.nodse'; did you mean 'cluster.nodes'\?"),
     ],
     ids=lambda value: value[-1] if isinstance(value, list) else None,
@@ -111,9 +120,9 @@ def test_every_attention_trains_for_twenty_updates(tmp_path, attention):
 
 @pytest.mark.parametrize("pool", ["[1,1]", "[2,2]", "[4,4]", "[7,7]", "[8,8]"])
 def test_every_contrast_grid_trains(tmp_path, pool):
-    options = [*TINY, "trainer.steps=2", f"attention.pool={pool}", f"out_dir={tmp_path}"]
+    options = [*TINY, "trainer.steps=20", f"attention.pool={pool}", f"out_dir={tmp_path}"]
     train_cls.run(compose("train_cls", [*options, "name=cls"]))
-    assert metrics(tmp_path / "cls")[-1]["step"] == 2
+    assert metrics(tmp_path / "cls")[-1]["step"] == 20
     assert [f"attention.pool={pool}"] in [row[1:] for row in rows_of_ablation("contrast_grid")]
 
 
@@ -150,32 +159,119 @@ def finished_run(folder, attention="vca", seed=0, top1=50.0, step=4, **data):
 
 
 def test_table_of_a_sweep(tmp_path):
-    """Mean and spread over seeds, a row for each config, what is not finished below; other data are refused."""
+    """Mean and spread over seeds, a row for each config, a table for each data set; below, what has no figures."""
     runs = [finished_run(tmp_path / f"a{seed}", seed=seed, top1=50 + seed) for seed in range(3)]
     runs += [finished_run(tmp_path / "b", attention="plain", top1=40.0)]
     short = finished_run(tmp_path / "short", seed=5, step=2)
-    lines = sweep_table([*runs, short, tmp_path / "none"]).splitlines()
+    unevaluated = finished_run(tmp_path / "unevaluated", seed=6)
+    records = [{"step": 2, "val/top1": 9.0}, {"step": 4, "loss": 1.0}]
+    (unevaluated / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    twice = finished_run(tmp_path / "twice", seed=1, top1=90.0)
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "config.json").write_text("[]")
+    lines = sweep_table([*runs, runs[0], short, unevaluated, twice, foreign, tmp_path / "none"]).splitlines()
     assert lines[2:] == [
         "| vca | 51 +- 1 | 0.5 +- 0 | 1 +- 0 | 3 |",
         "| vca-stage2_plain | 40 | 0.5 | 1 | 1 |",
+        f"{twice}: the same config and seed as {runs[1]}, left out",
         f"{short}: not finished (step 2)",
+        f"{unevaluated}: not finished (step 4)",
+        f"{foreign}: is no run of this project or is damaged (TypeError)",
         f"{tmp_path / 'none'}: not begun",
     ]
-    other = finished_run(tmp_path / "other", num_classes=7)
-    with pytest.raises(ConfigError, match=r"do not fit one table: data\.num_classes is None and 7"):
-        sweep_table([*runs, other])
+    other = finished_run(tmp_path / "other", num_classes=7, top1=30.0)
+    text = sweep_table([*runs, other])
+    assert "data.num_classes=None\n\n| " in text
+    assert text.endswith(
+        "data.num_classes=7\n\n|  | top-1 (%) | evaluation loss | training loss | seeds |\n"
+        "| --- | --- | --- | --- | --- |\n| vca | 30 | 0.5 | 1 | 1 |"
+    )
+
+
+def test_the_table_of_one_sweep_tells_its_failures(tmp_path, capsys):
+    """Also when the process that waited for the jobs is gone."""
+    jobs = [
+        {"number": 0, "name": "a", "run": str(finished_run(tmp_path / "a")), "overrides": []},
+        {"number": 1, "name": "b", "run": str(tmp_path / "b"), "overrides": []},
+    ]
+    for name in ("ends", "logs"):
+        (tmp_path / "sweep" / name).mkdir(parents=True)
+    (tmp_path / "sweep" / "jobs.json").write_text(json.dumps({"jobs": jobs}))
+    (tmp_path / "sweep" / "ends" / "0.json").write_text('{"exit_code": 0}')
+    (tmp_path / "sweep" / "logs" / "b.log").write_text("### started now\nconfig error: x\n")
+    assert sweeps.tell(tmp_path / "sweep") == 1
+    said = capsys.readouterr()
+    assert "| vca | 50 |" in said.out
+    assert (
+        said.err == f"failed: b: did not come to its end; config error: x ({tmp_path / 'sweep' / 'logs' / 'b.log'})\n"
+    )
+
+
+TORCHRUN = "torch.distributed.elastic.multiprocessing.errors.ChildFailedError:\n  exitcode  : -9 (pid: 7)\n=====\n"
 
 
 @pytest.mark.parametrize(
-    ("log", "line"),
+    ("log", "second", "line"),
     [
-        (None, "it wrote no log"),
-        ("", "its log is empty"),
-        ("config error: data.root must be\nE1123 failed\nChildFailedError: x\n", "config error: data.root must be"),
-        ("Traceback\n  File\n[rank0]: ZeroDivisionError: by zero\ntorch.elastic.ChildFailedError:\n", "[rank0]: Zero"),
+        (None, None, "it wrote no log"),
+        ("", None, "its log is empty"),
+        ("config error: data.root\nE1123 failed\nChildFailedError: x\n", None, "config error: data.root"),
+        (f"Traceback\n  File\n[rank0]: ZeroDivisionError: by zero\n{TORCHRUN}", None, "[rank0]: Zero"),
+        (f"step 4\n{TORCHRUN}", None, "a rank was killed by SIGKILL"),
+        (f"stopped: SIGTERM; saved\n### started now\nstep 4\n{TORCHRUN}", None, "a rank was killed by SIGKILL"),
+        ("torch.SignalException: Process 9 got signal: 15\nlast\n", None, "last"),
+        ("waiting for node 1\n", "### started now\nOSError: no such disk\n", "OSError: no such disk"),
     ],
 )
-def test_last_line(tmp_path, log, line):
+def test_last_words(tmp_path, log, second, line):
+    """What counts is the last attempt, and the node that names a reason."""
     if log is not None:
-        (tmp_path / "log").write_text(log)
-    assert last_line(tmp_path / "log").startswith(line)
+        (tmp_path / "run.log").write_text(f"### started now\n{log}")
+    if second is not None:
+        (tmp_path / "run.node1.log").write_text(second)
+    file, said = last_words(tmp_path, "run")
+    assert said.startswith(line)
+    assert file.name == ("run.node1.log" if second else "run.log")
+
+
+def test_a_name_of_what_is_swept(tmp_path):
+    """The remedy that a refusal of doubled names gives."""
+    options = ["optim.lr=1e-3,5e-4", "name='lr${optim.lr}-seed${seed}'", f"out_dir={tmp_path}"]
+    GlobalHydra.instance().clear()
+    with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        config = GlobalHydra.instance().hydra.compose_config("train_cls", options, RunMode.MULTIRUN)
+        assert [job["name"] for job in plan(config, "train_cls")] == ["lr0.001-seed0", "lr0.0005-seed0"]
+
+
+def test_a_cancelled_job_is_not_waited_for(tmp_path, monkeypatch):
+    """SLURM no longer knows the jobs, and the launcher would wait for ever."""
+    (tmp_path / "slurm" / "7").mkdir(parents=True)
+    (tmp_path / "slurm" / "7" / "7_0_submitted.pkl").touch()
+    (tmp_path / "jobs.json").write_text('{"jobs": [{}]}')
+    (tmp_path / "squeue").write_text("#!/bin/sh\necho 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1\n")
+    (tmp_path / "squeue").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(sweeps, "POLL", 0.1)
+    with subprocess.Popen(["sleep", "60"]) as launcher:
+        wait_for_jobs(launcher, tmp_path)
+        assert launcher.returncode == -signal.SIGTERM
+
+
+def test_ctrl_c_saves_and_tells(tmp_path):
+    """A sweep on this machine ends after the update at hand, and the same command goes on."""
+    command = [sys.executable, str(ROOT / "train_cls.py"), "-m", *TINY, "trainer.steps=4000", "seed=0,1"]
+    pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(
+        [*command, f"out_dir={tmp_path}"], env=environment(), cwd=ROOT, start_new_session=True, **pipe
+    )
+    run = tmp_path / "digits-deit_mini-vca-seed0"
+    while len(metrics(run)) < 3:
+        assert process.poll() is None, process.communicate()[1][-3000:]
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)
+    said = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "Traceback" not in said[1]
+    assert [line.split(":")[1].strip() for line in said[1].splitlines()] == [run.name, run.name.replace("0", "1")]
+    assert list_checkpoints(run / "checkpoints")[-1].name == f"step_{metrics(run)[-1]['step']:08d}.pt"

@@ -95,15 +95,20 @@ def command_line(
     if any(argument.startswith("--local-rank") for argument in sys.argv):
         sys.exit("config error: start ranks with torchrun, which sets LOCAL_RANK; --local-rank is not an option here")
 
-    if {"-h", "--help"} & set(sys.argv[1:]):
+    told = set(sys.argv[1:])
+    if {"-h", "--help"} & told:
         root: Any = OmegaConf.get_type(ConfigStore.instance().repo[f"{config_name}_schema.yaml"].node)
         print(help_text(sys.modules["__main__"].__doc__, root, CONFIGS / f"{config_name}.yaml", registered_schemas()))
         return
 
     start = hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=config_name)
-    if {"-m", "--multirun"} & set(sys.argv[1:]):
+    if {"-m", "--multirun"} & told and not {"-c", "--cfg", "-i", "--info"} & told:
+        program = program or (f"{config_name}.py",)
         with mistakes_in_one_line():
-            sys.exit(sweep.main(start, program or (f"{config_name}.py",), summary))
+            if sweep.LAUNCHER not in os.environ:
+                sys.exit(sweep.main(config_name, program, summary))
+            sweep.launch(start, program)
+            return
 
     def main(config: DictConfig) -> None:
         with mistakes_in_one_line():

@@ -1,8 +1,9 @@
 """Sweeps: what `python train_cls.py -m ...` does, on this machine or on a cluster.
 
-Hydra composes the jobs and hands them to its launcher: the basic one, which runs them here one after the other, or
-submitit's, which submits them to SLURM. Every job starts torchrun on the same script without `-m`. Before the first one
-every config is checked, and the code is copied, so that jobs which wait in a queue run what was submitted.
+Every config is checked, and the code is copied, before the first job starts. Then that copy goes on: Hydra composes the
+jobs and hands them to its launcher, the basic one, which runs them here one after the other, or submitit's, which
+submits them to SLURM. Every job starts torchrun on the same script without `-m`. All that runs, however long it waits
+in a queue, is what was submitted.
 
     outputs/sweeps/2026-11-22_14-05-09/
       jobs.json       the command, the commit, and of each job its name, overrides and run directory
@@ -14,24 +15,33 @@ every config is checked, and the code is copied, so that jobs which wait in a qu
 
 import json
 import os
+import re
 import shlex
 import shutil
+import signal
+import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
+import hydra
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.experimental.callback import Callback
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from vca.evaluation.sweep_table import sweep_table
 from vca.runtime.errors import ConfigError
 from vca.runtime.files import write_text
-from vca.runtime.launch import run_and_survive, torchrun
+from vca.runtime.launch import ATTEMPT, run_and_survive, torchrun
 from vca.runtime.provenance import CODE, COMMIT, DIFF, provenance
+
+LAUNCHER = "VCA_SWEEP_LAUNCHER"  # in the environment of the copy that hands the jobs to Hydra's launcher
+POLL = 10.0  # seconds between two questions to SLURM
 
 
 def table(folder: Path) -> str:
@@ -39,64 +49,89 @@ def table(folder: Path) -> str:
     return sweep_table([Path(job["run"]) for job in read_jobs(folder)])
 
 
-def main(start: Callable[[Any], Any], program: Sequence[str], summary: Callable[[Path], str] = table) -> int:
-    """Run a sweep and print what came out; the exit code.
+def main(config_name: str, program: Sequence[str], summary: Callable[[Path], str] = table) -> int:
+    """Run the sweep that the command line asks for and print what came out; the exit code.
+
+    Args:
+        config_name: of the YAML file.
+        program: the script that every job runs, relative to the repository, and arguments before the job's own.
+        summary: what to print about the sweep of a folder.
+
+    Raises:
+        ConfigError: before anything has started, if a job could not run.
+    """
+    folder = begin(config_name)
+    code = folder / "code"
+    path = os.pathsep.join(filter(None, [str(code), os.environ.get("PYTHONPATH")]))
+    # Without a safe path Python would look for this project in the current folder first.
+    environment = {**os.environ, LAUNCHER: "1", "PYTHONPATH": path, "PYTHONSAFEPATH": "1"}
+    command = [sys.executable, str(code / program[0]), *program[1:], *sys.argv[1:], f"hydra.sweep.dir='{folder}'"]
+    launcher = subprocess.Popen(command, env=environment)
+    signal.signal(signal.SIGTERM, lambda *_: launcher.terminate())
+    try:
+        wait_for_jobs(launcher, folder)
+    except KeyboardInterrupt:
+        launcher.wait()
+        if queued(folder):
+            print(f"the jobs stay in the queue; their table: scripts/table.py {folder} --sweep", file=sys.stderr)
+    return tell(folder, summary)
+
+
+def tell(folder: Path, summary: Callable[[Path], str] = table) -> int:
+    """Print what came of a sweep, then its failures; 1 if there are any."""
+    failed = failures(folder)
+    try:
+        print(summary(folder), flush=True)
+    finally:
+        for line in failed:
+            print(line, file=sys.stderr, flush=True)
+    return 1 if failed else 0
+
+
+def begin(config_name: str) -> Path:
+    """Compose every job, refuse a wrong or doubled one, make the sweep's folder with `jobs.json` and the code."""
+    from hydra._internal.utils import get_args_parser
+
+    if "RANK" in os.environ:
+        raise ConfigError("-m starts torchrun by itself, once for each job: python train_cls.py -m ...")
+    overrides = get_args_parser().parse_args().overrides
+    with hydra.initialize_config_dir(str(CODE / "configs"), version_base="1.3"):
+        loader = GlobalHydra.instance().hydra
+        assert loader is not None
+        config = loader.compose_config(config_name, overrides, RunMode.MULTIRUN, with_log_configuration=False)
+        jobs = plan(config, config_name)
+        folder = Path(config.hydra.sweep.dir).absolute()
+    commit, diff = provenance()
+    record = {"command": shlex.join(sys.argv), "commit": commit, "jobs": jobs}
+    try:
+        for name in ("code", "logs", "ends"):
+            (folder / name).mkdir(parents=True)
+        write_text(folder / "jobs.json", json.dumps(record, indent=2) + "\n")
+        copy_code(folder / "code", commit, diff)
+    except OSError as error:
+        raise ConfigError(f"out_dir: {error}") from error
+    print(f"{len(jobs)} job(s), kept in {config.hydra.sweep.dir}", flush=True)
+    return folder
+
+
+def launch(start: Callable[[Any], Any], program: Sequence[str]) -> None:
+    """Hand the jobs to Hydra's launcher, in the copy of the code, and wait for them.
 
     Args:
         start: what `hydra.main(...)` gave.
-        program: the script that every job runs, relative to the repository, and arguments before the job's own.
-        summary: what to print about the sweep of a folder.
+        program: see `main`.
     """
+    from submitit.core.utils import UncompletedJobError
 
     def job(config: DictConfig) -> None:
         run_job(config, program)
 
     try:
         start(job)()
+    except (KeyboardInterrupt, UncompletedJobError):  # a failed or cancelled job, which `main` tells
+        sys.exit(1)
     except Exception as error:
-        if Sweep.folder is None:  # not even begun
-            raise
-        print(f"the launcher gave up: {error}", file=sys.stderr, flush=True)  # submitit on a cancelled job
-        wait_for_jobs(Sweep.folder)
-    assert Sweep.folder is not None
-    print(summary(Sweep.folder), flush=True)
-    failed = failures(Sweep.folder)
-    for line in failed:
-        print(line, file=sys.stderr, flush=True)
-    return 1 if failed else 0
-
-
-class Sweep(Callback):
-    """Hydra's callback around a sweep: check and keep everything before the first job starts.
-
-    Attributes:
-        folder: of the sweep that runs in this process, None while there is none.
-    """
-
-    folder: ClassVar[Path | None] = None
-
-    def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Compose every job, refuse a wrong or doubled one, write `jobs.json`, copy the code."""
-        from vca.config.load import mistakes_in_one_line
-
-        with mistakes_in_one_line():
-            try:
-                self.begin(config, kwargs["config_name"])
-            except OSError as error:
-                raise ConfigError(f"out_dir: {error}") from error
-
-    def begin(self, config: DictConfig, config_name: str) -> None:
-        """What `on_multirun_start` does. Hydra passes over errors of a callback, but not over an exit."""
-        folder = Path(config.hydra.sweep.dir).absolute()
-        jobs = plan(config, config_name)
-        commit, diff = provenance()
-        record = {"command": shlex.join(sys.argv), "commit": commit, "jobs": jobs}
-        for name in ("code", "logs", "ends"):
-            (folder / name).mkdir(parents=True)
-        write_text(folder / "jobs.json", json.dumps(record, indent=2) + "\n")
-        copy_code(folder / "code", commit, diff)
-        Sweep.folder = folder
-        print(f"{len(jobs)} job(s), kept in {config.hydra.sweep.dir}", flush=True)
+        sys.exit(f"the launcher gave up: {' '.join(str(error).split())}")
 
 
 def ablations() -> list[str]:
@@ -125,14 +160,17 @@ def plan(config: DictConfig, config_name: str) -> list[dict[str, Any]]:
     from vca.config.load import compose
 
     swept = [f"{key}={value}" for key, value in (config.hydra.sweeper.params or {}).items()]
-    overrides = OverridesParser.create().parse_overrides([*swept, *config.hydra.overrides.task])
+    told: Any = OmegaConf.to_container(config.hydra.overrides.task, resolve=False)  # name='lr${optim.lr}' as it stands
+    overrides = OverridesParser.create().parse_overrides([*swept, *told])
     jobs: list[dict[str, Any]] = []
     for number, job in enumerate(BasicSweeper.split_arguments(overrides, None)[0]):
         try:
             one = compose(config_name, job)
         except ConfigError as error:
             raise ConfigError(f"{error} (job {number}: {' '.join(job)})") from error
-        run = f"{one.out_dir}/{one.name}"
+        if one.out_dir != config.out_dir:
+            raise ConfigError("out_dir may not be swept, it holds the sweep itself; put what you sweep into the name")
+        run = str(Path(one.out_dir, one.name).absolute())
         for other in jobs:
             if other["run"] == run:
                 raise ConfigError(
@@ -176,7 +214,7 @@ def run_job(config: DictConfig, program: Sequence[str]) -> None:
         cluster.max_restarts,
     )
     started = time.time()
-    code = run_and_survive(command, log, patience=120 if cluster.name == "slurm" else 0)
+    code = run_and_survive(command, log, cluster.signal_seconds, scheduled=cluster.name == "slurm")
     if node == 0:
         end = {
             "exit_code": code,
@@ -185,14 +223,49 @@ def run_job(config: DictConfig, program: Sequence[str]) -> None:
             "restarts": int(os.environ.get("SLURM_RESTART_COUNT", 0)),
         }
         write_text(folder / "ends" / f"{number}.json", json.dumps(end) + "\n")
+    if cluster.name == "slurm" and code != 0:
+        sys.exit(code)  # so that SLURM counts it as failed too
 
 
-def wait_for_jobs(folder: Path) -> None:
-    """Wait until SLURM has done with every job of a sweep, also with those that it cancelled."""
-    import submitit
+def wait_for_jobs(launcher: subprocess.Popen, folder: Path) -> None:
+    """Wait for the launcher, and for what it left in SLURM's queue when it gave up on one job.
 
-    for pickled in sorted((folder / "slurm").glob("*/*_submitted.pkl")):
-        submitit.SlurmJob(pickled.parent, pickled.name.removesuffix("_submitted.pkl")).wait()
+    Where there is no accounting, submitit waits for a cancelled job for ever; then the empty queue ends it.
+    """
+    empty = 0
+    while launcher.poll() is None or queued(folder):
+        with suppress(subprocess.TimeoutExpired):
+            launcher.wait(POLL)
+        if launcher.returncode is not None:
+            if not queued(folder):
+                return
+            time.sleep(POLL)
+        elif len(submitted(folder)) == len(read_jobs(folder)):
+            empty = 0 if queued(folder) else empty + 1
+            if empty > 1:
+                launcher.terminate()
+
+
+def submitted(folder: Path) -> set[str]:
+    """SLURM's ids of a sweep's jobs, such as `17_0`."""
+    return {path.name.removesuffix("_submitted.pkl") for path in (folder / "slurm").glob("*/*_submitted.pkl")}
+
+
+def queued(folder: Path) -> set[str]:
+    """Those of them that SLURM has not done with; all, while it does not answer."""
+    ids = submitted(folder)
+    if not ids:
+        return ids
+    jobs = ",".join(sorted({one.partition("_")[0] for one in ids}))
+    done = subprocess.run(
+        ["squeue", "--noheader", "--array", "--format=%i", f"--jobs={jobs}"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode != 0 and "Invalid job id" not in done.stderr:
+        return ids
+    return ids & set(done.stdout.split())
 
 
 def failures(folder: Path) -> list[str]:
@@ -201,18 +274,39 @@ def failures(folder: Path) -> list[str]:
     for job in read_jobs(folder):
         file = folder / "ends" / f"{job['number']}.json"
         code = json.loads(file.read_text())["exit_code"] if file.exists() else None
-        log = folder / "logs" / f"{job['name']}.log"
         if code != 0:
             how = "did not come to its end" if code is None else f"exit code {code}"
-            lines.append(f"failed: {job['name']}: {how}; {last_line(log)} ({log})")
+            log, line = last_words(folder / "logs", job["name"])
+            lines.append(f"failed: {job['name']}: {how}; {line} ({log})")
     return lines
 
 
-def last_line(log: Path) -> str:
-    """What a job said last of its own: the line of a mistake, or the last one of a traceback."""
-    if not log.exists():
-        return "it wrote no log"
-    said = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    errors = [line for line in said if line.startswith(("config error:", "stopped:")) or "Error: " in line]
-    own = [line for line in errors if "ChildFailedError" not in line and "elastic" not in line]
-    return (own or said or ["its log is empty"])[-1]
+def last_words(folder: Path, name: str) -> tuple[Path, str]:
+    """What a job said last, and the log that has it: that of the first node which named a reason."""
+    first = folder / f"{name}.log"
+    logs = [log for log in (first, *sorted(folder.glob(f"{name}.node*.log"))) if log.exists()]
+    if not logs:
+        return first, "it wrote no log"
+    for log in logs:
+        if reason := reason_in(last_attempt(log)):
+            return log, reason
+    return logs[0], (last_attempt(logs[0]) or ["its log is empty"])[-1]
+
+
+def last_attempt(log: Path) -> list[str]:
+    """The lines of a log since its job was started the last time."""
+    text = log.read_text(errors="replace").rpartition(ATTEMPT)[2]
+    return [line.strip() for line in text.splitlines()[1:] if line.strip()]
+
+
+def reason_in(lines: Iterable[str]) -> str | None:
+    """The line of a mistake, or the last one of a traceback; else the signal that killed a rank."""
+    reason = None
+    for line in lines:
+        if "ChildFailedError" in line or "SignalException" in line or "torch.distributed.elastic" in line:
+            continue
+        if line.startswith(("config error:", "stopped:")) or re.search(r"(Error|Exception)\b.*: ", line):
+            reason = line
+        elif reason is None and (killed := re.search(r"exitcode *: -(\d+)", line)):
+            reason = f"a rank was killed by {signal.Signals(int(killed[1])).name}"
+    return reason

@@ -9,7 +9,6 @@ from typing import Any
 
 from vca.attention import describe
 from vca.evaluation.tables import NOT_COMPARED, total_steps
-from vca.runtime.errors import ConfigError
 from vca.runtime.rundir import RunDirectory
 
 Records = list[dict[str, Any]]
@@ -42,6 +41,7 @@ class Run:
     """A finished run: its config, flat, and its figures."""
 
     path: Path
+    seed: int
     config: dict[str, Any]
     figures: dict[str, float | None]
 
@@ -64,46 +64,65 @@ def flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def read(folder: Path) -> Run | str:
     """A run, or a line that says why it has no figures yet."""
-    if not (folder / "config.json").exists():
+    file = folder / "config.json"
+    if not file.exists():
         return f"{folder}: not begun"
-    config, records = json.loads((folder / "config.json").read_text()), RunDirectory(folder).records()
-    if not records or records[-1]["step"] < total_steps(config, records):
-        return f"{folder}: not finished (step {records[-1]['step'] if records else 0})"
-    return Run(folder, flat(config), {name: figure(records) for name, figure in COLUMNS.items()})
+    try:
+        config, records = json.loads(file.read_text()), RunDirectory(folder).records()
+        last_step, steps = records[-1]["step"] if records else 0, total_steps(config, records)
+        whole = "objective" in config or any(r["step"] == last_step and "val/top1" in r for r in records)
+        if not records or last_step < steps or not whole:
+            return f"{folder}: not finished (step {last_step})"
+        return Run(folder, config["seed"], flat(config), {name: figure(records) for name, figure in COLUMNS.items()})
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        return f"{folder}: is no run of this project or is damaged ({type(error).__name__})"
 
 
 def sweep_table(folders: Iterable[Path]) -> str:
     """Markdown: a row for each config among the runs, named by what tells it from the others.
 
-    Raises:
-        ConfigError: if runs were evaluated on other data than the first: such figures do not stand in one table.
+    Runs that were evaluated on other data stand in a table of their own. Below are the runs without figures.
     """
-    found = [read(folder) for folder in folders]
-    runs = [run for run in found if isinstance(run, Run)]
-    for run in runs[1:]:
-        for key in sorted({*run.config, *runs[0].config}):
-            one, other = runs[0].config.get(key), run.config.get(key)
-            if key.startswith("data.") and one != other:
-                raise ConfigError(f"{runs[0].path} and {run.path} do not fit one table: {key} is {one} and {other}")
+    found = [read(folder) for folder in dict.fromkeys(folder.resolve() for folder in folders)]
+    by_data: dict[str, list[Run]] = {}
+    for run in found:
+        if isinstance(run, Run):
+            by_data.setdefault(json.dumps(only_data(run), sort_keys=True), []).append(run)
+    firsts = [only_data(runs[0]) for runs in by_data.values()]
+    keys = sorted({key for first in firsts for key in first})
+    told_apart = [key for key in keys if len({str(first.get(key)) for first in firsts}) > 1]
+    parts = []
+    for runs in by_data.values():
+        title = ", ".join(f"{key}={runs[0].config.get(key)}" for key in told_apart)
+        parts.append("\n".join([*([title, ""] if title else []), *rows(runs)]))
+    return "\n\n".join(parts) + "".join(f"\n{line}" for line in found if isinstance(line, str))
 
-    rows: dict[str, list[Run]] = {}
+
+def only_data(run: Run) -> dict[str, Any]:
+    """What a run was evaluated on."""
+    return {key: value for key, value in run.config.items() if key.startswith("data.")}
+
+
+def rows(runs: list[Run]) -> list[str]:
+    """The lines of one table; a second run of one config and seed is named below it and not counted."""
+    alike: dict[str, dict[int, Run]] = {}
+    twice = []
     for run in runs:
-        rows.setdefault(json.dumps(run.config, sort_keys=True), []).append(run)
+        seeds = alike.setdefault(json.dumps(run.config, sort_keys=True), {})
+        if run.seed in seeds:
+            twice.append(f"{run.path}: the same config and seed as {seeds[run.seed].path}, left out")
+        seeds.setdefault(run.seed, run)
     keys = sorted({key for run in runs for key in run.config})
     told_apart = [key for key in keys if len({json.dumps(run.config.get(key)) for run in runs}) > 1]
     columns = [name for name in COLUMNS if any(run.figures[name] is not None for run in runs)]
 
-    lines = [["", *columns, "seeds"]] if runs else []
-    lines += [["---"] * len(lines[0])] if runs else []
-    for ones in rows.values():
-        parts = [
-            f"{key}={ones[0].config.get(key)}" if key != "attention" else ones[0].config[key] for key in told_apart
-        ]
-        label = ", ".join(parts) or str(ones[0].config["attention"])
-        figures = [spread([run.figures[name] for run in ones]) for name in columns]
-        lines.append([label, *figures, str(len(ones))])
-    text = [f"| {' | '.join(line)} |" for line in lines]
-    return "\n".join([*text, *(line for line in found if isinstance(line, str))])
+    lines = [["", *columns, "seeds"], ["---"] * (len(columns) + 2)]
+    for ones in alike.values():
+        config = next(iter(ones.values())).config
+        label = ", ".join(config[key] if key == "attention" else f"{key}={config.get(key)}" for key in told_apart)
+        figures = [spread([run.figures[name] for run in ones.values()]) for name in columns]
+        lines.append([label or str(config["attention"]), *figures, str(len(ones))])
+    return [*(f"| {' | '.join(line)} |" for line in lines), *twice]
 
 
 def spread(values: list[float | None]) -> str:

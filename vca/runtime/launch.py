@@ -5,6 +5,7 @@ when they have, and only then does submitit put the job back into the queue.
 """
 
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -19,7 +20,27 @@ from vca.runtime.signals import EXIT_PREEMPTED, STOP_SIGNALS
 
 # Ranks that are started again must not meet at the addresses of the dead: pytorch issue 135712.
 FRESH_STORE = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+ATTEMPT = "### started "  # begins the first line of each attempt in a log
 REQUEUE_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2)
+
+# Options of sbatch that a key of the config sets.
+OWN_KEYS = {
+    "nodes": "nodes",
+    "ntasks-per-node": "ranks_per_node",
+    "gpus-per-node": "gpus_per_node",
+    "gres": "gpus_per_node",
+    "cpus-per-task": "cpus_per_rank",
+    "mem": "memory_gb",
+    "partition": "partition",
+    "account": "account",
+    "qos": "qos",
+    "constraint": "constraint",
+    "time": "minutes",
+    "requeue": "requeue",
+    "no-requeue": "requeue",
+    "signal": "signal_seconds",
+    "array": "parallel",
+}
 
 
 @dataclass
@@ -36,8 +57,10 @@ class ClusterConfig:
         partition, account, qos, constraint: as for sbatch; null leaves them out.
         minutes: time limit of a job.
         requeue: put a job that was preempted, or ran out of its time, back into the queue.
-        max_requeues: how often a job that ran out of its time is requeued; preemption does not count.
-        signal_seconds: how long before the end of its time a job is told to save.
+        max_requeues: how often a job that ran out of its time is requeued; preemption does not count, but in the last
+            fifth, or the last ten minutes, of a job's time, where submitit takes any signal for the end of it.
+        signal_seconds: how long before the end of its time a job is told to save, and how long it may take, also
+            when it is preempted; keep it below the partition's grace time (SLURM's GraceTime or KillWait).
         max_restarts: how often torchrun starts the ranks again when one of them fails.
         parallel: how many jobs of a sweep run at once.
         sbatch: further options of sbatch, such as `['exclude=node7', 'mail-type=FAIL']`.
@@ -69,7 +92,16 @@ class ClusterConfig:
             check(getattr(self, key) >= 1, f"cluster.{key}", ">= 1", getattr(self, key))
         for key in ("max_requeues", "max_restarts"):
             check(getattr(self, key) >= 0, f"cluster.{key}", ">= 0", getattr(self, key))
+        for key in ("gpus_per_node", "memory_gb"):
+            value = getattr(self, key)
+            check(value is None or value >= 1, f"cluster.{key}", ">= 1 or null", value)
         check(self.signal_seconds >= 20, "cluster.signal_seconds", ">= 20, in which a job saves", self.signal_seconds)
+        rule = f"at most half of cluster.minutes={self.minutes}"
+        check(2 * self.signal_seconds <= 60 * self.minutes, "cluster.signal_seconds", rule, self.signal_seconds)
+        for line in self.sbatch:
+            option = line.lstrip("-").partition("=")[0]
+            instead = f"used for what no key of its own sets; cluster.{OWN_KEYS.get(option)} sets {option}"
+            check(option not in OWN_KEYS, "cluster.sbatch", instead, line)
         check(self.nodes == 1 or self.name == "slurm", "cluster.nodes", "1 for cluster=local", self.nodes)
 
 
@@ -88,16 +120,18 @@ def torchrun(script: Path, arguments: Sequence[str], nodes: int, ranks_per_node:
     return [*command, str(script), *arguments]
 
 
-def run_and_survive(command: Sequence[str], log: Path, patience: float) -> int:
+def run_and_survive(command: Sequence[str], log: Path, save_seconds: int, scheduled: bool) -> int:
     """Run a command whose output goes to the end of a file; its exit code.
 
-    A signal to stop is passed on, as SIGTERM, which torchrun gives to its ranks; half a minute later it kills them.
-    Then SIGUSR1 and SIGUSR2 go on to the handler of before, submitit's, which requeues the job and ends this process.
+    A signal to stop is passed on, as SIGTERM, which torchrun gives to its ranks; after `save_seconds` it kills them
+    (before torch 2.12 always after 30). Then SIGUSR1 and SIGUSR2 go on to the handler of before, submitit's, which
+    requeues the job and ends this process.
 
     Args:
         command: what `torchrun` gave.
         log: of this node.
-        patience: seconds to wait for the scheduler's end after a signal that it gave, 0 where there is no scheduler.
+        save_seconds: how long the ranks may take to save and end.
+        scheduled: whether there is a scheduler, which ends the job after a signal that it gave.
 
     Raises:
         SystemExit: after a signal.
@@ -108,14 +142,16 @@ def run_and_survive(command: Sequence[str], log: Path, patience: float) -> int:
         received.append(number)
 
     before = {number: signal.signal(number, note) for number in STOP_SIGNALS}
-    environment = {**os.environ, **FRESH_STORE}
+    environment = {**os.environ, **FRESH_STORE, "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(save_seconds)}
     with open(log, "a") as output:
+        print(f"{ATTEMPT}{time.strftime('%Y-%m-%d %H:%M:%S')} on {platform.node()}", file=output, flush=True)
         process = subprocess.Popen(
             command,
             stdout=output,
             stderr=subprocess.STDOUT,
             env=environment,
             preexec_fn=ignore_requeue_signals,
+            start_new_session=not scheduled,  # Ctrl-C comes to this process alone
         )
         while process.poll() is None and not received:
             time.sleep(0.2)
@@ -130,7 +166,8 @@ def run_and_survive(command: Sequence[str], log: Path, patience: float) -> int:
     print(f"stopped by {name}; what the ranks said is in {log}", flush=True)
     if set(received) & set(REQUEUE_SIGNALS) and callable(requeue := before[signal.SIGUSR2]):
         requeue(signal.SIGUSR2, None)  # on the first node it ends this process
-    time.sleep(patience)  # after SIGTERM the scheduler requeues the job or cancels it, and ends this process either way
+    if scheduled:
+        time.sleep(save_seconds)  # after SIGTERM it requeues the job or cancels it, and ends this process either way
     sys.exit(EXIT_PREEMPTED)
 
 

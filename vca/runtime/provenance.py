@@ -17,7 +17,9 @@ def provenance() -> tuple[str | None, str]:
 def git(*arguments: str) -> str | None:
     """Output of a git command on this checkout, or None where there is no git or no checkout."""
     try:
-        done = subprocess.run(["git", *arguments], cwd=CODE, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(
+            ["git", *arguments], cwd=CODE, capture_output=True, text=True, errors="replace", timeout=60
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode == 0 else None

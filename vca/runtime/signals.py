@@ -1,4 +1,4 @@
-"""Being asked to stop. SLURM, before it takes a node back, and people send SIGTERM, SIGUSR1 or SIGUSR2."""
+"""Being asked to stop. SLURM, before it takes a node back, sends SIGTERM, SIGUSR1 or SIGUSR2; people press Ctrl-C."""
 
 import signal
 import threading
@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 EXIT_PREEMPTED = 75  # of a training that was asked to stop and has saved; EX_TEMPFAIL of sysexits.h: try again
 
 
@@ -25,6 +25,8 @@ def noting_stop_signals() -> Iterator[StopRequest]:
 
     def note(number: int, frame: FrameType | None) -> None:
         request.received = signal.Signals(number).name
+        if number == signal.SIGINT:
+            signal.signal(number, signal.default_int_handler)  # who presses Ctrl-C again means at once
 
     if threading.current_thread() is not threading.main_thread():  # where Python lets nobody handle signals
         yield request

@@ -49,7 +49,7 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any], keep: int = 
         time.sleep(1.0)
         write_checkpoint(path, state)
     older = [other for other in list_checkpoints(folder) if other != path]
-    for old in older[: len(older) + 1 - keep]:
+    for old in older[: max(0, len(older) + 1 - keep)]:
         old.unlink(missing_ok=True)
     return path
 

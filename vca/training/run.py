@@ -176,11 +176,11 @@ class TrainingRun:
         self.clock = time.perf_counter()
 
     def save(self) -> None:
-        """Write a checkpoint."""
+        """Write a checkpoint; it is there when this returns, on every rank."""
         report = {"loss": self.mean_loss(), "updates": self.updates}
         state = {**self.state.state_dict(), "consumed": self.sum_consumed(), "report": report}
-        if self.world.is_main:
-            save_checkpoint(self.folder.checkpoints, self.state.step, state, self.trainer.keep_checkpoints)
+        folder, keep = self.folder.checkpoints, self.trainer.keep_checkpoints
+        self.world.from_main(lambda: save_checkpoint(folder, self.state.step, state, keep))
         self.saved_step = self.state.step
         self.clock = time.perf_counter()
 
