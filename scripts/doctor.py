@@ -95,7 +95,7 @@ def examine_folders(data: DataConfig) -> tuple[list[str], list[str]]:
 def check_cluster(config: TrainClsConfig) -> None:
     """Make every check on every rank; `ConfigError` if one found something that would break a training."""
     trainer, start = config.trainer, time.perf_counter()
-    with distributed.start(trainer.device.value, timeout_minutes=1.0) as world:
+    with distributed.start(trainer.device.value, timeout_minutes=1.0 + config.data.check_seconds / 60) as world:
         met = time.perf_counter() - start
         parameters = sum(p.numel() for p in build_model(config.model, config.attention).parameters())
         out, keep, ema = Path(config.out_dir), trainer.keep_checkpoints, trainer.ema_decay is not None

@@ -86,6 +86,13 @@ def test_damaged_files_do_not_push_out_good_ones(saved, keep):
     assert load_latest(saved)["step"] == 3
 
 
+@pytest.mark.parametrize("keep", [1, 2, 3, 5, 8])
+def test_keeps_as_many_as_asked(tmp_path, keep):
+    for step in range(1, 11):
+        save_checkpoint(tmp_path, step, {"step": step}, keep=keep)
+        assert len(list_checkpoints(tmp_path)) == min(step, keep)
+
+
 def test_keeps_the_newest(saved):
     save_checkpoint(saved, 4, {"step": 4}, keep=2)
     assert [path.name for path in list_checkpoints(saved)] == ["step_00000003.pt", "step_00000004.pt"]

@@ -1,6 +1,7 @@
 """The data check: every kind of broken folder gives its line, from the script and at the start of a training."""
 
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -13,7 +14,7 @@ import torch
 from PIL import Image
 
 import train_cls
-from tests.conftest import ROOT, environment
+from tests.conftest import ROOT, environment, launcher
 from tests.test_data import write_image_folder
 from vca.config import compose
 from vca.data import load_dataset
@@ -247,3 +248,30 @@ def test_checks_see_what_is_wrong(tmp_path, monkeypatch):
 
     with pytest.raises(cluster.CheckError, match="1 of 2 tensors differ after a resume, such as w"):
         cluster.resume(one, train, tmp_path / "resume")
+
+
+ONE_BAD_NODE = """
+from vca.runtime import distributed
+from vca.runtime.errors import ConfigError
+from vca.training import cluster
+
+with distributed.start("cpu", 0.5) as world:
+    def load():
+        if world.rank == 1:
+            raise ConfigError("data.root is empty here")
+        return [[1], [2]]
+
+    cluster.report("data", lambda: cluster.data(world, load, None, 0, 0), world)
+    cluster.report("after", lambda: cluster.all_reduce(world), world)
+"""
+
+
+def test_a_fault_of_one_rank(tmp_path):
+    """It is told with the rank and its machine, and the checks after it go on."""
+    script = tmp_path / "bad.py"
+    script.write_text(ONE_BAD_NODE)
+    done = subprocess.run([*launcher(2), str(script)], env=environment(), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, second = done.stdout.splitlines()
+    assert first == f"error  data           rank 1 on {platform.node()}: data.root is empty here"
+    assert second.startswith("ok     after")

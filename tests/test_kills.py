@@ -1,14 +1,17 @@
 """Kills at random moments, by every signal, in a save and out of it: the end equals the unbroken run."""
 
+import inspect
 import os
 import random
 import signal
 import subprocess
+import sys
 import time
 import uuid
 from pathlib import Path
 
 import pytest
+from torch.distributed.launcher import api
 
 from tests.conftest import (
     ROOT,
@@ -144,6 +147,71 @@ def test_a_signal_to_one_of_two_ranks_stops_both(tmp_path, name):
     assert f"saved after step {saved} of 4000" in said
     assert len(list_checkpoints(folder / "checkpoints")) == 1
     kill_all(mark)
+
+
+# A training whose checkpoints take long to write.
+SLOW_SAVE = """
+import runpy, sys, time
+from vca.training import checkpoint
+
+write = checkpoint.write_checkpoint
+
+def slowly(*arguments):
+    time.sleep({seconds})
+    write(*arguments)
+
+checkpoint.write_checkpoint = slowly
+runpy.run_path("{script}", run_name="__main__")
+"""
+
+
+def slow_save(tmp_path, seconds):
+    script = tmp_path / "slow.py"
+    script.write_text(SLOW_SAVE.format(seconds=seconds, script=ROOT / "train_cls.py"))
+    return script
+
+
+def until_step(folder, step, process):
+    deadline = time.monotonic() + 120
+    while last_step(folder) < step:
+        assert process.poll() is None, process.communicate()[0][-3000:]
+        assert time.monotonic() < deadline, f"no step {step} in two minutes"
+        time.sleep(0.01)
+
+
+def test_all_ranks_stay_until_the_checkpoint_is_written(tmp_path):
+    """Or torchrun would kill the one that writes, half a minute after another has left."""
+    options = [*TINY, f"out_dir={tmp_path}", "name=run", "trainer.steps=4000", "trainer.checkpoint_every=3000"]
+    mark = uuid.uuid4().hex
+    command = [*launcher(2), str(slow_save(tmp_path, 9)), *options]
+    pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    process = subprocess.Popen(command, env=environment(VCA_TEST=mark), cwd=ROOT, text=True, **pipe)
+    until_step(tmp_path / "run", 3, process)
+    for pid in of_rank(1, mark):
+        os.kill(pid, signal.SIGUSR1)
+    time.sleep(7)  # three of them is how long a rank that fails gives the first one to tell
+    assert of_rank(1, mark)
+    assert not list_checkpoints(tmp_path / "run" / "checkpoints")
+    said = process.communicate(timeout=90)[0]
+    saved = load_latest(tmp_path / "run" / "checkpoints")
+    assert saved is not None, said[-3000:]
+    assert f"saved after step {saved['step']} of 4000" in said
+
+
+@pytest.mark.skipif("TORCH_ELASTIC_SHUTDOWN_TIMEOUT" not in inspect.getsource(api), reason="torch before 2.12")
+@pytest.mark.parametrize(("save_seconds", "saves"), [(2, False), (20, True)])
+def test_a_job_has_the_time_it_is_given_to_save(tmp_path, save_seconds, saves):
+    """`cluster.signal_seconds` reaches torchrun, which would kill after half a minute."""
+    options = [*TINY, f"out_dir={tmp_path}", "name=run", "trainer.steps=4000", "trainer.checkpoint_every=3000"]
+    command = [*launcher(2)[:-2], "--nproc_per_node=1", str(slow_save(tmp_path, 8)), *options]
+    code = (
+        f"from vca.runtime.launch import *; run_and_survive({command}, Path('{tmp_path}/log'), {save_seconds}, False)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], env=environment(), cwd=ROOT)
+    until_step(tmp_path / "run", 3, process)
+    process.terminate()
+    assert process.wait(90) == 75
+    assert bool(list_checkpoints(tmp_path / "run" / "checkpoints")) == saves, (tmp_path / "log").read_text()[-3000:]
 
 
 @pytest.mark.parametrize("name", ["SIGKILL", pytest.param("SIGSTOP", marks=pytest.mark.slow)])

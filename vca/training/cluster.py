@@ -1,6 +1,7 @@
 """A self-check of a cluster before a training spends days on it: one line for each thing that a training relies on.
 
-Every check is a function of the world that all ranks call; it returns what it found, or raises `CheckError`.
+Every check is a function of the world that all ranks call; it returns what it found, or raises `CheckError` on every
+rank alike: what a rank does by itself it does in `alone`, so that none waits for one that has failed.
 """
 
 import os
@@ -10,7 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,22 +20,37 @@ from vca.data.doctor import check_before_training
 from vca.runtime.distributed import World
 from vca.runtime.provenance import provenance
 
+Found = TypeVar("Found")
+
 
 class CheckError(Exception):
     """Something that would break a training, or spoil it."""
 
 
-def report(name: str, check: Callable[[], str], world: World) -> bool:
-    """Make one check on all ranks and print its line, or the first error of any rank; whether all was well."""
-    line, error = "", None
+def alone(world: World, do: Callable[[], Found]) -> Found:
+    """What each rank finds by itself.
+
+    Raises:
+        CheckError: on every rank, if it fails on one; names the rank and its machine.
+    """
+    failure = None
     try:
-        line = check()
-    except (CheckError, OSError, ValueError, RuntimeError) as caught:
-        error = f"rank {world.rank} on {platform.node()}: {' '.join(str(caught).split())}"
-    errors = [one for one in world.broadcast(world.gather(error)) if one]
+        found = do()
+    except (CheckError, OSError, ValueError, RuntimeError) as error:
+        failure = CheckError(f"rank {world.rank} on {platform.node()}: {' '.join(str(error).split())}")
+    world.raise_first(failure)
+    return found
+
+
+def report(name: str, check: Callable[[], str], world: World) -> bool:
+    """Make one check on all ranks and print its line; whether all was well."""
+    try:
+        state, line = "ok", check()
+    except (CheckError, OSError, ValueError, RuntimeError) as error:
+        state, line = "error", " ".join(str(error).split())
     if world.is_main:
-        print(f"error  {name:14} {errors[0]}" if errors else f"ok     {name:14} {line}", flush=True)
-    return not errors
+        print(f"{state:6} {name:14} {line}", flush=True)
+    return state == "ok"
 
 
 def ranks_and_devices(world: World) -> str:
@@ -117,39 +133,51 @@ def wait_for_device(world: World) -> None:
 
 def bf16(world: World) -> str:
     """A product in bfloat16 against float32, forward and backward."""
-    torch.manual_seed(0)
-    layer, x = nn.Linear(256, 256).to(world.device), torch.randn(64, 256, device=world.device)
-    with torch.autocast(world.device.type, dtype=torch.bfloat16):
-        out = layer(x)
-    out.float().square().mean().backward()
-    exact = layer(x)
-    error = ((out.float() - exact).norm() / exact.norm()).item()
-    weight: Any = layer.weight.grad
-    if out.dtype is not torch.bfloat16 or not error < 0.01 or not weight.isfinite().all():
-        raise CheckError(f"bfloat16 is off by {error:.2%} from float32")
+    error = max(world.broadcast(world.gather(alone(world, lambda: bf16_error(world.device)))))
     native = world.device.type == "cpu" or torch.cuda.get_device_capability(world.device) >= (8, 0)
     note = "" if native else "; emulated and slow on this GPU, trainer.precision=fp16 is not"
     return f"within {error:.2%} of float32{note}"
 
 
+def bf16_error(device: torch.device) -> float:
+    """Relative error of a layer under autocast; `CheckError` if it is too large or the gradient is not finite."""
+    torch.manual_seed(0)
+    layer, x = nn.Linear(256, 256).to(device), torch.randn(64, 256, device=device)
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        out = layer(x)
+    out.float().square().mean().backward()
+    exact = layer(x)
+    error = ((out.float() - exact).norm() / exact.norm()).item()
+    gradient: Any = layer.weight.grad
+    if out.dtype is not torch.bfloat16 or not error < 0.01 or not gradient.isfinite().all():
+        raise CheckError(f"bfloat16 is off by {error:.2%} from float32")
+    return error
+
+
 def data(world: World, load: Callable[[], list[Any]], config: Any, workers: int, batch_bytes: int) -> str:
     """Both splits as every rank sees them, and some of the files; notes about shared memory are printed."""
-    datasets = load()
+    datasets = alone(world, load)
     counts = world.broadcast(world.gather([len(dataset) for dataset in datasets]))
     if any(count != counts[0] for count in counts):
         raise CheckError(f"ranks see different numbers of images: {counts}")
-    start = time.perf_counter()
-    for index in range(min(64, len(datasets[0]))):
-        datasets[0][index * (len(datasets[0]) // 64 or 1) % len(datasets[0])]
-    rate = 64 / (time.perf_counter() - start)
+    rate = min(world.broadcast(world.gather(alone(world, lambda: reading_speed(datasets[0])))))
     check_before_training(config, datasets, workers, batch_bytes, world)
     images = f"{counts[0][0]} training and {counts[0][1]} evaluation images"
-    return f"{config.name}: {images}; a process reads {rate:.0f} a second, before augmentation"
+    return f"{config.name}: {images}; the slowest process reads {rate:.0f} a second, before augmentation"
+
+
+def reading_speed(dataset: Any, most: int = 64) -> float:
+    """Images a second, of some that lie spread over the data set."""
+    indices = range(0, len(dataset), -(-len(dataset) // most))
+    start = time.perf_counter()
+    for index in indices:
+        dataset[index]
+    return len(indices) / (time.perf_counter() - start)
 
 
 def disk(world: World, folder: Path, parameters: int, keep: int, ema: bool) -> str:
     """Every rank sees what rank 0 writes, and there is room for the checkpoints to come."""
-    folder.mkdir(parents=True, exist_ok=True)
+    alone(world, lambda: folder.mkdir(parents=True, exist_ok=True))
 
     def token() -> str:
         with tempfile.NamedTemporaryFile(dir=folder, prefix=".doctor-", delete=False) as file:
@@ -161,11 +189,11 @@ def disk(world: World, folder: Path, parameters: int, keep: int, ema: bool) -> s
     while not name.exists() and time.monotonic() < deadline:  # network file systems may be late
         time.sleep(0.1)
     seen = name.exists() and name.read_bytes() == b"seen"
-    world.barrier()
+    blind = [node for node in world.broadcast(world.gather(None if seen else platform.node())) if node]
     if world.is_main:
         name.unlink()
-    if not seen:
-        raise CheckError(f"out_dir={folder} is not the same folder on all nodes; it must be on a shared file system")
+    if blind:
+        raise CheckError(f"out_dir={folder} is another folder on {blind[0]}; it must be on a shared file system")
     size = parameters * 4 * (4 if ema else 3)  # weights, AdamW's two moments, the average
     need, free = size * (keep + 1), shutil.disk_usage(folder).free  # one more while the oldest is still there
     if free < need:
@@ -182,9 +210,8 @@ def resume(world: World, train: Callable[[Path], dict[str, Tensor]], folder: Pat
         folder: an empty one, that all ranks see.
     """
     whole = train(folder / "whole")
-    if world.is_main:
-        shutil.copytree(folder / "whole", folder / "again", ignore=shutil.ignore_patterns("step_00000010.pt"))
-    world.barrier()
+    without_end = shutil.ignore_patterns("step_00000010.pt")
+    world.from_main(lambda: shutil.copytree(folder / "whole", folder / "again", ignore=without_end))
     again = train(folder / "again")
     differ = [name for name, tensor in whole.items() if not torch.equal(tensor, again[name])]
     if differ:
