@@ -90,13 +90,24 @@ start() {
 }
 
 stop() {
-    for file in "$folder"/slurmd-*.pid "$folder"/slurmctld.pid; do
-        if [ -e "$file" ]; then kill "$(cat "$file")" 2> /dev/null || true; fi
-    done
-    for ((tries = 0; tries < 40; tries++)); do
-        compgen -G "$folder/*.pid" > /dev/null || return 0
+    compgen -G "$folder/*.pid" > /dev/null || return 0
+    local pids
+    pids=$(cat "$folder"/*.pid)
+    export SLURM_CONF=$folder/slurm.conf
+    scancel --quiet --user="$(id -un)" || true # or its steps would live on without their slurmd
+    for ((tries = 0; tries < 160; tries++)); do # longer than KillWait
+        [ -n "$(squeue --noheader 2> /dev/null)" ] || break
         sleep 0.25
     done
+    # shellcheck disable=SC2086
+    kill $pids 2> /dev/null || true
+    for ((tries = 0; tries < 40; tries++)); do
+        # shellcheck disable=SC2086
+        kill -0 $pids 2> /dev/null || break
+        sleep 0.25
+    done
+    # shellcheck disable=SC2086
+    kill -9 $pids 2> /dev/null || true
     rm -f "$folder"/*.pid
 }
 

@@ -117,3 +117,28 @@ def test_requeued_in_mid_epoch_equals_unbroken(tmp_path, slurm):
     assert one["step"] == 400
     assert_same(one, other)
     assert untimed(tmp_path / "whole") == untimed(folder)
+
+
+def test_failed_and_cancelled_jobs(tmp_path, slurm):
+    """Started from any folder: a job that fails fails in SLURM too, and one that is cancelled is not waited for."""
+    outside = {key: value for key, value in slurm.items() if key != "PYTHONPATH"}
+    command = [sys.executable, str(ROOT / "train_cls.py"), "-m", *CLUSTER, "cluster.nodes=1", "cluster.max_restarts=0"]
+    command += ["cluster.parallel=1", "data=cifar10", "data.root=/nowhere", "trainer.device=cpu", "seed=0,1"]
+    pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen([*command, f"out_dir={tmp_path / 'out'}"], env=outside, cwd=tmp_path, **pipe)
+
+    def jobs() -> list[str]:
+        ask = ["squeue", "--noheader", "--array", "--format=%i"]
+        return subprocess.run(ask, env=slurm, capture_output=True, text=True, check=True).stdout.split()
+
+    wait_for(lambda: len(jobs()) == 2, process, "two jobs")
+    first, second = sorted(jobs())
+    subprocess.run(["scancel", second], env=slurm, check=True)
+    said = process.communicate(timeout=200)
+    assert process.returncode == 1
+    names = [f"cifar10-deit_mini-vca-seed{seed}" for seed in (0, 1)]
+    failed = [line for line in said[1].splitlines() if line.startswith("failed:")]
+    assert f"{names[0]}: exit code 1; config error: data.root" in failed[0], said[1]
+    assert f"{names[1]}: did not come to its end; it wrote no log" in failed[1]
+    shown = subprocess.run(["scontrol", "show", "job", first], env=slurm, capture_output=True, text=True, check=True)
+    assert "JobState=FAILED" in shown.stdout
