@@ -198,7 +198,7 @@ def test_all_ranks_stay_until_the_checkpoint_is_written(tmp_path):
     assert f"saved after step {saved['step']} of 4000" in said
 
 
-@pytest.mark.skipif("TORCH_ELASTIC_SHUTDOWN_TIMEOUT" not in inspect.getsource(api), reason="torch before 2.12")
+@pytest.mark.skipif("TORCH_ELASTIC_SHUTDOWN_TIMEOUT" not in inspect.getsource(api), reason="waits 30 s")
 @pytest.mark.parametrize(("save_seconds", "saves"), [(2, False), (20, True)])
 def test_a_job_has_the_time_it_is_given_to_save(tmp_path, save_seconds, saves):
     """`cluster.signal_seconds` reaches torchrun, which would kill after half a minute."""

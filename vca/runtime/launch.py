@@ -123,9 +123,9 @@ def torchrun(script: Path, arguments: Sequence[str], nodes: int, ranks_per_node:
 def run_and_survive(command: Sequence[str], log: Path, save_seconds: int, scheduled: bool) -> int:
     """Run a command whose output goes to the end of a file; its exit code.
 
-    A signal to stop is passed on, as SIGTERM, which torchrun gives to its ranks; after `save_seconds` it kills them
-    (before torch 2.12 always after 30). Then SIGUSR1 and SIGUSR2 go on to the handler of before, submitit's, which
-    requeues the job and ends this process.
+    A signal to stop is passed on, as SIGTERM, which torchrun gives to its ranks; after `save_seconds` it kills them (a
+    torch too old for that: after 30). Then SIGUSR1 and SIGUSR2 go on to submitit's handler of before, which requeues
+    the job and ends this process.
 
     Args:
         command: what `torchrun` gave.
