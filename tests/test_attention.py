@@ -1,6 +1,7 @@
 """The core against its oracle: golden figures, values and all gradients at odd shapes, options, autocast."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -184,7 +185,37 @@ def test_options(options):
         stage2_softmax=Stage2Softmax.joint if options.get("joint") else Stage2Softmax.separate,
     )
     torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-10)
+    named = visual_contrast_attention(
+        *given, streams=streams, stage2_softmax="joint" if options.get("joint") else "separate", pooling="average"
+    )
+    assert torch.equal(named, out), "the names of the options are not the options"
     assert not torch.allclose(out, plain_formula(arguments)), "the option changes nothing"
+
+
+def test_wrong_options():
+    """Of the function: names that are no option, embeddings that would broadcast, weights without their pooling."""
+    arguments = random_arguments(SHAPES[1])
+    streams = r"streams must be one of \['pool', 'embedding', 'pool\+embedding'\], got 'queries'"
+    for options, message in [
+        ({"streams": ("pool", "queries")}, streams),
+        ({"stage2_softmax": "both"}, r"stage2_softmax must be one of \['separate', 'joint'\], got 'both'"),
+        ({"pooling": "median"}, r"pooling must be one of \['average', 'maximum', 'depthwise'\], got 'median'"),
+        ({"pooling": "depthwise"}, "pool_weight goes with the pooling 'depthwise' and no other"),
+        ({"pool_weight": torch.ones(5, 1, 2, 2)}, "and no other, got 'average'"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            visual_contrast_attention(*arguments, **options)
+    for place, embedding in [(3, arguments[3][:, :1]), (4, arguments[4][0]), (4, None)]:
+        given = [*arguments[:place], embedding, *arguments[place + 1 :]]
+        got = None if embedding is None else tuple(embedding.shape)
+        with pytest.raises(ValueError, match=re.escape(f"needs an embedding of shape (1, 12, 5), got {got}")):
+            visual_contrast_attention(*given)
+
+
+def test_embeddings_alone_pool_nothing(monkeypatch):
+    monkeypatch.setattr("vca.attention.contrast.pool_queries", None)
+    module = VisualContrastAttention(8, 2, (3, 3), (2, 2), config=CONFIGS["embedding only"])
+    assert module(torch.randn(2, 9, 8)).shape == (2, 9, 8)
 
 
 @pytest.mark.parametrize("grid", [(4, 6), (5, 7), (2, 2)], ids=str)
@@ -308,12 +339,12 @@ def test_bfloat16_is_close_to_float32():
         (lambda: VisualContrastAttention(30, 4, (2, 2)), "divide the width 30"),
         (lambda: VCAConfig(pool=[7]), "attention.pool must be two integers >= 1, or such a pair a layer, got \\[7\\]"),
         (lambda: VCAConfig(pool=[0, 2]), "attention.pool must be"),
-        (lambda: VCAConfig(stage1="both"), "'both' is not a valid Stage"),
+        (lambda: VCAConfig(stage1="both"), r"attention.stage1 must be one of \['contrast', 'plain'\], got 'both'"),
         (lambda: VCAConfig(pool=[[2, 2]]).pool_of_layer(1, (7, 7)), "names 1 layers"),
         (lambda: VisualContrastAttention(8, 2, (3, 3))(torch.zeros(1, 10, 8)), "10 tokens do not fill grid 3 x 3"),
         (lambda: build_attention(ATTENTIONS["differential"][0](), 6, 2, (3, 3)), "head dim must be even.*got 3"),
         (lambda: build_attention(ATTENTIONS["differential_stages"][0](), 6, 2, (3, 3)), "head dim must be even"),
-        (lambda: VCAConfig(pooling="median"), "'median' is not a valid Pooling"),
+        (lambda: VCAConfig(pooling="median"), r"attention.pooling must be one of \['average', .*, got 'median'"),
         (lambda: ATTENTIONS["focused_linear"][0](power=0), "attention.power must be >= 1, got 0"),
         (
             lambda: VisualContrastAttention(8, 2, (8, 8), (2, 2), config=VCAConfig(pooling="depthwise"))(

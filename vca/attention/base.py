@@ -10,12 +10,23 @@ Shape letters: B batch, M heads, N = P + H W tokens (P prefix tokens, then the g
 """
 
 from dataclasses import dataclass
-from typing import Any
+from enum import Enum
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from vca.attention.geometry import check_heads, to_image
+
+Choice = TypeVar("Choice", bound=Enum)
+
+
+def choose(choices: type[Choice], value: Choice | str, key: str) -> Choice:
+    """`value`, or the choice of that name; `ValueError` names the key and the choices."""
+    for choice in choices:
+        if value is choice or value == choice.value:
+            return choice
+    raise ValueError(f"{key} must be one of {[choice.value for choice in choices]}, got {value!r}")
 
 
 @dataclass

@@ -24,13 +24,16 @@ n = h w contrast tokens. `reference.py` is the same mathematics, slow and obviou
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vca.attention.base import choose
 from vca.attention.geometry import check_tokens
 from vca.attention.pooling import PooledAttention, PooledConfig, Pooling, pool_queries
 
@@ -77,9 +80,11 @@ class VCAConfig(PooledConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.stage1, self.stage2 = Stage(self.stage1), Stage(self.stage2)
-        self.positive, self.negative = Stream(self.positive), Stream(self.negative)
-        self.stage2_softmax = Stage2Softmax(self.stage2_softmax)
+        self.stage1 = choose(Stage, self.stage1, "attention.stage1")
+        self.stage2 = choose(Stage, self.stage2, "attention.stage2")
+        self.positive = choose(Stream, self.positive, "attention.positive")
+        self.negative = choose(Stream, self.negative, "attention.negative")
+        self.stage2_softmax = choose(Stage2Softmax, self.stage2_softmax, "attention.stage2_softmax")
         if not self.embedding_init_std >= 0:
             raise ValueError(f"attention.embedding_init_std must be >= 0, got {self.embedding_init_std}")
 
@@ -105,9 +110,9 @@ def visual_contrast_attention(
     num_prefix_tokens: int = 0,
     eps: float = 1e-5,
     *,
-    streams: tuple[Stream, Stream] = (Stream["pool+embedding"], Stream["pool+embedding"]),
-    stage2_softmax: Stage2Softmax = Stage2Softmax.separate,
-    pooling: Pooling = Pooling.average,
+    streams: tuple[Stream | str, Stream | str] = (Stream["pool+embedding"], Stream["pool+embedding"]),
+    stage2_softmax: Stage2Softmax | str = Stage2Softmax.separate,
+    pooling: Pooling | str = Pooling.average,
     pool_weight: Tensor | None = None,
 ) -> Tensor:
     """The attention of VCA, before the local branch.
@@ -133,20 +138,21 @@ def visual_contrast_attention(
         `(B, M, N, D)`, in the dtype of `q`.
 
     Raises:
-        ValueError: if the tokens do not fill the grid.
+        ValueError: if the tokens do not fill the grid, an embedding is missing or misshapen, or an option is unknown.
     """
     check_tokens(q.shape[2], grid, num_prefix_tokens)
+    stage2_softmax = choose(Stage2Softmax, stage2_softmax, "stage2_softmax")
+    positive, negative = (choose(Stream, stream, "streams") for stream in streams)
     full = torch.promote_types(q.dtype, torch.float32)
     num_contrast, dim = pool[0] * pool[1], q.shape[-1]
 
-    t = pool_queries(q, grid, pool, num_prefix_tokens, pooling, pool_weight).to(full)  # (B, M, n, D)
-    t_pos = stream_tokens(t, e_pos, streams[0])  # (B, M, n, D)
-    both = t_pos  # a plain stage reads the positive stream alone
-    if lambda1 is not None or lambda2 is not None:
-        both = torch.cat((t_pos, stream_tokens(t, e_neg, streams[1])), dim=2)  # (B, M, 2n, D)
-    both = both.to(q.dtype)
-    stage1_tokens = both if lambda1 is not None else both[:, :, :num_contrast]
-    stage2_tokens = both if lambda2 is not None else both[:, :, :num_contrast]
+    used = [(positive, e_pos)]
+    if lambda1 is not None or lambda2 is not None:  # a plain stage reads the positive stream alone
+        used.append((negative, e_neg))
+    tokens = stream_tokens(q, grid, pool, num_prefix_tokens, used, pooling, pool_weight)  # 2 or 1 x (B, M, n, D)
+    streamed = (torch.cat(tokens, dim=2) if len(tokens) == 2 else tokens[0]).to(q.dtype)  # (B, M, 2n or n, D)
+    stage1_tokens = streamed if lambda1 is not None else streamed[:, :, :num_contrast]
+    stage2_tokens = streamed if lambda2 is not None else streamed[:, :, :num_contrast]
 
     # Stage I, global contrast. One call serves both streams; every backend of SDPA keeps its softmax in float32.
     seen = F.scaled_dot_product_attention(stage1_tokens, k, v).to(full)  # (B, M, 2n or n, D)
@@ -174,13 +180,31 @@ def difference(positive: Tensor, negative: Tensor, weight: Tensor | float) -> Te
     return torch.addcmul(positive, negative, torch.as_tensor(-weight, dtype=positive.dtype, device=positive.device))
 
 
-def stream_tokens(t: Tensor, embedding: Tensor | None, content: Stream) -> Tensor:
-    """Tokens of one stream, `(B, M, n, D)`: `t`, `e` or `t + e`."""
-    if content is Stream.pool:
-        return t
-    if embedding is None:
-        raise ValueError(f"a stream of content '{content.value}' needs its embedding, got None")
-    return embedding.to(t.dtype).expand_as(t) if content is Stream.embedding else t + embedding.to(t.dtype)
+def stream_tokens(
+    q: Tensor,
+    grid: tuple[int, int],
+    pool: tuple[int, int],
+    num_prefix_tokens: int,
+    streams: Sequence[tuple[Stream, Tensor | None]],
+    pooling: Pooling | str,
+    pool_weight: Tensor | None,
+) -> list[Tensor]:
+    """Tokens of each stream, a content and its embedding: `t`, `e` or `t + e`, `(B, M, n, D)`, float32 at least."""
+    full, size = torch.promote_types(q.dtype, torch.float32), (q.shape[1], pool[0] * pool[1], q.shape[3])
+    t: Any = None  # nothing is pooled for embeddings alone
+    if any(content is not Stream.embedding for content, _ in streams):
+        t = pool_queries(q, grid, pool, num_prefix_tokens, pooling, pool_weight).to(full)  # (B, M, n, D)
+
+    def tokens(content: Stream, embedding: Tensor | None) -> Tensor:
+        if content is Stream.pool:
+            return t
+        if embedding is None or embedding.shape != size:
+            got = None if embedding is None else tuple(embedding.shape)
+            raise ValueError(f"a stream of content '{content.value}' needs an embedding of shape {size}, got {got}")
+        embedding = embedding.to(full)
+        return embedding.expand(q.shape[0], *size) if content is Stream.embedding else t + embedding
+
+    return [tokens(content, embedding) for content, embedding in streams]
 
 
 class Lambda(nn.Module):

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from vca.attention.base import ProjectedAttention
 from vca.attention.contrast import Stage2Softmax, VisualContrastAttention, stream_tokens
-from vca.attention.pooling import pool_queries
 from vca.attention.softmax import SoftmaxAttention
 
 Heads = tuple[Tensor, Tensor, tuple[int, int]]  # q and k, (B, M, N, D), and the grid
@@ -69,11 +68,12 @@ def maps_of(module: ProjectedAttention, heads: Heads, patch: tuple[int, int]) ->
         raise ValueError(f"there are maps of VCA and of MHSA, not of {type(module).__name__}")
 
     pool, options = module.pool, module.config
-    t = pool_queries(q, grid, pool, prefix, options.pooling, module.pool_weight)  # (B, M, n, D)
     cell = patch[0] * pool[0] // grid[0] * pool[1] + patch[1] * pool[1] // grid[1]
-    streams = {"+": stream_tokens(t, module.e_pos, options.positive)}
+    used = [(options.positive, module.e_pos)]
     if module.lambda1 is not None or module.lambda2 is not None:
-        streams["-"] = stream_tokens(t, module.e_neg, options.negative)
+        used.append((options.negative, module.e_neg))
+    tokens = stream_tokens(q, grid, pool, prefix, used, options.pooling, module.pool_weight)  # 2 or 1 x (B, M, n, D)
+    streams = dict(zip("+-", tokens, strict=False))
     stage1 = {sign: (t @ k.transpose(2, 3) * scale).softmax(-1) for sign, t in streams.items()}  # (B, M, n, N)
     scores = {sign: q[:, :, query : query + 1] @ t.transpose(2, 3) * scale for sign, t in streams.items()}
     if options.stage2_softmax is Stage2Softmax.joint and module.lambda2 is not None:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vca.attention.base import AttentionConfig, ProjectedAttention
+from vca.attention.base import AttentionConfig, ProjectedAttention, choose
 from vca.attention.geometry import check_tokens, is_pair, to_image
 
 
@@ -39,7 +39,7 @@ class PooledConfig(AttentionConfig):
     pooling: Pooling = Pooling.average
 
     def __post_init__(self) -> None:
-        self.pooling = Pooling(self.pooling)
+        self.pooling = choose(Pooling, self.pooling, "attention.pooling")
         per_layer = isinstance(self.pool, (list, tuple)) and len(self.pool) > 0 and all(map(is_pair, self.pool))
         if not (self.pool is None or is_pair(self.pool) or per_layer):
             raise ValueError(f"attention.pool must be two integers >= 1, or such a pair a layer, got {self.pool}")
@@ -67,7 +67,7 @@ def pool_queries(
     grid: tuple[int, int],
     pool: tuple[int, int],
     num_prefix_tokens: int,
-    pooling: Pooling = Pooling.average,
+    pooling: Pooling | str = Pooling.average,
     weight: Tensor | None = None,
 ) -> Tensor:
     """Pool the queries on the grid: `(B, M, N, D)` to `(B, M, n, D)`; prefix tokens are left out.
@@ -77,8 +77,11 @@ def pool_queries(
     in steps of its own size, and what it makes is averaged to the contrast grid where it is finer than that.
 
     Raises:
-        ValueError: if the grid is smaller than the kernel of a learned pooling.
+        ValueError: if the pooling is unknown, or its weights are missing or larger than the grid.
     """
+    pooling = choose(Pooling, pooling, "pooling")
+    if (pooling is Pooling.depthwise) != (weight is not None):
+        raise ValueError(f"pool_weight goes with the pooling 'depthwise' and no other, got '{pooling.value}'")
     image = to_image(q.transpose(1, 2).flatten(2), grid, num_prefix_tokens)  # (B, C, H, W)
     if pooling is Pooling.maximum:
         pooled = F.adaptive_max_pool2d(image, pool)  # (B, C, h, w)
