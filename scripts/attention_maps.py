@@ -5,8 +5,8 @@
 
 A row an image, the patch framed in it. Of VCA, averaged over heads: where the positive and the negative stream of the
 patch's contrast token look (Stage I: I+, I-, and the weighted difference I), how the patch reads the contrast tokens of
-the two streams (Stage II: II+, II-, II), and what comes of both (VCA). Of the baseline: where MHSA looks from the same
-patch. Each map has its own scale; in the differences red is positive and blue negative.
+the two streams (Stage II: II+, II-, II), and what comes of both (VCA; see `vca/attention/maps.py`). Of the baseline:
+where MHSA looks from the same patch. Each map has its own scale; in the differences red is positive and blue negative.
 """
 
 import argparse
@@ -28,8 +28,13 @@ from vca.data.augment import eval_transform
 from vca.data.config import DataConfig
 from vca.runtime.distributed import World
 from vca.runtime.errors import ConfigError, config_errors
+from vca.runtime.rundir import compare
 from vca.training.init import InitWeights
 from vca.training.restore import load_run
+
+Maps = list[dict[str, Tensor]]  # of each layer, by title
+
+ANYWHERE = {"root": None, "check_seconds": None}  # of the data: may differ between two runs
 
 
 def read_config(run: Path) -> dict[str, Any]:
@@ -45,8 +50,6 @@ def read_config(run: Path) -> dict[str, Any]:
 
 def read_images(config: dict[str, Any], root: str | None, images: list[str]) -> Tensor:
     """Images `(B, C, height, width)` as the model gets them: numbers of the evaluation set, or files."""
-    from PIL import Image
-
     data = from_plain(DataConfig, {**config["data"], **({"root": root} if root else {})})
     transform = eval_transform(data)
     dataset = load_dataset(data, train=False) if any(name.isdigit() for name in images) else []
@@ -54,15 +57,27 @@ def read_images(config: dict[str, Any], root: str | None, images: list[str]) -> 
     for name in images:
         if name.isdigit() and int(name) >= len(dataset):
             raise ConfigError(f"--images: there are {len(dataset)} evaluation images, no number {name}")
-        if not name.isdigit() and not Path(name).is_file():
-            raise ConfigError(f"--images: there is no file {name}")
-        image = dataset[int(name)][0] if name.isdigit() else Image.open(name).convert("RGB")
-        found.append(transform(image))
+        found.append(transform(dataset[int(name)][0] if name.isdigit() else read_file(Path(name), data.in_chans)))
     return torch.stack(found)
 
 
+def read_file(path: Path, in_chans: int) -> Any:
+    """A PIL image of that many channels; a grey one serves a model of colours, but not the other way round."""
+    from PIL import Image
+
+    if not path.is_file():
+        raise ConfigError(f"--images: there is no file {path}")
+    try:
+        image = Image.open(path)
+        if in_chans == 1 and image.mode not in ("1", "L", "LA"):
+            raise ConfigError(f"--images: {path} is {image.mode}, and the model sees one channel")
+        return image.convert("L" if in_chans == 1 else "RGB")
+    except OSError as error:
+        raise ConfigError(f"--images: {path} is no image that can be read ({error})") from error
+
+
 @torch.inference_mode()
-def maps_of_run(run: Path, images: Tensor, patch: tuple[int, int] | None) -> list[dict[str, Tensor]]:
+def maps_of_run(run: Path, images: Tensor, patch: tuple[int, int] | None) -> Maps:
     """Maps of every layer of a run, see `vca.attention.maps.maps_of`."""
     with config_errors():
         model = rebuild(read_config(run))
@@ -71,12 +86,32 @@ def maps_of_run(run: Path, images: Tensor, patch: tuple[int, int] | None) -> lis
         model(images)
         if not heard:
             raise ConfigError(f"{run}: its layers keep the attention of their backbone, of which there are no maps")
-        return [maps_of(module, heads, patch or centre(heads[2])) for module, heads in heard]
+        return [maps_of(module, heads, patch or centre(heads.grid)) for module, heads in heard]
+
+
+def maps_of_baseline(baseline: Path, run: Path, layers: Maps, images: Tensor, patch: tuple[int, int] | None) -> Maps:
+    """Maps of MHSA to stand beside those of `run`, its layers: of the same images on the same grids."""
+    data, other = ({**read_config(folder)["data"], **ANYWHERE} for folder in (run, baseline))
+    if differences := compare(other, data, key="data"):
+        raise ConfigError(f"--baseline: {baseline} has other data than {run} ({'; '.join(differences)})")
+    beside = maps_of_run(baseline, images, patch)
+    for folder, maps, title in ((baseline, beside, "MHSA"), (run, layers, "VCA")):
+        if any(title not in one for one in maps):
+            raise ConfigError(f"--baseline is for a run of MHSA beside one of VCA; {folder} has no maps of {title}")
+    grids = [[tuple(whole(one).shape[1:]) for one in maps] for maps in (layers, beside)]
+    if grids[0] != grids[1]:
+        raise ConfigError(f"--baseline: the layers of {run} have grids {grids[0]}, those of {baseline} {grids[1]}")
+    return beside
 
 
 def centre(grid: tuple[int, int]) -> tuple[int, int]:
     """The patch in the middle."""
     return grid[0] // 2, grid[1] // 2
+
+
+def whole(maps: dict[str, Tensor]) -> Tensor:
+    """Of a layer's maps the one on the grid of the patches, `(B, H, W)`."""
+    return maps["VCA"] if "VCA" in maps else maps["MHSA"]
 
 
 def draw(layer: int, images: Tensor, maps: dict[str, Tensor], patch: tuple[int, int] | None, path: Path) -> None:
@@ -92,7 +127,7 @@ def draw(layer: int, images: Tensor, maps: dict[str, Tensor], patch: tuple[int, 
         len(images), 1 + len(maps), figsize=(1.3 * (1 + len(maps)), 1.3 * len(images) + 0.35), squeeze=False
     )
     figure.suptitle(f"layer {layer}", fontsize="small")
-    grid = next(maps[name] for name in ("VCA", "MHSA") if name in maps).shape[1:]
+    grid = whole(maps).shape[1:]
     row, column = patch or centre((grid[0], grid[1]))
     size = shown.shape[1] / grid[0], shown.shape[2] / grid[1]
     for index, picture in enumerate(shown):
@@ -128,9 +163,9 @@ def main() -> None:
         images = read_images(read_config(options.run), options.root, options.images)
         patch = tuple(options.patch) if options.patch else None
         layers = maps_of_run(options.run, images, patch)
-        beside = maps_of_run(options.baseline, images, patch) if options.baseline else [{} for _ in layers]
-        if len(beside) != len(layers):
-            raise ConfigError(f"{options.run} has {len(layers)} layers and {options.baseline} has {len(beside)}")
+        beside: Maps = [{} for _ in layers]
+        if options.baseline:
+            beside = maps_of_baseline(options.baseline, options.run, layers, images, patch)
         options.out.mkdir(parents=True, exist_ok=True)
         for index, (maps, other) in enumerate(zip(layers, beside, strict=True)):
             draw(index, images, maps | other, patch, options.out / f"layer_{index:02d}.png")

@@ -11,7 +11,6 @@ from tests.conftest import GOLDEN
 from vca import VCAConfig, VisualContrastAttention, visual_contrast_attention
 from vca.attention import ATTENTIONS, build_attention
 from vca.attention.contrast import Stage2Softmax, Stream
-from vca.attention.maps import listening, maps_of
 from vca.attention.pooling import Pooling, pool_queries
 from vca.attention.reference import adaptive_bins, reference_attention, rms_norm
 
@@ -363,29 +362,3 @@ def test_pool_of_each_layer():
     config = VCAConfig(pool=[[2, 2], [3, 1]])
     modules = [build_attention(config, 8, 2, (6, 6), layer_index=index) for index in range(2)]
     assert [tuple(m.e_pos.shape) for m in modules] == [(2, 4, 4), (2, 3, 4)]
-
-
-def test_maps_are_the_attention():
-    """The map of both stages, applied to v and normalised as the layer does it, is what the layer computes."""
-    torch.manual_seed(0)
-    for config in (VCAConfig(local_branch=False), VCAConfig(local_branch=False, stage2_softmax="joint")):
-        module = VisualContrastAttention(8, 1, (4, 4), (2, 2), 1, config=config).double()
-        x = torch.randn(2, 17, 8, dtype=torch.float64)
-        with listening(module) as heard:
-            module(x)
-        ((same, heads),) = heard
-        assert same is module
-        maps = maps_of(module, heads, (2, 1))
-        assert list(maps) == ["I+", "I-", "I", "II+", "II-", "II", "VCA"]
-        torch.testing.assert_close(maps["I"], maps["I+"] - module.lambda1() * maps["I-"])
-        torch.testing.assert_close(maps["II"], maps["II+"] - module.lambda2() * maps["II-"])
-        total = maps["II+"].sum((1, 2)) + (maps["II-"].sum((1, 2)) if config.stage2_softmax.value == "joint" else 0)
-        torch.testing.assert_close(total, torch.ones(2, dtype=torch.float64))
-    assert "attend" not in vars(module)  # listening has gone
-
-    mhsa = build_attention(ATTENTIONS["softmax"][0](), 8, 2, (4, 4))
-    with listening(mhsa) as heard:
-        mhsa(x[:, 1:].float())
-    torch.testing.assert_close(maps_of(*heard[0], (0, 0))["MHSA"].sum((1, 2)), torch.ones(2))
-    with pytest.raises(ValueError, match="no patch \\(4, 0\\) on a grid of 4 x 4"):
-        maps_of(*heard[0], (4, 0))

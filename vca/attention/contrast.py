@@ -89,6 +89,9 @@ class VCAConfig(PooledConfig):
             raise ValueError(f"attention.embedding_init_std must be >= 0, got {self.embedding_init_std}")
 
 
+EPS = 1e-5  # of both norms
+
+
 def lambda_init_of_layer(layer_index: int) -> float:
     """`l_init = 0.8 - 0.6 exp(-0.3 layer)`, layers from 0 (Differential Transformer, arXiv 2410.05258)."""
     return 0.8 - 0.6 * math.exp(-0.3 * layer_index)
@@ -108,7 +111,7 @@ def visual_contrast_attention(
     grid: tuple[int, int],
     pool: tuple[int, int],
     num_prefix_tokens: int = 0,
-    eps: float = 1e-5,
+    eps: float = EPS,
     *,
     streams: tuple[Stream | str, Stream | str] = (Stream["pool+embedding"], Stream["pool+embedding"]),
     stage2_softmax: Stage2Softmax | str = Stage2Softmax.separate,

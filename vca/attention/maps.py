@@ -6,21 +6,28 @@ tokens.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from vca.attention.base import ProjectedAttention
-from vca.attention.contrast import Stage2Softmax, VisualContrastAttention, stream_tokens
+from vca.attention.contrast import EPS, Stage2Softmax, VisualContrastAttention, stream_tokens
 from vca.attention.softmax import SoftmaxAttention
 
-Heads = tuple[Tensor, Tensor, tuple[int, int]]  # q and k, (B, M, N, D), and the grid
+
+class Heads(NamedTuple):
+    """What an attention was called with: three `(B, M, N, D)` and the grid."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    grid: tuple[int, int]
 
 
 @contextmanager
 def listening(model: nn.Module) -> Iterator[list[tuple[ProjectedAttention, Heads]]]:
-    """Within the context every attention of the model notes its queries, keys and grid, in the order of the layers."""
+    """Within the context every attention of the model notes what it is called with, in the order of the layers."""
     heard: list[tuple[ProjectedAttention, Heads]] = []
     modules = [module for module in model.modules() if isinstance(module, ProjectedAttention)]
 
@@ -28,7 +35,7 @@ def listening(model: nn.Module) -> Iterator[list[tuple[ProjectedAttention, Heads
         attend = module.attend
 
         def noting(q: Tensor, k: Tensor, v: Tensor, grid: tuple[int, int]) -> Tensor:
-            heard.append((module, (q.detach(), k.detach(), grid)))
+            heard.append((module, Heads(q.detach(), k.detach(), v.detach(), grid)))
             return attend(q, k, v, grid)
 
         return noting
@@ -47,12 +54,15 @@ def maps_of(module: ProjectedAttention, heads: Heads, patch: tuple[int, int]) ->
 
     Of VCA: `I+` and `I-`, where the two streams of this patch's contrast token look in the image; `II+` and `II-`, how
     the patch reads the contrast tokens of the two streams; `I` and `II`, the weighted differences; `VCA`, what comes of
-    both, `A (I+ - l1 I-)`, before the norms. Of MHSA: `MHSA`, where the patch looks.
+    both stages, `A diag(r) (I+ - l1 I-)` over all contrast tokens. There `r` is what the norm of Stage I multiplies a
+    contrast token by, so that this map, applied to v, is what the norm of Stage II gets. The learned weights of the
+    norms are left out: they scale channels, which a map of patches does not have. A plain stage has its positive
+    stream alone. Of MHSA: `MHSA`, where the patch looks.
 
     Raises:
         ValueError: if the layer is of another variant, or the patch is not on the grid.
     """
-    q, k, grid = heads
+    q, k, v, grid = heads
     if not (0 <= patch[0] < grid[0] and 0 <= patch[1] < grid[1]):
         raise ValueError(f"there is no patch {patch} on a grid of {grid[0]} x {grid[1]}")
     prefix, scale = module.num_prefix_tokens, q.shape[-1] ** -0.5
@@ -83,11 +93,13 @@ def maps_of(module: ProjectedAttention, heads: Heads, patch: tuple[int, int]) ->
         stage2 = {sign: score.softmax(-1) for sign, score in scores.items()}  # (B, M, 1, n)
 
     first, second = stage1["+"], stage2["+"]
+    found = {"I+": on(grid, first[:, :, cell])}
     if module.lambda1 is not None:
-        first = first - module.lambda1() * stage1["-"]
+        first = first - module.lambda1() * stage1["-"]  # (B, M, n, N)
+        found |= {"I-": on(grid, stage1["-"][:, :, cell]), "I": on(grid, first[:, :, cell])}
+    found["II+"] = on(pool, second.squeeze(2))
     if module.lambda2 is not None:
-        second = second - module.lambda2() * stage2["-"]
-    found = {f"I{sign}": on(grid, weights[:, :, cell]) for sign, weights in stage1.items()}
-    found |= {"I": on(grid, first[:, :, cell])}
-    found |= {f"II{sign}": on(pool, weights.squeeze(2)) for sign, weights in stage2.items()}
-    return found | {"II": on(pool, second.squeeze(2)), "VCA": on(grid, (second @ first).squeeze(2))}
+        second = second - module.lambda2() * stage2["-"]  # (B, M, 1, n)
+        found |= {"II-": on(pool, stage2["-"].squeeze(2)), "II": on(pool, second.squeeze(2))}
+    r = (1 - module.lambda_init) * ((first @ v).square().mean(-1, keepdim=True) + EPS).rsqrt()  # (B, M, n, 1)
+    return found | {"VCA": on(grid, (second @ (r * first)).squeeze(2))}
