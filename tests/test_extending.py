@@ -12,37 +12,42 @@ import torch
 
 from tests.conftest import ROOT, environment, metrics
 
-ATTENTION = '''"""Every token gets the mean of all values: attention with nothing to attend to."""
+ATTENTION = '''"""Every token attends to all others with scores that a learned gain sharpens."""
 
 from dataclasses import dataclass
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+from vca.attention.base import AttentionConfig, ProjectedAttention
 
 
 @dataclass
-class MeanConfig:
+class SharpConfig(AttentionConfig):
     """Options.
 
     Attributes:
-        gain: factor on the mean.
+        gain: factor on the scores at the start.
     """
 
-    name: str = "mean"
+    name: str = "sharp"
+    local_branch: bool = True
     gain: float = 1.0
 
 
-class MeanAttention(nn.Module):
-    """The mean of v over all tokens."""
+class SharpAttention(ProjectedAttention):
+    """Softmax attention with a learned temperature a head."""
 
-    def __init__(self, dim, num_heads, grid, pool=(7, 7), num_prefix_tokens=0, layer_index=0, qkv_bias=True,
-                 proj_drop=0.0, config=None):
-        super().__init__()
-        self.config = config or MeanConfig()
-        self.v, self.proj = nn.Linear(dim, dim, bias=qkv_bias), nn.Linear(dim, dim)
+    Config = SharpConfig
 
-    def forward(self, x: Tensor, grid=None) -> Tensor:
-        """`(B, N, C)` to `(B, N, C)`."""
-        return self.proj(self.config.gain * self.v(x).mean(dim=1, keepdim=True).expand_as(x))
+    def add_parameters(self) -> None:
+        """The gain of each head."""
+        self.gain = nn.Parameter(torch.full((self.num_heads, 1, 1), self.config.gain))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Three `(B, M, N, D)` to one."""
+        return F.scaled_dot_product_attention(self.gain.to(q.dtype) * q, k, v)
 '''
 
 BACKBONE = '''"""One stage of blocks over large patches, the mean over tokens."""
@@ -92,14 +97,14 @@ class Flat(Backbone):
 
 @pytest.fixture(scope="module")
 def extended(tmp_path_factory):
-    """The project with `mean` and `flat` added."""
+    """The project with `sharp` and `flat` added."""
     root = tmp_path_factory.mktemp("extended")
     for name in ("vca", "models", "configs", "scripts"):
         shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("train_cls.py", "train_gen.py"):
         shutil.copy(ROOT / name, root)
-    (root / "vca" / "attention" / "mean.py").write_text(ATTENTION)
-    (root / "configs" / "attention" / "mean.yaml").write_text("defaults:\n  - mean_schema\n  - _self_\n")
+    (root / "vca" / "attention" / "sharp.py").write_text(ATTENTION)
+    (root / "configs" / "attention" / "sharp.yaml").write_text("defaults:\n  - sharp_schema\n  - _self_\n")
     (root / "models" / "flat.py").write_text(BACKBONE)
     (root / "configs" / "model" / "flat_one.yaml").write_text(
         "defaults:\n  - flat_schema\n  - _self_\n\nname: flat_one\n"
@@ -109,7 +114,7 @@ def extended(tmp_path_factory):
     size = "defaults:\n  - deit_tiny\n  - _self_\n\nname: deit_tiny_64\ncontrast_grid: [8, 8]\n"
     (root / "configs" / "model" / "deit_tiny_64.yaml").write_text(size)
 
-    register(root / "vca" / "attention" / "__init__.py", "vca.attention.mean", "MeanConfig, MeanAttention", "mean")
+    register(root / "vca" / "attention" / "__init__.py", "vca.attention.sharp", "SharpConfig, SharpAttention", "sharp")
     register(root / "models" / "__init__.py", "models.flat", "FlatConfig, Flat", "flat")
     return root
 
@@ -146,11 +151,12 @@ def test_trains_together(extended, tmp_path):
         "trainer.workers=0",
         f"out_dir={tmp_path}",
     ]
-    python(extended, "train_cls.py", "model=flat_one", "attention=mean", "attention.gain=0.5", "name=new", *options)
+    python(extended, "train_cls.py", "model=flat_one", "attention=sharp", "attention.gain=0.5", "name=new", *options)
     steps = [record["step"] for record in metrics(tmp_path / "new") if "loss" in record]
     assert steps == [1, 2]
     state = torch.load(tmp_path / "new" / "checkpoints" / "step_00000002.pt", weights_only=True)["model"]
-    assert "block.attn.v.weight" in state
+    assert state["block.attn.gain"].shape == (2, 1, 1)
+    assert "block.attn.local.weight" in state
 
 
 def test_fits_everywhere(extended):
@@ -159,8 +165,8 @@ def test_fits_everywhere(extended):
 import models, timm, torch
 with torch.device("meta"):
     for name in timm.list_models("vca_*"):
-        network = timm.create_model(name, attention={"name": "mean", "gain": 2.0}, num_classes=3)
-        found = [type(m).__name__ for m in network.modules()].count("MeanAttention")
+        network = timm.create_model(name, attention={"name": "sharp", "gain": 2.0}, num_classes=3)
+        found = [type(m).__name__ for m in network.modules()].count("SharpAttention")
         print(name, found)
 """
     found = dict(line.split() for line in python(extended, "-c", code).splitlines())
@@ -170,5 +176,5 @@ with torch.device("meta"):
     assert found["vca_swin_tiny_patch4_window7_224"] == "10"  # stages 1 to 3
     assert found["vca_cswin_tiny_224"] == "6"  # stages 1 and 2
     assert found["vca_pvt_tiny_224"] == "8"
-    code = "from scripts.complexity import complexity_of; print(complexity_of('flat_one', 'mean').params)"
+    code = "from scripts.complexity import complexity_of; print(complexity_of('flat_one', 'sharp').params)"
     assert int(python(extended, "-c", code)) > 0

@@ -81,4 +81,4 @@ class AgentAttention(PooledAttention):
         bias1 = self.bias1(grid).to(q.dtype) if self.bias1 is not None else None  # (M, n, N)
         bias2 = self.bias2(grid).transpose(1, 2).to(q.dtype) if self.bias2 is not None else None  # (M, N, n)
         seen = F.scaled_dot_product_attention(agents, k, v, attn_mask=bias1)  # (B, M, n, D)
-        return F.scaled_dot_product_attention(q, agents, seen, attn_mask=bias2).clone()  # (B, M, N, D)
+        return F.scaled_dot_product_attention(q, agents, seen, attn_mask=bias2)  # (B, M, N, D)

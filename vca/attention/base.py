@@ -14,6 +14,7 @@ from enum import Enum
 from typing import Any, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vca.attention.geometry import check_heads, to_image
@@ -94,10 +95,7 @@ class ProjectedAttention(nn.Module):
         """Make what the variant has besides; called at the end of the constructor."""
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, grid: tuple[int, int]) -> Tensor:
-        """The variant itself: three `(B, M, N, D)` to one, in the dtype of `q`.
-
-        The local branch is added into it, so with one it may not be what the backward pass keeps, as SDPA does.
-        """
+        """The variant itself: three `(B, M, N, D)` to one, in the dtype of `q`."""
         raise NotImplementedError
 
     def forward(self, x: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
@@ -108,7 +106,8 @@ class ProjectedAttention(nn.Module):
         q, k, v = heads.permute(2, 0, 3, 1, 4).unbind(0)  # 3 x (B, M, N, D)
         out = self.attend(q, k, v, grid).transpose(1, 2).flatten(2)  # (B, N, C)
         if self.local is not None:
-            out[:, self.num_prefix_tokens :] += self.local_branch(qkv.chunk(3, dim=-1)[2], grid)
+            local = self.local_branch(qkv.chunk(3, dim=-1)[2], grid)  # (B, H W, C)
+            out = out + F.pad(local, (0, 0, self.num_prefix_tokens, 0))  # not in place: SDPA keeps what it returned
         return self.proj_drop(self.proj(out))  # (B, N, C)
 
     def local_branch(self, v: Tensor, grid: tuple[int, int]) -> Tensor:

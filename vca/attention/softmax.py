@@ -43,5 +43,4 @@ class SoftmaxAttention(ProjectedAttention):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, grid: tuple[int, int]) -> Tensor:
         """`softmax_attention` over all tokens."""
-        out = softmax_attention(q, k, v)  # (B, M, N, D)
-        return out if self.local is None else out.clone()
+        return softmax_attention(q, k, v)
