@@ -1,5 +1,7 @@
 """Every comparison attention against its oracle, one head of one image at a time: value and every gradient."""
 
+import math
+
 import pytest
 import torch
 
@@ -12,14 +14,24 @@ def every(q, k, v):
     return [(b, m) for b in range(q.shape[0]) for m in range(q.shape[1])]
 
 
+LAYER = 2
+LAMBDA_INIT = 0.8 - 0.6 * math.exp(-0.3 * LAYER)
+
+
+def lambda_of(vectors):
+    """exp(q1 . k1) - exp(q2 . k2) + l_init."""
+    first, second = torch.dot(vectors.q1, vectors.k1), torch.dot(vectors.q2, vectors.k2)
+    return torch.exp(first) - torch.exp(second) + LAMBDA_INIT
+
+
 def differential_oracle(module, q, k, v, grid):
     """Differential Attention, one head at a time."""
     half, out = q.shape[-1] // 2, torch.empty_like(v)
     for b, m in every(q, k, v):
         first = torch.softmax(q[b, m, :, :half] @ k[b, m, :, :half].T / half**0.5, -1)
         second = torch.softmax(q[b, m, :, half:] @ k[b, m, :, half:].T / half**0.5, -1)
-        seen = (first - module.lambda1() * second) @ v[b, m]
-        out[b, m] = (1 - module.lambda_init) * rms_norm(seen, module.norm1_weight, 1e-5)
+        seen = (first - lambda_of(module.lambda1) * second) @ v[b, m]
+        out[b, m] = (1 - LAMBDA_INIT) * rms_norm(seen, module.norm1_weight, 1e-5)
     return out
 
 
@@ -31,10 +43,12 @@ def differential_stages_oracle(module, q, k, v, grid):
         halves = [(x[:, :half], x[:, half:]) for x in (q[b, m], k[b, m], t)]
         (q1, q2), (k1, k2), (t1, t2) = halves
         seen = torch.softmax(t1 @ k1.T / half**0.5, -1) @ v[b, m]
-        seen = seen - module.lambda1() * torch.softmax(t2 @ k2.T / half**0.5, -1) @ v[b, m]
-        v_hat = (1 - module.lambda_init) * rms_norm(seen, module.norm1_weight, 1e-5)
-        weights = torch.softmax(q1 @ t1.T / half**0.5, -1) - module.lambda2() * torch.softmax(q2 @ t2.T / half**0.5, -1)
-        out[b, m] = (1 - module.lambda_init) * rms_norm(weights @ v_hat, module.norm2_weight, 1e-5)
+        seen = seen - lambda_of(module.lambda1) * torch.softmax(t2 @ k2.T / half**0.5, -1) @ v[b, m]
+        v_hat = (1 - LAMBDA_INIT) * rms_norm(seen, module.norm1_weight, 1e-5)
+        weights = torch.softmax(q1 @ t1.T / half**0.5, -1) - lambda_of(module.lambda2) * torch.softmax(
+            q2 @ t2.T / half**0.5, -1
+        )
+        out[b, m] = (1 - LAMBDA_INIT) * rms_norm(weights @ v_hat, module.norm2_weight, 1e-5)
     return out
 
 
@@ -65,9 +79,11 @@ def agent_oracle(module, q, k, v, grid):
 def focused_linear_oracle(module, q, k, v, grid):
     """Focused linear attention as a map of all pairs, one head at a time."""
 
+    power = module.config.power
+
     def focused(x):
         x = torch.relu(x) + 1e-6
-        return x.norm(dim=-1, keepdim=True) * x**3 / (x**3).norm(dim=-1, keepdim=True)
+        return x.norm(dim=-1, keepdim=True) * x**power / (x**power).norm(dim=-1, keepdim=True)
 
     out = torch.empty_like(v)
     for b, m in every(q, k, v):
@@ -89,23 +105,34 @@ def averaged(tokens, grid, pool):
 
 
 ORACLES = {
-    "differential": differential_oracle,
-    "differential_stages": differential_stages_oracle,
-    "agent": agent_oracle,
-    "focused_linear": focused_linear_oracle,
+    "differential": (differential_oracle, {}),
+    "differential_stages": (differential_stages_oracle, {}),
+    "agent": (agent_oracle, {}),
+    "focused_linear": (focused_linear_oracle, {"power": 3}),
+    "focused_linear, power 5": (focused_linear_oracle, {"power": 5}),
 }
+
+
+def build(name, grid=(4, 6), dim=16, **options):
+    """A layer of two heads in double precision."""
+    torch.manual_seed(0)
+    config = ATTENTIONS[name][0](**options)
+    return build_attention(config, dim, 2, grid, (2, 3), num_prefix_tokens=1, layer_index=LAYER).double()
 
 
 @pytest.mark.parametrize("grid", [(4, 6), (3, 5), (1, 7)], ids=str)
 @pytest.mark.parametrize("name", ORACLES)
 def test_comparison_attention_against_its_oracle(name, grid):
     """Value and the gradient of every parameter and of q, k, v."""
-    torch.manual_seed(0)
-    module = build_attention(ATTENTIONS[name][0](), 16, 2, grid, (2, 3), num_prefix_tokens=1, layer_index=2).double()
+    oracle, options = ORACLES[name]
+    module = build(name.split(",")[0], grid, **options)
+    for parameter_name, parameter in module.named_parameters():
+        if parameter_name.startswith("norm"):
+            torch.nn.init.uniform_(parameter, 0.5, 1.5)
     q, k, v = (torch.randn(2, 2, 1 + grid[0] * grid[1], 8, dtype=torch.float64).requires_grad_() for _ in range(3))
     inside = [p for n, p in module.named_parameters() if n.split(".")[0] not in ("qkv", "proj", "local")]
     results = []
-    for function in (lambda: ORACLES[name](module, q, k, v, grid), lambda: module.attend(q, k, v, grid)):
+    for function in (lambda: oracle(module, q, k, v, grid), lambda: module.attend(q, k, v, grid)):
         out = function()
         weight = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)
         results.append((out, torch.autograd.grad((out * weight).sum(), [q, k, v, *inside])))
@@ -113,3 +140,49 @@ def test_comparison_attention_against_its_oracle(name, grid):
     torch.testing.assert_close(out, expected, rtol=1e-9, atol=1e-10)
     for grad, reference in zip(grads, expected_grads, strict=True):
         torch.testing.assert_close(grad, reference, rtol=1e-7, atol=1e-9)
+
+
+def test_initialisation():
+    """What the layers start with, large enough to tell by its standard deviation."""
+    for std in (1.0, 0.02, 0.0):
+        vca = build("vca", dim=512, embedding_init_std=std)
+        for embedding in (vca.e_pos, vca.e_neg):
+            assert embedding.std().item() == pytest.approx(std, rel=0.05)
+            assert abs(embedding.mean().item()) <= 0.1 * std
+        assert std == 0 or not torch.equal(vca.e_pos, vca.e_neg)
+    for name in ("vca", "differential", "differential_stages"):
+        module = build(name, dim=2048)
+        lambdas = [module.lambda1] if name == "differential" else [module.lambda1, module.lambda2]
+        vectors = [vector for one in lambdas for vector in one.parameters()]
+        assert len(vectors) == 4 * len(lambdas)
+        for vector in vectors:
+            assert vector.std().item() == pytest.approx(0.1, rel=0.15)
+        assert len({vector[0].item() for vector in vectors}) == len(vectors)
+        assert all((p == 1).all() for n, p in module.named_parameters() if n.startswith("norm"))
+    agent = build("agent", (20, 30))
+    for bias in (agent.bias1, agent.bias2):
+        assert {name: tuple(p.shape) for name, p in bias.named_parameters()} == {
+            "cells": (2, 6, 7, 7),
+            "rows": (2, 6, 20, 1),
+            "columns": (2, 6, 1, 30),
+            "prefix": (2, 6, 1),
+        }
+        for parameter in (bias.cells, bias.rows, bias.columns):
+            assert parameter.std().item() == pytest.approx(0.02, rel=0.15)
+    assert not torch.equal(agent.bias1.cells, agent.bias2.cells)
+
+
+@pytest.mark.parametrize("name", ["vca", "differential_stages", "differential"])
+def test_autocast_takes_every_difference_in_float32(name, monkeypatch):
+    """Both stages subtract in float32 although the products run in bfloat16, and so does lambda weigh."""
+    seen = []
+
+    def spy(input, first, second, real=torch.addcmul):
+        seen.append((input.dtype, first.dtype, second.dtype))
+        return real(input, first, second)
+
+    monkeypatch.setattr(torch, "addcmul", spy)
+    module = build(name).float()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert module(torch.randn(1, 25, 16)).dtype is torch.bfloat16
+    assert seen == [(torch.float32,) * 3] * (1 if name == "differential" else 2)
