@@ -188,6 +188,42 @@ def test_counts_of_every_model_file(counts):
     assert counts["pvt_tiny", "softmax"]["params"] == 13_229_288
     assert counts["dit_s_2", "softmax"]["params"] == 32_963_360
     assert counts["dit_xl_2", "softmax"]["params"] == 675_129_632
+    inputs = {"deit_tiny": [3, 224, 224], "dit_s_2": [4, 32, 32], "deit_mini": [3, 32, 32], "dit_mini": [3, 32, 32]}
+    assert {model: counts[model, "vca"]["input"] for model in inputs} == inputs
+
+
+# DeiT-Tiny: channels, width of a head, layers, patches, tokens with the class token, contrast tokens.
+C, D, LAYERS, PATCHES, N, n = 192, 64, 12, 196, 197, 49
+
+# Of one attention besides its projections, parameters and multiply-adds, counted by hand. Of VCA: the convolution, the
+# vectors of two lambdas, two norms, e+ and e-; four products with n x N scores in Stage I and three in Stage II.
+LOCAL, LOCAL_MACS = 10 * C, 9 * PATCHES * C
+VCA = LOCAL + 2 * 4 * D + 2 * D + 2 * n * C
+BY_HAND = {
+    "softmax": (0, 2 * N * N * C),
+    "softmax_local": (LOCAL, 2 * N * N * C + LOCAL_MACS),
+    "vca": (VCA, 7 * n * N * C + LOCAL_MACS),
+    "vca_no_local": (VCA - LOCAL, 7 * n * N * C),
+    "vca_stage1_only": (VCA - 4 * D, 6 * n * N * C + LOCAL_MACS),  # one product less, the negative scores of Stage II
+    "vca_stage2_only": (VCA - 4 * D, 5 * n * N * C + LOCAL_MACS),  # two less, the negative stream of Stage I
+    "vca_learned_pooling": (VCA + 4 * C, 7 * n * N * C + LOCAL_MACS + PATCHES * C),  # kernels of 2 x 2
+    "vca pool=[4,4]": (VCA - 2 * (n - 16) * C, 7 * 16 * N * C + LOCAL_MACS),
+    "differential_stages": (LOCAL + 2 * 4 * D // 2 + 2 * D, 5 * n * N * C + LOCAL_MACS),  # scores of half heads
+    "differential": (4 * D // 2 + D, 3 * N * N * C),
+    "agent": (LOCAL + 2 * 3 * n * (7 * 7 + 14 + 14 + 1), 4 * n * N * C + LOCAL_MACS),  # 3 heads, two biases
+    "focused_linear": (LOCAL, 2 * N * D * C + LOCAL_MACS),
+}
+
+
+@pytest.mark.parametrize("attention", BY_HAND)
+def test_counts_by_hand(counts, attention):
+    """DeiT-Tiny with each attention, spelled out."""
+    params, macs = BY_HAND[attention]
+    block = 2 * 2 * C + (C + 1) * 3 * C + (C + 1) * C + (C + 1) * 4 * C + (4 * C + 1) * C  # norms, qkv, proj, the MLP
+    around = (3 * 16 * 16 + 1) * C + N * C + C + 2 * C + (C + 1) * 1000  # patches, positions, class token, norm, head
+    assert counts["deit_tiny", attention]["params"] == LAYERS * (block + params) + around
+    products = (3 + 1 + 4 + 4) * N * C * C  # qkv, proj, the MLP
+    assert counts["deit_tiny", attention]["macs"] == LAYERS * (products + macs) + PATCHES * 3 * 16 * 16 * C + C * 1000
 
 
 @pytest.mark.parametrize("attention", ATTENTION_NAMES)

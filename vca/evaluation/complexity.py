@@ -10,10 +10,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 @dataclass(frozen=True)
 class Complexity:
-    """Number of parameters, and of multiply-adds (MACs) in the forward pass of one image."""
+    """Number of parameters, and of multiply-adds (MACs) in the forward pass of one image of shape `input`."""
 
     params: int
     macs: int
+    input: tuple[int, ...]
 
 
 def count(build: Callable[[], nn.Module], inputs: Callable[[], tuple[Tensor, ...]]) -> Complexity:
@@ -30,4 +31,5 @@ def count(build: Callable[[], nn.Module], inputs: Callable[[], tuple[Tensor, ...
         model, arguments = build().eval(), inputs()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(*arguments)
-    return Complexity(sum(p.numel() for p in model.parameters()), counter.get_total_flops() // 2)
+    params = sum(p.numel() for p in model.parameters())
+    return Complexity(params, counter.get_total_flops() // 2, tuple(arguments[0].shape[1:]))
