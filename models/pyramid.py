@@ -29,7 +29,7 @@ class Stage(nn.Module):
 
 def keeps_own(config: PyramidConfig, attention: Any, stage: int) -> bool:
     """Whether a stage, counted from 0, keeps the backbone's own attention."""
-    return attention == SoftmaxConfig() or stage + 1 not in config.attention_stages
+    return attention.name == SoftmaxConfig.name or stage + 1 not in config.attention_stages
 
 
 class Pyramid(Backbone):
@@ -43,6 +43,9 @@ class Pyramid(Backbone):
         mlp_ratios: of each stage.
         norm_eps: of the norms in the blocks and after them.
         num_prefix_tokens: of the last stage.
+
+    Raises:
+        ValueError: if the backbone's own attention is to have a local branch.
     """
 
     config: PyramidConfig
@@ -57,6 +60,11 @@ class Pyramid(Backbone):
         norm_eps: float = 1e-5,
         num_prefix_tokens: int = 0,
     ) -> None:
+        if attention.name == SoftmaxConfig.name and attention.local_branch:
+            raise ValueError(
+                f"attention.local_branch must be false with attention=softmax, under which {config.family} keeps its "
+                f"own attention, got {attention.local_branch}"
+            )
         last = len(config.depths) - 1
         super().__init__(config, config.dim(last), num_prefix_tokens)
         rates = iter(drop_path_rates(config.drop_path_rate, sum(config.depths)))

@@ -27,10 +27,11 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = Non
 
 @dataclass
 class SoftmaxConfig(AttentionConfig):
-    """MHSA. A backbone with windows, stripes or spatial reduction keeps those under the defaults, its baseline.
+    """MHSA. A backbone with windows, stripes or spatial reduction keeps those, its baseline.
 
     Attributes:
-        local_branch: as for every variant; what this convolution alone adds to the baseline.
+        local_branch: as for every variant; what this convolution alone adds to the baseline. A backbone that keeps an
+            attention of its own refuses it.
     """
 
     name: str = "softmax"
