@@ -18,6 +18,7 @@ from models.config import BackboneConfig
 from models.layers import Backbone, Block, drop_path_rates, load_official, select_options, square_side
 from vca.attention import SoftmaxConfig, build_attention
 from vca.attention.geometry import is_pair
+from vca.attention.pooling import check_layers
 
 
 @dataclass
@@ -64,11 +65,12 @@ class DeiT(Backbone):
 
     def __init__(self, config: DeiTConfig, attention: Any) -> None:
         dim, depth = config.embed_dim, config.depth
+        check_layers(attention, depth)
         super().__init__(config, num_features=dim, num_prefix_tokens=1)
         self.patch_embed = PatchEmbed(config.size, config.patch_size, config.in_chans, dim, strict_img_size=False)
         self.grid: tuple[int, int] = self.patch_embed.grid_size
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
-        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.grid[0] * self.grid[1], dim))
+        self.pos_embed = nn.Parameter(torch.zeros(1, self.num_prefix_tokens + self.grid[0] * self.grid[1], dim))
         self.pos_drop = nn.Dropout(config.drop_rate)
 
         def choose_attention(index: int) -> nn.Module:
@@ -78,7 +80,7 @@ class DeiT(Backbone):
                 config.num_heads,
                 self.grid,
                 pool=(config.contrast_grid[0], config.contrast_grid[1]),
-                num_prefix_tokens=1,
+                num_prefix_tokens=self.num_prefix_tokens,
                 layer_index=index,
                 qkv_bias=config.qkv_bias,
                 proj_drop=config.drop_rate,
@@ -103,7 +105,7 @@ class DeiT(Backbone):
 
     def adapt(self, name: str, tensor: Tensor) -> Tensor | None:
         """Positions of a square image of another size, interpolated."""
-        side = square_side(tensor.shape[1] - 1) if name == "pos_embed" else None
+        side = square_side(tensor.shape[1] - self.num_prefix_tokens) if name == "pos_embed" else None
         if side is None or tensor.shape[2] != self.pos_embed.shape[2]:
             return None
         return resample_abs_pos_embed(tensor, list(self.grid), [side, side], num_prefix_tokens=1)

@@ -23,6 +23,7 @@ from models.config import check_size
 from models.layers import load_official, select_options
 from vca.attention import SoftmaxConfig, build_attention
 from vca.attention.geometry import is_pair
+from vca.attention.pooling import check_layers
 
 FREQUENCIES = 256  # of the time embedding
 gelu_tanh: Any = partial(nn.GELU, approximate="tanh")
@@ -181,6 +182,7 @@ class DiT(nn.Module):
 
     def __init__(self, config: DiTConfig, attention: Any) -> None:
         super().__init__()
+        check_layers(attention, config.depth)
         self.config = config
         dim, grid = config.hidden_size, config.grid
         self.grad_checkpointing = False

@@ -16,6 +16,7 @@ from models.config import PyramidConfig
 from models.layers import Backbone, Block, drop_path_rates
 from vca.attention import SoftmaxConfig, build_attention
 from vca.attention.geometry import to_image
+from vca.attention.pooling import check_layers
 
 
 class Stage(nn.Module):
@@ -65,6 +66,7 @@ class Pyramid(Backbone):
                 f"attention.local_branch must be false with attention=softmax, under which {config.family} keeps its "
                 f"own attention, got {attention.local_branch}"
             )
+        check_layers(attention, sum(config.depths))
         last = len(config.depths) - 1
         super().__init__(config, config.dim(last), num_prefix_tokens)
         rates = iter(drop_path_rates(config.drop_path_rate, sum(config.depths)))

@@ -344,7 +344,10 @@ def test_bfloat16_is_close_to_float32():
         (lambda: build_attention(ATTENTIONS["differential"][0](), 6, 2, (3, 3)), "head dim must be even.*got 3"),
         (lambda: build_attention(ATTENTIONS["differential_stages"][0](), 6, 2, (3, 3)), "head dim must be even"),
         (lambda: VCAConfig(pooling="median"), r"attention.pooling must be one of \['average', .*, got 'median'"),
-        (lambda: ATTENTIONS["focused_linear"][0](power=0), "attention.power must be >= 1, got 0"),
+        (lambda: ATTENTIONS["focused_linear"][0](power=0), "attention.power must be from 1 to 16, got 0"),
+        (lambda: ATTENTIONS["focused_linear"][0](power=17), "attention.power must be from 1 to 16, got 17"),
+        (lambda: VCAConfig(embedding_init_std=float("inf")), "embedding_init_std must be >= 0 and finite, got inf"),
+        (lambda: VCAConfig(embedding_init_std=float("nan")), "embedding_init_std must be >= 0 and finite, got nan"),
         (
             lambda: VisualContrastAttention(8, 2, (8, 8), (2, 2), config=VCAConfig(pooling="depthwise"))(
                 torch.zeros(1, 6, 8), grid=(2, 3)
@@ -356,6 +359,42 @@ def test_bfloat16_is_close_to_float32():
 def test_wrong_use(build, message):
     with pytest.raises(ValueError, match=message):
         build()
+
+
+@pytest.mark.parametrize("name", ATTENTIONS)
+def test_every_variant_checks_its_place(name):
+    """The constructor, whether or not the variant uses what it is told, and the number of tokens."""
+    config, module = ATTENTIONS[name]
+    for arguments, message in [
+        ({"pool": (0, 2)}, "pool must be two integers >= 1, got (0, 2)"),
+        ({"pool": (-1, -1)}, "pool must be two integers >= 1, got (-1, -1)"),
+        ({"pool": 7}, "pool must be two integers >= 1, got 7"),
+        ({"grid": (3, 0)}, "grid must be two integers >= 1, got (3, 0)"),
+        ({"num_prefix_tokens": -1}, "num_prefix_tokens must be >= 0, got -1"),
+        ({"layer_index": -5}, "layer_index must be >= 0, got -5"),
+        ({"num_heads": 0}, "num_heads must be >= 1 and divide the width 8, got 0"),
+        ({"config": object()}, f"config must be a {config.__name__}, got object"),
+        ({"config": ATTENTIONS["softmax" if name != "softmax" else "vca"][0]()}, "Config, got "),
+    ]:
+        with pytest.raises(ValueError, match=re.escape(message)):
+            module(**{"dim": 8, "num_heads": 2, "grid": (3, 3), **arguments})
+    built = module(8, 2, (3, 3), (2, 2), 1)
+    for tokens, grid in ((9, None), (11, None), (10, (2, 3))):
+        with pytest.raises(ValueError, match=f"{tokens} tokens do not fill grid . x 3 after 1 prefix tokens"):
+            built(torch.zeros(1, tokens, 8), grid)
+    assert module(8, 2, [3, 3], [2, 2], 1)(torch.zeros(1, 10, 8)).shape == (1, 10, 8)
+
+
+@pytest.mark.parametrize("power", [1, 16])
+@pytest.mark.parametrize("value", [0.0, -1.0, 1.0])
+def test_power_keeps_to_float32(power, value):
+    """The flattest direction, all entries alike, in a head of 256: the mean of v, and finite gradients."""
+    module = build_attention(ATTENTIONS["focused_linear"][0](power=power), 256, 1, (2, 2))
+    q, k, v = (torch.full((1, 1, 4, 256), value, requires_grad=True) for _ in range(3))
+    out = module.attend(q, k, v, (2, 2))
+    torch.testing.assert_close(out, v.detach())
+    out.sum().backward()
+    assert all(x.grad.isfinite().all() for x in (q, k, v))
 
 
 def test_pool_of_each_layer():

@@ -17,7 +17,7 @@ import models.pvt
 import models.swin
 import train_cls  # noqa: F401 - registers the schemas
 import vca
-from models import CLASSIFIERS, build_model
+from models import CLASSIFIERS, MODELS, build_model
 from models.layers import Block
 from scripts.complexity import PAPER
 from tests.conftest import GOLDEN, ROOT
@@ -376,6 +376,17 @@ def test_wrong_sizes_are_refused(family):
     for fields, message in WRONG_CONFIGS[family]:
         with pytest.raises(ValueError, match=message):
             small(family, "vca", **fields)
+
+
+def test_contrast_grids_of_layers_that_are_not_there():
+    depths = {"deit": 2, "pvt": 8, "swin": 8, "cswin": 5, "dit": 1}
+    fields = {**SMALL, "pvt": {**SMALL["pvt"], "depths": [2] * 4}, "dit": {"depth": 1}}
+    for family, depth in depths.items():
+        config_class, module = MODELS[family]
+        config = config_class(**fields[family])
+        module(config, VCAConfig(pool=[[1, 1]] * depth))
+        with pytest.raises(ValueError, match=f"attention.pool names {depth + 1} layers, but the model has {depth}"):
+            module(config, VCAConfig(pool=[[1, 1]] * (depth + 1)))
 
 
 def test_features_without_a_head():

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vca.attention.geometry import check_heads, to_image
+from vca.attention.geometry import check_heads, check_tokens, is_pair, to_image
 
 Choice = TypeVar("Choice", bound=Enum)
 
@@ -60,7 +60,8 @@ class ProjectedAttention(nn.Module):
         config: the variant's options; None takes their defaults.
 
     Raises:
-        ValueError: if `dim` is not divisible by `num_heads`.
+        ValueError: if `dim` is not divisible by `num_heads`, the options are another variant's, or another argument is
+            out of its range.
     """
 
     Config: type[AttentionConfig] = AttentionConfig
@@ -79,9 +80,18 @@ class ProjectedAttention(nn.Module):
     ) -> None:
         super().__init__()
         check_heads(dim, num_heads)
+        for key, pair in (("grid", grid), ("pool", pool)):
+            if not is_pair(pair):
+                raise ValueError(f"{key} must be two integers >= 1, got {pair}")
+        for key, number in (("num_prefix_tokens", num_prefix_tokens), ("layer_index", layer_index)):
+            if number < 0:
+                raise ValueError(f"{key} must be >= 0, got {number}")
+        if not isinstance(config, (self.Config, type(None))):
+            raise ValueError(f"config must be a {self.Config.__name__}, got {type(config).__name__}")
         self.config: Any = config or self.Config()
         self.dim, self.num_heads, self.head_dim = dim, num_heads, dim // num_heads
-        self.grid, self.pool, self.num_prefix_tokens, self.layer_index = grid, pool, num_prefix_tokens, layer_index
+        self.grid, self.pool = (grid[0], grid[1]), (pool[0], pool[1])
+        self.num_prefix_tokens, self.layer_index = num_prefix_tokens, layer_index
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
@@ -99,8 +109,13 @@ class ProjectedAttention(nn.Module):
         raise NotImplementedError
 
     def forward(self, x: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
-        """Attend: `(B, N, C)` to `(B, N, C)`; `grid` where this input's is not the one the module was built for."""
+        """Attend: `(B, N, C)` to `(B, N, C)`; `grid` where this input's is not the one the module was built for.
+
+        Raises:
+            ValueError: if the tokens do not fill the grid.
+        """
         grid = grid or self.grid
+        check_tokens(x.shape[1], grid, self.num_prefix_tokens)
         qkv = self.qkv(x)  # (B, N, 3C)
         heads = qkv.unflatten(-1, (3, self.num_heads, -1))  # (B, N, 3, M, D)
         q, k, v = heads.permute(2, 0, 3, 1, 4).unbind(0)  # 3 x (B, M, N, D)

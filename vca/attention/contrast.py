@@ -85,8 +85,8 @@ class VCAConfig(PooledConfig):
         self.positive = choose(Stream, self.positive, "attention.positive")
         self.negative = choose(Stream, self.negative, "attention.negative")
         self.stage2_softmax = choose(Stage2Softmax, self.stage2_softmax, "attention.stage2_softmax")
-        if not self.embedding_init_std >= 0:
-            raise ValueError(f"attention.embedding_init_std must be >= 0, got {self.embedding_init_std}")
+        if not 0 <= self.embedding_init_std < math.inf:
+            raise ValueError(f"attention.embedding_init_std must be >= 0 and finite, got {self.embedding_init_std}")
 
 
 EPS = 1e-5  # of both norms

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vca.attention.base import AttentionConfig, ProjectedAttention, choose
-from vca.attention.geometry import check_tokens, is_pair, to_image
+from vca.attention.geometry import is_pair, to_image
 
 
 class Pooling(Enum):
@@ -31,7 +31,7 @@ class PooledConfig(AttentionConfig):
     """Options of the variants that pool.
 
     Attributes:
-        pool: contrast grid `[h, w]`, or one such pair for each layer; None takes the backbone's.
+        pool: contrast grid `[h, w]`, or one such pair for each layer of the model; None takes the backbone's.
         pooling: `average` (the paper), `maximum` or `depthwise`.
     """
 
@@ -99,6 +99,13 @@ def pool_queries(
     return pooled.flatten(2).unflatten(1, (q.shape[1], -1)).transpose(2, 3)  # (B, M, n, D)
 
 
+def check_layers(config: Any, depth: int) -> None:
+    """Raise `ValueError` if an attention's options name the contrast grids of more layers than a model's `depth`."""
+    pool = getattr(config, "pool", None)
+    if pool is not None and not is_pair(pool) and len(pool) > depth:
+        raise ValueError(f"attention.pool names {len(pool)} layers, but the model has {depth}")
+
+
 class PooledAttention(ProjectedAttention):
     """A variant with contrast tokens."""
 
@@ -110,6 +117,5 @@ class PooledAttention(ProjectedAttention):
         self.pool_weight = self.config.pool_weight(self.dim, self.grid, self.pool)
 
     def contrast_tokens(self, q: Tensor, grid: tuple[int, int]) -> Tensor:
-        """`pool_queries` of this layer, `(B, M, N, D)` to `(B, M, n, D)`; `ValueError` if `q` is not of that grid."""
-        check_tokens(q.shape[2], grid, self.num_prefix_tokens)
+        """`pool_queries` of this layer, `(B, M, N, D)` to `(B, M, n, D)`."""
         return pool_queries(q, grid, self.pool, self.num_prefix_tokens, self.config.pooling, self.pool_weight)
