@@ -455,10 +455,27 @@ def test_replace_attention_refuses():
     with pytest.raises(ValueError, match="no blocks"):
         vca.replace_attention(nn.Linear(2, 2), grid=(2, 2))
     network = timm.create_model("vit_tiny_patch16_224", qk_norm=True)
-    with pytest.raises(ValueError, match=r"blocks.0.attn has q_norm, k_norm"):
+    with pytest.raises(ValueError, match=r"blocks.0.attn has q_norm, k_norm, which VCA has no place for"):
         vca.replace_attention(network)
     assert not any(isinstance(m, vca.VisualContrastAttention) for m in network.modules())
     network = timm.create_model("vit_tiny_patch16_224", depth=1)
     vca.replace_attention(network)
     with pytest.raises(ValueError, match="no masked form"):
         network.blocks[0](torch.zeros(1, 197, 192), attn_mask=torch.ones(197, 197))
+
+
+WITH_PARTS_OF_THEIR_OWN = {
+    "beit_base_patch16_224": "q_bias, v_bias, relative_position_bias_table",
+    "cait_xxs24_224": "proj_l, proj_w",
+    "eva02_small_patch14_224": "q_bias, v_bias, k_bias, an argument rope",
+    "vit_relpos_small_patch16_224": "rel_pos",
+    "vit_srelpos_small_patch16_224": "an argument shared_rel_pos",
+    "vit_small_patch16_rope_224": "an argument rope",
+}
+
+
+@pytest.mark.parametrize("name", WITH_PARTS_OF_THEIR_OWN)
+def test_replace_attention_refuses_what_it_would_lose(name):
+    network = timm.create_model(name, depth=1, embed_dim=32, num_heads=2)
+    with pytest.raises(ValueError, match=f"blocks.0.attn has {WITH_PARTS_OF_THEIR_OWN[name]}.*VCA has no place for"):
+        vca.replace_attention(network, grid=(14, 14))

@@ -4,12 +4,16 @@ model = timm.create_model("deit_small_patch16_224", pretrained=True)
 replaced = vca.replace_attention(model, pool=(7, 7))        # 12
 """
 
+import inspect
 from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 
 from vca.attention.contrast import VCAConfig, VisualContrastAttention
+
+PARTS = ("qkv", "proj", "attn_drop", "proj_drop")  # of timm's `Attention`
+ARGUMENTS = ("x", "attn_mask", "is_causal")  # of its forward
 
 
 class TimmVisualContrastAttention(VisualContrastAttention):
@@ -52,13 +56,22 @@ def replace_attention(
     if num_prefix_tokens is None:
         num_prefix_tokens = getattr(model, "num_prefix_tokens", 0)
     blocks: Any = getattr(model, "blocks", ())
-    found = [(index, block) for index, block in enumerate(blocks) if hasattr(getattr(block, "attn", None), "qkv")]
+    found = [(index, block) for index, block in enumerate(blocks) if getattr(getattr(block, "attn", None), "qkv", None)]
     if not found:
         raise ValueError(f"replace_attention: {type(model).__name__} has no blocks[i].attn with a qkv projection")
     new = [from_timm(block.attn, (grid[0], grid[1]), pool, num_prefix_tokens, index, config) for index, block in found]
     for (_, block), attention in zip(found, new, strict=True):  # only now: an error above leaves the model as it was
         block.attn = attention
     return len(new)
+
+
+def without_a_place(attention: nn.Module) -> list[str]:
+    """Names of what a timm attention has, or is called with, besides what VCA takes over or does without."""
+    parts = [name for name, part in attention.named_children() if not isinstance(part, nn.Identity)]
+    parts += [name for name, _ in attention.named_parameters(recurse=False)]
+    parts += [name for name, _ in attention.named_buffers(recurse=False)]
+    arguments = [name for name in inspect.signature(attention.forward).parameters if name not in ARGUMENTS]
+    return [name for name in parts if name not in PARTS] + [f"an argument {name}" for name in arguments]
 
 
 def from_timm(
@@ -70,15 +83,14 @@ def from_timm(
     config: VCAConfig | None,
 ) -> TimmVisualContrastAttention:
     """VCA holding the `qkv` and `proj` of a timm `Attention`, on their device and in their dtype and mode."""
+    extra = without_a_place(attention)
+    if extra:
+        raise ValueError(
+            f"replace_attention: blocks.{layer_index}.attn has {', '.join(extra)}, which VCA has no place for"
+        )
     dim = attention.qkv.in_features
-    extra = [
-        name
-        for name in ("q_norm", "k_norm", "norm", "gate")
-        if not isinstance(getattr(attention, name, None), (nn.Identity, type(None)))
-    ]
-    if extra or attention.qkv.out_features != 3 * dim or attention.proj.out_features != dim:
-        what = f"has {', '.join(extra)}" if extra else "changes its width"
-        raise ValueError(f"replace_attention: blocks.{layer_index}.attn {what}, which VCA has no place for")
+    if attention.qkv.out_features != 3 * dim or attention.proj.out_features != dim:
+        raise ValueError(f"replace_attention: blocks.{layer_index}.attn changes its width, which VCA does not")
     weight = attention.qkv.weight
     module = TimmVisualContrastAttention(
         dim,
