@@ -121,7 +121,8 @@ def visual_contrast_attention(
     """The attention of VCA, before the local branch.
 
     Softmaxes, the two differences, lambda and the two norms are taken in float32 (float64 for float64 inputs), also
-    under autocast; only the products run in the dtype of `q`.
+    under autocast; only the products run in the dtype of `q`. In half precision the difference of Stage I is thus one
+    of v+ and v- as the product rounds them.
 
     Args:
         q, k, v: `(B, M, N, D)`, where N is `num_prefix_tokens + H * W`, prefix tokens first.
@@ -157,7 +158,8 @@ def visual_contrast_attention(
     stage1_tokens = streamed if lambda1 is not None else streamed[:, :, :num_contrast]
     stage2_tokens = streamed if lambda2 is not None else streamed[:, :, :num_contrast]
 
-    # Stage I, global contrast. One call serves both streams; every backend of SDPA keeps its softmax in float32.
+    # Stage I, global contrast. One call serves both streams; every backend of SDPA keeps its softmax in float32, and
+    # rounds what it returns to the dtype of q.
     seen = F.scaled_dot_product_attention(stage1_tokens, k, v).to(full)  # (B, M, 2n or n, D)
     if lambda1 is not None:
         v_pos, v_neg = seen.split(num_contrast, dim=2)
@@ -229,7 +231,7 @@ class VisualContrastAttention(PooledAttention):
     """VCA with its projections and local branch: `(B, N, C)` to `(B, N, C)`, in the place of MHSA.
 
     The arguments are those of `ProjectedAttention`, the options those of `VCAConfig`. Parameters do not depend on the
-    grid, and the depth of the layer sets `lambda_init`.
+    grid, except the kernel of a learned pooling; the depth of the layer sets `lambda_init`.
     """
 
     Config = VCAConfig

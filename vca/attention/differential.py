@@ -5,7 +5,8 @@ Each head splits its queries and keys into two halves, which attend apart; what 
     q = [q1; q2],   k = [k1; k2]
     o = (1 - l_init) RMSNorm((softmax(q1 k1^T / sqrt(D/2)) - l softmax(q2 k2^T / sqrt(D/2))) v)
 
-With M heads of dim D this is the paper's layer of M heads whose two queries have dim D / 2 and whose values have D.
+With M heads of dim D this is the paper's layer of M heads whose two queries have dim D / 2 and whose values have D. The
+paper gives it half as many heads as MHSA, with values twice as wide; here the number of heads stays.
 
 Shape letters: B batch, M heads, N tokens, D head dim.
 """

@@ -50,7 +50,10 @@ class DifferentialStagesAttention(PooledAttention):
         self.norm2_weight = nn.Parameter(torch.ones(self.head_dim))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Both stages: three `(B, M, N, D)` to one. What is float32 in VCA is float32 here."""
+        """Both stages: three `(B, M, N, D)` to one.
+
+        What is float32 in VCA is float32 here: of Stage I the difference, not v+ and v-, which SDPA rounds before it.
+        """
         full = torch.promote_types(q.dtype, torch.float32)
         t = self.contrast_tokens(q, grid)  # (B, M, n, D)
         (t1, t2), (q1, q2), (k1, k2) = (x.chunk(2, dim=-1) for x in (t, q, k))  # (B, M, n or N, D / 2)

@@ -5,7 +5,9 @@
 
 The original adds a depthwise convolution of v against the low rank of such a map; here it is the 3 x 3 local branch
 that all variants share, where the original has 5 x 5 (and one kernel for all heads). Its learned scale before the
-power, one number a channel, is left out: being positive, it is a rescaling of the projections.
+power, one number a channel, is left out: being positive, it is a rescaling of the projections. Left out as well is the
+learned position that the original adds to every key. The original focuses all C channels of a token at once, before it
+splits them into heads; here each head has a norm and a power of its own.
 
 Shape letters: B batch, M heads, N tokens, D head dim.
 """

@@ -1,7 +1,9 @@
 """Contrast tokens: the queries of the grid, pooled to `h x w` cells.
 
 The paper averages. As its outlook suggests, the pooling is a choice: `average`, `maximum`, or `depthwise`, a strided
-depthwise convolution whose weights are learned and begin as the average.
+depthwise convolution whose weights are learned. Its kernel has `H // h x W // w` tokens, and begins as the average of a
+cell where `h x w` divides the grid. Elsewhere what it makes is averaged further: from 14 x 14 to 8 x 8 the kernel is
+1 x 1, a factor for each channel; from 11 x 11 to 4 x 4 it is 2 x 2, and leaves out the last row and column.
 
 Shape letters: B batch, M heads, N = P + H W tokens, C = M D channels, D head dim, n = h w contrast tokens.
 """
@@ -55,7 +57,7 @@ class PooledConfig(AttentionConfig):
         return tuple(self.pool[layer_index])
 
     def pool_weight(self, dim: int, grid: tuple[int, int], pool: tuple[int, int]) -> nn.Parameter | None:
-        """Weights `(C, 1, H // h, W // w)` of `depthwise`, which begin as an average; None for the others."""
+        """Weights `(C, 1, H // h, W // w)` of `depthwise`, equal and of sum one; None for the others."""
         if self.pooling is not Pooling.depthwise:
             return None
         stride = (max(grid[0] // pool[0], 1), max(grid[1] // pool[1], 1))
