@@ -96,9 +96,9 @@ def begin(config_name: str) -> Path:
         raise ConfigError("-m starts torchrun by itself, once for each job: python train_cls.py -m ...")
     overrides = get_args_parser().parse_args().overrides
     with hydra.initialize_config_dir(str(CODE / "configs"), version_base="1.3"):
-        loader = GlobalHydra.instance().hydra
-        assert loader is not None
-        config = loader.compose_config(config_name, overrides, RunMode.MULTIRUN, with_log_configuration=False)
+        composer = GlobalHydra.instance().hydra
+        assert composer is not None
+        config = composer.compose_config(config_name, overrides, RunMode.MULTIRUN, with_log_configuration=False)
         jobs = plan(config, config_name)
         folder = Path(config.hydra.sweep.dir).absolute()
     commit, diff = provenance()
