@@ -126,7 +126,7 @@ def draw(layer: int, images: Tensor, maps: dict[str, Tensor], patch: tuple[int, 
     figure, axes = plt.subplots(
         len(images), 1 + len(maps), figsize=(1.3 * (1 + len(maps)), 1.3 * len(images) + 0.35), squeeze=False
     )
-    figure.suptitle(f"layer {layer}", fontsize="small")
+    figure.suptitle(f"layer {layer}", fontsize="small", x=0.01, ha="left")
     grid = whole(maps).shape[1:]
     row, column = patch or centre((grid[0], grid[1]))
     size = shown.shape[1] / grid[0], shown.shape[2] / grid[1]

@@ -13,7 +13,7 @@ Of a cluster it prints a line for each thing that a training relies on: ranks an
 the ranks, bandwidth, the slowest rank, bf16, data, disk, exact resume of a run of ten updates. What is to be trained is
 told as to `train_cls.py`.
 
-Exit code 0 if all is well, 2 if not.
+Exit code 0 if all is well.
 """
 
 import io
@@ -34,7 +34,7 @@ from torch import Tensor
 
 import train_cls
 from models import build_model
-from vca.config import DoctorConfig, TrainClsConfig, command_line, compose, register_schemas
+from vca.config import DoctorConfig, TrainClsConfig, command_line, compose, mistakes_in_one_line, register_schemas
 from vca.data import load_dataset
 from vca.data.config import DataConfig
 from vca.data.doctor import examine, image_files
@@ -161,6 +161,8 @@ def main() -> None:
     sys.argv.remove("--cluster")
     alone = "RANK" not in os.environ and not {"-m", "--multirun", "-h", "--help"} & set(sys.argv)
     if alone:
+        with mistakes_in_one_line():
+            compose("train_cls", [argument for argument in sys.argv[1:] if not argument.startswith("-")])
         ranks = torch.cuda.device_count() or 2
         command = torchrun(Path(__file__), ["--cluster", *sys.argv[1:]], 1, ranks, 0)
         os.execv(command[0], command)

@@ -17,6 +17,7 @@ import train_cls
 from models import build_model
 from tests.conftest import ROOT, TINY, assert_same, environment, metrics, train, untimed
 from vca.config import compose
+from vca.runtime import provenance
 from vca.runtime.errors import ConfigError
 from vca.runtime.rundir import FREE_KEYS, RunDirectory, compare, plain
 from vca.runtime.seeding import seed_torch
@@ -268,3 +269,23 @@ def test_curves_are_drawn_when_a_kill_came_just_before(finished):
     (folder / "run" / "curves.png").unlink()
     run(folder)
     assert (folder / "run" / "curves.png").exists()
+
+
+def test_what_is_not_committed(tmp_path, monkeypatch):
+    """The diff of a start holds changed files and new ones; a copy gives what it was copied of."""
+    monkeypatch.setattr(provenance, "CODE", tmp_path)
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b"]
+    (tmp_path / "vca").mkdir()
+    (tmp_path / "vca" / "old.py").write_text("one\n")
+    for command in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "first"]):
+        subprocess.run([*git, *command], cwd=tmp_path, check=True)
+    commit, diff = provenance.provenance()
+    assert (len(commit), diff) == (40, "")
+    (tmp_path / "vca" / "old.py").write_text("two\n")
+    (tmp_path / "vca" / "new.py").write_text("three\n")
+    diff = provenance.provenance()[1]
+    assert "-one\n+two\n" in diff
+    assert "+++ b/vca/new.py\n@@ -0,0 +1 @@\n+three\n" in diff
+    (tmp_path / provenance.COMMIT).write_text("abc\n")
+    (tmp_path / provenance.DIFF).write_text("kept")
+    assert provenance.provenance() == ("abc", "kept")

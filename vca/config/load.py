@@ -18,6 +18,7 @@ from typing import Any
 import hydra
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -48,6 +49,7 @@ def register_schemas(root: Mapping[str, type], groups: Mapping[str, Registry]) -
     OmegaConf.register_new_resolver("divide", lambda value, by: value // max(by, 1), replace=True)
     OmegaConf.register_new_resolver("multiply", lambda value, by: value * by, replace=True)
     OmegaConf.register_new_resolver("sbatch", sbatch_options, replace=True)
+    OmegaConf.register_new_resolver("strictly", lambda lines: ["set -e", *lines] if lines else [], replace=True)
     OmegaConf.register_new_resolver("variant", lambda node: describe(dict(node)), replace=True)
     store = ConfigStore.instance()
     for name, node in root.items():
@@ -102,9 +104,11 @@ def command_line(
         return
 
     start = hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=config_name)
-    if {"-m", "--multirun"} & told and not {"-c", "--cfg", "-i", "--info"} & told:
+    if {"-m", "--multirun"} & told:
         program = program or (f"{config_name}.py",)
         with mistakes_in_one_line():
+            if {"-c", "--cfg", "-i", "--info"} & told:
+                raise ConfigError("-m and --cfg do not go together: leave -m out to print the config of one job")
             if sweep.LAUNCHER not in os.environ:
                 sys.exit(sweep.main(config_name, program, summary))
             sweep.launch(start, program)
@@ -112,10 +116,21 @@ def command_line(
 
     def main(config: DictConfig) -> None:
         with mistakes_in_one_line():
+            if sweep.LAUNCHER not in os.environ:
+                refuse_half_a_sweep(config_name)
             run(to_dataclass(config))
 
     with mistakes_in_one_line():
         start(main)()
+
+
+def refuse_half_a_sweep(config_name: str) -> None:
+    """Raise `ConfigError` on a choice that does nothing without `-m`."""
+    choices = HydraConfig.get().runtime.choices
+    for group, nothing in (("ablation", "null"), ("cluster", "local")):
+        choice = str(choices.get(group) or nothing)
+        if choice not in (nothing, "None"):
+            raise ConfigError(f"{group}={choice} is for sweeps: python {config_name}.py -m {group}={choice} ...")
 
 
 @contextmanager
@@ -130,7 +145,7 @@ def mistakes_in_one_line() -> Iterator[None]:
     except ValueError as error:
         if "Config group override must be" not in str(error):
             raise
-        fail("config error: a group that an experiment sets may not be null here; recipe=none is none", EXIT_CONFIG)
+        fail("config error: leave a group out instead of giving it null; recipe=none is no recipe", EXIT_CONFIG)
     except NonFiniteError as error:
         fail(f"stopped: {error}", EXIT_NON_FINITE)
     except PreemptedError as error:
@@ -288,7 +303,8 @@ def explain(error: BaseException) -> str:
             return f"unknown key '{key[1]}'" + did_you_mean(key[1], all_known_keys())
     if match := re.search(r"Value '(.*)' of type '\w+' could not be converted to (\w+)", text):
         null = " (write null for no value)" if match[1].lower() == "none" else ""
-        return f"{full_key[1] if full_key else 'a value'} must be a {match[2].lower()}, got '{match[1]}'{null}"
+        kind = {"Integer": "an integer"}.get(match[2], f"a {match[2].lower()}")
+        return f"{full_key[1] if full_key else 'a value'} must be {kind}, got '{match[1]}'{null}"
     if match := re.search(r"Value '(.*)' is not a valid bool", text):
         return f"{full_key[1] if full_key else 'a value'} must be true or false, got '{match[1]}'"
     if match := re.search(r"Invalid value assigned: (\w+) is not a ListConfig, list or tuple", text):

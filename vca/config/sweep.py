@@ -14,6 +14,7 @@ in a queue, is what was submitted.
 """
 
 import json
+import logging
 import os
 import re
 import shlex
@@ -22,7 +23,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -38,15 +39,15 @@ from vca.evaluation.sweep_table import sweep_table
 from vca.runtime.errors import ConfigError
 from vca.runtime.files import write_text
 from vca.runtime.launch import ATTEMPT, run_and_survive, torchrun
-from vca.runtime.provenance import CODE, COMMIT, DIFF, provenance
+from vca.runtime.provenance import CODE, COMMIT, DIFF, PARTS, provenance
 
 LAUNCHER = "VCA_SWEEP_LAUNCHER"  # in the environment of the copy that hands the jobs to Hydra's launcher
 POLL = 10.0  # seconds between two questions to SLURM
 
 
 def table(folder: Path) -> str:
-    """The table of a sweep's runs."""
-    return sweep_table([Path(job["run"]) for job in read_jobs(folder)])
+    """The table of a sweep's runs: of those jobs that ended well, others may have met a run that is not theirs."""
+    return sweep_table([Path(job["run"]) for job in read_jobs(folder) if exit_code(folder, job) == 0])
 
 
 def main(config_name: str, program: Sequence[str], summary: Callable[[Path], str] = table) -> int:
@@ -123,6 +124,8 @@ def launch(start: Callable[[Any], Any], program: Sequence[str]) -> None:
     """
     from submitit.core.utils import UncompletedJobError
 
+    logging.getLogger("submitit").setLevel(logging.ERROR)  # without accounting it warns at every look
+
     def job(config: DictConfig) -> None:
         run_job(config, program)
 
@@ -189,7 +192,7 @@ def read_jobs(folder: Path) -> list[dict[str, Any]]:
 def copy_code(folder: Path, commit: str | None, diff: str) -> None:
     """The part of this checkout that runs, and what it is."""
     leave = shutil.ignore_patterns("__pycache__")
-    for name in ("configs", "models", "scripts", "vca"):
+    for name in PARTS:
         shutil.copytree(CODE / name, folder / name, ignore=leave)
     for script in CODE.glob("*.py"):
         shutil.copy2(script, folder)
@@ -232,10 +235,13 @@ def wait_for_jobs(launcher: subprocess.Popen, folder: Path) -> None:
 
     Where there is no accounting, submitit waits for a cancelled job for ever; then the empty queue ends it.
     """
-    empty = 0
+    empty, told = 0, False
     while launcher.poll() is None or queued(folder):
         with suppress(subprocess.TimeoutExpired):
             launcher.wait(POLL)
+        if len(submitted(folder)) == len(read_jobs(folder)) and not told:
+            print(f"submitted as {', '.join(sorted(submitted(folder)))}; this waits for them, they do not need it")
+            told = True
         if launcher.returncode is not None:
             if not queued(folder):
                 return
@@ -272,13 +278,18 @@ def failures(folder: Path) -> list[str]:
     """A line for each job that did not end well: its name, how it ended, where its log is."""
     lines = []
     for job in read_jobs(folder):
-        file = folder / "ends" / f"{job['number']}.json"
-        code = json.loads(file.read_text())["exit_code"] if file.exists() else None
+        code = exit_code(folder, job)
         if code != 0:
             how = "did not come to its end" if code is None else f"exit code {code}"
             log, line = last_words(folder / "logs", job["name"])
             lines.append(f"failed: {job['name']}: {how}; {line} ({log})")
     return lines
+
+
+def exit_code(folder: Path, job: Mapping[str, Any]) -> int | None:
+    """How a job ended, None while it has not."""
+    file = folder / "ends" / f"{job['number']}.json"
+    return json.loads(file.read_text())["exit_code"] if file.exists() else None
 
 
 def last_words(folder: Path, name: str) -> tuple[Path, str]:

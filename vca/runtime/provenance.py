@@ -4,22 +4,27 @@ import subprocess
 from pathlib import Path
 
 CODE = Path(__file__).parents[2]  # this checkout, or a copy of it
+PARTS = ("configs", "models", "scripts", "vca")  # what runs, beside the root scripts
 COMMIT, DIFF = "COMMIT", "uncommitted.diff"  # in a copy, beside the code
 
 
 def provenance() -> tuple[str | None, str]:
-    """The commit, None where nothing says it, and the diff of the tracked files against it."""
+    """The commit, None where nothing says it, and the diff of this code against it, files that git does not know yet
+    included."""
     if (CODE / COMMIT).exists():
         return (CODE / COMMIT).read_text().strip() or None, (CODE / DIFF).read_text()
-    return git("rev-parse", "HEAD"), git("diff", "HEAD") or ""
+    new = (git("ls-files", "--others", "--exclude-standard", *PARTS, ":(glob)*.py") or "").splitlines()
+    diffs = [git("diff", "HEAD"), *(git("diff", "--no-index", "/dev/null", name) for name in new)]
+    return git("rev-parse", "HEAD"), "".join(f"{diff}\n" for diff in diffs if diff)
 
 
 def git(*arguments: str) -> str | None:
     """Output of a git command on this checkout, or None where there is no git or no checkout."""
+    differ = 1 if "--no-index" in arguments else 0
     try:
         done = subprocess.run(
             ["git", *arguments], cwd=CODE, capture_output=True, text=True, errors="replace", timeout=60
         )
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return done.stdout.strip() if done.returncode == 0 else None
+    return done.stdout.strip() if done.returncode in (0, differ) else None
