@@ -117,11 +117,11 @@ class ProjectedAttention(nn.Module):
         grid = grid or self.grid
         check_tokens(x.shape[1], grid, self.num_prefix_tokens)
         qkv = self.qkv(x)  # (B, N, 3C)
-        heads = qkv.unflatten(-1, (3, self.num_heads, -1))  # (B, N, 3, M, D)
-        q, k, v = heads.permute(2, 0, 3, 1, 4).unbind(0)  # 3 x (B, M, N, D)
+        heads = qkv.unflatten(-1, (3, self.num_heads, -1)).unbind(2)  # 3 x (B, N, M, D); their gradients: one copy
+        q, k, v = (x.transpose(1, 2) for x in heads)  # 3 x (B, M, N, D)
         out = self.attend(q, k, v, grid).transpose(1, 2).flatten(2)  # (B, N, C)
         if self.local is not None:
-            local = self.local_branch(qkv.chunk(3, dim=-1)[2], grid)  # (B, H W, C)
+            local = self.local_branch(v.transpose(1, 2).flatten(2), grid)  # (B, H W, C)
             out = out + F.pad(local, (0, 0, self.num_prefix_tokens, 0))  # not in place: SDPA keeps what it returned
         return self.proj_drop(self.proj(out))  # (B, N, C)
 

@@ -30,12 +30,12 @@ from enum import Enum
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vca.attention.base import choose
 from vca.attention.geometry import check_tokens
 from vca.attention.pooling import PooledAttention, PooledConfig, Pooling, pool_queries
+from vca.attention.stages import global_contrast, per_patch_differential
 
 
 class Stage(Enum):
@@ -145,69 +145,40 @@ def visual_contrast_attention(
         ValueError: if the tokens do not fill the grid, an embedding is missing or misshapen, or an option is unknown.
     """
     check_tokens(q.shape[2], grid, num_prefix_tokens)
-    stage2_softmax = choose(Stage2Softmax, stage2_softmax, "stage2_softmax")
+    joint = choose(Stage2Softmax, stage2_softmax, "stage2_softmax") is Stage2Softmax.joint
     positive, negative = (choose(Stream, stream, "streams") for stream in streams)
-    full = torch.promote_types(q.dtype, torch.float32)
-    num_contrast, dim = pool[0] * pool[1], q.shape[-1]
-
     used = [(positive, e_pos)]
     if lambda1 is not None or lambda2 is not None:  # a plain stage reads the positive stream alone
         used.append((negative, e_neg))
-    tokens = stream_tokens(q, grid, pool, num_prefix_tokens, used, pooling, pool_weight)  # 2 or 1 x (B, M, n, D)
-    streamed = (torch.cat(tokens, dim=2) if len(tokens) == 2 else tokens[0]).to(q.dtype)  # (B, M, 2n or n, D)
-    stage1_tokens = streamed if lambda1 is not None else streamed[:, :, :num_contrast]
-    stage2_tokens = streamed if lambda2 is not None else streamed[:, :, :num_contrast]
+    full, num_contrast = torch.promote_types(q.dtype, torch.float32), pool[0] * pool[1]
+    norm1_weight, norm2_weight = ((1 - lambda_init) * weight.to(full) for weight in (norm1_weight, norm2_weight))
+    lambda1, lambda2 = (x if x is None else torch.as_tensor(x, dtype=full, device=q.device) for x in (lambda1, lambda2))
 
-    # Stage I, global contrast. One call serves both streams; every backend of SDPA keeps its softmax in float32, and
-    # rounds what it returns to the dtype of q.
-    seen = F.scaled_dot_product_attention(stage1_tokens, k, v).to(full)  # (B, M, 2n or n, D)
-    if lambda1 is not None:
-        v_pos, v_neg = seen.split(num_contrast, dim=2)
-        seen = difference(v_pos, v_neg, lambda1)  # (B, M, n, D)
-    v_hat = F.rms_norm(seen, (dim,), (1 - lambda_init) * norm1_weight.to(full), eps)  # (B, M, n, D)
-
-    # Stage II, per-patch differential. The scores of both streams are one product.
-    scores = (q @ (stage2_tokens * dim**-0.5).transpose(2, 3)).to(full)  # (B, M, N, 2n or n)
-    if lambda2 is None:
-        weights = scores.softmax(-1)  # (B, M, N, n)
-    elif stage2_softmax is Stage2Softmax.joint:
-        a_pos, a_neg = scores.softmax(-1).split(num_contrast, dim=-1)
-        weights = difference(a_pos, a_neg, lambda2)  # (B, M, N, n)
-    else:
-        a_pos, a_neg = scores.unflatten(-1, (2, num_contrast)).softmax(-1).unbind(-2)
-        weights = difference(a_pos, a_neg, lambda2)  # (B, M, N, n)
-    out = (weights.to(q.dtype) @ v_hat.to(q.dtype)).to(full)  # (B, M, N, D)
-    return F.rms_norm(out, (dim,), (1 - lambda_init) * norm2_weight.to(full), eps).to(q.dtype)
-
-
-def difference(positive: Tensor, negative: Tensor, weight: Tensor | float) -> Tensor:
-    """`positive - weight * negative` in one pass over memory."""
-    return torch.addcmul(positive, negative, torch.as_tensor(-weight, dtype=positive.dtype, device=positive.device))
+    t = None  # nothing is pooled for embeddings alone
+    if any(content is not Stream.embedding for content, _ in used):
+        t = pool_queries(q, grid, pool, num_prefix_tokens, pooling, pool_weight)  # (B, M, n, D)
+    tokens = torch.cat(stream_tokens(q, t, num_contrast, used), dim=2).to(q.dtype)  # (B, M, 2n or n, D)
+    first = tokens if lambda1 is not None else tokens[:, :, :num_contrast]
+    second = tokens if lambda2 is not None else tokens[:, :, :num_contrast]
+    v_hat = global_contrast(first, k, v, lambda1, norm1_weight, eps)  # (B, M, n, D)
+    return per_patch_differential(q, second, v_hat, lambda2, norm2_weight, joint, eps)  # (B, M, N, D)
 
 
 def stream_tokens(
-    q: Tensor,
-    grid: tuple[int, int],
-    pool: tuple[int, int],
-    num_prefix_tokens: int,
-    streams: Sequence[tuple[Stream, Tensor | None]],
-    pooling: Pooling | str,
-    pool_weight: Tensor | None,
+    q: Tensor, t: Tensor | None, num_contrast: int, streams: Sequence[tuple[Stream, Tensor | None]]
 ) -> list[Tensor]:
     """Tokens of each stream, a content and its embedding: `t`, `e` or `t + e`, `(B, M, n, D)`, float32 at least."""
-    full, size = torch.promote_types(q.dtype, torch.float32), (q.shape[1], pool[0] * pool[1], q.shape[3])
-    t: Any = None  # nothing is pooled for embeddings alone
-    if any(content is not Stream.embedding for content, _ in streams):
-        t = pool_queries(q, grid, pool, num_prefix_tokens, pooling, pool_weight).to(full)  # (B, M, n, D)
+    full, size = torch.promote_types(q.dtype, torch.float32), (q.shape[1], num_contrast, q.shape[3])
+    pooled: Any = None if t is None else t.to(full)
 
     def tokens(content: Stream, embedding: Tensor | None) -> Tensor:
         if content is Stream.pool:
-            return t
+            return pooled
         if embedding is None or embedding.shape != size:
             got = None if embedding is None else tuple(embedding.shape)
             raise ValueError(f"a stream of content '{content.value}' needs an embedding of shape {size}, got {got}")
         embedding = embedding.to(full)
-        return embedding.expand(q.shape[0], *size) if content is Stream.embedding else t + embedding
+        return embedding.expand(q.shape[0], *size) if content is Stream.embedding else pooled + embedding
 
     return [tokens(content, embedding) for content, embedding in streams]
 

@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vca.attention.base import AttentionConfig, ProjectedAttention
-from vca.attention.contrast import Lambda, difference, lambda_init_of_layer
+from vca.attention.contrast import Lambda, lambda_init_of_layer
+from vca.attention.stages import difference
 
 
 @dataclass

@@ -17,9 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vca.attention.contrast import Lambda, difference, lambda_init_of_layer
+from vca.attention.contrast import Lambda, lambda_init_of_layer
 from vca.attention.differential import check_halves
 from vca.attention.pooling import PooledAttention, PooledConfig
+from vca.attention.stages import difference
 
 
 @dataclass

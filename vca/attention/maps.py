@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from vca.attention.base import ProjectedAttention
-from vca.attention.contrast import EPS, Stage2Softmax, VisualContrastAttention, stream_tokens
+from vca.attention.contrast import EPS, Stage2Softmax, Stream, VisualContrastAttention, stream_tokens
 from vca.attention.softmax import SoftmaxAttention
 
 
@@ -82,7 +82,8 @@ def maps_of(module: ProjectedAttention, heads: Heads, patch: tuple[int, int]) ->
     used = [(options.positive, module.e_pos)]
     if module.lambda1 is not None or module.lambda2 is not None:
         used.append((options.negative, module.e_neg))
-    tokens = stream_tokens(q, grid, pool, prefix, used, options.pooling, module.pool_weight)  # 2 or 1 x (B, M, n, D)
+    t = module.contrast_tokens(q, grid) if any(content is not Stream.embedding for content, _ in used) else None
+    tokens = stream_tokens(q, t, pool[0] * pool[1], used)  # 2 or 1 x (B, M, n, D)
     streams = dict(zip("+-", tokens, strict=False))
     stage1 = {sign: (t @ k.transpose(2, 3) * scale).softmax(-1) for sign, t in streams.items()}  # (B, M, n, N)
     scores = {sign: q[:, :, query : query + 1] @ t.transpose(2, 3) * scale for sign, t in streams.items()}

@@ -1,0 +1,167 @@
+"""The two stages of VCA in PyTorch. Stage II keeps no score for its backward, which makes them again.
+
+Autograd would keep several tensors of `N x 2n` a head, up to 3.6 times what MHSA keeps of the whole layer. Stage I is
+SDPA, which keeps none.
+
+Shape letters: B batch, M heads, N tokens, D head dim, n contrast tokens, S streams (2, or 1 in a plain stage).
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+def difference(positive: Tensor, negative: Tensor, weight: Tensor | float) -> Tensor:
+    """`positive - weight * negative` in one pass over memory."""
+    return torch.addcmul(positive, negative, torch.as_tensor(-weight, dtype=positive.dtype, device=positive.device))
+
+
+def global_contrast(
+    tokens: Tensor, k: Tensor, v: Tensor, lambda1: Tensor | None, norm_weight: Tensor, eps: float
+) -> Tensor:
+    """Stage I: what the contrast tokens see in the image.
+
+    Args:
+        tokens: `(B, M, S n, D)`, the positive stream first; S is 1 where `lambda1` is None.
+        k, v: `(B, M, N, D)`.
+        lambda1: weight of the negative stream.
+        norm_weight: `(D,)`, float32 at least; so is the result.
+        eps: of the norm.
+
+    Returns:
+        v^, `(B, M, n, D)`.
+    """
+    # One call serves both streams; every backend of SDPA keeps its softmax in float32, and rounds what it returns.
+    seen = F.scaled_dot_product_attention(tokens, k, v).to(norm_weight.dtype)  # (B, M, S n, D)
+    if lambda1 is not None:
+        v_pos, v_neg = seen.chunk(2, dim=2)
+        seen = difference(v_pos, v_neg, lambda1)  # (B, M, n, D)
+    return F.rms_norm(seen, seen.shape[-1:], norm_weight, eps)  # (B, M, n, D)
+
+
+def per_patch_differential(
+    q: Tensor, tokens: Tensor, v_hat: Tensor, lambda2: Tensor | None, norm_weight: Tensor, joint: bool, eps: float
+) -> Tensor:
+    """Stage II: each token reads the contrast tokens by the difference of two streams.
+
+    Args:
+        q: `(B, M, N, D)`.
+        tokens: `(B, M, S n, D)`, the positive stream first; S is 1 where `lambda2` is None.
+        v_hat: `(B, M, n, D)`.
+        lambda2: weight of the negative stream, a scalar.
+        norm_weight: `(D,)`, float32 at least.
+        joint: one softmax over both streams, instead of one a stream.
+        eps: of the norm.
+
+    Returns:
+        `(B, M, N, D)`, in the dtype of `q`.
+    """
+    return PerPatchDifferential.apply(q, tokens, v_hat, lambda2, norm_weight, joint, eps)
+
+
+def probabilities(q: Tensor, tokens: Tensor, streams: int, joint: bool, dtype: torch.dtype) -> Tensor:
+    """Softmaxes of all queries over the contrast tokens: `(B, M, N, S, n)`. The scores of both streams are one product.
+
+    `tokens` are scaled already.
+    """
+    scores = (q @ tokens.transpose(2, 3)).to(dtype)  # (B, M, N, S n)
+    if joint:
+        return scores.softmax(-1).unflatten(-1, (streams, -1))
+    return scores.unflatten(-1, (streams, -1)).softmax(-1)
+
+
+def weights_of(a: Tensor, lambda2: Tensor | None) -> Tensor:
+    """`a+ - l2 a-`, or `a+` alone: `(B, M, N, S, n)` to `(B, M, N, n)`."""
+    return a.squeeze(-2) if lambda2 is None else difference(a[..., 0, :], a[..., 1, :], lambda2)
+
+
+# Scores of a part: 1 MB in float32, to stay in a core's cache; on a GPU 0.5 GB, to bound the memory alone.
+CPU_PART, GPU_PART = 2**18, 2**27
+
+
+def parts(q: Tensor, scores: int) -> Iterator[tuple[slice, slice]]:
+    """Images and tokens in parts, `q[images, :, rows]`; a token of a head has that many `scores`."""
+    batch, heads, tokens, _ = q.shape
+    size = CPU_PART if q.device.type == "cpu" else GPU_PART
+    images = max(1, min(batch, size // (heads * tokens * scores)))
+    rows = max(1, min(tokens, size // (heads * scores))) if images == 1 else tokens
+    if torch.compiler.is_compiling():  # which fuses what the parts are for
+        images, rows = batch, tokens
+    for image in range(0, batch, images):
+        for row in range(0, tokens, rows):
+            yield slice(image, image + images), slice(row, row + rows)
+
+
+class PerPatchDifferential(torch.autograd.Function):
+    """Stage II with its backward written out; it keeps what it is called with and nothing else."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        tokens: Tensor,
+        v_hat: Tensor,
+        lambda2: Tensor | None,
+        norm_weight: Tensor,
+        joint: bool,
+        eps: float,
+    ) -> Tensor:
+        """See `per_patch_differential`."""
+        ctx.save_for_backward(q, tokens, v_hat, lambda2, norm_weight)
+        ctx.joint, ctx.eps = joint, eps
+        streams, full, dim = 1 if lambda2 is None else 2, norm_weight.dtype, q.shape[-1]
+        scaled, values, out = tokens * dim**-0.5, v_hat.to(q.dtype), like_tokens(q)
+        for images, rows in parts(q, tokens.shape[2]):
+            a = probabilities(q[images, :, rows], scaled[images], streams, joint, full)  # (B, M, N, S, n)
+            read = (weights_of(a, lambda2).to(q.dtype) @ values[images]).to(full)  # (B, M, N, D)
+            out[images, :, rows] = F.rms_norm(read, (dim,), norm_weight, eps)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        """Gradients of the tensors, in the order of the arguments."""
+        q, tokens, v_hat, lambda2, norm_weight = ctx.saved_tensors
+        streams, half, full, scale = 1 if lambda2 is None else 2, q.dtype, norm_weight.dtype, q.shape[-1] ** -0.5
+        scaled, values = tokens * scale, v_hat.to(half)
+        grad_q, grad_v_hat = like_tokens(q), torch.zeros_like(v_hat)
+        grad_tokens = torch.zeros_like(tokens, dtype=full)
+        grad_norm_weight = torch.zeros_like(norm_weight)
+        grad_lambda2 = None if lambda2 is None else torch.zeros_like(lambda2)
+
+        for images, rows in parts(q, tokens.shape[2]):
+            # What the forward had: softmaxes, weights, and what the norm was given.
+            a = probabilities(q[images, :, rows], scaled[images], streams, ctx.joint, full)  # (B, M, N, S, n)
+            weights = weights_of(a, lambda2).to(half)  # (B, M, N, n)
+            read = (weights @ values[images]).to(full)  # (B, M, N, D)
+
+            # The norm: y = w x / r, with r = sqrt(mean(x^2) + eps).
+            inverse = (read.square().mean(-1, keepdim=True) + ctx.eps).rsqrt()  # 1 / r, (B, M, N, 1)
+            unit, grad = read * inverse, grad_out[images, :, rows].to(full)
+            grad_norm_weight += (grad * unit).sum((0, 1, 2))
+            grad = grad * norm_weight
+            grad = ((grad - unit * (grad * unit).mean(-1, keepdim=True)) * inverse).to(half)  # (B, M, N, D)
+
+            # The product with v^, and the difference.
+            grad_v_hat[images] += weights.transpose(2, 3) @ grad
+            grad_weights = (grad @ values[images].transpose(2, 3)).to(full)  # (B, M, N, n)
+            grad_a = grad_weights.unsqueeze(-2) * a  # (B, M, N, S, n), times a
+            if lambda2 is not None:
+                grad_lambda2 -= grad_a[..., 1, :].sum()
+                grad_a[..., 1, :] *= -lambda2
+
+            # The softmaxes, and the product of queries and tokens.
+            over = (-2, -1) if ctx.joint else (-1,)
+            grad_scores = torch.addcmul(grad_a, a, grad_a.sum(over, keepdim=True), value=-1).flatten(-2).to(half)
+            grad_q[images, :, rows] = grad_scores @ scaled[images]
+            grad_tokens[images] += (grad_scores.transpose(2, 3) @ q[images, :, rows]) * scale
+        return grad_q, grad_tokens.to(half), grad_v_hat, grad_lambda2, grad_norm_weight, None, None
+
+
+def like_tokens(q: Tensor) -> Tensor:
+    """An empty `(B, M, N, D)` whose heads lie next to each other in a token, as the projections read them."""
+    return torch.empty_like(q.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)
