@@ -15,7 +15,7 @@ from pathlib import Path
 from torch import Tensor
 
 from models import CLASSIFIERS, build_model
-from vca.attention import ATTENTIONS
+from vca.attention import ATTENTIONS, backend_of
 from vca.config import TrainClsConfig, command_line, register_schemas
 from vca.data import load_dataset
 from vca.data.augment import BatchMixer, eval_transform, train_transform
@@ -58,6 +58,7 @@ def run(config: TrainClsConfig) -> dict[str, float]:
         seed_torch(config.seed, "model")
         with config_errors():
             model = build_model(config.model, config.attention)
+            attention = config.attention.name + backend_of(model, world.device, trainer.precision.compute_dtype)
             model.set_grad_checkpointing(trainer.grad_checkpointing)
         transform = train_transform(config.augment, config.data)
         val_batches = eval_loader(val_images, eval_transform(config.data), world, trainer.eval_batch, trainer.workers)
@@ -81,7 +82,7 @@ def run(config: TrainClsConfig) -> dict[str, float]:
 
         with training.open(config.name, plain(config), config.wandb):
             data = f"{config.data.name}: {len(images)} training and {len(val_images)} evaluation images"
-            training.introduce(config.name, f"{config.model.name} with {config.attention.name}", data)
+            training.introduce(config.name, f"{config.model.name} with {attention}", data)
             if started_from is not None:
                 training.reporter.say(f"starting from {trainer.init_from}\n{started_from}")
             loss_of = ClassificationLoss(BatchMixer(config.augment, config.data.num_classes, config.seed))

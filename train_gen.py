@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from models import GENERATORS, build_model, rebuild
-from vca.attention import ATTENTIONS
+from vca.attention import ATTENTIONS, backend_of
 from vca.config import TrainGenConfig, command_line, register_schemas
 from vca.data import load_dataset
 from vca.data.augment import train_transform
@@ -75,6 +75,7 @@ def run(config: TrainGenConfig) -> dict[str, float]:
         seed_torch(config.seed, "model")
         with config_errors():
             model = build_model(config.model, config.attention)
+            attention = config.attention.name + backend_of(model, world.device, trainer.precision.compute_dtype)
             model.set_grad_checkpointing(trainer.grad_checkpointing)
         order = TrainOrder(len(images), trainer.global_batch, config.seed, config.augment.repeats)
         state = TrainState(model, trainer, config.optim, world, order.steps_per_epoch)
@@ -91,7 +92,7 @@ def run(config: TrainGenConfig) -> dict[str, float]:
             measured = Measured(config, generator, world) if trainer.fid_every else None
             with training.open(config.name, record, config.wandb):
                 data = f"{config.data.name}: {len(images)} images of {math.prod(config.model.grid)} tokens"
-                training.introduce(config.name, f"{config.model.name} with {config.attention.name}", data)
+                training.introduce(config.name, f"{config.model.name} with {attention}", data)
                 shares = MicroBatches(order, world, micro_batch, accumulation, state.step, state.total_steps)
                 loader = train_loader(images, transform, config.seed, shares, trainer.workers)
                 for batches in training.timing(loader):

@@ -45,8 +45,9 @@ def build_model(config: Any, attention: Any) -> Any:
 
 
 def rebuild(config: Mapping[str, Any]) -> Any:
-    """The network that a run's `config.json` describes, its weights new."""
-    model, attention = config["model"], config["attention"]
+    """The network that a run's `config.json` describes, its weights new; on what it runs is not part of that."""
+    model = config["model"]
+    attention = {key: value for key, value in config["attention"].items() if key != "backend"}
     if model["family"] not in MODELS or attention["name"] not in ATTENTIONS:
         raise ValueError(f"there is no model '{model['family']}' with attention '{attention['name']}' here")
     return build_model(MODELS[model["family"]][0](**model), ATTENTIONS[attention["name"]][0](**attention))

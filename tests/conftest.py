@@ -14,6 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 
+if not torch.cuda.is_available():  # before Triton is imported: it then runs kernels on the CPU
+    os.environ["TRITON_INTERPRET"] = "1"
+
 from vca.config import command_line, compose
 from vca.runtime.launch import FRESH_STORE
 

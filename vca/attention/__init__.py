@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from vca.attention.agent import AgentAttention, AgentConfig
-from vca.attention.contrast import VCAConfig, VisualContrastAttention, visual_contrast_attention
+from vca.attention.contrast import VCAConfig, VisualContrastAttention, backend_of, visual_contrast_attention
 from vca.attention.differential import DifferentialAttention, DifferentialConfig
 from vca.attention.differential_stages import DifferentialStagesAttention, DifferentialStagesConfig
 from vca.attention.focused_linear import FocusedLinearAttention, FocusedLinearConfig
@@ -24,6 +24,7 @@ __all__ = [
     "SoftmaxConfig",
     "VCAConfig",
     "VisualContrastAttention",
+    "backend_of",
     "build_attention",
     "describe",
     "replace_attention",

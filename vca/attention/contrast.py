@@ -24,16 +24,16 @@ n = h w contrast tokens. `reference.py` is the same mathematics, slow and obviou
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from vca.attention.base import choose
 from vca.attention.geometry import check_tokens
+from vca.attention.kernels import Backend, use_triton
 from vca.attention.pooling import PooledAttention, PooledConfig, Pooling, pool_queries
 from vca.attention.stages import global_contrast, per_patch_differential
 
@@ -67,6 +67,7 @@ class VCAConfig(PooledConfig):
         positive, negative: content of the two streams: `pool`, `embedding` or `pool+embedding` (Table 4).
         embedding_init_std: standard deviation of e+ and e- at the start.
         stage2_softmax: `separate` or `joint`.
+        backend: `auto`, `eager` or `triton`, see `vca.attention.kernels`; the mathematics is the same.
     """
 
     name: str = "vca"
@@ -77,6 +78,7 @@ class VCAConfig(PooledConfig):
     negative: Stream = Stream["pool+embedding"]
     embedding_init_std: float = 1.0
     stage2_softmax: Stage2Softmax = Stage2Softmax.separate
+    backend: Backend = Backend.auto
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -85,6 +87,7 @@ class VCAConfig(PooledConfig):
         self.positive = choose(Stream, self.positive, "attention.positive")
         self.negative = choose(Stream, self.negative, "attention.negative")
         self.stage2_softmax = choose(Stage2Softmax, self.stage2_softmax, "attention.stage2_softmax")
+        self.backend = choose(Backend, self.backend, "attention.backend")
         if not 0 <= self.embedding_init_std < math.inf:
             raise ValueError(f"attention.embedding_init_std must be >= 0 and finite, got {self.embedding_init_std}")
 
@@ -117,12 +120,13 @@ def visual_contrast_attention(
     stage2_softmax: Stage2Softmax | str = Stage2Softmax.separate,
     pooling: Pooling | str = Pooling.average,
     pool_weight: Tensor | None = None,
+    backend: Backend | str = Backend.auto,
 ) -> Tensor:
     """The attention of VCA, before the local branch.
 
     Softmaxes, the two differences, lambda and the two norms are taken in float32 (float64 for float64 inputs), also
     under autocast; only the products run in the dtype of `q`. In half precision the difference of Stage I is thus one
-    of v+ and v- as the product rounds them.
+    of v+ and v- as the product rounds them; the kernels do not round them.
 
     Args:
         q, k, v: `(B, M, N, D)`, where N is `num_prefix_tokens + H * W`, prefix tokens first.
@@ -137,50 +141,69 @@ def visual_contrast_attention(
         streams: content of the positive and the negative stream.
         stage2_softmax: one softmax a stream, or one over both.
         pooling, pool_weight: as `vca.attention.pooling.pool_queries` has them.
+        backend: `auto` (the fused kernels on a GPU that they serve), `eager` or `triton`.
 
     Returns:
         `(B, M, N, D)`, in the dtype of `q`.
 
     Raises:
-        ValueError: if the tokens do not fill the grid, an embedding is missing or misshapen, or an option is unknown.
+        ValueError: if the tokens do not fill the grid, an embedding is missing or misshapen, an option is unknown, or
+            the kernels are asked for and cannot serve the call.
     """
     check_tokens(q.shape[2], grid, num_prefix_tokens)
     joint = choose(Stage2Softmax, stage2_softmax, "stage2_softmax") is Stage2Softmax.joint
-    positive, negative = (choose(Stream, stream, "streams") for stream in streams)
-    used = [(positive, e_pos)]
-    if lambda1 is not None or lambda2 is not None:  # a plain stage reads the positive stream alone
-        used.append((negative, e_neg))
     full, num_contrast = torch.promote_types(q.dtype, torch.float32), pool[0] * pool[1]
-    norm1_weight, norm2_weight = ((1 - lambda_init) * weight.to(full) for weight in (norm1_weight, norm2_weight))
+    named = list(zip(streams, (e_pos, e_neg), strict=True))
+    if lambda1 is None and lambda2 is None:  # a plain stage reads the positive stream alone
+        named = named[:1]
+    used = [Content.of(stream, e, q, num_contrast) for stream, e in named]
     lambda1, lambda2 = (x if x is None else torch.as_tensor(x, dtype=full, device=q.device) for x in (lambda1, lambda2))
+    norm1_weight, norm2_weight = norm1_weight.to(full), norm2_weight.to(full)
 
-    t = None  # nothing is pooled for embeddings alone
-    if any(content is not Stream.embedding for content, _ in used):
+    fused = use_triton(choose(Backend, backend, "backend"), q.device, q.dtype, q.shape[3], num_contrast)
+    averages = fused and choose(Pooling, pooling, "pooling") is Pooling.average and pool_weight is None
+    t = None
+    if any(content.pooled for content in used) and not averages:  # nothing is pooled for embeddings alone
         t = pool_queries(q, grid, pool, num_prefix_tokens, pooling, pool_weight)  # (B, M, n, D)
-    tokens = torch.cat(stream_tokens(q, t, num_contrast, used), dim=2).to(q.dtype)  # (B, M, 2n or n, D)
+    if fused:
+        from vca.attention.kernels.operator import fused_attention  # triton need not be there
+
+        return fused_attention(
+            q, k, v, t, used, lambda1, lambda2, norm1_weight, norm2_weight,
+            lambda_init, grid, pool, num_prefix_tokens, eps, joint,
+        )  # fmt: skip
+
+    norm1_weight, norm2_weight = (1 - lambda_init) * norm1_weight, (1 - lambda_init) * norm2_weight
+    tokens = torch.cat([content.tokens(t, q.shape[0]) for content in used], dim=2).to(q.dtype)  # (B, M, 2n or n, D)
     first = tokens if lambda1 is not None else tokens[:, :, :num_contrast]
     second = tokens if lambda2 is not None else tokens[:, :, :num_contrast]
     v_hat = global_contrast(first, k, v, lambda1, norm1_weight, eps)  # (B, M, n, D)
     return per_patch_differential(q, second, v_hat, lambda2, norm2_weight, joint, eps)  # (B, M, N, D)
 
 
-def stream_tokens(
-    q: Tensor, t: Tensor | None, num_contrast: int, streams: Sequence[tuple[Stream, Tensor | None]]
-) -> list[Tensor]:
-    """Tokens of each stream, a content and its embedding: `t`, `e` or `t + e`, `(B, M, n, D)`, float32 at least."""
-    full, size = torch.promote_types(q.dtype, torch.float32), (q.shape[1], num_contrast, q.shape[3])
-    pooled: Any = None if t is None else t.to(full)
+class Content(NamedTuple):
+    """What the tokens of one stream are made of."""
 
-    def tokens(content: Stream, embedding: Tensor | None) -> Tensor:
-        if content is Stream.pool:
-            return pooled
+    pooled: bool
+    embedding: Tensor | None  # (M, n, D), float32 at least
+
+    @classmethod
+    def of(cls, stream: Stream | str, embedding: Tensor | None, q: Tensor, num_contrast: int) -> "Content":
+        """The content that a stream's name stands for; `ValueError` if it needs an embedding of another shape."""
+        stream, size = choose(Stream, stream, "streams"), (q.shape[1], num_contrast, q.shape[3])
+        if stream is Stream.pool:
+            return cls(True, None)
         if embedding is None or embedding.shape != size:
             got = None if embedding is None else tuple(embedding.shape)
-            raise ValueError(f"a stream of content '{content.value}' needs an embedding of shape {size}, got {got}")
-        embedding = embedding.to(full)
-        return embedding.expand(q.shape[0], *size) if content is Stream.embedding else pooled + embedding
+            raise ValueError(f"a stream of content '{stream.value}' needs an embedding of shape {size}, got {got}")
+        return cls(stream is not Stream.embedding, embedding.to(torch.promote_types(q.dtype, torch.float32)))
 
-    return [tokens(content, embedding) for content, embedding in streams]
+    def tokens(self, t: Tensor | None, batch: int) -> Tensor:
+        """Tokens of the stream, `t`, `e` or `t + e`: `(B, M, n, D)`, float32 at least if there is an embedding."""
+        if self.embedding is None:
+            assert t is not None
+            return t
+        return self.embedding.expand(batch, -1, -1, -1) if t is None or not self.pooled else t + self.embedding
 
 
 class Lambda(nn.Module):
@@ -229,6 +252,10 @@ class VisualContrastAttention(PooledAttention):
         if all(content is Stream.embedding for content in streams):
             self.pool_weight = None  # nothing is pooled
 
+    def fused(self, device: torch.device, dtype: torch.dtype) -> bool:
+        """Whether the fused kernels compute this layer there; `ValueError` if they are asked for and cannot."""
+        return use_triton(self.config.backend, device, dtype, self.head_dim, self.pool[0] * self.pool[1])
+
     def attend(self, q: Tensor, k: Tensor, v: Tensor, grid: tuple[int, int]) -> Tensor:
         """`visual_contrast_attention` with the parameters of this layer."""
         return visual_contrast_attention(
@@ -247,6 +274,17 @@ class VisualContrastAttention(PooledAttention):
             self.num_prefix_tokens,
             streams=(self.config.positive, self.config.negative),
             stage2_softmax=self.config.stage2_softmax,
+            backend=self.config.backend,
             pooling=self.config.pooling,
             pool_weight=self.pool_weight,
         )
+
+
+def backend_of(model: nn.Module, device: torch.device, dtype: torch.dtype) -> str:
+    """In words, what computes VCA in a model there: empty for a model without VCA."""
+    fused = [layer.fused(device, dtype) for layer in model.modules() if isinstance(layer, VisualContrastAttention)]
+    if not fused:
+        return ""
+    if not any(fused):
+        return " in plain PyTorch"
+    return " in fused kernels" if all(fused) else f" in fused kernels in {sum(fused)} of {len(fused)} layers"

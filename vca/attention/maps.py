@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from vca.attention.base import ProjectedAttention
-from vca.attention.contrast import EPS, Stage2Softmax, Stream, VisualContrastAttention, stream_tokens
+from vca.attention.contrast import EPS, Content, Stage2Softmax, VisualContrastAttention
 from vca.attention.softmax import SoftmaxAttention
 
 
@@ -82,8 +82,9 @@ def maps_of(module: ProjectedAttention, heads: Heads, patch: tuple[int, int]) ->
     used = [(options.positive, module.e_pos)]
     if module.lambda1 is not None or module.lambda2 is not None:
         used.append((options.negative, module.e_neg))
-    t = module.contrast_tokens(q, grid) if any(content is not Stream.embedding for content, _ in used) else None
-    tokens = stream_tokens(q, t, pool[0] * pool[1], used)  # 2 or 1 x (B, M, n, D)
+    contents = [Content.of(stream, embedding, q, pool[0] * pool[1]) for stream, embedding in used]
+    t = module.contrast_tokens(q, grid) if any(content.pooled for content in contents) else None
+    tokens = [content.tokens(t, q.shape[0]) for content in contents]  # 2 or 1 x (B, M, n, D)
     streams = dict(zip("+-", tokens, strict=False))
     stage1 = {sign: (t @ k.transpose(2, 3) * scale).softmax(-1) for sign, t in streams.items()}  # (B, M, n, N)
     scores = {sign: q[:, :, query : query + 1] @ t.transpose(2, 3) * scale for sign, t in streams.items()}

@@ -30,6 +30,11 @@ class Precision(Enum):
         """The dtype of autocast, or None where it is off."""
         return {Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16}.get(self)
 
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """The dtype that products are given."""
+        return self.autocast_dtype or torch.float32
+
 
 def autocast(precision: Precision, device: torch.device) -> Any:
     """Autocast context of a precision on a device; does nothing for fp32 and tf32."""

@@ -30,6 +30,7 @@ from vca.runtime.provenance import provenance
 
 # Keys that may differ between two starts of one run: they change where and how it runs, not what it computes.
 FREE_KEYS = (
+    "attention.backend",
     "autoencoder.source",  # its sha256 is compared
     "autoencoder.weights",
     "cluster",

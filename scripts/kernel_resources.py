@@ -1,0 +1,144 @@
+"""What the compiler makes of the fused kernels on a GPU generation: registers, spilled bytes, shared memory. No GPU.
+
+    python scripts/kernel_resources.py
+    python scripts/kernel_resources.py --dims 64 --contrast 64 256 --dtypes float32
+    python scripts/kernel_resources.py --json benchmarks/results/kernels.json
+
+A kernel may use 255 registers a thread; what does not fit is spilled to memory. Triton compiles, with the ptxas that
+comes with it.
+"""
+
+import argparse
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+os.environ.pop("TRITON_INTERPRET", None)  # interpreted kernels cannot be compiled
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from vca.attention.kernels.operator import contrast_attention, contrast_attention_backward
+
+TARGETS = (80, 90)  # A100, H100
+LETTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
+Launch = tuple[Any, tuple[Any, ...], dict[str, Any]]  # kernel, arguments, constants and options
+
+
+@contextmanager
+def recording() -> Iterator[list[Launch]]:
+    """Within the context kernels are not run: what they are launched with is noted."""
+    launches: list[Launch] = []
+    run = JITFunction.run
+
+    def note(kernel: Any, *arguments: Any, grid: Any, warmup: bool, **constants: Any) -> None:
+        launches.append((kernel, arguments, constants))
+
+    JITFunction.run = note
+    try:
+        yield launches
+    finally:
+        JITFunction.run = run
+
+
+def launches_of(dim: int, num_contrast: int, dtype: torch.dtype) -> list[Launch]:
+    """All launches of a forward and a backward: 2 images of 6 heads on a grid of 32 x 32."""
+    side = math.isqrt(num_contrast)
+    q, k, v = (x.transpose(1, 2) for x in torch.zeros(2, 1024, 3, 6, dim, dtype=dtype).unbind(2))
+    e, weight, scalar = torch.zeros(6, side * side, dim), torch.zeros(dim), torch.zeros(())
+    arguments = (q, k, v, None, e, e, scalar, scalar, weight, weight)
+    options = (0.2, (32, 32), (side, side), 0, 1e-5, (True, True), False)
+    with recording() as launches:
+        out, *found = contrast_attention(*arguments, *options)
+        contrast_attention_backward(out, *found, *arguments, *options)
+    return launches
+
+
+def resources(launch: Launch, capability: int) -> dict[str, Any]:
+    """Compile one launch for a compute capability (times ten), and read what it needs."""
+    kernel, arguments, constants = launch
+    options = {key: constants[key] for key in ("num_warps",)}
+    signature: dict[str, str] = {}
+    values: dict[tuple[int], Any] = {}
+    attributes: dict[tuple[int], Any] = {}
+    for place, (name, argument) in enumerate(zip(kernel.arg_names, arguments, strict=False)):
+        if isinstance(argument, torch.Tensor):
+            signature[name] = LETTERS[argument.dtype]
+            attributes[(place,)] = [["tt.divisibility", 16]]
+        elif isinstance(argument, int) and argument == 1:  # as the launcher does, a constant
+            signature[name], values[(place,)] = "constexpr", 1
+        elif isinstance(argument, int):
+            signature[name] = "i32"
+            if argument % 16 == 0:
+                attributes[(place,)] = [["tt.divisibility", 16]]
+        else:
+            signature[name] = "fp32"
+    for name in kernel.arg_names[len(arguments) :]:
+        signature[name], values[(kernel.arg_names.index(name),)] = "constexpr", constants[name]
+    source = ASTSource(kernel, signature, values, attributes)
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        dump = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        usage = subprocess.run(dump, check=True, capture_output=True, text=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    if found is None:
+        raise RuntimeError(f"cuobjdump says nothing of registers: {usage}")
+    return {
+        "kernel": kernel.__name__.removesuffix("_kernel") + (f" {constants['STAGE']}" if "STAGE" in constants else ""),
+        "capability": capability,
+        "registers": int(found[1]),
+        "spilled_bytes": int(found[2]),
+        "shared_bytes": compiled.metadata.shared,
+        "products": len(re.findall(r"= (?:tt\.dot|ttng\.warp_group_dot) ", compiled.asm["ttgir"])),
+    }
+
+
+def main() -> None:
+    """Compile, and print a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dims", nargs="+", type=int, default=[32, 64, 72, 128], metavar="D")
+    parser.add_argument("--contrast", nargs="+", type=int, default=[64], metavar="n", help="contrast tokens, squares")
+    parser.add_argument("--dtypes", nargs="+", default=["bfloat16"], choices=("bfloat16", "float16", "float32"))
+    parser.add_argument("--json", type=Path, help="write the rows to this file")
+    options = parser.parse_args()
+    print(f"triton {triton.__version__}")
+    print(f"{'kernel':18}{'D':>5}{'n':>5}  {'type':10}{'target':>7}{'registers':>11}{'spilled':>9}{'shared':>9}")
+    rows = []
+    for dim in options.dims:
+        for contrast in options.contrast:
+            for dtype in options.dtypes:
+                seen = set()
+                for launch in launches_of(dim, contrast, getattr(torch, dtype)):
+                    for capability in TARGETS:
+                        row = {"dim": dim, "contrast_tokens": contrast, "dtype": dtype, **resources(launch, capability)}
+                        if (row["kernel"], capability) in seen:  # the backward makes the contrast tokens again
+                            continue
+                        seen.add((row["kernel"], capability))
+                        rows.append(row)
+                        print(
+                            f"{row['kernel']:18}{dim:>5}{contrast:>5}  {dtype:10}{'sm_' + str(capability):>7}"
+                            f"{row['registers']:>11}{row['spilled_bytes']:>9}{row['shared_bytes']:>9}",
+                            flush=True,
+                        )
+    if options.json:
+        options.json.parent.mkdir(parents=True, exist_ok=True)
+        record = {"what": "kernel resources", "triton": triton.__version__, "rows": rows}
+        options.json.write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
