@@ -131,13 +131,13 @@ def draw(layer: int, images: Tensor, maps: dict[str, Tensor], patch: tuple[int, 
     row, column = patch or centre((grid[0], grid[1]))
     size = shown.shape[1] / grid[0], shown.shape[2] / grid[1]
     for index, picture in enumerate(shown):
-        axes[index, 0].imshow(picture.squeeze(-1), cmap="gray")
+        axes[index, 0].imshow(picture.squeeze(-1).numpy(), cmap="gray")
         place = (column * size[1] - 0.5, row * size[0] - 0.5)
         axes[index, 0].add_patch(plt.Rectangle(place, size[1], size[0], fill=False, color="red", lw=1.2))
         for axis, (name, values) in zip(axes[index, 1:], maps.items(), strict=True):
             one, signed = values[index], name in ("I", "II", "VCA")
             peak = float(one.abs().max())
-            axis.imshow(one, cmap="seismic" if signed else "viridis", vmin=-peak if signed else 0, vmax=peak)
+            axis.imshow(one.numpy(), cmap="seismic" if signed else "viridis", vmin=-peak if signed else 0, vmax=peak)
             if index == 0:
                 axis.set_title(name, fontsize="small")
     for axis in axes.flat:

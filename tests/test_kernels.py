@@ -285,12 +285,20 @@ def test_wrong_backend():
         VCAConfig(backend="cuda")
 
 
-# Bytes that ptxas spills, at most: of 255 registers a thread. Elsewhere none.
+# Bytes that ptxas spills, of 255 registers a thread: (kernel, head dim, contrast tokens, capability). Elsewhere none.
 SPILLS = {
-    ("stage_backward 2", 64, 80): 104,
-    ("stage_backward 2", 72, 90): 136,
-    ("stage_backward 1", 72, 90): 136,
-    ("stage_backward 2", 128, 90): 32,
+    ("stage2", 32, 256, 80): 8,
+    ("stage2_rows", 128, 256, 80): 40,
+    ("stage_backward 2", 64, 64, 80): 208,
+    ("stage_backward 2", 64, 256, 80): 104,
+    ("stage_backward 2", 72, 64, 80): 16,
+    ("stage_backward 2", 72, 64, 90): 128,
+    ("stage_backward 1", 72, 64, 90): 104,
+    ("stage_backward 2", 72, 256, 80): 32,
+    ("stage_backward 2", 72, 256, 90): 136,
+    ("stage_backward 1", 72, 256, 90): 136,
+    ("stage_backward 2", 128, 64, 90): 48,
+    ("stage_backward 2", 128, 256, 90): 64,
 }
 
 
@@ -300,7 +308,7 @@ def test_kernels_fit_a100_and_h100(tmp_path):
         pytest.skip("ptxas comes with Triton on Linux")
     file = tmp_path / "kernels.json"
     without = {key: value for key, value in environment().items() if key != "TRITON_INTERPRET"}
-    command = [sys.executable, "scripts/kernel_resources.py", "--json", str(file)]
+    command = [sys.executable, "scripts/kernel_resources.py", "--contrast", "64", "256", "--json", str(file)]
     subprocess.run(command, cwd=ROOT, env=without, check=True, capture_output=True)
     rows = json.loads(file.read_text())["rows"]
     assert {(row["dim"], row["capability"]) for row in rows} == {(d, c) for d in (32, 64, 72, 128) for c in (80, 90)}
@@ -309,9 +317,14 @@ def test_kernels_fit_a100_and_h100(tmp_path):
         "unpool",
     }  # fmt: skip
     for row in rows:
-        assert row["spilled_bytes"] <= SPILLS.get((row["kernel"], row["dim"], row["capability"]), 0) + 64, row
+        key = (row["kernel"], row["dim"], row["contrast_tokens"], row["capability"])
+        assert row["spilled_bytes"] <= SPILLS.get(key, 0) + 64, row  # compilers differ
         assert row["shared_bytes"] <= (160 if row["capability"] == 80 else 224) * 1024, row
-    scores_made_once = {row["products"] for row in rows if row["kernel"] == "stage2" and row["dim"] == 64}
+    scores_made_once = {
+        row["products"]
+        for row in rows
+        if row["kernel"] == "stage2" and row["dim"] == 64 and row["contrast_tokens"] == 64
+    }
     assert scores_made_once == {3}  # two scores and the product with v^; the second pass costs nothing
 
 

@@ -83,7 +83,7 @@ def stage2_rows_kernel(
     if TAIL:
         pos_tail = tl.zeros((ROWS, TAIL), tl.float32)
     neg, neg_tail = pos, pos_tail
-    for block in tl.static_range(BLOCKS):
+    for block in range(BLOCKS):
         v_hat, v_hat_tail = load_v_hat(contrast, norm1, block, n, gain, eps, D, HEAD, TAIL, TOKENS)
         scores = stream_scores(tokens, 0, block, x, x_tail, n, scale, D, HEAD, TAIL, TOKENS, PRECISION)
         weights = tl.exp2(scores - lse_pos[:, None])
@@ -134,7 +134,7 @@ def stage1_rows_kernel(
     v_neg,  # (B, M, n, D)
     lambda1,
     norm1,
-    grad_v_hat,  # (splits, B, M, n, D) float32
+    grad_v_hat,  # (splits, B, M, n, D)
     grad_seen,  # (B, M, n, D), of v+ - l1 v-
     delta,  # (B, M, streams, n) float32
     grad_norm1,  # (blocks of n, B, M, D) float32, to be summed
@@ -211,11 +211,11 @@ def stage_backward_kernel(
     weight,  # lambda of the stage
     lse,  # (B, M, streams, n), or (B, M, 2, N)
     delta,  # likewise
-    found,  # (B, M, S, n, D) float32, where Stage I begins: what Stage II has found of the tokens' gradient
+    found,  # (B, M, S, n, D), where Stage I begins: what Stage II has found of the tokens' gradient
     grad_x,  # (blocks of n, B, M, N, D)
     grad_y,  # Stage I: (blocks of n, B, M, N, D), of v
-    grad_values,  # Stage II: (splits, B, M, n, D) float32, of v^
-    grad_tokens,  # (splits, B, M, S, n, D) float32
+    grad_values,  # Stage II: (splits, B, M, n, D), of v^
+    grad_tokens,  # (splits, B, M, S, n, D)
     x_stride_b,
     x_stride_m,
     x_stride_n,
@@ -359,7 +359,7 @@ def stage_backward_kernel(
 
 @triton.jit
 def unpool_kernel(
-    grad_tokens,  # (B, M, S, n, D) float32
+    grad_tokens,  # (B, M, S, n, D)
     grad_q,  # (B, M, N, D), added to
     stride_b,
     stride_m,

@@ -255,7 +255,7 @@ def stage2_logsumexp(
     """Log-sum-exps of rows over the tokens of either stream, or over both jointly: two of `(ROWS,)`."""
     max_pos, sum_pos = tl.full((ROWS,), float("-inf"), tl.float32), tl.zeros((ROWS,), tl.float32)
     max_neg, sum_neg = max_pos, sum_pos
-    for block in tl.static_range(BLOCKS):
+    for block in range(BLOCKS):
         scores = stream_scores(tokens, 0, block, x, x_tail, n, scale, D, HEAD, TAIL, TOKENS, PRECISION)
         max_pos, sum_pos = log2_of_sum(scores, max_pos, sum_pos)
         if CONTRAST:
@@ -337,7 +337,7 @@ def stage2_kernel(
     read_tail = read
     if TAIL:
         read_tail = tl.zeros((ROWS, TAIL), tl.float32)
-    for block in tl.static_range(BLOCKS):
+    for block in range(BLOCKS):
         scores = stream_scores(tokens, 0, block, x, x_tail, n, scale, D, HEAD, TAIL, TOKENS, PRECISION)
         weights = tl.exp2(scores - lse_pos[:, None])
         if CONTRAST:

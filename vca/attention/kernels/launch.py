@@ -304,12 +304,14 @@ class Call:
         """
         tiles, weight = self.backward_tiles, self.lambda1 if stage == 1 else self.lambda2
         blocks, (splits, size) = triton.cdiv(self.n, tiles.TOKENS), self.split(tiles)
-        # Each block of contrast tokens has its part in the gradients of x and v.
+        # Each block of contrast tokens has its part in the gradients of x and v, each split its part in the others;
+        # parts are float32.
         dtype = x.dtype if blocks == 1 else torch.float32
         grad_x = self.empty_tokens(x, blocks, dtype=dtype)
         grad_y = self.empty_tokens(x, blocks, dtype=dtype) if stage == 1 else grad_x
-        grad_values = self.scratch(splits if stage == 2 else 0, self.programs, self.n, self.dim)
-        grad_tokens = self.scratch(splits, self.batch, self.heads, self.streams, self.n, self.dim)
+        dtype = x.dtype if splits == 1 else torch.float32
+        grad_values = x.new_empty(splits if stage == 2 else 0, self.programs, self.n, self.dim, dtype=dtype)
+        grad_tokens = x.new_empty(splits, self.batch, self.heads, self.streams, self.n, self.dim, dtype=dtype)
         backward.stage_backward_kernel[(self.programs, blocks, splits)](
             tokens,
             x,
@@ -343,11 +345,10 @@ class Call:
             **self.products,
         )
 
-        def added(parts: Tensor, dtype: torch.dtype) -> Tensor:
-            return parts[0] if len(parts) == 1 else parts.sum(0).to(dtype)
+        def added(parts: Tensor) -> Tensor:
+            return parts[0] if len(parts) == 1 else parts.sum(0).to(x.dtype)
 
-        grad_other = added(grad_y, x.dtype) if stage == 1 else grad_values
-        return added(grad_x, x.dtype), grad_other, added(grad_tokens, torch.float32)
+        return added(grad_x), added(grad_y) if stage == 1 else grad_values, added(grad_tokens)
 
     def unpool(self, grad_tokens: Tensor, grad_q: Tensor) -> None:
         """Add to the queries' gradient what comes through their average."""

@@ -1,0 +1,187 @@
+"""VCA beside the attentions it is measured against, over the number of tokens: time and memory.
+
+Two levels: `layer`, with projections and the local branch, as timm's Attention; and `core`, from a packed projection
+`(B, N, 3 C)` to `(B, N, C)`, against SDPA. Width 384, 6 heads; float32 on a CPU, bfloat16 autocast on a GPU.
+"""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from benchmarks.timing import Budget, kept_bytes, peak_bytes, take_turns
+
+WIDTH, HEADS = 384, 6
+
+
+class Shape(NamedTuple):
+    """An input: the grid of tokens, prefix tokens, the contrast grid."""
+
+    grid: tuple[int, int]
+    prefix: int
+    pool: tuple[int, int]
+
+    @property
+    def tokens(self) -> int:
+        """N."""
+        return self.prefix + self.grid[0] * self.grid[1]
+
+
+# The shapes of DeiT and of DiT, then longer inputs.
+SHAPES = [
+    Shape((14, 14), 1, (7, 7)),
+    Shape((16, 16), 0, (8, 8)),
+    Shape((32, 32), 0, (8, 8)),
+    Shape((64, 64), 0, (8, 8)),
+    Shape((128, 128), 0, (8, 8)),
+]
+BACKENDS = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "cuDNN": SDPBackend.CUDNN_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "math": SDPBackend.MATH,
+}
+QUADRATIC_IN_MEMORY = 4096  # more tokens than that are too many for whoever stores N x N
+
+
+def benchmark_attention(device: torch.device, budget: Budget, longest: int, levels: list[str]) -> list[dict]:
+    """Time and memory of every contestant at every N up to `longest`, printed as a Markdown table."""
+    print("| level | N (n) | attention | forward ms | ratio | forward + backward ms | ratio | kept MiB | peak MiB |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    shapes = [shape for shape in SHAPES if shape.tokens <= longest]
+    rows = []
+    for shape in shapes:
+        for level in levels:
+            part = budget.share(1 / len(shapes) / len(levels))
+            rows += at_shape(shape, level, device, part)
+    return rows
+
+
+def at_shape(shape: Shape, level: str, device: torch.device, budget: Budget) -> list[dict]:
+    """Rows of all contestants of a level at one N."""
+    torch._dynamo.reset()
+    contestants = (layers if level == "layer" else cores)(shape, device)
+    batch = max(1, (65_536 if device.type == "cuda" else 2048) // shape.tokens)
+    width = WIDTH if level == "layer" else 3 * WIDTH
+    x = torch.randn(batch, shape.tokens, width, device=device, requires_grad=True)
+    if device.type == "cuda" and level == "core":
+        x = x.detach().bfloat16().requires_grad_()
+    autocast = torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" and level == "layer" else nullcontext()
+
+    def forward(function: Callable[[Tensor], Tensor]) -> Tensor:
+        with autocast:
+            return function(x)
+
+    def inference(function: Callable[[Tensor], Tensor]) -> None:
+        with torch.no_grad():
+            forward(function)
+
+    def training(function: Callable[[Tensor], Tensor]) -> None:
+        out = forward(function)
+        out.backward(torch.ones_like(out))
+
+    usable: dict[str, Callable[[Tensor], Tensor]] = {}
+    for name, function in contestants.items():
+        try:
+            training(function)
+            usable[name] = function
+        except (RuntimeError, torch.OutOfMemoryError) as error:  # a backend that does not serve this, or too large
+            print(f"<!-- {name} at N = {shape.tokens}: {str(error).splitlines()[0]} -->")
+    baseline = "timm Attention" if level == "layer" else None
+    if baseline is None:  # the fastest SDPA backend
+        sdpa = {name: partial(training, function) for name, function in usable.items() if name.startswith("SDPA")}
+        timings = take_turns(sdpa, None, Budget(3), device)
+        baseline = min(timings, key=lambda name: timings[name].seconds)
+    times = {
+        kind: take_turns(
+            {name: partial(run, function) for name, function in usable.items()}, baseline, budget.share(0.4), device, 1
+        )
+        for kind, run in (("forward", inference), ("forward + backward", training))
+    }
+    rows = []
+    for name, function in usable.items():
+        row: dict[str, Any] = {"level": level, "tokens": shape.tokens, "contrast_tokens": shape.pool[0] * shape.pool[1]}
+        row |= {"name": name, "baseline": baseline, "batch": batch}
+        module = function if isinstance(function, nn.Module) else None
+        row["kept_bytes"] = kept_bytes(partial(forward, function), module)
+        row["peak_bytes"] = peak_bytes(partial(training, function), device)
+        for kind in times:
+            row[kind] = times[kind][name]._asdict()
+        rows.append(row)
+        print(table_row(row), flush=True)
+    return rows
+
+
+def table_row(row: dict[str, Any]) -> str:
+    """A row of the table."""
+    cells = [row["level"], f"{row['tokens']} ({row['contrast_tokens']})", row["name"]]
+    for kind in ("forward", "forward + backward"):
+        time = row[kind]
+        cells += [f"{1e3 * time['seconds']:.2f}", f"{time['ratio']:.2f} ({time['low']:.2f} to {time['high']:.2f})"]
+    cells += [f"{row['kept_bytes'] / 2**20:.1f}", f"{row['peak_bytes'] / 2**20:.1f}"]
+    return "| " + " | ".join(cells) + " |"
+
+
+def layers(shape: Shape, device: torch.device) -> dict[str, Callable[[Tensor], Tensor]]:
+    """Whole layers by name; the first is what they are compared with."""
+    from timm.layers import Attention
+
+    from vca.attention import ATTENTIONS, build_attention
+
+    def built(name: str, **options: Any) -> nn.Module:
+        config = ATTENTIONS[name][0](**options)
+        return build_attention(config, WIDTH, HEADS, shape.grid, shape.pool, num_prefix_tokens=shape.prefix).to(device)
+
+    found: dict[str, Callable[[Tensor], Tensor]] = {
+        "timm Attention": Attention(WIDTH, HEADS, qkv_bias=True).to(device),
+        "VCA eager": built("vca", backend="eager"),
+        "VCA compiled": torch.compile(built("vca", backend="eager")),
+        "Agent Attention": built("agent"),
+    }
+    if device.type == "cuda":
+        found["VCA fused"] = built("vca", backend="triton")
+    if shape.tokens <= QUADRATIC_IN_MEMORY or device.type == "cuda":
+        found["Differential Attention"] = built("differential")
+    return found
+
+
+def cores(shape: Shape, device: torch.device) -> dict[str, Callable[[Tensor], Tensor]]:
+    """From a packed projection to what the output projection reads: every SDPA backend, and VCA."""
+    from vca import visual_contrast_attention
+
+    num_contrast, dim = shape.pool[0] * shape.pool[1], WIDTH // HEADS
+
+    def parameter(*size: int) -> nn.Parameter:
+        return nn.Parameter(torch.randn(size, device=device))
+
+    e_pos, e_neg = parameter(HEADS, num_contrast, dim), parameter(HEADS, num_contrast, dim)
+    lambda1, lambda2, norm1, norm2 = parameter(), parameter(), parameter(dim), parameter(dim)
+
+    def heads(packed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = packed.unflatten(-1, (3, HEADS, dim)).unbind(2)
+        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+
+    def sdpa(backend: SDPBackend, packed: Tensor) -> Tensor:
+        with sdpa_kernel(backend):
+            return F.scaled_dot_product_attention(*heads(packed)).transpose(1, 2).flatten(2)
+
+    def vca(backend: str, packed: Tensor) -> Tensor:
+        q, k, v = heads(packed)
+        given = (e_pos, e_neg, lambda1, lambda2, 0.2, norm1, norm2)
+        out = visual_contrast_attention(q, k, v, *given, shape.grid, shape.pool, shape.prefix, backend=backend)
+        return out.transpose(1, 2).flatten(2)
+
+    found: dict[str, Callable[[Tensor], Tensor]] = {}
+    for name, backend in BACKENDS.items():
+        there = device.type == "cuda" or name in ("flash", "math")
+        if there and (backend is not SDPBackend.MATH or shape.tokens <= QUADRATIC_IN_MEMORY):
+            found[f"SDPA {name}"] = partial(sdpa, backend)
+    found["VCA eager"] = partial(vca, "eager")
+    if device.type == "cuda":
+        found["VCA fused"] = partial(vca, "triton")
+    return found

@@ -1,0 +1,106 @@
+"""Images a second of whole models, VCA beside softmax: training (forward and backward) and inference."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.timing import Budget, Timing, peak_bytes, take_turns
+from vca.runtime.compute import Precision, autocast
+
+# Model and sides of the images in pixels. The grids of Swin and CSwin are whole windows at multiples of 224.
+SIZES = {
+    "deit_tiny": (224, 384, 512, 1024),
+    "deit_small": (224, 384, 512, 1024),
+    "pvt_tiny": (224, 448, 896),
+    "swin_tiny": (224, 448, 896),
+    "cswin_tiny": (224, 448, 896),
+    "dit_s_2": (256, 512, 1024),
+    "dit_b_2": (256, 512),
+}
+PIXELS = {"cpu": 4 * 224 * 224, "cuda": 128 * 224 * 224}  # of a batch
+
+
+def benchmark_model(device: torch.device, budget: Budget, largest: int, models: list[str]) -> list[dict]:
+    """Every pair of configs at every size up to `largest`, printed as a Markdown table."""
+    print("| model | px | batch | attention | training images/s | ratio | inference images/s | ratio | peak GiB |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    pairs = [(model, size) for model in models or SIZES for size in SIZES[model] if size <= largest]
+    rows = []
+    for model, size in pairs:
+        rows += at_size(model, size, device, budget.share(1 / len(pairs)))
+    return rows
+
+
+def build(model: str, size: int, attention: str, backend: str | None) -> nn.Module:
+    """A model for images of that side; generators draw latents of an eighth."""
+    import train_cls  # noqa: F401 - registers the schemas
+    import train_gen  # noqa: F401
+    from models import CLASSIFIERS, build_model
+    from models.timm_registry import load_sizes
+    from vca.config import compose
+
+    overrides = [f"model={model}", f"attention={attention}", "data=imagefolder", f"data.img_size={size}"]
+    if backend is not None:
+        overrides.append(f"attention.backend={backend}")
+    if load_sizes()[model]["family"] in CLASSIFIERS:
+        config = compose("train_cls", overrides)
+    else:
+        config = compose("train_gen", [*overrides, "autoencoder=sd_vae"])
+    return build_model(config.model, config.attention)
+
+
+def inputs_of(network: Any, batch: int, device: torch.device) -> tuple[Tensor, ...]:
+    """A batch for a classifier, or for a generator: latents, times, labels."""
+    config = network.config
+    if hasattr(config, "in_chans"):
+        return (torch.randn(batch, config.in_chans, *config.size, device=device),)
+    latents = torch.randn(batch, config.in_channels, *config.size, device=device)
+    return latents, torch.rand(batch, device=device), torch.zeros(batch, dtype=torch.long, device=device)
+
+
+def at_size(model: str, size: int, device: torch.device, budget: Budget) -> list[dict]:
+    """A pair at one size: softmax and VCA, on a GPU both in plain PyTorch and in the fused kernels."""
+    batch = max(1, PIXELS[device.type] // (size * size))
+    kinds: dict[str, tuple[str, str | None]] = {"softmax": ("softmax", None), "VCA eager": ("vca", "eager")}
+    if device.type == "cuda":
+        kinds["VCA fused"] = ("vca", "triton")
+    networks = {name: build(model, size, *kind).to(device) for name, kind in kinds.items()}
+    inputs = inputs_of(networks["softmax"], batch, device)
+    precision = Precision.bf16 if device.type == "cuda" else Precision.fp32
+
+    def training(network: nn.Module) -> None:
+        with autocast(precision, device):
+            out = network(*inputs)
+        out.float().square().mean().backward()
+        network.zero_grad(set_to_none=True)
+
+    def inference(network: nn.Module) -> None:
+        with torch.no_grad(), autocast(precision, device):
+            network(*inputs)
+
+    def times(run: Callable[[nn.Module], None], share: float) -> dict[str, Timing]:
+        runs = {name: partial(run, network) for name, network in networks.items()}
+        return take_turns(runs, "softmax", budget.share(share), device)
+
+    trained, drawn = times(training, 0.6), times(inference, 0.3)
+    rows = []
+    for name, network in networks.items():
+        peak = peak_bytes(partial(training, network), device)
+        row = {"model": model, "size": size, "batch": batch, "name": name, "peak_bytes": peak}
+        row |= {"training": trained[name]._asdict(), "inference": drawn[name]._asdict()}
+        rows.append(row)
+        print(table_row(row), flush=True)
+    return rows
+
+
+def table_row(row: dict[str, Any]) -> str:
+    """A row of the table."""
+    cells = [row["model"], str(row["size"]), str(row["batch"]), row["name"]]
+    for kind in ("training", "inference"):
+        time = row[kind]
+        cells.append(f"{row['batch'] / time['seconds']:.2f}")  # of speed, so the other way round
+        cells.append(f"{1 / time['ratio']:.2f} ({1 / time['high']:.2f} to {1 / time['low']:.2f})")
+    return "| " + " | ".join([*cells, f"{row['peak_bytes'] / 2**30:.2f}"]) + " |"

@@ -1,0 +1,50 @@
+"""Time and memory over the number of tokens, log-log, beside the slopes of O(N) and O(N^2)."""
+
+from pathlib import Path
+from typing import Any
+
+STYLES = {
+    "timm Attention": ("MHSA (timm)", "tab:gray", "-o"),
+    "VCA eager": ("VCA, plain PyTorch", "tab:blue", "-o"),
+    "VCA compiled": ("VCA, torch.compile", "tab:cyan", "--s"),
+    "VCA fused": ("VCA, fused kernels", "tab:red", "-o"),
+    "Agent Attention": ("Agent Attention", "tab:green", ":^"),
+    "Differential Attention": ("Differential Attention", "tab:orange", ":v"),
+}
+
+
+def plot_attention(rows: list[dict[str, Any]], device: str, file: Path) -> None:
+    """Draw the rows of `benchmark_attention` that are whole layers: milliseconds and MiB for 1,000 tokens' worth of N.
+
+    Batches differ with N, so that figures are of one image: its time, and what it keeps.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = [row for row in rows if row["level"] == "layer"]
+    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4.2), constrained_layout=True)
+    for axis, title, value in (
+        (axes[0], "forward + backward, ms an image", lambda row: 1e3 * row["forward + backward"]["seconds"]),
+        (axes[1], "kept for the backward, MiB an image", lambda row: row["kept_bytes"] / 2**20),
+    ):
+        for name, (label, color, style) in STYLES.items():
+            line = [(row["tokens"], value(row) / row["batch"]) for row in rows if row["name"] == name]
+            if line:
+                axis.plot(*zip(*line, strict=True), style, label=label, color=color, markersize=4, linewidth=1.2)
+        tokens = sorted({row["tokens"] for row in rows})
+        start = min(value(row) / row["batch"] for row in rows if row["tokens"] == tokens[0])
+        for power, label in ((1, "O(N)"), (2, "O(N²)")):
+            slope = [0.6 * start * (n / tokens[0]) ** power for n in tokens]
+            axis.plot(tokens, slope, color="black", linewidth=0.6, linestyle=(0, (1, 3)))
+            axis.annotate(label, (tokens[-1], slope[-1]), fontsize=8, va="top", ha="right")
+        axis.set(xscale="log", yscale="log", xlabel="tokens N", title=title)
+        axis.set_xticks(tokens, [str(n) for n in tokens], fontsize=8)
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
+    axes[0].legend(fontsize=8)
+    figure.suptitle(f"one attention layer, width 384, 6 heads, {device}", fontsize=10)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=130)
+    pyplot.close(figure)
