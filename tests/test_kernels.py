@@ -10,10 +10,11 @@ import pytest
 import torch
 import torch.utils.checkpoint
 
+from benchmarks.timing import kept_bytes
 from tests.conftest import ROOT, environment, launcher
 from tests.test_attention import ARGUMENTS, CONFIGS, OPTIONS, given_to_function, random_arguments, shape_id
 from vca import VCAConfig, VisualContrastAttention, visual_contrast_attention
-from vca.attention import kernels
+from vca.attention import SoftmaxConfig, build_attention, kernels
 from vca.attention.kernels import Backend, use_triton, why_not
 from vca.attention.reference import reference_attention
 
@@ -223,6 +224,17 @@ def test_autocast(dtype):
     assert found["out"].dtype is torch.float32
     assert not torch.equal(found["out"], expected["out"])
     torch.testing.assert_close(found["out"], expected["out"], rtol=0.05, atol=0.05)
+
+
+def test_what_is_kept():
+    """Of a layer for its backward, beside MHSA: 1.10 at 197 tokens, where plain PyTorch keeps 1.35."""
+    layers = [
+        VisualContrastAttention(384, 6, (14, 14), (7, 7), 1, config=VCAConfig(backend="triton")),
+        build_attention(SoftmaxConfig(), 384, 6, (14, 14), num_prefix_tokens=1),
+    ]
+    x = torch.randn(1, 197, 384, device=DEVICE, requires_grad=True)
+    ours, theirs = (kept_bytes(lambda layer=layer: layer(x), layer) for layer in (one.to(DEVICE) for one in layers))
+    assert ours / theirs < 1.11
 
 
 def test_two_ranks_train_with_them(tmp_path):

@@ -160,10 +160,11 @@ def visual_contrast_attention(
     lambda1, lambda2 = (x if x is None else torch.as_tensor(x, dtype=full, device=q.device) for x in (lambda1, lambda2))
     norm1_weight, norm2_weight = norm1_weight.to(full), norm2_weight.to(full)
 
+    # Contrast tokens. Nothing is pooled for embeddings alone, and the kernels take the average by themselves.
     fused = use_triton(choose(Backend, backend, "backend"), q.device, q.dtype, q.shape[3], num_contrast)
-    averages = fused and choose(Pooling, pooling, "pooling") is Pooling.average and pool_weight is None
+    averaged_there = fused and choose(Pooling, pooling, "pooling") is Pooling.average and pool_weight is None
     t = None
-    if any(content.pooled for content in used) and not averages:  # nothing is pooled for embeddings alone
+    if any(content.pooled for content in used) and not averaged_there:
         t = pool_queries(q, grid, pool, num_prefix_tokens, pooling, pool_weight)  # (B, M, n, D)
     if fused:
         from vca.attention.kernels.operator import fused_attention  # triton need not be there
@@ -173,12 +174,14 @@ def visual_contrast_attention(
             lambda_init, grid, pool, num_prefix_tokens, eps, joint,
         )  # fmt: skip
 
-    norm1_weight, norm2_weight = (1 - lambda_init) * norm1_weight, (1 - lambda_init) * norm2_weight
     tokens = torch.cat([content.tokens(t, q.shape[0]) for content in used], dim=2).to(q.dtype)  # (B, M, 2n or n, D)
-    first = tokens if lambda1 is not None else tokens[:, :, :num_contrast]
-    second = tokens if lambda2 is not None else tokens[:, :, :num_contrast]
-    v_hat = global_contrast(first, k, v, lambda1, norm1_weight, eps)  # (B, M, n, D)
-    return per_patch_differential(q, second, v_hat, lambda2, norm2_weight, joint, eps)  # (B, M, N, D)
+    tokens1 = tokens if lambda1 is not None else tokens[:, :, :num_contrast]
+    tokens2 = tokens if lambda2 is not None else tokens[:, :, :num_contrast]
+
+    # Stage I, global contrast; Stage II, per-patch differential.
+    norm1_weight, norm2_weight = (1 - lambda_init) * norm1_weight, (1 - lambda_init) * norm2_weight
+    v_hat = global_contrast(tokens1, k, v, lambda1, norm1_weight, eps)  # (B, M, n, D)
+    return per_patch_differential(q, tokens2, v_hat, lambda2, norm2_weight, joint, eps)  # (B, M, N, D)
 
 
 class Content(NamedTuple):
