@@ -28,6 +28,7 @@ from vca.attention.pooling import check_layers
 FREQUENCIES = 256  # of the time embedding
 gelu_tanh: Any = partial(nn.GELU, approximate="tanh")
 MAX_PERIOD = 10_000
+LARGEST_CONTRAST = 8  # a side of the contrast grid, by default
 
 
 @dataclass
@@ -41,7 +42,7 @@ class DiTConfig:
         class_dropout_prob: how often training replaces a label by the null label, `num_classes`.
         learn_sigma: twice as many output channels as input channels.
         contrast_grid: `[h, w]` of the contrast tokens, unless `attention.pool` names another; null is half the token
-            grid in each direction.
+            grid in each direction, 8 at most: the paper's at 256 and at 512 px.
     """
 
     family: str = "dit"
@@ -186,7 +187,7 @@ class DiT(nn.Module):
         self.config = config
         dim, grid = config.hidden_size, config.grid
         self.grad_checkpointing = False
-        pool = config.contrast_grid or (max(1, grid[0] // 2), max(1, grid[1] // 2))
+        pool = config.contrast_grid or [min(max(1, side // 2), LARGEST_CONTRAST) for side in grid]
         self.x_embedder = PatchEmbedder(config.patch_size, config.in_channels, dim)
         self.t_embedder = TimestepEmbedder(dim)
         self.y_embedder = LabelEmbedder(config.num_classes, dim, null=config.class_dropout_prob > 0)

@@ -132,7 +132,7 @@ def test_other_sizes(attention):
 
 
 def test_contrast_grids_of_the_paper():
-    for patch, side, pool in ((2, 32, (8, 8)), (4, 32, (4, 4)), (8, 32, (2, 2))):
+    for patch, side, pool in ((2, 32, (8, 8)), (4, 32, (4, 4)), (8, 32, (2, 2)), (2, 64, (8, 8)), (2, 128, (8, 8))):
         with torch.device("meta"):
             network = DiT(DiTConfig(patch_size=patch, input_size=side), VCAConfig())
         assert {block.attn.pool for block in network.blocks} == {pool}
