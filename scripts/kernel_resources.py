@@ -59,7 +59,11 @@ def launches_of(dim: int, num_contrast: int, dtype: torch.dtype) -> list[Launch]
     q, k, v = (x.transpose(1, 2) for x in torch.zeros(2, 1024, 3, 6, dim, dtype=dtype).unbind(2))
     e, weight, scalar = torch.zeros(6, side * side, dim), torch.zeros(dim), torch.zeros(())
     arguments = (q, k, v, None, e, e, scalar, scalar, weight, weight)
-    options = (0.2, (32, 32), (side, side), 0, 1e-5, (True, True), False)
+    return launches_with(arguments, (0.2, (32, 32), (side, side), 0, 1e-5, (True, True), False))
+
+
+def launches_with(arguments: tuple[Any, ...], options: tuple[Any, ...]) -> list[Launch]:
+    """All launches of a forward and a backward with these tensors and options of the operator."""
     with recording() as launches:
         out, *found = contrast_attention(*arguments, *options)
         contrast_attention_backward(out, *found, *arguments, *options)

@@ -145,6 +145,31 @@ def test_large_scores():
         assert_close(with_gradients(visual_contrast_attention, given, backend="triton"), expected, 0.1)
 
 
+def test_strides():
+    """Tensors that lie in memory in other ways: channels apart, v unlike k, embeddings and weights with gaps."""
+    exact, given, _ = both(SHAPES[0])
+
+    def otherwise(place, value):
+        if place in (0, 2, 3):
+            value = value.detach().transpose(-1, -2).contiguous().transpose(-1, -2)
+        elif place in (8, 9):
+            value = torch.stack((value.detach(), torch.zeros_like(value)), dim=-1)[:, 0]
+        return value.requires_grad_() if isinstance(value, torch.Tensor) and not value.requires_grad else value
+
+    given = [otherwise(place, value) for place, value in enumerate(given)]
+    assert given[0].stride(-1) > 1
+    assert given[8].stride() == (2,)
+    expected = with_gradients(visual_contrast_attention, exact)
+    assert_close(with_gradients(visual_contrast_attention, given, backend="triton"), expected, 1e-5)
+    q, _, _, e_pos, e_neg, *rest = (x.detach() if isinstance(x, torch.Tensor) else x for x in given)
+    lambda1, lambda2, lambda_init, norm1, norm2, grid, pool, prefix = rest
+    t = torch.randn(2, 2, 32, 9, device=DEVICE).transpose(-1, -2)
+    options = (lambda_init, grid, pool, prefix, 1e-5, [True, True], False)
+    parameters = (e_pos, e_neg, lambda1, lambda2, norm1, norm2)
+    found, wanted = (operator.contrast_attention(q, q, q, x, *parameters, *options)[0] for x in (t, t.contiguous()))
+    assert torch.equal(found, wanted)
+
+
 def test_it_is_deterministic():
     _, given, _ = both(SHAPES[3])
     one, other = (with_gradients(visual_contrast_attention, given, backend="triton") for _ in range(2))
@@ -338,6 +363,41 @@ def test_kernels_fit_a100_and_h100(tmp_path):
         if row["kernel"] == "stage2" and row["dim"] == 64 and row["contrast_tokens"] == 64
     }
     assert scores_made_once == {3}  # two scores and the product with v^; the second pass costs nothing
+
+
+VARIANTS = """
+import sys, torch
+sys.path.insert(0, ".")
+from scripts import kernel_resources
+from vca.attention.kernels import launch
+
+def compiled(heads=6, pool=(8, 8), streams=2, joint=False, lambdas=(True, True), t=False, splits=1):
+    launch.splits_of = lambda *_: splits
+    q, k, v = (x.transpose(1, 2) for x in torch.zeros(2, 1025, 3, heads, 64, dtype=torch.bfloat16).unbind(2))
+    e, weight = torch.zeros(heads, pool[0] * pool[1], 64), torch.zeros(64)
+    given = (q, k, v, torch.zeros(2, heads, pool[0] * pool[1], 64, dtype=torch.bfloat16) if t else None)
+    given += (e, e if streams == 2 else None, *(torch.zeros(()) if one else None for one in lambdas), weight, weight)
+    launches = kernel_resources.launches_with(given, (0.2, (32, 32), pool, 1, 1e-5, (True, streams == 2), joint))
+    return {kernel_resources.resources(one, 90)["kernel"] for one in launches}
+
+every = compiled()
+assert compiled(heads=1, pool=(1, 1)) == every
+assert compiled(joint=True) == compiled(lambdas=(False, True)) == compiled(lambdas=(True, False)) == every
+assert compiled(lambdas=(False, False), streams=1) == every
+assert compiled(splits=3) == every | {"combine"}
+assert compiled(t=True) == every - {"unpool"}
+print("all compile")
+"""
+
+
+def test_every_variant_compiles():
+    """What the interpreter lets through: types in loops, arguments that are 1, code that only an option reaches."""
+    if sys.platform != "linux":
+        pytest.skip("ptxas comes with Triton on Linux")
+    without = {key: value for key, value in environment().items() if key != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", VARIANTS]
+    done = subprocess.run(command, cwd=ROOT, env=without, capture_output=True, text=True, check=False)
+    assert "all compile" in done.stdout, done.stderr[-3000:]
 
 
 def test_the_interpreter_is_meant():

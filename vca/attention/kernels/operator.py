@@ -54,7 +54,8 @@ def contrast_attention(
         Stage I is plain, and Stage I's log-sum-exps `(B, M, streams, n)` in base 2.
     """
     call = Call(q, lambda1, lambda2, lambda_init, grid, pool, num_prefix_tokens, eps, pooled, joint)
-    q, k, v = readable(q, k, v)
+    q, k, v, t = readable(q, k, v, t)
+    e_pos, e_neg, norm1, norm2 = (x if x is None else x.contiguous() for x in (e_pos, e_neg, norm1, norm2))
     out, contrast, v_neg, lse = call.empty_results(q)
     with torch.cuda.device_of(q):
         tokens = call.contrast_tokens(q, t, e_pos, e_neg)
@@ -89,7 +90,8 @@ def contrast_attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of the ten tensors of `contrast_attention`, in their order; those of what was None are empty."""
     call = Call(q, lambda1, lambda2, lambda_init, grid, pool, num_prefix_tokens, eps, pooled, joint)
-    q, k, v = readable(q, k, v)
+    q, k, v, t = readable(q, k, v, t)
+    e_pos, e_neg, norm1, norm2 = (x if x is None else x.contiguous() for x in (e_pos, e_neg, norm1, norm2))
     grad = grad if grad.stride(-1) == 1 else grad.contiguous()
     none = q.new_empty(0)
     with torch.cuda.device_of(q):
@@ -119,12 +121,13 @@ def contrast_attention_backward(
     )
 
 
-def readable(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def readable(q: Tensor, k: Tensor, v: Tensor, t: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """As the kernels read them: the channels of a head next to each other, v in memory as k is."""
     q = q if q.stride(-1) == 1 else q.contiguous()
+    t = t if t is None or t.stride(-1) == 1 else t.contiguous()
     if k.stride(-1) == 1 and k.stride() == v.stride():
-        return q, k, v
-    return q, k.contiguous(), v.contiguous()
+        return q, k, v, t
+    return q, k.contiguous(), v.contiguous(), t
 
 
 @contrast_attention.register_fake
