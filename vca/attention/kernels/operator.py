@@ -55,7 +55,8 @@ def contrast_attention(
     """
     call = Call(q, lambda1, lambda2, lambda_init, grid, pool, num_prefix_tokens, eps, pooled, joint)
     q, k, v, t = readable(q, k, v, t)
-    e_pos, e_neg, norm1, norm2 = (x if x is None else x.contiguous() for x in (e_pos, e_neg, norm1, norm2))
+    e_pos, e_neg = (e if e is None else e.contiguous() for e in (e_pos, e_neg))
+    norm1, norm2 = norm1.contiguous(), norm2.contiguous()
     out, contrast, v_neg, lse = call.empty_results(q)
     with torch.cuda.device_of(q):
         tokens = call.contrast_tokens(q, t, e_pos, e_neg)
@@ -91,7 +92,8 @@ def contrast_attention_backward(
     """Gradients of the ten tensors of `contrast_attention`, in their order; those of what was None are empty."""
     call = Call(q, lambda1, lambda2, lambda_init, grid, pool, num_prefix_tokens, eps, pooled, joint)
     q, k, v, t = readable(q, k, v, t)
-    e_pos, e_neg, norm1, norm2 = (x if x is None else x.contiguous() for x in (e_pos, e_neg, norm1, norm2))
+    e_pos, e_neg = (e if e is None else e.contiguous() for e in (e_pos, e_neg))
+    norm1, norm2 = norm1.contiguous(), norm2.contiguous()
     grad = grad if grad.stride(-1) == 1 else grad.contiguous()
     none = q.new_empty(0)
     with torch.cuda.device_of(q):
