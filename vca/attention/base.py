@@ -24,10 +24,12 @@ Choice = TypeVar("Choice", bound=Enum)
 
 def choose(choices: type[Choice], value: Choice | str, key: str) -> Choice:
     """`value`, or the choice of that name; `ValueError` names the key and the choices."""
-    for choice in choices:
-        if value is choice or value == choice.value:
-            return choice
-    raise ValueError(f"{key} must be one of {[choice.value for choice in choices]}, got {value!r}")
+    if isinstance(value, choices):
+        return value
+    try:
+        return choices(value)
+    except ValueError:
+        raise ValueError(f"{key} must be one of {[choice.value for choice in choices]}, got {value!r}") from None
 
 
 @dataclass
