@@ -53,12 +53,10 @@ def benchmark_attention(device: torch.device, budget: Budget, longest: int, leve
     """Time and memory of every contestant at every N up to `longest`, printed as a Markdown table."""
     print("| level | N (n) | attention | forward ms | ratio | forward + backward ms | ratio | kept MiB | peak MiB |")
     print("|---|---|---|---|---|---|---|---|---|")
-    shapes = [shape for shape in SHAPES if shape.tokens <= longest]
+    jobs = [(shape, level) for shape in SHAPES if shape.tokens <= longest for level in levels]
     rows = []
-    for shape in shapes:
-        for level in levels:
-            part = budget.share(1 / len(shapes) / len(levels))
-            rows += at_shape(shape, level, device, part)
+    for index, (shape, level) in enumerate(jobs):
+        rows += at_shape(shape, level, device, budget.share(1 / (len(jobs) - index)))
     return rows
 
 
@@ -97,11 +95,12 @@ def at_shape(shape: Shape, level: str, device: torch.device, budget: Budget) -> 
         sdpa = {name: partial(training, function) for name, function in usable.items() if name.startswith("SDPA")}
         timings = take_turns(sdpa, None, Budget(3), device)
         baseline = min(timings, key=lambda name: timings[name].seconds)
+    kinds = {"forward": (inference, 0.3), "forward + backward": (training, 1.0)}  # and their part of the time left
     times = {
         kind: take_turns(
-            {name: partial(run, function) for name, function in usable.items()}, baseline, budget.share(0.4), device, 1
+            {name: partial(run, function) for name, function in usable.items()}, baseline, budget.share(part), device, 1
         )
-        for kind, run in (("forward", inference), ("forward + backward", training))
+        for kind, (run, part) in kinds.items()
     }
     rows = []
     for name, function in usable.items():

@@ -17,11 +17,10 @@ def benchmark_loop(device: torch.device, budget: Budget) -> list[dict]:
     """
     from models.deit import DeiTConfig
 
-    half = budget.share(0.5)
     small = DeiTConfig(img_size=8, patch_size=2, depth=4, **SMALL)
     large = DeiTConfig(img_size=32, patch_size=4, depth=6, **SMALL)
     rows = [("8 px, 16 tokens", small, 64), ("32 px, 64 tokens", large, 128)]
-    return [loop_row(device, half, *row) for row in rows]
+    return [loop_row(device, budget.share(1 / (2 - index)), *row) for index, row in enumerate(rows)]
 
 
 SMALL: dict[str, Any] = {"embed_dim": 96, "num_heads": 3, "num_classes": 10, "contrast_grid": [2, 2]}

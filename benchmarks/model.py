@@ -8,18 +8,19 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.timing import Budget, Timing, peak_bytes, take_turns
+from models.timm_registry import load_sizes
 from vca.runtime.compute import Precision, autocast
 
-# Model and sides of the images in pixels. The grids of Swin and CSwin are whole windows at multiples of 224.
+# Sides of the images in pixels. The grids of Swin and CSwin are whole windows at multiples of 224.
 SIZES = {
-    "deit_tiny": (224, 384, 512, 1024),
-    "deit_small": (224, 384, 512, 1024),
-    "pvt_tiny": (224, 448, 896),
-    "swin_tiny": (224, 448, 896),
-    "cswin_tiny": (224, 448, 896),
-    "dit_s_2": (256, 512, 1024),
-    "dit_b_2": (256, 512),
+    "deit": (224, 384, 512, 1024),
+    "pvt": (224, 448, 896),
+    "swin": (224, 448, 896),
+    "cswin": (224, 448, 896),
+    "dit": (256, 512, 1024),
 }
+# Unless others are named.
+MODELS = ("deit_tiny", "deit_small", "pvt_tiny", "swin_tiny", "cswin_tiny", "dit_s_2", "dit_b_2")
 PIXELS = {"cpu": 4 * 224 * 224, "cuda": 128 * 224 * 224}  # of a batch
 
 
@@ -27,10 +28,11 @@ def benchmark_model(device: torch.device, budget: Budget, largest: int, models: 
     """Every pair of configs at every size up to `largest`, printed as a Markdown table."""
     print("| model | px | batch | attention | training images/s | ratio | inference images/s | ratio | peak GiB |")
     print("|---|---|---|---|---|---|---|---|---|")
-    pairs = [(model, size) for model in models or SIZES for size in SIZES[model] if size <= largest]
+    families = {name: model["family"] for name, model in load_sizes().items()}
+    pairs = [(model, size) for model in models or MODELS for size in SIZES[families[model]] if size <= largest]
     rows = []
-    for model, size in pairs:
-        rows += at_size(model, size, device, budget.share(1 / len(pairs)))
+    for index, (model, size) in enumerate(pairs):
+        rows += at_size(model, size, device, budget.share(1 / (len(pairs) - index)))
     return rows
 
 
@@ -39,7 +41,6 @@ def build(model: str, size: int, attention: str, backend: str | None) -> nn.Modu
     import train_cls  # noqa: F401 - registers the schemas
     import train_gen  # noqa: F401
     from models import CLASSIFIERS, build_model
-    from models.timm_registry import load_sizes
     from vca.config import compose
 
     overrides = [f"model={model}", f"attention={attention}", "data=imagefolder", f"data.img_size={size}"]
@@ -85,7 +86,7 @@ def at_size(model: str, size: int, device: torch.device, budget: Budget) -> list
         runs = {name: partial(run, network) for name, network in networks.items()}
         return take_turns(runs, "softmax", budget.share(share), device)
 
-    trained, drawn = times(training, 0.6), times(inference, 0.3)
+    trained, drawn = times(training, 0.7), times(inference, 1.0)
     rows = []
     for name, network in networks.items():
         peak = peak_bytes(partial(training, network), device)

@@ -14,14 +14,15 @@ from torch.profiler import ProfilerActivity, profile
 
 
 class Budget(NamedTuple):
-    """How long to measure: so many rounds, or fewer (three at least) where the seconds are over."""
+    """How long to measure: so many rounds, or fewer (three at least) where the time is over."""
 
     rounds: int = 15
-    seconds: float = float("inf")
+    end: float = float("inf")  # of `time.perf_counter`
 
     def share(self, part: float) -> "Budget":
-        """The same rounds in a part of the seconds."""
-        return Budget(self.rounds, self.seconds * part)
+        """The same rounds in a part of the time that is left."""
+        now = time.perf_counter()
+        return Budget(self.rounds, now + part * max(0.0, self.end - now))
 
 
 class Timing(NamedTuple):
@@ -57,9 +58,8 @@ def take_turns(
             function()
     names = list(contestants)
     times: dict[str, list[float]] = {name: [] for name in names}
-    end = time.perf_counter() + budget.seconds
     for turn in range(budget.rounds):
-        if turn >= 3 and time.perf_counter() > end:
+        if turn >= 3 and time.perf_counter() > budget.end:
             break
         for name in names if turn % 2 else names[::-1]:
             times[name].append(clock(contestants[name], device))

@@ -19,6 +19,7 @@ import argparse
 import json
 import platform
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -30,9 +31,10 @@ from benchmarks.attention import benchmark_attention
 from benchmarks.commands import benchmark_evaluation, benchmark_inception, benchmark_table1
 from benchmarks.data import benchmark_data
 from benchmarks.loop import benchmark_loop
-from benchmarks.model import SIZES, benchmark_model
+from benchmarks.model import benchmark_model
 from benchmarks.plot import plot_attention
 from benchmarks.timing import Budget
+from models.timm_registry import load_sizes
 
 ALL = {"attention": 0.5, "model": 0.4, "loop": 0.1}  # what `all` runs, and its share of the minutes
 ON_CPU = ("data", "table1", "inception", "evaluation")
@@ -48,7 +50,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=float("inf"), help="fewer turns, three at least, after that")
     parser.add_argument("--tokens", type=int, default=16384, help="attention: the longest N (default 16384)")
     parser.add_argument("--levels", nargs="+", default=["layer", "core"], choices=("layer", "core"))
-    parser.add_argument("--models", nargs="+", default=[], choices=SIZES, metavar="NAME", help="model: these alone")
+    parser.add_argument("--models", nargs="+", default=[], choices=load_sizes(), metavar="NAME")
     parser.add_argument("--size", type=int, help="model: the largest side in pixels (default 1024; on a CPU 256)")
     parser.add_argument("--root", type=Path, help="folder with train/ and val/, for data and table1")
     parser.add_argument("--weights", type=Path, help="torch-fidelity's file of weights, for inception")
@@ -85,10 +87,12 @@ def main() -> None:
     parts = ALL if options.what == "all" else {options.what: 1.0}
     if options.what == "all" and options.root is not None:
         parts = {**parts, "data": 0.1}
-    budget, results = Budget(options.rounds, 60 * options.minutes), []
+    budget, results = Budget(options.rounds, time.perf_counter() + 60 * options.minutes), []
+    left = sum(parts.values())
     for what, share in parts.items():
         print(f"\n{what}: {name}, {options.threads} thread(s), torch {torch.__version__}\n", flush=True)
-        rows = benchmarks[what](budget.share(share / sum(parts.values())))
+        rows = benchmarks[what](budget.share(share / left))
+        left -= share
         results.append({"what": what, **machine, "rows": rows})
         if options.json:
             options.json.parent.mkdir(parents=True, exist_ok=True)

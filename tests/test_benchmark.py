@@ -7,40 +7,35 @@ import sys
 import pytest
 import torch
 
+import scripts.benchmark
 from benchmarks.timing import Budget, compare, kept_bytes, peak_bytes, take_turns
 from tests.conftest import ROOT, environment
 
 CPU = torch.device("cpu")
 
 
-def benchmark(*options):
-    command = [sys.executable, "scripts/benchmark.py", *options, "--device", "cpu", "--rounds", "3"]
+def test_all(tmp_path):
+    """The command for a machine that is at hand for ten minutes, on the smallest of everything."""
+    command = [sys.executable, "scripts/benchmark.py", "all", "--device", "cpu", "--rounds", "3", "--minutes", "1"]
+    command += ["--tokens", "197", "--models", "deit_tiny", "--size", "224", "--json", str(tmp_path / "all.json")]
     done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout
+    parts = {part["what"]: part["rows"] for part in json.loads((tmp_path / "all.json").read_text())["parts"]}
+    assert list(parts) == ["attention", "model", "loop"]
 
-
-def test_attention(tmp_path):
-    said = benchmark("attention", "--tokens", "197", "--json", str(tmp_path / "attention.json"))
-    rows = json.loads((tmp_path / "attention.json").read_text())["rows"]
-    layers = {row["name"]: row for row in rows if row["level"] == "layer"}
+    layers = {row["name"]: row for row in parts["attention"] if row["level"] == "layer"}
     names = {"timm Attention", "VCA eager", "VCA compiled", "Agent Attention", "Differential Attention"}
     assert set(layers) == names
-    assert {row["name"] for row in rows if row["level"] == "core"} == {"SDPA flash", "SDPA math", "VCA eager"}
+    cores = {row["name"] for row in parts["attention"] if row["level"] == "core"}
+    assert cores == {"SDPA flash", "SDPA math", "VCA eager"}
     assert layers["timm Attention"]["forward"]["ratio"] == 1
-    assert all(row["kept_bytes"] > 0 and row["peak_bytes"] > row["kept_bytes"] for row in rows)
-    assert "| layer | 197 (49) | VCA eager | " in said
-    assert (tmp_path / "attention.png").stat().st_size > 10_000
+    assert all(row["peak_bytes"] > row["kept_bytes"] > 0 for row in parts["attention"])
+    assert "| layer | 197 (49) | VCA eager | " in done.stdout
+    assert (tmp_path / "all.png").stat().st_size > 10_000
 
-
-def test_model_and_loop(tmp_path):
-    benchmark("model", "--models", "deit_tiny", "--size", "224", "--json", str(tmp_path / "model.json"))
-    record = json.loads((tmp_path / "model.json").read_text())
-    assert [(row["model"], row["size"], row["name"]) for row in record["rows"]] == [
-        ("deit_tiny", 224, "softmax"),
-        ("deit_tiny", 224, "VCA eager"),
-    ]
-    assert "trainer" in benchmark("loop")
+    models = [(row["model"], row["size"], row["name"]) for row in parts["model"]]
+    assert models == [("deit_tiny", 224, "softmax"), ("deit_tiny", 224, "VCA eager")]
+    assert len(parts["loop"]) == 2
 
 
 @pytest.mark.parametrize(
@@ -53,11 +48,11 @@ def test_model_and_loop(tmp_path):
     ],
     ids=str,
 )
-def test_wrong_options(options, message):
-    command = [sys.executable, "scripts/benchmark.py", *options]
-    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    assert message in done.stderr.splitlines()[-1]
+def test_wrong_options(options, message, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", *options])
+    with pytest.raises(SystemExit):
+        scripts.benchmark.parse()
+    assert message in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_turns():
@@ -67,7 +62,7 @@ def test_turns():
     assert "".join(calls) == "cbaabccbaabc"
     assert timings["a"].ratio == timings["a"].low == timings["a"].high == 1
     calls.clear()
-    compare(lambda: calls.append(1), lambda: calls.append(2), Budget(9, seconds=0), CPU, warm=0)
+    compare(lambda: calls.append(1), lambda: calls.append(2), Budget(9, end=0), CPU, warm=0)
     assert len(calls) == 6
 
 
