@@ -57,6 +57,7 @@ def benchmark_attention(device: torch.device, budget: Budget, longest: int, leve
     rows = []
     for index, (shape, level) in enumerate(jobs):
         rows += at_shape(shape, level, device, budget.share(1 / (len(jobs) - index)))
+    print("\n" + "\n".join(beside_mhsa(rows)))
     return rows
 
 
@@ -124,6 +125,24 @@ def table_row(row: dict[str, Any]) -> str:
         cells += [f"{1e3 * time['seconds']:.2f}", f"{time['ratio']:.2f} ({time['low']:.2f} to {time['high']:.2f})"]
     cells += [f"{row['kept_bytes'] / 2**20:.1f}", f"{row['peak_bytes'] / 2**20:.1f}"]
     return "| " + " | ".join(cells) + " |"
+
+
+def beside_mhsa(rows: list[dict[str, Any]]) -> list[str]:
+    """A table of the VCA layers alone, everything as a ratio to timm's `Attention`."""
+    layer = {(row["tokens"], row["name"]): row for row in rows if row["level"] == "layer"}
+    names = [name for name in ("VCA eager", "VCA compiled", "VCA fused") if any(name in key for key in layer)]
+    table = ["| N (n) | | forward | forward + backward | memory kept | peak memory |", "|---|---|---|---|---|---|"]
+    for tokens, name in sorted(layer, key=lambda key: (key[0], names.index(key[1]) if key[1] in names else 0)):
+        base = layer.get((tokens, "timm Attention"))
+        if name not in names or base is None:
+            continue
+        row = layer[tokens, name]
+        times = [row[kind] for kind in ("forward", "forward + backward")]
+        cells = [f"{tokens} ({row['contrast_tokens']})", name]
+        cells += [f"{time['ratio']:.2f} ({time['low']:.2f} to {time['high']:.2f})" for time in times]
+        cells += [f"{row[key] / base[key]:.2f}" for key in ("kept_bytes", "peak_bytes")]
+        table.append("| " + " | ".join(cells) + " |")
+    return table
 
 
 def layers(shape: Shape, device: torch.device) -> dict[str, Callable[[Tensor], Tensor]]:

@@ -31,6 +31,7 @@ def test_all(tmp_path):
     assert layers["timm Attention"]["forward"]["ratio"] == 1
     assert all(row["peak_bytes"] > row["kept_bytes"] > 0 for row in parts["attention"])
     assert "| layer | 197 (49) | VCA eager | " in done.stdout
+    assert "| 197 (49) | VCA compiled | " in done.stdout
     assert (tmp_path / "all.png").stat().st_size > 10_000
 
     models = [(row["model"], row["size"], row["name"]) for row in parts["model"]]
