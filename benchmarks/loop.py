@@ -9,11 +9,13 @@ import torch
 
 from benchmarks.timing import Budget, compare
 
+STEPS = 10  # of a round
+
 
 def benchmark_loop(device: torch.device, budget: Budget) -> list[dict]:
     """What the trainer adds to forward, backward and step (seeds, norms, clipping, EMA, reports): two sizes of model.
 
-    Each round is ten updates of the trainer, and of a bare loop on a copy of the model and the same batches.
+    Each round is `STEPS` steps of the trainer, and of a bare loop on a copy of the model and the same batches.
     """
     from models.deit import DeiTConfig
 
@@ -49,7 +51,7 @@ def loop_row(device: torch.device, budget: Budget, name: str, model_config: Any,
     loss_of = ClassificationLoss(BatchMixer(AugmentConfig(), 10, 0))
     numbers = torch.arange(batch)
     size = model_config.img_size
-    batches = [Batch(torch.randn(batch, 3, size, size), numbers % 10, numbers, numbers) for _ in range(10)]
+    batches = [Batch(torch.randn(batch, 3, size, size), numbers % 10, numbers, numbers) for _ in range(STEPS)]
 
     def bare_loop() -> None:
         for step, cpu_batch in enumerate(batches):
@@ -71,7 +73,7 @@ def loop_row(device: torch.device, budget: Budget, name: str, model_config: Any,
             times = compare(trainer_loop, bare_loop, budget, device)
     overhead, low, high = (100 * (times[key] - 1) for key in ("ratio", "low", "high"))
     print(
-        f"{name:<18} trainer {times['ms'] / 10:.2f} ms/update, bare {times['other_ms'] / 10:.2f} ms/update: "
+        f"{name:<18} trainer {times['ms'] / STEPS:.2f} ms/update, bare {times['other_ms'] / STEPS:.2f} ms/update: "
         f"{overhead:+.1f} % ({low:+.1f} to {high:+.1f})",
         flush=True,
     )

@@ -1,15 +1,10 @@
-"""The backbones. To add one: a file here with its config dataclass, and one line in `MODELS`.
-
-Importing this package registers the classifiers of `configs/model/` with timm, as `vca_<name>...`; see
-`timm_registry`.
-"""
+"""The backbones. To add one: a file here with its config dataclass, and one line in `MODELS`."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
-from models import timm_registry
 from models.cswin import CSWin, CSWinConfig
 from models.deit import DeiT, DeiTConfig
 from models.dit import DiT, DiTConfig
@@ -18,7 +13,7 @@ from models.pvt import PVT, PVTConfig
 from models.swin import Swin, SwinConfig
 from vca.attention import ATTENTIONS
 
-__all__ = ["CLASSIFIERS", "GENERATORS", "MODELS", "build_model", "rebuild"]
+__all__ = ["CLASSIFIERS", "GENERATORS", "MODELS", "build_model", "rebuild", "register_timm"]
 
 # family -> (config dataclass, module)
 MODELS: dict[str, tuple[type, type[nn.Module]]] = {
@@ -53,4 +48,8 @@ def rebuild(config: Mapping[str, Any]) -> Any:
     return build_model(MODELS[model["family"]][0](**model), ATTENTIONS[attention["name"]][0](**attention))
 
 
-timm_registry.register(CLASSIFIERS)
+def register_timm() -> None:
+    """Register the classifiers of `configs/model/` with timm, as `vca_<name>...`; see `models.timm_registry`."""
+    from models import timm_registry
+
+    timm_registry.register(CLASSIFIERS)

@@ -3,8 +3,6 @@
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from timm.layers import to_2tuple
-
 from vca.attention.geometry import is_pair
 
 
@@ -44,7 +42,8 @@ class BackboneConfig:
     @property
     def size(self) -> tuple[int, int]:
         """`(height, width)` in pixels."""
-        return to_2tuple(self.img_size)
+        size = self.img_size
+        return (size, size) if isinstance(size, int) else (size[0], size[1])
 
     @property
     def size_multiple(self) -> int:

@@ -11,11 +11,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from timm.layers import PatchEmbed, resample_abs_pos_embed, trunc_normal_
 from torch import Tensor, nn
 
 from models.config import BackboneConfig
-from models.layers import Backbone, Block, drop_path_rates, load_official, select_options, square_side
+from models.layers import Backbone, Block, drop_path_rates, load_official, select_options, square_side, trunc_normal_
 from vca.attention import SoftmaxConfig, build_attention
 from vca.attention.geometry import is_pair
 from vca.attention.pooling import check_layers
@@ -64,6 +63,8 @@ class DeiT(Backbone):
     config: DeiTConfig
 
     def __init__(self, config: DeiTConfig, attention: Any) -> None:
+        from timm.layers import PatchEmbed
+
         dim, depth = config.embed_dim, config.depth
         check_layers(attention, depth)
         super().__init__(config, num_features=dim, num_prefix_tokens=1)
@@ -108,7 +109,7 @@ class DeiT(Backbone):
         side = square_side(tensor.shape[1] - self.num_prefix_tokens) if name == "pos_embed" else None
         if side is None or tensor.shape[2] != self.pos_embed.shape[2]:
             return None
-        return resample_abs_pos_embed(tensor, list(self.grid), [side, side], num_prefix_tokens=1)
+        return resample_positions(tensor, (side, side), self.grid)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Images `(B, in_chans, height, width)` to normalised tokens `(B, N, C)`."""
@@ -123,9 +124,14 @@ class DeiT(Backbone):
 
     def positions(self, grid: tuple[int, int]) -> Tensor:
         """`pos_embed` `(1, N, C)`, interpolated where the grid is not the one it was made for."""
-        if grid == self.grid:
-            return self.pos_embed
-        return resample_abs_pos_embed(self.pos_embed, list(grid), list(self.grid), num_prefix_tokens=1)
+        return self.pos_embed if grid == self.grid else resample_positions(self.pos_embed, self.grid, grid)
+
+
+def resample_positions(positions: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
+    """Interpolate positions `(1, 1 + h w, C)` of the class token and a grid `old = (h, w)` to the grid `new`."""
+    from timm.layers import resample_abs_pos_embed
+
+    return resample_abs_pos_embed(positions, list(new), list(old), num_prefix_tokens=1)
 
 
 def from_official(config: Mapping[str, Any], state_dict: Mapping[str, Any]) -> DeiT:

@@ -15,7 +15,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from timm.layers import Mlp
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -144,6 +143,8 @@ class DiTBlock(nn.Module):
     """Transformer block with adaptive norms that start as the identity (adaLN-Zero)."""
 
     def __init__(self, dim: int, attention: nn.Module, mlp_ratio: float) -> None:
+        from timm.layers import Mlp
+
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
         self.attn = attention

@@ -1,5 +1,7 @@
 """What several backbones are made of.
 
+What timm provides is imported where it is used: `import timm` takes as long as `import torch`, and `--help` needs none.
+
 Shape letters: B batch, N tokens (of a grid H x W, after P prefix tokens), C channels, K classes, L tokens of a window.
 """
 
@@ -9,7 +11,6 @@ from dataclasses import fields
 from typing import Any, TypeVar
 
 import torch
-from timm.layers import DropPath, Mlp, trunc_normal_
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -24,6 +25,8 @@ class Block(nn.Module):
     def __init__(
         self, dim: int, attention: nn.Module, mlp_ratio: float, drop: float, drop_path: float, norm_eps: float
     ) -> None:
+        from timm.layers import DropPath, Mlp
+
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=norm_eps)
         self.attn = attention
@@ -151,6 +154,13 @@ def join_windows(x: Tensor, window: tuple[int, int], grid: tuple[int, int]) -> T
     """Windows `(B, H W / L, L, C)` back to `(B, H, W, C)`."""
     x = x.unflatten(2, window).unflatten(1, (grid[0] // window[0], grid[1] // window[1]))  # (B, H/h, W/w, h, w, C)
     return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)
+
+
+def trunc_normal_(tensor: Tensor, std: float) -> None:
+    """Fill `tensor` in place from a normal distribution truncated at +-2, with timm's draws for a given seed."""
+    import timm.layers
+
+    timm.layers.trunc_normal_(tensor, std=std)
 
 
 def init_linear(module: nn.Module) -> None:

@@ -15,11 +15,10 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
 from models.config import PyramidConfig
-from models.layers import ConvEmbed, load_official, select_options, square_side
+from models.layers import ConvEmbed, load_official, select_options, square_side, trunc_normal_
 from models.pyramid import Pyramid, keeps_own
 from vca.attention import SoftmaxConfig, softmax_attention
 from vca.attention.geometry import to_image

@@ -15,11 +15,18 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import resize_rel_pos_bias_table, trunc_normal_
 from torch import Tensor, nn
 
 from models.config import PyramidConfig
-from models.layers import ConvEmbed, join_windows, load_official, select_options, split_windows, square_side
+from models.layers import (
+    ConvEmbed,
+    join_windows,
+    load_official,
+    select_options,
+    split_windows,
+    square_side,
+    trunc_normal_,
+)
 from models.pyramid import Pyramid
 from vca.attention import SoftmaxConfig, softmax_attention
 
@@ -185,6 +192,8 @@ class Swin(Pyramid):
 
     def adapt(self, name: str, tensor: Tensor) -> Tensor | None:
         """A table of the relative position bias for windows of another size, interpolated."""
+        from timm.layers import resize_rel_pos_bias_table
+
         if not name.endswith("relative_position_bias_table"):
             return None
         attention: Any = self.get_submodule(name.rpartition(".")[0])

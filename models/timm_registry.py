@@ -1,4 +1,4 @@
-"""The model configs as timm models: importing `models` makes `timm.create_model("vca_deit_tiny_patch16_224")` work.
+"""The model configs as timm models: after `models.register_timm()`, timm has `vca_deit_tiny_patch16_224` and so on.
 
 Every file of `configs/model/` that describes a classifier is one name. Keyword arguments override its fields
 (`num_classes`, `img_size`, `drop_path_rate`, `depth`, ...); `attention` is the name of a variant, a mapping of its
@@ -6,11 +6,11 @@ options, or its config.
 """
 
 from collections.abc import Callable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import yaml
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 
 from models.layers import select_options
 from vca.attention import ATTENTIONS
@@ -21,6 +21,7 @@ __all__: list[str] = []  # timm adds the names that it registers
 default_cfgs: dict[str, Any] = {}
 
 
+@cache
 def load_sizes() -> dict[str, dict[str, Any]]:
     """Fields of each file of `configs/model/` by the file's name, with its `family`."""
     return {file.stem: {"name": file.stem, **load_size(file.stem)} for file in sorted(SIZES.glob("*.yaml"))}
@@ -82,6 +83,8 @@ def entry_point(size: Mapping[str, Any], registry: Mapping[str, tuple[type, type
         return module(select_options(config_class, {**size, **fields}), attention_config(attention))
 
     def create(pretrained: bool = False, **kwargs: Any) -> Any:
+        from timm.models import build_model_with_cfg
+
         if kwargs.get("features_only"):
             raise ValueError(f"{create.__name__} has no features_only; use forward_features")
         return build_model_with_cfg(build, create.__name__, pretrained, **kwargs)
@@ -93,8 +96,10 @@ def entry_point(size: Mapping[str, Any], registry: Mapping[str, tuple[type, type
 
 def register(registry: Mapping[str, tuple[type, type]]) -> None:
     """Register every size of the families in `registry` with timm."""
+    from timm.models import generate_default_cfgs, is_model, register_model
+
     for size in load_sizes().values():
-        if size["family"] not in registry:
+        if size["family"] not in registry or is_model(timm_name(size)):
             continue
         default_cfgs.update(generate_default_cfgs({timm_name(size): pretrained_cfg(size)}))
         register_model(entry_point(size, registry))

@@ -10,6 +10,7 @@ import argparse
 import json
 import sys
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,7 @@ def config_of(model: str, attention: str, *overrides: str) -> Any:
     return compose(script, [*choice, "data=imagefolder", *latents])
 
 
+@cache
 def complexity_of(model: str, attention: str, *overrides: str) -> Complexity:
     """Counts of a model with an attention, see `config_of`."""
     config = config_of(model, attention, *overrides)

@@ -6,6 +6,7 @@
 EMA weights are the default where the run has them. To load them again:
 
     import models, timm
+    models.register_timm()
     timm.create_model("local-dir:exported", pretrained=True)
     timm.create_model("vca_deit_tiny_patch16_224", checkpoint_path="exported/model.safetensors")
 

@@ -5,10 +5,12 @@
     python scripts/kernel_resources.py --json benchmarks/results/kernels.json
 
 A kernel may use 255 registers a thread; what does not fit is spilled to memory. Triton compiles, with the ptxas that
-comes with it.
+comes with it. A FILE that holds these kernels already, by the sha256 of their sources, and this release of Triton, is
+left alone.
 """
 
 import argparse
+import hashlib
 import json
 import math
 import os
@@ -70,6 +72,12 @@ def launches_with(arguments: tuple[Any, ...], options: tuple[Any, ...]) -> list[
     return launches
 
 
+def name_of(launch: Launch) -> str:
+    """The kernel of a launch, with its stage where it serves both."""
+    kernel, _, constants = launch
+    return kernel.__name__.removesuffix("_kernel") + (f" {constants['STAGE']}" if "STAGE" in constants else "")
+
+
 def resources(launch: Launch, capability: int) -> dict[str, Any]:
     """Compile one launch for a compute capability (times ten), and read what it needs."""
     kernel, arguments, constants = launch
@@ -102,13 +110,19 @@ def resources(launch: Launch, capability: int) -> dict[str, Any]:
     if found is None:
         raise RuntimeError(f"cuobjdump says nothing of registers: {usage}")
     return {
-        "kernel": kernel.__name__.removesuffix("_kernel") + (f" {constants['STAGE']}" if "STAGE" in constants else ""),
+        "kernel": name_of(launch),
         "capability": capability,
         "registers": int(found[1]),
         "spilled_bytes": int(found[2]),
         "shared_bytes": compiled.metadata.shared,
         "products": len(re.findall(r"= (?:tt\.dot|ttng\.warp_group_dot) ", compiled.asm["ttgir"])),
     }
+
+
+def sources_sha256() -> str:
+    """Of the files of the kernels and of what launches them."""
+    folder = Path(__file__).parents[1] / "vca" / "attention" / "kernels"
+    return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(folder.glob("*.py")))).hexdigest()
 
 
 def main() -> None:
@@ -119,6 +133,11 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16"], choices=("bfloat16", "float16", "float32"))
     parser.add_argument("--json", type=Path, help="write the rows to this file")
     options = parser.parse_args()
+    about = {"what": "kernel resources", "triton": triton.__version__, "sources": sources_sha256()}
+    about |= {"dims": options.dims, "contrast_tokens": options.contrast, "dtypes": options.dtypes}
+    if options.json and options.json.exists() and about.items() <= json.loads(options.json.read_text()).items():
+        print(f"{options.json} is up to date")
+        return
     print(f"triton {triton.__version__}")
     print(f"{'kernel':18}{'D':>5}{'n':>5}  {'type':10}{'target':>7}{'registers':>11}{'spilled':>9}{'shared':>9}")
     rows = []
@@ -127,11 +146,11 @@ def main() -> None:
             for dtype in options.dtypes:
                 seen = set()
                 for launch in launches_of(dim, contrast, getattr(torch, dtype)):
+                    if name_of(launch) in seen:  # the backward makes the contrast tokens again
+                        continue
+                    seen.add(name_of(launch))
                     for capability in TARGETS:
                         row = {"dim": dim, "contrast_tokens": contrast, "dtype": dtype, **resources(launch, capability)}
-                        if (row["kernel"], capability) in seen:  # the backward makes the contrast tokens again
-                            continue
-                        seen.add((row["kernel"], capability))
                         rows.append(row)
                         print(
                             f"{row['kernel']:18}{dim:>5}{contrast:>5}  {dtype:10}{'sm_' + str(capability):>7}"
@@ -140,8 +159,7 @@ def main() -> None:
                         )
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
-        record = {"what": "kernel resources", "triton": triton.__version__, "rows": rows}
-        options.json.write_text(json.dumps(record, indent=1) + "\n")
+        options.json.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

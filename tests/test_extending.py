@@ -4,13 +4,13 @@ Both are added to a copy of the project, then trained together, and the attentio
 """
 
 import shutil
-import subprocess
 import sys
 
 import pytest
 import torch
 
-from tests.conftest import ROOT, environment, metrics
+from tests.processes import ROOT, run_command
+from tests.support import metrics
 
 ATTENTION = '''"""Every token attends to all others with scores that a learned gain sharpens."""
 
@@ -95,6 +95,9 @@ class Flat(Backbone):
 '''
 
 
+pytestmark = pytest.mark.process
+
+
 @pytest.fixture(scope="module")
 def extended(tmp_path_factory):
     """The project with `sharp` and `flat` added."""
@@ -130,15 +133,7 @@ def register(file, module, names, key):
 
 
 def python(root, *arguments):
-    done = subprocess.run(
-        [sys.executable, *arguments],
-        cwd=root,
-        env=environment(PYTHONPATH=str(root)),
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    done = run_command(sys.executable, *arguments, cwd=root, PYTHONPATH=str(root))
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
@@ -163,6 +158,7 @@ def test_fits_everywhere(extended):
     """The new attention in the old backbones, the new backbone under timm, both in the table of counts."""
     code = """
 import models, timm, torch
+models.register_timm()
 with torch.device("meta"):
     for name in timm.list_models("vca_*"):
         network = timm.create_model(name, attention={"name": "sharp", "gain": 2.0}, num_classes=3)

@@ -9,7 +9,7 @@ import tomllib
 import pytest
 import yaml
 
-from tests.conftest import ROOT, environment
+from tests.processes import ROOT, environment
 
 STANDARD = set(sys.stdlib_module_names)
 SCIENTIFIC = {"torch", "torchvision", "timm", "numpy", "scipy", "PIL", "sklearn", "matplotlib", "safetensors"}
@@ -93,6 +93,7 @@ def test_heavy_packages_are_imported_where_used():
             assert not LAZY & set(imports(path, top_level_only=True)), path
 
 
+@pytest.mark.process
 def test_vca_needs_torch_alone():
     """`import vca` with every other package of the project made unimportable."""
     code = """
@@ -111,6 +112,7 @@ print(VisualContrastAttention(8, 2, (2, 2), pool=(1, 1))(torch.randn(1, 4, 8)).s
     assert "torch.Size([1, 4, 8])" in done.stdout
 
 
+@pytest.mark.process
 def test_importing_changes_nothing():
     """No flags, filters or files at import time."""
     code = """

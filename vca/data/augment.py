@@ -2,18 +2,19 @@
 
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch.nn.functional as F
 from PIL import Image
-from timm.data import Mixup, create_transform
 from torch import Tensor
-from torchvision import transforms
 
 from vca.data.config import DataConfig
 from vca.runtime.errors import check
 from vca.runtime.seeding import derive_seed
+
+if TYPE_CHECKING:
+    from torchvision.transforms import Compose
 
 
 class Crop(Enum):
@@ -92,8 +93,11 @@ class AugmentConfig:
         return self.mixup > 0 or self.cutmix > 0
 
 
-def train_transform(augment: AugmentConfig, data: DataConfig) -> transforms.Compose:
+def train_transform(augment: AugmentConfig, data: DataConfig) -> "Compose":
     """PIL image to a normalised `(in_chans, img_size, img_size)` tensor, with the random changes of training."""
+    from timm.data import create_transform
+    from torchvision import transforms
+
     size = data.img_size
     transform = create_transform(
         size,
@@ -141,8 +145,10 @@ class AdmCrop:
         return image.crop((left, top, left + self.size, top + self.size))
 
 
-def eval_transform(data: DataConfig) -> transforms.Compose:
+def eval_transform(data: DataConfig) -> "Compose":
     """PIL image to a normalised `(in_chans, img_size, img_size)` tensor: resize, centre crop."""
+    from timm.data import create_transform
+
     return create_transform(
         data.img_size,
         is_training=False,
@@ -165,6 +171,8 @@ class BatchMixer:
         self.num_classes, self.smoothing, self.seed = num_classes, augment.label_smoothing, seed
         self.mixup = None
         if augment.mixes:
+            from timm.data import Mixup
+
             self.mixup = Mixup(
                 mixup_alpha=augment.mixup,
                 cutmix_alpha=augment.cutmix,

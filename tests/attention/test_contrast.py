@@ -1,0 +1,471 @@
+"""The core against its oracle: golden figures, values and all gradients at odd shapes, options, autocast."""
+
+import functools
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+import torch.utils.checkpoint
+
+from tests.support import GOLDEN
+from vca import VCAConfig, VisualContrastAttention, visual_contrast_attention
+from vca.attention import ATTENTIONS, build_attention
+from vca.attention.contrast import Stage2Softmax, Stream
+from vca.attention.pooling import Pooling, pool_queries
+from vca.attention.reference import adaptive_bins, reference_attention, rms_norm
+
+CASES = ("square_cls", "rect_nocls", "ragged_pool")
+ARGUMENTS = ("q", "k", "v", "e_pos", "e_neg", "lambda1", "lambda2", "lambda_init", "norm1_weight", "norm2_weight")
+
+# (grid, pool, prefix tokens, heads, head dim): dividing, ragged, one row, more contrast tokens than cells, two prefixes
+SHAPES = [
+    ((6, 6), (3, 3), 1, 2, 8),
+    ((7, 9), (3, 4), 0, 1, 5),
+    ((1, 11), (1, 3), 1, 3, 4),
+    ((5, 4), (5, 4), 2, 2, 6),
+    ((2, 3), (3, 5), 0, 2, 8),
+    ((4, 4), (1, 1), 3, 1, 7),
+]
+
+
+def shape_id(shape) -> str:
+    (height, width), (h, w), prefix, heads, dim = shape
+    return f"{height}x{width}-pool{h}x{w}-P{prefix}-M{heads}-D{dim}"
+
+
+def golden(case: str):
+    data = np.load(GOLDEN / "vca_attention.npz")
+    arrays = {key.split("/")[1]: data[key] for key in data.files if key.startswith(f"{case}/")}
+    meta = json.loads(str(arrays.pop("meta")))
+    return {key: torch.from_numpy(value) for key, value in arrays.items()}, meta
+
+
+def random_arguments(shape, dtype=torch.float64, seed=0):
+    (height, width), (h, w), prefix, heads, dim = shape
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*size):
+        return torch.randn(size, generator=generator, dtype=dtype).requires_grad_()
+
+    tokens = prefix + height * width
+    qkv = [normal(2, heads, tokens, dim) for _ in range(3)]
+    embeddings = [normal(heads, h * w, dim) for _ in range(2)]
+    return [*qkv, *embeddings, normal(), normal(), 0.35, normal(dim), normal(dim), (height, width), (h, w), prefix]
+
+
+@pytest.mark.parametrize("function", [reference_attention, visual_contrast_attention])
+@pytest.mark.parametrize("case", CASES)
+def test_golden(case, function):
+    arrays, meta = golden(case)
+    arguments = [arrays[name] for name in ARGUMENTS]
+    grid, pool = (meta["H"], meta["W"]), (meta["h"], meta["w"])
+    out = function(*arguments, grid, pool, meta["prefix_tokens"], meta["rms_eps"])
+    torch.testing.assert_close(out, arrays["attention_out"], rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_golden_module(case):
+    """Lambda vectors, lambda_init of the layer and the local branch, as the module makes them."""
+    arrays, meta = golden(case)
+    heads, dim = arrays["q"].shape[1], arrays["q"].shape[3]
+    grid, pool = (meta["H"], meta["W"]), (meta["h"], meta["w"])
+    layer, prefix = meta["layer_index"], meta["prefix_tokens"]
+    module = VisualContrastAttention(heads * dim, heads, grid, pool, prefix, layer).double()
+    with torch.no_grad():
+        module.local.weight.copy_(arrays["dwc_weight"])
+        module.local.bias.copy_(arrays["dwc_bias"])
+        for stage, vectors in zip((module.lambda1, module.lambda2), arrays["lambda_vectors"], strict=True):
+            for parameter, vector in zip((stage.q1, stage.k1, stage.q2, stage.k2), vectors, strict=True):
+                parameter.copy_(vector)
+    torch.testing.assert_close(module.lambda1(), arrays["lambda1"], rtol=0, atol=1e-12)
+    torch.testing.assert_close(module.lambda2(), arrays["lambda2"], rtol=0, atol=1e-12)
+    assert module.lambda_init == pytest.approx(float(arrays["lambda_init"]), abs=1e-12)
+    local = module.local_branch(arrays["v"].transpose(1, 2).flatten(2), grid)
+    torch.testing.assert_close(local, arrays["dwc_out"][:, prefix:], rtol=0, atol=1e-10)
+    assert not arrays["dwc_out"][:, :prefix].any()  # prefix tokens get nothing
+
+
+def test_module_is_its_parts():
+    """The module is projections around the functional core plus the local branch, in that order."""
+    torch.manual_seed(0)
+    module = VisualContrastAttention(24, 3, (4, 5), (2, 2), num_prefix_tokens=1, layer_index=3).double()
+    x = torch.randn(2, 21, 24, dtype=torch.float64)
+    q, k, v = module.qkv(x).reshape(2, 21, 3, 3, 8).permute(2, 0, 3, 1, 4)
+    out = reference_attention(
+        q,
+        k,
+        v,
+        module.e_pos,
+        module.e_neg,
+        module.lambda1(),
+        module.lambda2(),
+        0.8 - 0.6 * np.exp(-0.9),
+        module.norm1_weight,
+        module.norm2_weight,
+        (4, 5),
+        (2, 2),
+        1,
+    )
+    out = out.transpose(1, 2).reshape(2, 21, 24)
+    image = v.transpose(1, 2).reshape(2, 21, 24)[:, 1:].transpose(1, 2).reshape(2, 24, 4, 5)
+    out[:, 1:] += module.local(image).flatten(2).transpose(1, 2)
+    torch.testing.assert_close(module(x), module.proj(out), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=shape_id)
+def test_value_and_every_gradient(shape):
+    arguments = random_arguments(shape)
+    tensors = [a for a in arguments if isinstance(a, torch.Tensor)]
+    results = []
+    for function in (reference_attention, visual_contrast_attention):
+        out = function(*arguments)
+        weight = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)
+        results.append((out, torch.autograd.grad((out * weight).sum(), tensors)))
+    (expected, expected_grads), (out, grads) = results
+    torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-10)
+    names = [name for name in ARGUMENTS if name != "lambda_init"]
+    for name, grad, reference in zip(names, grads, expected_grads, strict=True):
+        scale = reference.abs().max().clamp_min(1e-12)
+        assert ((grad - reference).abs().max() / scale) < 1e-9, name
+
+
+OPTIONS = [
+    {"plain1": True},
+    {"plain2": True},
+    {"plain1": True, "plain2": True},
+    {"joint": True},
+    {"streams": ("embedding", "embedding")},
+    {"streams": ("pool", "pool+embedding")},
+    {"streams": ("pool+embedding", "pool")},
+]
+
+
+def given_to_function(arguments, options):
+    """Arguments and keywords of `visual_contrast_attention` for one of `OPTIONS`."""
+    given = list(arguments)
+    given[5] = None if options.get("plain1") else given[5]
+    given[6] = None if options.get("plain2") else given[6]
+    streams = options.get("streams", ("pool+embedding", "pool+embedding"))
+    return given, {"streams": streams, "stage2_softmax": "joint" if options.get("joint") else "separate"}
+
+
+def plain_formula(arguments, plain1=False, plain2=False, joint=False, streams=("pool+embedding", "pool+embedding")):
+    """Options of VCA, spelled out for a single head of a single image."""
+    q, k, v, e_pos, e_neg, lambda1, lambda2, lambda_init, weight1, weight2, (height, width), (h, w), prefix = arguments
+    dim = q.shape[-1]
+    out = torch.empty_like(q)
+    for b in range(q.shape[0]):
+        for m in range(q.shape[1]):
+            image = q[b, m, prefix:].T.reshape(dim, height, width)
+            t = torch.nn.functional.adaptive_avg_pool2d(image, (h, w)).flatten(1).T
+            parts = [{"pool": t, "embedding": e[m], "pool+embedding": t + e[m]} for e in (e_pos, e_neg)]
+            t_pos, t_neg = parts[0][streams[0]], parts[1][streams[1]]
+            seen = torch.softmax(t_pos @ k[b, m].T / dim**0.5, -1) @ v[b, m]
+            if not plain1:
+                seen = seen - lambda1 * torch.softmax(t_neg @ k[b, m].T / dim**0.5, -1) @ v[b, m]
+            v_hat = (1 - lambda_init) * rms_norm(seen, weight1, 1e-5)
+            s_pos, s_neg = q[b, m] @ t_pos.T / dim**0.5, q[b, m] @ t_neg.T / dim**0.5
+            if plain2:
+                weights = torch.softmax(s_pos, -1)
+            elif joint:
+                both = torch.softmax(torch.cat((s_pos, s_neg), -1), -1)
+                weights = both[:, : h * w] - lambda2 * both[:, h * w :]
+            else:
+                weights = torch.softmax(s_pos, -1) - lambda2 * torch.softmax(s_neg, -1)
+            out[b, m] = (1 - lambda_init) * rms_norm(weights @ v_hat, weight2, 1e-5)
+    return out
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_options(options):
+    """Values and every gradient of each option against its formula."""
+    arguments = random_arguments(SHAPES[1])
+    tensors = [a for a in arguments if isinstance(a, torch.Tensor)]
+    given, keywords = given_to_function(arguments, options)
+    expected, out = plain_formula(arguments, **options), visual_contrast_attention(*given, **keywords)
+    torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-10)
+    weight = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)
+    grads, expected_grads = (
+        torch.autograd.grad((x * weight).sum(), tensors, allow_unused=True, materialize_grads=True)
+        for x in (out, expected)
+    )
+    torch.testing.assert_close(grads, expected_grads, rtol=1e-9, atol=1e-9)
+    enums = {
+        "streams": tuple(Stream(stream) for stream in keywords["streams"]),
+        "stage2_softmax": Stage2Softmax(keywords["stage2_softmax"]),
+        "pooling": Pooling.average,
+    }
+    assert torch.equal(visual_contrast_attention(*given, **enums), out), "the names of the options are not the options"
+    assert not torch.allclose(out, plain_formula(arguments)), "the option changes nothing"
+
+
+@pytest.mark.parametrize("part", [1, 37, 100, 1000])
+@pytest.mark.parametrize("options", [{}, *OPTIONS[1:4]], ids=str)
+def test_parts_of_stage_2_are_the_whole(part, options, monkeypatch):
+    """Rows of one image, images, or several at once: the same values and gradients."""
+    arguments = random_arguments(SHAPES[0])
+    tensors = [a for a in arguments if isinstance(a, torch.Tensor)]
+    given, keywords = given_to_function(arguments, options)
+    results = []
+    for size in (2**18, part):
+        monkeypatch.setattr("vca.attention.stages.CPU_PART", size)
+        out = visual_contrast_attention(*given, **keywords)
+        results.append((out, torch.autograd.grad(out.square().sum(), tensors, allow_unused=True)))
+    torch.testing.assert_close(*results, rtol=1e-12, atol=1e-12)
+
+
+def test_nothing_of_size_n_by_n_is_kept():
+    """What a layer keeps for its backward, beside MHSA: 1.10 at 1024 tokens, where autograd alone would keep 2.3."""
+    kept = []
+    for name in ("vca", "softmax"):
+        module, storages = build_attention(ATTENTIONS[name][0](), 192, 3, (32, 32), (8, 8)), {}
+
+        def keep(tensor, storages=storages):
+            storage = tensor.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            out = module(torch.randn(2, 1024, 192))
+        parameters = {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}
+        kept.append(sum(size for storage, size in storages.items() if storage not in parameters))
+        del out
+    assert kept[0] / kept[1] < 1.12
+
+
+@pytest.mark.parametrize("name", ["vca", "stage2 plain", "joint softmax"])
+def test_compiled_exported_checkpointed(name):
+    """One graph, forward and backward; `torch.export`; recomputation: the values and gradients of the module itself."""
+    torch.manual_seed(0)
+    module, x = build_attention(CONFIGS[name], 32, 2, (4, 5), (2, 2), num_prefix_tokens=1), torch.randn(2, 21, 32)
+
+    def gradients(run):
+        out = run(x)
+        return [out, *torch.autograd.grad(out.square().sum(), list(module.parameters()))]
+
+    expected = gradients(module)
+    torch._dynamo.reset()
+    torch.testing.assert_close(gradients(torch.compile(module, fullgraph=True, backend="aot_eager")), expected)
+    for reentrant in (False, True):
+        run = functools.partial(torch.utils.checkpoint.checkpoint, module, use_reentrant=reentrant)
+        if reentrant:  # gradients of inputs alone cannot be asked of it
+            run(x.requires_grad_()).square().sum().backward()
+            torch.testing.assert_close([parameter.grad for parameter in module.parameters()], expected[1:])
+        else:
+            torch.testing.assert_close(gradients(run), expected)
+    exported = torch.export.export(module.eval(), (x.detach(),)).module()
+    torch.testing.assert_close(exported(x.detach()), expected[0])
+
+
+def test_wrong_options():
+    """Of the function: names that are no option, embeddings that would broadcast, weights without their pooling."""
+    arguments = random_arguments(SHAPES[1])
+    streams = r"streams must be one of \['pool', 'embedding', 'pool\+embedding'\], got 'queries'"
+    for options, message in [
+        ({"streams": ("pool", "queries")}, streams),
+        ({"stage2_softmax": "both"}, r"stage2_softmax must be one of \['separate', 'joint'\], got 'both'"),
+        ({"pooling": "median"}, r"pooling must be one of \['average', 'maximum', 'depthwise'\], got 'median'"),
+        ({"pooling": "depthwise"}, "pool_weight goes with the pooling 'depthwise' and no other"),
+        ({"pool_weight": torch.ones(5, 1, 2, 2)}, "and no other, got 'average'"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            visual_contrast_attention(*arguments, **options)
+    for place, embedding in [(3, arguments[3][:, :1]), (4, arguments[4][0]), (4, None)]:
+        given = [*arguments[:place], embedding, *arguments[place + 1 :]]
+        got = None if embedding is None else tuple(embedding.shape)
+        with pytest.raises(ValueError, match=re.escape(f"needs an embedding of shape (1, 12, 5), got {got}")):
+            visual_contrast_attention(*given)
+
+
+def test_embeddings_alone_pool_nothing(monkeypatch):
+    monkeypatch.setattr("vca.attention.contrast.pool_queries", None)
+    module = VisualContrastAttention(8, 2, (3, 3), (2, 2), config=CONFIGS["embedding only"])
+    assert module(torch.randn(2, 9, 8)).shape == (2, 9, 8)
+
+
+@pytest.mark.parametrize("grid", [(4, 6), (5, 7), (2, 2)], ids=str)
+def test_poolings(grid):
+    """Maximum and learned pooling against loops; the learned one begins as the average where that is exact."""
+    torch.manual_seed(0)
+    q, pool, prefix = torch.randn(2, 2, 1 + grid[0] * grid[1], 3, dtype=torch.float64), (2, 2), 1
+    image = q[:, :, prefix:].unflatten(2, grid)
+    maximum = pool_queries(q, grid, pool, prefix, Pooling.maximum)
+    average = pool_queries(q, grid, pool, prefix)
+    cells = [(rows, columns) for rows in adaptive_bins(grid[0], 2) for columns in adaptive_bins(grid[1], 2)]
+    for index, ((top, bottom), (left, right)) in enumerate(cells):
+        cell = image[:, :, top:bottom, left:right]
+        assert torch.equal(maximum[:, :, index], cell.amax(dim=(2, 3)))
+        torch.testing.assert_close(average[:, :, index], cell.mean(dim=(2, 3)))
+
+    weight = VCAConfig(pooling="depthwise").pool_weight(6, grid, pool).double()
+    assert weight.shape == (6, 1, grid[0] // 2, grid[1] // 2)
+    learned = pool_queries(q, grid, pool, prefix, Pooling.depthwise, weight)
+    if grid[0] % 2 == grid[1] % 2 == 0:
+        torch.testing.assert_close(learned, average)
+    weight = torch.randn_like(weight)
+    (height, width), step = weight.shape[2:], []
+    for top in range(0, grid[0] - height + 1, height):
+        for left in range(0, grid[1] - width + 1, width):
+            cell = image[:, :, top : top + height, left : left + width].permute(0, 1, 4, 2, 3).flatten(1, 2)
+            step.append((cell * weight[:, 0]).sum((2, 3)))
+    expected = torch.stack(step, -1).unflatten(2, (grid[0] // height, grid[1] // width))
+    expected = torch.nn.functional.adaptive_avg_pool2d(expected, pool).flatten(2).unflatten(1, (2, 3)).transpose(2, 3)
+    torch.testing.assert_close(pool_queries(q, grid, pool, prefix, Pooling.depthwise, weight), expected)
+
+
+CONFIGS = {
+    "vca": VCAConfig(),
+    "stage1 plain": VCAConfig(stage1="plain"),
+    "stage2 plain": VCAConfig(stage2="plain"),
+    "both plain": VCAConfig(stage1="plain", stage2="plain"),
+    "embedding only": VCAConfig(positive="embedding", negative="embedding"),
+    "no local branch": VCAConfig(local_branch=False),
+    "joint softmax": VCAConfig(stage2_softmax="joint"),
+    "maximum": VCAConfig(pooling="maximum"),
+    "learned pooling": VCAConfig(pooling="depthwise"),
+    "learned pooling of no stream": VCAConfig(pooling="depthwise", positive="embedding", negative="embedding"),
+    "softmax with local branch": ATTENTIONS["softmax"][0](local_branch=True),
+    **{name: config() for name, (config, _) in ATTENTIONS.items() if name != "vca"},
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_parameter_gets_a_gradient(name):
+    torch.manual_seed(0)
+    module = build_attention(CONFIGS[name], 24, 3, (4, 5), (2, 2), num_prefix_tokens=1, layer_index=2)
+    module(torch.randn(2, 21, 24)).square().sum().backward()
+    for parameter_name, parameter in module.named_parameters():
+        assert parameter.grad is not None, parameter_name
+        assert parameter.grad.abs().sum() > 0, parameter_name
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_any_grid(name):
+    """A module serves grids that it was not built for."""
+    module = build_attention(CONFIGS[name], 16, 2, (4, 4), (2, 2), num_prefix_tokens=1)
+    for grid in ((4, 4), (7, 9), (2, 5), (14, 14)):
+        assert module(torch.randn(1, 1 + grid[0] * grid[1], 16), grid).shape == (1, 1 + grid[0] * grid[1], 16)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("inputs", ["large", "constant"])
+@pytest.mark.parametrize("name", ATTENTIONS)
+def test_autocast_stays_finite(name, dtype, inputs):
+    if dtype is torch.float16 and inputs == "large":
+        pytest.skip("1e4 times a projection overflows float16 in the projection itself")
+    torch.manual_seed(0)
+    module = build_attention(ATTENTIONS[name][0](), 32, 2, (6, 6), (3, 3), num_prefix_tokens=1)
+    x = torch.ones(2, 37, 32) if inputs == "constant" else 1e4 * torch.randn(2, 37, 32)
+    x.requires_grad_()
+    with torch.autocast("cpu", dtype=dtype):
+        out = module(x)
+    out.float().sum().backward()
+    assert out.isfinite().all()
+    assert x.grad.isfinite().all()
+    assert all(p.grad.isfinite().all() for p in module.parameters())
+
+
+def test_autocast_keeps_the_islands_in_float32(monkeypatch):
+    """Lambda, both norms and both softmax differences see float32 although the products run in bfloat16."""
+    seen = []
+    norm, softmax = torch.nn.functional.rms_norm, torch.Tensor.softmax
+
+    def spy_norm(x, shape, weight=None, eps=None):
+        seen.append(("norm", x.dtype, weight.dtype))
+        return norm(x, shape, weight, eps)
+
+    def spy_softmax(x, dim):
+        seen.append(("softmax", x.dtype))
+        return softmax(x, dim)
+
+    monkeypatch.setattr(torch.nn.functional, "rms_norm", spy_norm)
+    monkeypatch.setattr(torch.Tensor, "softmax", spy_softmax)
+    module = VisualContrastAttention(32, 2, (6, 6), (3, 3))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        module(torch.randn(1, 36, 32))
+        assert module.lambda1().dtype is torch.float32
+    expected = [("norm", torch.float32, torch.float32), ("softmax", torch.float32)]
+    assert seen == [expected[0], expected[1], expected[0]]
+
+
+def test_bfloat16_is_close_to_float32():
+    torch.manual_seed(0)
+    module = VisualContrastAttention(64, 2, (8, 8), (4, 4))
+    x = torch.randn(2, 64, 64)
+    expected = module(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = module(x).float()
+    assert (out - expected).norm() / expected.norm() < 0.02
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: VisualContrastAttention(30, 4, (2, 2)), "divide the width 30"),
+        (lambda: VCAConfig(pool=[7]), "attention.pool must be two integers >= 1, or such a pair a layer, got \\[7\\]"),
+        (lambda: VCAConfig(pool=[0, 2]), "attention.pool must be"),
+        (lambda: VCAConfig(stage1="both"), r"attention.stage1 must be one of \['contrast', 'plain'\], got 'both'"),
+        (lambda: VCAConfig(pool=[[2, 2]]).pool_of_layer(1, (7, 7)), "names 1 layers"),
+        (lambda: VisualContrastAttention(8, 2, (3, 3))(torch.zeros(1, 10, 8)), "10 tokens do not fill grid 3 x 3"),
+        (lambda: build_attention(ATTENTIONS["differential"][0](), 6, 2, (3, 3)), "head dim must be even.*got 3"),
+        (lambda: build_attention(ATTENTIONS["differential_stages"][0](), 6, 2, (3, 3)), "head dim must be even"),
+        (lambda: VCAConfig(pooling="median"), r"attention.pooling must be one of \['average', .*, got 'median'"),
+        (lambda: ATTENTIONS["focused_linear"][0](power=0), "attention.power must be from 1 to 16, got 0"),
+        (lambda: ATTENTIONS["focused_linear"][0](power=17), "attention.power must be from 1 to 16, got 17"),
+        (lambda: VCAConfig(embedding_init_std=float("inf")), "embedding_init_std must be >= 0 and finite, got inf"),
+        (lambda: VCAConfig(embedding_init_std=float("nan")), "embedding_init_std must be >= 0 and finite, got nan"),
+        (
+            lambda: VisualContrastAttention(8, 2, (8, 8), (2, 2), config=VCAConfig(pooling="depthwise"))(
+                torch.zeros(1, 6, 8), grid=(2, 3)
+            ),
+            r"a learned pooling of 4 x 4 tokens needs such a grid, got \(2, 3\)",
+        ),
+    ],
+)
+def test_wrong_use(build, message):
+    with pytest.raises(ValueError, match=message):
+        build()
+
+
+@pytest.mark.parametrize("name", ATTENTIONS)
+def test_every_variant_checks_its_place(name):
+    """The constructor, whether or not the variant uses what it is told, and the number of tokens."""
+    config, module = ATTENTIONS[name]
+    for arguments, message in [
+        ({"pool": (0, 2)}, "pool must be two integers >= 1, got (0, 2)"),
+        ({"pool": (-1, -1)}, "pool must be two integers >= 1, got (-1, -1)"),
+        ({"pool": 7}, "pool must be two integers >= 1, got 7"),
+        ({"grid": (3, 0)}, "grid must be two integers >= 1, got (3, 0)"),
+        ({"num_prefix_tokens": -1}, "num_prefix_tokens must be >= 0, got -1"),
+        ({"layer_index": -5}, "layer_index must be >= 0, got -5"),
+        ({"num_heads": 0}, "num_heads must be >= 1 and divide the width 8, got 0"),
+        ({"config": object()}, f"config must be a {config.__name__}, got object"),
+        ({"config": ATTENTIONS["softmax" if name != "softmax" else "vca"][0]()}, "Config, got "),
+    ]:
+        with pytest.raises(ValueError, match=re.escape(message)):
+            module(**{"dim": 8, "num_heads": 2, "grid": (3, 3), **arguments})
+    built = module(8, 2, (3, 3), (2, 2), 1)
+    for tokens, grid in ((9, None), (11, None), (10, (2, 3))):
+        with pytest.raises(ValueError, match=f"{tokens} tokens do not fill grid . x 3 after 1 prefix tokens"):
+            built(torch.zeros(1, tokens, 8), grid)
+    assert module(8, 2, [3, 3], [2, 2], 1)(torch.zeros(1, 10, 8)).shape == (1, 10, 8)
+
+
+@pytest.mark.parametrize("power", [1, 16])
+@pytest.mark.parametrize("value", [0.0, -1.0, 1.0])
+def test_power_keeps_to_float32(power, value):
+    """The flattest direction, all entries alike, in a head of 256: the mean of v, and finite gradients."""
+    module = build_attention(ATTENTIONS["focused_linear"][0](power=power), 256, 1, (2, 2))
+    q, k, v = (torch.full((1, 1, 4, 256), value, requires_grad=True) for _ in range(3))
+    out = module.attend(q, k, v, (2, 2))
+    torch.testing.assert_close(out, v.detach())
+    out.sum().backward()
+    assert all(x.grad.isfinite().all() for x in (q, k, v))
+
+
+def test_pool_of_each_layer():
+    config = VCAConfig(pool=[[2, 2], [3, 1]])
+    modules = [build_attention(config, 8, 2, (6, 6), layer_index=index) for index in range(2)]
+    assert [tuple(m.e_pos.shape) for m in modules] == [(2, 4, 4), (2, 3, 4)]

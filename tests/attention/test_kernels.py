@@ -1,0 +1,418 @@
+"""The fused kernels: on a GPU where there is one, else in Triton's interpreter, which has no bfloat16 arithmetic."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+import torch.utils.checkpoint
+
+from benchmarks.timing import kept_bytes
+from tests.attention.test_contrast import ARGUMENTS, CONFIGS, OPTIONS, given_to_function, random_arguments, shape_id
+from tests.data.test_loader import write_image_folder
+from tests.processes import ROOT, environment, run_script
+from vca import VCAConfig, VisualContrastAttention, visual_contrast_attention
+from vca.attention import SoftmaxConfig, build_attention, kernels
+from vca.attention.kernels import Backend, use_triton, why_not
+from vca.attention.reference import reference_attention
+
+pytest.importorskip("triton")
+from vca.attention.kernels import launch, operator
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+HALF = [torch.float16, torch.bfloat16] if DEVICE.type == "cuda" else [torch.float16]
+
+# (grid, pool, prefix tokens, heads, head dim): every head dim's tiles, from 4 to 256 contrast tokens, ragged bins, more
+# bins than cells, blocks of contrast tokens, a single row
+SHAPES = [
+    ((6, 6), (3, 3), 1, 2, 32),
+    ((7, 9), (3, 4), 2, 1, 72),
+    ((4, 4), (5, 6), 0, 2, 64),
+    ((14, 14), (7, 7), 1, 1, 64),
+    ((12, 12), (12, 12), 0, 1, 40),
+    ((16, 16), (16, 16), 1, 1, 32),
+    ((5, 5), (2, 2), 0, 1, 128),
+    ((1, 11), (1, 4), 1, 3, 96),
+    ((4, 5), (2, 2), 1, 1, 24),
+]
+
+
+def both(shape, dtype=torch.float32, options=None, seed=0):
+    """Arguments in float64, and for the kernels: q, k and v in `dtype` and with the strides of a projection."""
+    exact = random_arguments(shape, seed=seed)
+    for place in range(3):
+        exact[place] = exact[place].detach().to(dtype).double().requires_grad_()
+    given, keywords = given_to_function(exact, options or {})
+
+    def for_kernels(place, value):
+        if not isinstance(value, torch.Tensor):
+            return value
+        value = value.detach().to(DEVICE, dtype if place < 3 else torch.float32)
+        if place < 3:
+            value = value.transpose(1, 2).contiguous().transpose(1, 2)
+        return value.requires_grad_()
+
+    return given, [for_kernels(place, value) for place, value in enumerate(given)], keywords
+
+
+def with_gradients(function, arguments, **keywords):
+    """The result, and the gradients of a weighted sum of it, by name."""
+    out = function(*arguments, **keywords)
+    weight = torch.linspace(-1, 1, out.numel(), dtype=torch.float64).view(out.shape).to(out.device, out.dtype)
+    named = [(name, x) for name, x in zip(ARGUMENTS, arguments, strict=False) if isinstance(x, torch.Tensor)]
+    grads = torch.autograd.grad((out * weight).sum(), [x for _, x in named], allow_unused=True)
+    return {"out": out, **{f"d {name}": grad for (name, _), grad in zip(named, grads, strict=True)}}
+
+
+def assert_close(found, expected, ratio):
+    """Each tensor within `ratio` of the other's largest value; a failure names all that are not."""
+    errors = {}
+    for name, reference in expected.items():
+        if reference is None:
+            assert found[name] is None or not found[name].any(), name
+            continue
+        assert found[name].isfinite().all(), name
+        error = (found[name].double().cpu() - reference).abs().max() / reference.abs().max().clamp_min(1e-6)
+        errors[name] = error.item()
+    wrong = {name: error for name, error in errors.items() if error > ratio}
+    assert not wrong, f"errors above {ratio}: {wrong}"
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=shape_id)
+def test_value_and_every_gradient(shape):
+    """Against the equations in float64."""
+    exact, given, _ = both(shape)
+    expected = with_gradients(reference_attention, exact)
+    assert_close(with_gradients(visual_contrast_attention, given, backend="triton"), expected, 3e-5)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("shape", [SHAPES[1], ((6, 9), (6, 6), 1, 1, 40)], ids=shape_id)
+def test_options(options, shape):
+    exact, given, keywords = both(shape, options=options)
+    expected = with_gradients(visual_contrast_attention, exact, **keywords)
+    assert_close(with_gradients(visual_contrast_attention, given, backend="triton", **keywords), expected, 1e-5)
+
+
+@pytest.mark.parametrize("pooling", ["maximum", "depthwise"])
+def test_other_poolings(pooling):
+    """Queries that are pooled outside of the kernels; their gradients come back through the pooling."""
+    exact, given, _ = both(SHAPES[0])
+    weight = torch.randn(64, 1, 2, 2, dtype=torch.float64) if pooling == "depthwise" else None
+    expected = with_gradients(visual_contrast_attention, exact, pooling=pooling, pool_weight=weight)
+    weight = None if weight is None else weight.to(DEVICE, torch.float32)
+    found = with_gradients(visual_contrast_attention, given, backend="triton", pooling=pooling, pool_weight=weight)
+    assert_close(found, expected, 1e-5)
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("options", [{}, OPTIONS[3]], ids=str)
+@pytest.mark.parametrize("shape", [SHAPES[1], SHAPES[3]], ids=shape_id)
+def test_half_precision(dtype, options, shape):
+    """As close to float64 as the products allow, and no further from it than plain PyTorch in the same type."""
+    exact, given, keywords = both(shape, dtype, options)
+    expected = with_gradients(visual_contrast_attention, exact, **keywords)
+    found = with_gradients(visual_contrast_attention, given, backend="triton", **keywords)
+    lambdas = {name: expected.pop(name) for name in ("d lambda1", "d lambda2")}  # small sums of what cancels
+    assert_close(found, expected, 5e-3 if dtype is torch.float16 else 4e-2)
+    eager = with_gradients(visual_contrast_attention, given, backend="eager", **keywords)
+    for name, reference in {**expected, **lambdas}.items():
+        error, eager_error = ((x[name].double().cpu() - reference).abs().max() for x in (found, eager))
+        assert error <= 1.5 * eager_error + 2e-3 * reference.abs().max().clamp_min(1), name
+
+
+@pytest.mark.parametrize("shape", [SHAPES[1], SHAPES[3]], ids=shape_id)
+@pytest.mark.parametrize("splits", [2, 100])
+def test_splits(shape, splits, monkeypatch):
+    """N in parts that are put together afterwards, as few heads and long inputs need."""
+    exact, given, _ = both(shape)
+    monkeypatch.setattr(launch, "splits_of", lambda programs, tokens, rows, device: min(splits, -(-tokens // rows)))
+    expected = with_gradients(visual_contrast_attention, exact)
+    assert_close(with_gradients(visual_contrast_attention, given, backend="triton"), expected, 1e-5)
+
+
+def test_large_scores():
+    """Softmaxes that are all at one token: no overflow, in rows and tokens that do not exist neither."""
+    for sign in (1, -1):
+        exact, given, _ = both(SHAPES[1])
+        for arguments in (exact, given):
+            with torch.no_grad():
+                arguments[0] += 20 * sign
+                arguments[1] += 3
+        expected = with_gradients(visual_contrast_attention, exact)
+        assert_close(with_gradients(visual_contrast_attention, given, backend="triton"), expected, 0.1)
+
+
+def test_strides():
+    """Tensors that lie in memory in other ways: channels apart, v unlike k, embeddings and weights with gaps."""
+    exact, given, _ = both(SHAPES[0])
+
+    def otherwise(place, value):
+        if place in (0, 2, 3):
+            value = value.detach().transpose(-1, -2).contiguous().transpose(-1, -2)
+        elif place in (8, 9):
+            value = torch.stack((value.detach(), torch.zeros_like(value)), dim=-1)[:, 0]
+        return value.requires_grad_() if isinstance(value, torch.Tensor) and not value.requires_grad else value
+
+    given = [otherwise(place, value) for place, value in enumerate(given)]
+    assert given[0].stride(-1) > 1
+    assert given[8].stride() == (2,)
+    expected = with_gradients(visual_contrast_attention, exact)
+    assert_close(with_gradients(visual_contrast_attention, given, backend="triton"), expected, 1e-5)
+    q, _, _, e_pos, e_neg, *rest = (x.detach() if isinstance(x, torch.Tensor) else x for x in given)
+    lambda1, lambda2, lambda_init, norm1, norm2, grid, pool, prefix = rest
+    t = torch.randn(2, 2, 32, 9, device=DEVICE).transpose(-1, -2)
+    options = (lambda_init, grid, pool, prefix, 1e-5, [True, True], False)
+    parameters = (e_pos, e_neg, lambda1, lambda2, norm1, norm2)
+    found, wanted = (operator.contrast_attention(q, q, q, x, *parameters, *options)[0] for x in (t, t.contiguous()))
+    assert torch.equal(found, wanted)
+
+
+def test_it_is_deterministic():
+    _, given, _ = both(SHAPES[1])
+    one, other = (with_gradients(visual_contrast_attention, given, backend="triton") for _ in range(2))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_operators():
+    """Schema, fake tensors with the true strides, tracing."""
+    for options in ({}, {"plain1": True, "plain2": True, "streams": ("pool", "pool")}):
+        _, given, keywords = both(SHAPES[-1], options=options)
+        q, k, v, e_pos, e_neg, lambda1, lambda2, lambda_init, norm1, norm2, grid, pool, prefix = given
+        pooled = ["pool" in stream for stream in keywords["streams"]]
+        e_pos, e_neg = (
+            e if "embedding" in stream else None for e, stream in zip((e_pos, e_neg), keywords["streams"], strict=True)
+        )
+        if options.get("plain1") and options.get("plain2"):
+            e_neg, pooled[1] = None, False
+        tensors = (q, k, v, None, e_pos, e_neg, lambda1, lambda2, norm1, norm2)
+        rest = (lambda_init, list(grid), list(pool), prefix, 1e-5, pooled, False)
+        torch.library.opcheck(operator.contrast_attention, (*tensors, *rest))
+        detached = [x if x is None else x.detach() for x in tensors]
+        out, *found = operator.contrast_attention(*detached, *rest)
+        torch.library.opcheck(operator.contrast_attention_backward, (torch.ones_like(out), *found, *detached, *rest))
+
+
+def module_of(config, backend):
+    torch.manual_seed(0)
+    module = VisualContrastAttention(64, 2, (4, 5), (2, 2), num_prefix_tokens=1, config=config)
+    module.config.backend = Backend(backend)
+    return module.to(DEVICE)
+
+
+def gradients_of(module, run, x):
+    out = run(x)
+    return [out, *torch.autograd.grad(out.float().square().sum(), list(module.parameters()))]
+
+
+@pytest.mark.parametrize("name", ["vca", "both plain", "learned pooling"])
+def test_compiled_exported_checkpointed(name):
+    """What plain PyTorch computes, in one graph, forward and backward, exported, and with recomputation."""
+    module, x = module_of(CONFIGS[name], "triton"), torch.randn(2, 21, 64, device=DEVICE)
+    eager = module_of(CONFIGS[name], "eager")
+    expected = gradients_of(eager, eager, x)
+    module.config.backend = Backend.triton  # the two share their config
+
+    def close(found):
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=2e-4, atol=2e-4 * other.abs().max().item())
+
+    close(gradients_of(module, module, x))
+    torch._dynamo.reset()
+    close(gradients_of(module, torch.compile(module, fullgraph=True, backend="aot_eager"), x))
+    close(gradients_of(module, lambda x: torch.utils.checkpoint.checkpoint(module, x, use_reentrant=False), x))
+    exported = torch.export.export(module.eval(), (x,))
+    assert any("vca.contrast_attention" in str(node.target) for node in exported.graph.nodes)
+    close([exported.module()(x), *expected[1:]])
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_autocast(dtype):
+    """Half precision products, float32 parameters; q, k and v may also come in float32."""
+    results = []
+    for backend in ("triton", "eager"):
+        module, x = module_of(VCAConfig(), backend), torch.randn(2, 21, 64, device=DEVICE)
+        torch.manual_seed(1)
+        x = torch.randn(2, 21, 64).to(DEVICE)
+        with torch.autocast(DEVICE.type, dtype=dtype):
+            results.append(gradients_of(module, module, x))
+    for one, other in zip(*results, strict=True):
+        assert one.dtype == other.dtype
+        assert (one - other).float().norm() <= 0.05 * other.float().norm() + 1e-4
+
+    _, given, _ = both(SHAPES[0])
+    expected = with_gradients(visual_contrast_attention, given, backend="triton")
+    with torch.autocast(DEVICE.type, dtype=dtype):
+        found = with_gradients(visual_contrast_attention, given, backend="triton")
+    assert found["out"].dtype is torch.float32
+    assert not torch.equal(found["out"], expected["out"])
+    torch.testing.assert_close(found["out"], expected["out"], rtol=0.05, atol=0.05)
+
+
+def test_what_is_kept():
+    """Of a layer for its backward, beside MHSA: 1.10 at 197 tokens, where plain PyTorch keeps 1.35."""
+    layers = [
+        VisualContrastAttention(128, 2, (14, 14), (7, 7), 1, config=VCAConfig(backend="triton")),
+        build_attention(SoftmaxConfig(), 128, 2, (14, 14), num_prefix_tokens=1),
+    ]
+    x = torch.randn(1, 197, 128, device=DEVICE, requires_grad=True)
+    ours, theirs = (kept_bytes(lambda layer=layer: layer(x), layer) for layer in (one.to(DEVICE) for one in layers))
+    assert ours / theirs < 1.11
+
+
+@pytest.mark.process
+def test_two_ranks_train_with_them(tmp_path):
+    """`train_cls.py` on two ranks, DDP: the losses of plain PyTorch, and the log says which it is."""
+    write_image_folder(tmp_path / "data")
+    options = ["data=imagefolder", f"data.root={tmp_path / 'data'}", "data.num_classes=2", "data.img_size=8"]
+    options += ["trainer.steps=2", "trainer.global_batch=4", "trainer.log_every=1", "trainer.eval_every=0"]
+    options += ["model.embed_dim=32", "model.num_heads=1", "model.depth=1", "trainer.workers=0", "augment.mixup=0"]
+    options += ["augment.cutmix=0", f"out_dir={tmp_path}", f"trainer.device={DEVICE.type}"]
+    options += ["model.patch_size=4", "model.contrast_grid=[1,1]"]
+    losses = {}
+    for backend in ("triton", "eager"):
+        done = run_script("train_cls.py", f"name={backend}", f"attention.backend={backend}", *options, ranks=2)
+        assert done.returncode == 0, done.stderr[-3000:]
+        where = {"triton": "fused kernels", "eager": "plain PyTorch"}[backend]
+        assert f"deit_mini with vca in {where}, " in done.stdout, done.stdout
+        lines = (tmp_path / backend / "metrics.jsonl").read_text().splitlines()
+        losses[backend] = [record["loss"] for record in map(json.loads, lines) if "loss" in record]
+    assert losses["triton"] == pytest.approx(losses["eager"], rel=1e-4)
+    assert len(losses["eager"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("place", "reason"),
+    [
+        (("cuda", torch.float64, 64, 49), "the kernels take float32, float16 or bfloat16, not float64"),
+        (("cuda", torch.float32, 136, 49), "the kernels take a head dim up to 128, not 136"),
+        (("cuda", torch.float32, 64, 257), "the kernels take up to 256 contrast tokens, not 257"),
+        (("cpu", torch.float32, 64, 49), "the kernels need a GPU, not 'cpu'"),
+        (("cuda", torch.bfloat16, 128, 256), None),
+    ],
+)
+def test_what_is_served(place, reason, monkeypatch):
+    monkeypatch.setattr(kernels, "INTERPRETED", False)
+    device, *rest = place
+    assert why_not(torch.device(device), *rest) == reason
+    assert not use_triton(Backend.eager, torch.device(device), *rest)
+    if reason is None:
+        assert use_triton(Backend.auto, torch.device(device), *rest)
+        return
+    with pytest.raises(ValueError, match=f"attention.backend=triton: {reason}"):
+        use_triton(Backend.triton, torch.device(device), *rest)
+    kernels.warn_once.cache_clear()
+    if device == "cpu":  # no GPU, nothing to tell
+        assert not use_triton(Backend.auto, torch.device(device), *rest)
+        return
+    with pytest.warns(UserWarning, match=reason):
+        assert not use_triton(Backend.auto, torch.device(device), *rest)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # once is enough
+        assert not use_triton(Backend.auto, torch.device(device), *rest)
+
+
+def test_triton_that_is_not_there(monkeypatch):
+    monkeypatch.setattr(kernels, "INSTALLED", False)
+    assert why_not(torch.device("cuda"), torch.float32, 64, 49) == "triton is not installed"
+
+
+def test_wrong_backend():
+    with pytest.raises(ValueError, match=r"attention.backend must be one of \['auto', 'eager', 'triton'\], got 'cuda'"):
+        VCAConfig(backend="cuda")
+
+
+# Bytes that ptxas spills, of 255 registers a thread: (kernel, head dim, contrast tokens, capability). Elsewhere none.
+SPILLS = {
+    ("stage2", 32, 256, 80): 8,
+    ("stage2_rows", 128, 256, 80): 40,
+    ("stage_backward 2", 64, 64, 80): 208,
+    ("stage_backward 2", 64, 256, 80): 104,
+    ("stage_backward 2", 72, 64, 80): 16,
+    ("stage_backward 2", 72, 64, 90): 128,
+    ("stage_backward 1", 72, 64, 90): 104,
+    ("stage_backward 2", 72, 256, 80): 32,
+    ("stage_backward 2", 72, 256, 90): 136,
+    ("stage_backward 1", 72, 256, 90): 136,
+    ("stage_backward 2", 128, 64, 90): 48,
+    ("stage_backward 2", 128, 256, 90): 64,
+}
+
+
+@pytest.mark.process
+def test_kernels_fit_a100_and_h100(tmp_path):
+    """Compiled for both without a GPU: registers and shared memory within bounds, spills as the table has them.
+
+    That takes minutes, so it is done when a kernel or Triton has changed since benchmarks/results/kernels.json.
+    """
+    if sys.platform != "linux":
+        pytest.skip("ptxas comes with Triton on Linux")
+    recorded = ROOT / "benchmarks" / "results" / "kernels.json"
+    file = Path(shutil.copy(recorded, tmp_path))
+    without = {key: value for key, value in environment().items() if key != "TRITON_INTERPRET"}
+    command = [sys.executable, "scripts/kernel_resources.py", "--contrast", "64", "256", "--json", str(file)]
+    subprocess.run(command, cwd=ROOT, env=without, check=True, capture_output=True)
+    old, new = (json.loads(path.read_text()) for path in (recorded, file))
+    assert old == new or old["triton"] != new["triton"], f"kernels changed: {' '.join(command[1:-1])} {recorded}"
+    rows = new["rows"]
+    assert {(row["dim"], row["capability"]) for row in rows} == {(d, c) for d in (32, 64, 72, 128) for c in (80, 90)}
+    assert {row["kernel"] for row in rows} == {
+        "contrast_tokens", "stage1", "stage2", "stage2_rows", "stage_backward 2", "stage1_rows", "stage_backward 1",
+        "unpool",
+    }  # fmt: skip
+    for row in rows:
+        key = (row["kernel"], row["dim"], row["contrast_tokens"], row["capability"])
+        assert row["spilled_bytes"] <= SPILLS.get(key, 0) + 64, row  # compilers differ
+        assert row["shared_bytes"] <= (160 if row["capability"] == 80 else 224) * 1024, row
+    scores_made_once = {
+        row["products"]
+        for row in rows
+        if row["kernel"] == "stage2" and row["dim"] == 64 and row["contrast_tokens"] == 64
+    }
+    assert scores_made_once == {3}  # two scores and the product with v^; the second pass costs nothing
+
+
+VARIANTS = """
+import sys, torch
+sys.path.insert(0, ".")
+from scripts import kernel_resources
+from vca.attention.kernels import launch
+
+def compiled(heads=6, pool=(8, 8), streams=2, joint=False, lambdas=(True, True), t=False, splits=1):
+    launch.splits_of = lambda *_: splits
+    q, k, v = (x.transpose(1, 2) for x in torch.zeros(2, 1025, 3, heads, 64, dtype=torch.bfloat16).unbind(2))
+    e, weight = torch.zeros(heads, pool[0] * pool[1], 64), torch.zeros(64)
+    given = (q, k, v, torch.zeros(2, heads, pool[0] * pool[1], 64, dtype=torch.bfloat16) if t else None)
+    given += (e, e if streams == 2 else None, *(torch.zeros(()) if one else None for one in lambdas), weight, weight)
+    launches = kernel_resources.launches_with(given, (0.2, (32, 32), pool, 1, 1e-5, (True, streams == 2), joint))
+    return {kernel_resources.resources(one, 90)["kernel"] for one in launches}
+
+every = compiled()
+assert compiled(heads=1, pool=(1, 1)) == every
+assert compiled(joint=True) == compiled(lambdas=(False, True)) == compiled(lambdas=(True, False)) == every
+assert compiled(lambdas=(False, False), streams=1) == every
+assert compiled(splits=3) == every | {"combine"}
+assert compiled(t=True) == every - {"unpool"}
+print("all compile")
+"""
+
+
+@pytest.mark.process
+def test_every_variant_compiles():
+    """What the interpreter lets through: types in loops, arguments that are 1, code that only an option reaches."""
+    if sys.platform != "linux":
+        pytest.skip("ptxas comes with Triton on Linux")
+    without = {key: value for key, value in environment().items() if key != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", VARIANTS], cwd=ROOT, env=without, capture_output=True, text=True, check=False
+    )
+    assert "all compile" in done.stdout, done.stderr[-3000:]
+
+
+def test_the_interpreter_is_meant():
+    assert torch.cuda.is_available() or os.environ["TRITON_INTERPRET"] == "1"

@@ -1,0 +1,198 @@
+"""The maps are what the layers compute, and the script that draws them refuses what it cannot draw in one line."""
+
+import sys
+
+import pytest
+import torch
+from PIL import Image
+
+import scripts.attention_maps
+import train_cls
+from tests.support import TINY
+from vca import VCAConfig, VisualContrastAttention
+from vca.attention import ATTENTIONS, build_attention
+from vca.attention.maps import listening, maps_of
+from vca.attention.reference import rms_norm
+from vca.config import compose
+
+GRID, POOL = (4, 6), (2, 3)
+OPTIONS = [
+    {},
+    {"stage2_softmax": "joint"},
+    {"stage1": "plain"},
+    {"stage2": "plain"},
+    {"positive": "pool", "negative": "embedding"},
+    {"pooling": "maximum"},
+]
+
+
+def close(one, other):
+    torch.testing.assert_close(one, other, rtol=0, atol=1e-10)
+
+
+def heard_by(module, batch=2):
+    """What a module was called with, on random tokens, and what its `attend` made of it."""
+    tokens = module.num_prefix_tokens + GRID[0] * GRID[1]
+    with listening(module) as heard:
+        module(torch.randn(batch, tokens, module.dim, dtype=torch.float64))
+    ((same, heads),) = heard
+    assert same is module
+    assert "attend" not in vars(module)  # listening has gone
+    with torch.no_grad():
+        return heads, module.attend(*heads)
+
+
+def vca_module(num_heads=1, num_prefix_tokens=0, **options):
+    torch.manual_seed(0)
+    config = VCAConfig(local_branch=False, **options)
+    return VisualContrastAttention(8 * num_heads, num_heads, GRID, POOL, num_prefix_tokens, 2, config=config).double()
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_the_map_is_the_attention(options):
+    """One head, no prefix token: the map of every patch, applied to v and normalised as Stage II does, is `attend`."""
+    module = vca_module(**options)
+    with torch.no_grad():
+        module.norm2_weight.uniform_(0.5, 1.5)
+    heads, expected = heard_by(module)
+    weight = (1 - module.lambda_init) * module.norm2_weight
+    for row in range(GRID[0]):
+        for column in range(GRID[1]):
+            found = maps_of(module, heads, (row, column))["VCA"]
+            out = rms_norm(found.flatten(1)[:, None] @ heads.v[:, 0], weight, 1e-5)  # (B, 1, D)
+            close(out[:, 0], expected[:, 0, row * GRID[1] + column])
+
+
+def test_maps_are_means_over_heads():
+    """Also with a prefix token, to which a map leaves a part of the weight."""
+    module = vca_module(num_heads=2, num_prefix_tokens=1)
+    heads, _ = heard_by(module)
+    every = []
+    for head in range(2):
+        one = vca_module(num_prefix_tokens=1)
+        one.lambda1, one.lambda2 = module.lambda1, module.lambda2
+        one.e_pos, one.e_neg = (torch.nn.Parameter(e[head : head + 1]) for e in (module.e_pos, module.e_neg))
+        every.append(maps_of(one, heads._replace(**{x: getattr(heads, x)[:, head : head + 1] for x in "qkv"}), (3, 4)))
+    for title, found in maps_of(module, heads, (3, 4)).items():
+        close(found, (every[0][title] + every[1][title]) / 2)
+
+
+def test_maps_of_the_stages():
+    """Stage I from the contrast token of the patch's cell, Stage II from the patch, both spelled out."""
+    module = vca_module()
+    heads, _ = heard_by(module)
+    q, k = heads.q[:, 0], heads.k[:, 0]
+    t = q.unflatten(1, (2, 2, 3, 2)).mean((2, 4)).flatten(1, 2)  # (B, n, D): cells of 2 x 2 patches
+    for row, column in [(0, 0), (1, 2), (2, 1), (3, 5)]:
+        maps = maps_of(module, heads, (row, column))
+        assert list(maps) == ["I+", "I-", "I", "II+", "II-", "II", "VCA"]
+        cell = row // 2 * 3 + column // 2
+        for sign, e in (("+", module.e_pos[0]), ("-", module.e_neg[0])):
+            looks = torch.softmax((t + e)[:, cell, None] @ k.transpose(1, 2) / 8**0.5, -1)
+            reads = torch.softmax(q[:, row * 6 + column, None] @ (t + e).transpose(1, 2) / 8**0.5, -1)
+            close(maps[f"I{sign}"], looks.unflatten(-1, GRID)[:, 0])
+            close(maps[f"II{sign}"], reads.unflatten(-1, POOL)[:, 0])
+        close(maps["I"], maps["I+"] - module.lambda1() * maps["I-"])
+        close(maps["II"], maps["II+"] - module.lambda2() * maps["II-"])
+
+
+def test_a_plain_stage_has_one_stream():
+    titles = {
+        "stage1": ["I+", "II+", "II-", "II", "VCA"],
+        "stage2": ["I+", "I-", "I", "II+", "VCA"],
+    }
+    for stage, expected in titles.items():
+        module = vca_module(**{stage: "plain"})
+        assert list(maps_of(module, heard_by(module)[0], (0, 0))) == expected
+
+
+def test_map_of_mhsa():
+    """Applied to v it is the attention."""
+    torch.manual_seed(0)
+    module = build_attention(ATTENTIONS["softmax"][0](), 8, 1, GRID).double()
+    heads, expected = heard_by(module)
+    found = maps_of(module, heads, (2, 3))
+    assert list(found) == ["MHSA"]
+    close((found["MHSA"].flatten(1)[:, None] @ heads.v[:, 0])[:, 0], expected[:, 0, 2 * 6 + 3])
+    with pytest.raises(ValueError, match="no patch \\(4, 0\\) on a grid of 4 x 6"):
+        maps_of(module, heads, (4, 0))
+    agent = build_attention(ATTENTIONS["agent"][0](), 8, 1, GRID, POOL).double()
+    with pytest.raises(ValueError, match="maps of VCA and of MHSA, not of AgentAttention"):
+        maps_of(agent, heard_by(agent)[0], (0, 0))
+
+
+@pytest.fixture(scope="session")
+def baselines(artefact):
+    """Runs like `classifier_run`: of MHSA, of MHSA on another grid, of Agent Attention, of other data."""
+    return artefact("baselines", train_baselines)
+
+
+def train_baselines(out):
+    for name, more in {
+        "softmax": ["attention=softmax"],
+        "coarse": ["attention=softmax", "model.patch_size=4", "model.contrast_grid=[1,1]"],
+        "agent": ["attention=agent"],
+        "other": ["attention=softmax", "data.mean=[0.5]"],
+    }.items():
+        overrides = [*TINY, f"out_dir={out}", f"name={name}", "trainer.steps=1", *more]
+        train_cls.run(compose("train_cls", overrides))
+
+
+def draw(monkeypatch, *arguments):
+    """The script, with these arguments."""
+    monkeypatch.setattr(sys, "argv", ["attention_maps.py", *map(str, arguments)])
+    scripts.attention_maps.main()
+
+
+def test_script_draws(classifier_run, baselines, tmp_path, monkeypatch, capsys):
+    drawn = []
+    monkeypatch.setattr(
+        scripts.attention_maps,
+        "draw",
+        lambda *given, real=scripts.attention_maps.draw: (drawn.append(list(given[2])), real(*given)),
+    )
+    photo = tmp_path / "photo.png"
+    Image.effect_noise((20, 12), 50).save(photo)
+    draw(
+        monkeypatch, classifier_run, "--baseline", baselines / "softmax", "--images", 0, photo, "--out", tmp_path / "a"
+    )
+    both = ["I+", "I-", "I", "II+", "II-", "II", "VCA", "MHSA"]
+    assert drawn == [both, both]
+    for layer in range(2):
+        with Image.open(tmp_path / "a" / f"layer_0{layer}.png") as picture:
+            assert min(picture.size) > 200
+            assert len(set(picture.convert("L").tobytes())) > 100
+    draw(monkeypatch, baselines / "softmax", "--patch", 3, 0, "--out", tmp_path / "b")
+    assert drawn[2:] == [["MHSA"], ["MHSA"]]
+    assert len(list((tmp_path / "b").iterdir())) == 2
+    assert capsys.readouterr().out.startswith("2 pictures in ")
+
+
+def test_script_refuses(classifier_run, baselines, generator_run, tmp_path, monkeypatch, capsys):
+    """One line each, and no picture."""
+    (tmp_path / "text.png").write_text("no picture")
+    Image.new("RGB", (8, 8)).save(tmp_path / "colour.png")
+    run, out = classifier_run, ("--out", tmp_path / "out")
+    for arguments, message in [
+        ((tmp_path,), "is no run directory: it has no config.json"),
+        ((generator_run,), "is a generator; the maps are those of a classifier"),
+        ((run, "--images", "359"), "there are 359 evaluation images, no number 359"),
+        ((run, "--images", tmp_path / "none.png"), "there is no file "),
+        ((run, "--images", tmp_path / "text.png"), "text.png is no image that can be read (cannot identify"),
+        ((run, "--images", tmp_path / "colour.png"), "colour.png is RGB, and the model sees one channel"),
+        ((run, "--patch", "4", "0"), "there is no patch (4, 0) on a grid of 4 x 4"),
+        ((baselines / "agent",), "maps of VCA and of MHSA, not of AgentAttention"),
+        ((run, "--baseline", run), "run has no maps of MHSA"),
+        ((baselines / "softmax", "--baseline", baselines / "softmax"), "softmax has no maps of VCA"),
+        ((run, "--baseline", baselines / "other"), "has other data than"),
+        ((run, "--baseline", baselines / "other"), "(data.mean: [0.5] there, [0.306] here)"),
+        ((run, "--baseline", baselines / "coarse"), "have grids [(4, 4), (4, 4)], those of "),
+    ]:
+        with pytest.raises(SystemExit) as stopped:
+            draw(monkeypatch, *arguments, *out)
+        said = capsys.readouterr().err
+        assert stopped.value.code == 2
+        assert message in said
+        assert said.startswith("config error: ")
+        assert said.count("\n") == 1, said
+    assert not (tmp_path / "out").exists()

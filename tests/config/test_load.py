@@ -1,0 +1,245 @@
+"""Configs: everything in `configs/` composes and builds; every mistake is one line, told before data is read."""
+
+import dataclasses
+import re
+import sys
+
+import pytest
+
+import sample  # noqa: F401 - registers its schema
+import train_cls
+import train_gen
+from tests.processes import ROOT, run_command, run_script, torchrun
+from tests.support import one_line
+from vca.config import command_line, compose
+from vca.runtime.errors import ConfigError
+from vca.runtime.rundir import plain
+
+GROUPS = sorted(path.name for path in (ROOT / "configs").iterdir() if path.is_dir())
+OPTIONS = [
+    f"{group}={path.relative_to(ROOT / 'configs' / group).with_suffix('')}"
+    for group in GROUPS
+    for path in sorted((ROOT / "configs" / group).rglob("*.yaml"))
+]
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_every_option_composes(option):
+    if option.startswith("protocol="):
+        assert compose("sample", ["out=somewhere", "run=somewhere", option]).protocol == option.split("=")[1]
+        return
+    generation = (
+        "objective=",
+        "sampler=",
+        "model=dit_",
+        "autoencoder=",
+        "data=latents",
+        "experiment=table2",
+        "extractor=",
+    )
+    script = "train_gen" if option.startswith((*generation, "experiment=cifar10_dit")) else "train_cls"
+    more = ["data.img_size=256"] if script == "train_gen" else []
+    more += ["autoencoder=sd_vae"] if option == "data=latents" else []
+    more += ["autoencoder.source=somewhere.py"] if option == "autoencoder=file" else []
+    more += ["extractor.source=somewhere.py"] if option == "extractor=file" else []
+    more += ["extractor.run=somewhere"] if option == "extractor=classifier" else []
+    config = compose(script, ["data=imagefolder", "data.root=somewhere", option, *more])
+    assert dataclasses.is_dataclass(config.model)
+    assert dataclasses.is_dataclass(config.attention)
+    assert plain(config)["name"] == config.name
+
+
+def test_defaults_and_overrides_arrive():
+    config = compose(
+        "train_cls",
+        ["model=deit_tiny", "model.patch_size=4", "trainer.steps=7", "optim.lr=3e-4", "trainer.precision=bf16"],
+    )
+    assert (config.model.embed_dim, config.model.num_classes, config.model.in_chans) == (192, 10, 1)
+    assert (config.trainer.steps, config.optim.lr, config.trainer.precision.value) == (7, 3e-4, "bf16")
+    assert config.name == "digits-deit_tiny-vca-seed0"
+
+
+def test_every_yaml_states_its_purpose():
+    """A reader of an experiment learns from its first lines what it is."""
+    for path in (ROOT / "configs").glob("experiment/**/*.yaml"):
+        lines = path.read_text().splitlines()
+        assert lines[0] == "# @package _global_", path
+        assert lines[1].startswith("# "), path
+
+
+# command line -> what the one line must say
+WRONG = {
+    "cluster=slurm": r"cluster=slurm is for sweeps: python train_cls\.py -m cluster=slurm \.\.\.",
+    "ablation=stages": r"ablation=stages is for sweeps: python train_cls\.py -m ablation=stages \.\.\.",
+    "-m --cfg job": r"-m and --cfg do not go together",
+    "ablation=null": r"leave a group out instead of giving it null",
+    "model.dpeth=3": r"unknown key 'model.dpeth'; did you mean 'model.depth'\?",
+    "+model.dpeth=3": r"unknown key 'model.dpeth'; did you mean 'model.depth'\?",
+    "+optim.lrr=1": r"unknown key 'optim.lrr'; did you mean 'optim.lr'\?",
+    "++trainer.epoch=1": r"unknown key 'trainer.epoch'; did you mean 'trainer.epochs'\?",
+    "steps=10": r"unknown key 'steps'; did you mean '(step|(trainer|objective|sampler).steps)'\?",
+    "optim.lr=abc": r"optim.lr must be a float, got 'abc'",
+    "optim.clip_grad='None'": r"optim.clip_grad must be a float, got 'None' \(write null for no value\)",
+    "optim.weight_decay=null": r"optim.weight_decay may not be null",
+    "optim.lr=-1": r"optim.lr must be > 0 or null, got -1",
+    "optim.betas=[0.9]": r"optim.betas must be two numbers in \[0, 1\), got \[0.9\]",
+    "model=deit_tinny": r"model=deit_tinny: no such option; did you mean 'deit_tiny'\? \(there are .*deit_base",
+    "attention=agnet": r"attention=agnet: no such option.*softmax, vca",
+    "modle=deit_tiny": r"unknown key 'modle'|unknown group 'modle'; did you mean 'model'\?",
+    "attention.pool=[7]": r"attention.pool must be two integers >= 1, or such a pair a layer, got \[7\]",
+    "attention.pool=[[2,2]]": r"attention.pool names 1 layers, but the model has a layer 1",
+    "attention.stage1=both": r"attention.stage1 must be one of contrast, plain, got 'both'",
+    "attention.positive=pooled": r"attention.positive must be one of pool, embedding, pool\+embedding, got 'pooled'",
+    "attention=softmax attention.stage1=plain": r"unknown key 'attention.stage1'",
+    "model.num_heads=5": r"model.num_heads must divide model.embed_dim 96, got 5",
+    "model.patch_size=3": r"model.img_size must be a multiple of 3, such as 6 or 9, got 8",
+    "model=pvt_tiny": r"model.img_size must be a multiple of 32, such as 32, got 8",
+    "model=swin_tiny model.depths=[2,2]": r"model.num_heads must have 2 entries, one a stage, got \[3, 6, 12, 24\]",
+    "model=cswin_tiny data.img_size=384": r"with model.split_size \[1, 2, 7, 7\], model.img_size must be .* 224, .*448",
+    "model=pvt_tiny data.img_size=64 model.attention_stages=[5]": r"model.attention_stages must name .* from 1 to 4",
+    "trainer.init_from=nowhere.pth": r"trainer.init_from must be a file, got 'nowhere.pth'",
+    "recipe=dait": r"recipe=dait: no such option.*leaplab_deit_small",
+    "optim.schedule=step": r"optim.schedule must be one of per_step, per_epoch, per_epoch_late, constant, got 'step'",
+    "optim.cooldown_epochs=-1": r"optim.cooldown_epochs must be >= 0, got -1",
+    "optim.cooldown_epochs=60": r"trainer.epochs must be > optim.warmup_epochs \+ optim.cooldown_epochs, 62, got 60",
+    "data.check_seconds=400": r"data.check_seconds must be at most half of trainer.timeout_minutes, 300 s, got 400",
+    "experiment=cifar10 recipe=null": r"recipe=none is no recipe",
+    "data.check_seconds=-1": r"data.check_seconds must be >= 0, got -1",
+    "model.depth=0": r"model.depth must be >= 1, got 0",
+    "model.family=dait": r"model.family must be one of \['cswin', 'deit', 'dit', 'pvt', 'swin'\], got 'dait'",
+    "model.drop_path_rate=1.5": r"model.drop_path_rate must be in \[0, 1\), got 1.5",
+    "trainer.precision=fp8": r"trainer.precision must be one of fp32, tf32, bf16, fp16, got 'fp8'",
+    "trainer.steps=0": r"trainer.steps must be >= 1 or null, got 0",
+    "trainer.steps=1.5": r"trainer.steps must be an integer, got '1.5'",
+    "trainer.global_batch=60 trainer.micro_batch=16": r"global_batch must be a multiple of .* 16, got 60; try 48 or 64",
+    "trainer.ema_decay=1": r"trainer.ema_decay must be in \[0, 1\) or null, got 1",
+    "trainer.checkpoint_every=0": r"trainer.checkpoint_every must be >= 1, got 0",
+    "trainer.device=tpu": r"trainer.device must be one of auto, cpu, cuda, got 'tpu'",
+    "augment.mixup=-1": r"augment.mixup must be >= 0, got -1",
+    "augment.mixup=1 trainer.global_batch=63": r"trainer.micro_batch .* must be even for Mixup and CutMix, .*, got 63",
+    "augment.crop=center": r"augment.crop must be one of resized, padded, adm, none, got 'center'",
+    "data.name=mnist": r"data.name must be one of \['cifar10', 'digits', 'imagefolder', 'latents'\], got 'mnist'",
+    "data=cifar10 data.root=nowhere": r"data.root must be a folder that holds cifar-10-batches-py/, got 'nowhere'",
+    "data=imagefolder data.root=nowhere": r"data.root must be a folder that holds train/ and val/.*got 'nowhere'",
+    "data=imagefolder": r"data.root must be a folder that holds train/ and val/ class folders, got None",
+    "data.std=[0.0]": r"data.std must be 1 numbers > 0, got \[0.0\]",
+    "name=a/b": r"name must be a folder name, got 'a/b'",
+    "seed=-1": r"seed must be >= 0 and below 2\^63, got -1",
+    "seed=one": r"seed must be an integer, got 'one'",
+    "trainer.eval_only=true": r"trainer.eval_only=true needs a checkpoint in .*checkpoints",
+    "experiment=tabel1": r"experiment=tabel1: no such option",
+    "trainer.device=cuda": r"trainer.device=cuda needs a GPU for local rank 0, but 0 are visible",
+    "optim.lr=": r"optim.lr must be a float, got ''",
+    "nonsense": r"nonsense",
+    "data.mean=0.5": r"data.mean must be a list such as \[1, 2\], got a float",
+    "attention.local_branch=maybe": r"attention.local_branch must be true or false, got 'maybe'",
+    "attention.name=softmax": r"attention.name 'softmax' goes with SoftmaxConfig, got VCAConfig",
+    "model.num_classes=5": r"model.num_classes must be data.num_classes, 10, got 5",
+    "data.num_classes=20": r"data.num_classes must be 10 for digits, got 20",
+    "data.in_chans=3 data.mean=[0,0,0] data.std=[1,1,1]": r"data.in_chans must be 1 for digits, got 3",
+    "augment.auto_augment=foo": r"augment.auto_augment must be null or a policy of timm .*, got 'foo'",
+    "model.patch_size=0": r"model.patch_size must be >= 1, got 0",
+    "model.img_size=abc": r"model.img_size must be an integer or two, >= 1, got 'abc'",
+    "seed=99999999999999999999": r"seed must be >= 0 and below 2\^63",
+    "optim.min_lr=1": r"optim.min_lr must be <= optim.lr 0.001, got 1",
+    "out_dir=/proc/nowhere": r"out_dir: /proc/nowhere/.* cannot be made: No such file or directory",
+}
+
+
+@pytest.mark.parametrize("line", WRONG)
+def test_wrong_input(line, tmp_path, monkeypatch, capsys):
+    """Exit code 2 and one line with key, value and remedy; no image is read, nothing is written."""
+    if line == "trainer.device=cuda":
+        monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+
+    def no_data(*_, **__):
+        raise AssertionError("data was read")
+
+    monkeypatch.setattr("vca.data.digits.Digits.__getitem__", no_data)
+    monkeypatch.setattr("torchvision.datasets.folder.default_loader", no_data)
+    monkeypatch.chdir(tmp_path)
+    out = [] if "out_dir" in line else [f"out_dir={tmp_path}/out"]
+    said = one_line("train_cls", train_cls.run, [*out, *line.split()], monkeypatch, capsys)
+    assert re.search(WRONG[line], said), said
+    assert not list(tmp_path.iterdir()), "something was written"
+
+
+# The same for train_gen.py.
+WRONG_GEN = {
+    "sampler=ode": r"sampler.method must be one of ddpm, ddim .sampler=ddpm or ddim., got 'ode_heun'",
+    "sampler=dopri5 sampler.steps=5": r"sampler.steps must be null for ode_dopri5, which chooses its own, got 5",
+    "model.class_dropout_prob=0 sampler.guidance=2": r"sampler.guidance must be 1 for a model with class",
+    "sampler.steps=2000": r"sampler.steps must be at most 1000, the steps of the objective, got 2000",
+    "sampler.guidance_interval=[0.5,0.1]": r"sampler.guidance_interval must be two numbers, 0 <= low <= high <= 1",
+    "objective=difusion": r"objective=difusion: no such option; did you mean 'diffusion'",
+    "objective.path=linear": r"unknown key 'objective.path'",
+    "model.num_classes=5": r"model.num_classes must be data.num_classes, 10, got 5",
+    "model.in_channels=3": r"model.in_channels must be autoencoder.channels, 1, got 3",
+    "model.input_size=16": r"model.input_size must be data.img_size / autoencoder.factor, 8, got 16",
+    "autoencoder=sd_vae": r"data.in_chans must be 3 for an autoencoder, got 1",
+    "autoencoder=sdvae": r"autoencoder=sdvae: no such option; did you mean 'sd_vae'",
+    "autoencoder.factor=2": r"autoencoder.factor must be 1 in pixel space, got 2",
+    "data=latents data.root=x": r"autoencoder must be that of the latents for data=latents, such as sd_vae, got 'none'",
+    "model.depht=3": r"unknown key 'model.depht'; did you mean 'model.depth'",
+    "augment.mixup=0.8": r"augment.mixup must be 0 in generation, got 0.8",
+    "sampled_classes=11": r"sampled_classes must be from 1 to 10, got 11",
+    "trainer.eval_only=true": r"trainer.eval_only must be false in train_gen.py, got True",
+}
+
+
+@pytest.mark.parametrize("line", WRONG_GEN)
+def test_wrong_input_to_generation(line, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    out = [f"out_dir={tmp_path}/out"]
+    said = one_line("train_gen", train_gen.run, [*out, *line.split()], monkeypatch, capsys)
+    assert re.search(WRONG_GEN[line], said), said
+    assert not list(tmp_path.iterdir()), "something was written"
+
+
+def test_typo_in_an_experiment_file(tmp_path, monkeypatch):
+    """A misspelt key in a file is refused as one on the command line is."""
+    monkeypatch.setattr("vca.config.load.CONFIGS", tmp_path)
+    for path in (ROOT / "configs").rglob("*.yaml"):
+        target = tmp_path / path.relative_to(ROOT / "configs")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(path.read_text())
+    (tmp_path / "experiment" / "typo.yaml").write_text("# @package _global_\nmodel:\n  dpeth: 3\n")
+    with pytest.raises(ConfigError, match=r"unknown key 'model.dpeth'; did you mean 'model.depth'\?"):
+        compose("train_cls", ["experiment=typo"])
+
+
+@pytest.mark.process
+def test_a_model_of_the_other_script():
+    for script, option, fit in (
+        ("train_gen.py", "deit_tiny", "dit_b_2, "),
+        ("train_cls.py", "dit_s_2", "cswin_base, "),
+    ):
+        done = run_script(script, f"model={option}")
+        assert done.returncode == 2
+        assert done.stderr.startswith(f"config error: model={option}: not for this script ({fit}")
+        assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.process
+def test_the_real_command_line():
+    """The same through a real process, also under torchrun: one line, once."""
+    for ranks in (1, 2):
+        python = [sys.executable] if ranks == 1 else torchrun(ranks)
+        done = run_command(*python, "train_cls.py", "model.dpeth=3")
+        assert done.returncode != 0
+        said = [line for line in done.stderr.splitlines() if line.startswith("config error:")]
+        assert said == ["config error: unknown key 'model.dpeth'; did you mean 'model.depth'?"], done.stderr
+        assert ranks > 1 or done.returncode == 2
+
+
+@pytest.mark.parametrize("script", ["train_cls", "train_gen", "sample"])
+def test_help(script, monkeypatch, capsys):
+    """What its dataclasses say about the keys, and the groups, without the schemas that Hydra lists beside them."""
+    monkeypatch.setattr("sys.argv", [f"{script}.py", "--help"])
+    command_line(script, lambda config: pytest.fail("ran"))
+    said = capsys.readouterr().out
+    assert "seed: of" in said
+    assert "attention: agent, differential, " in said
+    assert ", vca, vca_embedding_streams, " in said  # builds on vca.yaml, which has the schema
+    assert "_schema" not in said
+    assert ("epochs: length of the training" in said) == (script != "sample")

@@ -1,0 +1,279 @@
+"""Sweeps: planned and refused before anything starts, run to the end, tabulated, their failures named."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import hydra
+import pytest
+from hydra.core.global_hydra import GlobalHydra
+from hydra.types import RunMode
+
+import train_cls
+import train_gen
+from tests.processes import ROOT, environment, run_command, run_script
+from tests.support import SMALL_DIT, TINY, metrics
+from vca.attention import ATTENTIONS, describe
+from vca.config import compose
+from vca.config import sweep as sweeps
+from vca.config.load import CONFIGS
+from vca.config.sweep import ablations, last_words, plan, rows_of_ablation, wait_for_jobs
+from vca.evaluation.sweep_table import sweep_table
+from vca.training.checkpoint import list_checkpoints
+
+ATTENTION_FILES = sorted(path.stem for path in (CONFIGS / "attention").glob("*.yaml"))
+
+
+@pytest.mark.process
+def test_a_sweep_with_a_failing_job(tmp_path):
+    """The others give their table, the failing one is named with its reason, and the exit code is not zero."""
+    out = tmp_path / "out"
+    swept = ("seed=0,1", "data=digits,cifar10", "data.root=/nowhere", "trainer.steps=3")
+    done = run_command(sys.executable, "train_cls.py", "-m", *TINY, *swept, f"out_dir={out}")
+    assert done.returncode == 1, done.stderr[-3000:]
+    (folder,) = (out / "sweeps").iterdir()
+
+    record = json.loads((folder / "jobs.json").read_text())
+    assert "-m" in record["command"]
+    assert [job["number"] for job in record["jobs"]] == [0, 1, 2, 3]
+    names = [f"{data}-deit_mini-vca-seed{seed}" for seed in (0, 1) for data in ("digits", "cifar10")]
+    assert [job["name"] for job in record["jobs"]] == names
+    assert (folder / "code" / "train_cls.py").read_text() == (ROOT / "train_cls.py").read_text()
+    launch = json.loads((out / names[0] / "launches.jsonl").read_text())
+    assert launch["commit"] == record["commit"] == ((folder / "code" / "COMMIT").read_text().strip() or None)
+    assert str(folder / "code") in launch["command"]
+
+    table = [line for line in done.stdout.splitlines() if line.startswith("| vca")]
+    assert len(table) == 1
+    assert table[0].endswith("| 2 |")
+    assert " +- " in table[0]
+    failed = [line for line in done.stderr.splitlines() if line.startswith("failed: ")]
+    assert [line.split(":")[1].strip() for line in failed] == [names[1], names[3]]
+    for line, name in zip(failed, (names[1], names[3]), strict=True):
+        assert "exit code 1; config error: data.root" in line
+        assert "config error: data.root" in (folder / "logs" / f"{name}.log").read_text()
+    ends = [json.loads((folder / "ends" / f"{number}.json").read_text())["exit_code"] for number in range(4)]
+    assert ends == [0, 1, 0, 1]
+    assert metrics(out / names[2])[-1]["step"] == 3
+
+
+@pytest.mark.process
+@pytest.mark.parametrize(
+    ("overrides", "line"),
+    [
+        (["optim.lr=1e-3,5e-4"], r"jobs 0 and 1 would both be .*; put what you sweep into the name, such as name='lr"),
+        (["seed=0,-1"], r"config error: seed must be >= 0 and below 2\^63, got -1 \(job 1: .*seed=-1\)"),
+        (["ablation=stagse"], r"ablation=stagse: no such option; did you mean 'stages'\?"),
+        (["cluster=local", "cluster.nodes=2"], r"cluster.nodes must be 1 for cluster=local, got 2"),
+        (["out_dir=/a,/b"], r"out_dir may not be swept"),
+        (["cluster=slurm", "cluster.minutes=3"], r"signal_seconds must be at most half of cluster.minutes=3, got 120"),
+        (["cluster=slurm", "cluster.sbatch=['nodes=2']"], r"what no key of its own sets; cluster.nodes sets nodes"),
+        (["cluster=slurm", "cluster.gpus_per_node=-1"], r"cluster.gpus_per_node must be >= 1 or null, got -1"),
+        (["cluster.nodse=2"], r"unknown key 'cluster.nodse'; did you mean 'cluster.nodes'\?"),
+    ],
+    ids=lambda value: value[-1] if isinstance(value, list) else None,
+)
+def test_a_wrong_sweep_is_refused_before_it_starts(tmp_path, overrides, line):
+    done = run_script("train_cls.py", "-m", f"out_dir={tmp_path / 'out'}", *overrides)
+    assert done.returncode == 2, done.stderr[-3000:]
+    assert re.search(line, done.stderr), done.stderr
+    assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("script", ["train_cls", "train_gen"])
+@pytest.mark.parametrize("name", ablations())
+def test_every_ablation_is_a_sweep_of_distinct_runs(name, script):
+    GlobalHydra.instance().clear()
+    with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        config = hydra.compose(script, [f"ablation={name}"], return_hydra_config=True)
+        config.hydra.overrides.task = [f"ablation={name}"]
+        jobs = plan(config, script)
+    assert len(jobs) == 3 * len(rows_of_ablation(name))
+    assert len({job["run"] for job in jobs}) == len(jobs)
+
+
+def test_ablations_have_the_rows_of_tables_3_and_4():
+    named = {name: [row[0] for row in rows_of_ablation(name)] for name in ablations()}
+    assert named["stages"] == ["vca_stage1_only", "vca_stage2_only", "differential_stages", "vca"]
+    assert named["streams"] == ["vca_embedding_streams", "vca"]
+    assert {attention for rows in named.values() for attention in rows} <= set(ATTENTION_FILES)
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("attention", ATTENTION_FILES)
+def test_every_attention_trains_for_twenty_updates(tmp_path, attention):
+    """As a classifier and as a generator; every loss is finite and the last ones are below the first."""
+    short = ("trainer.steps=20", f"attention={attention}", f"out_dir={tmp_path}", "trainer.eval_every=0")
+    train_cls.run(compose("train_cls", [*TINY, *short, "name=cls", "optim.lr=2e-3", "optim.warmup_epochs=0"]))
+    batch = ("trainer.log_every=1", "trainer.global_batch=60", "optim.lr=2e-3")
+    train_gen.run(compose("train_gen", [*SMALL_DIT, *short, *batch, "name=gen"]))
+    for name in ("cls", "gen"):
+        losses = [record["loss"] for record in metrics(tmp_path / name) if "loss" in record]
+        assert len(losses) == 20
+        assert sum(losses[-5:]) < sum(losses[:5])
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("pool", ["[1,1]", "[2,2]", "[4,4]", "[7,7]", "[8,8]"])
+def test_every_contrast_grid_trains(tmp_path, pool):
+    options = [*TINY, "trainer.steps=20", f"attention.pool={pool}", f"out_dir={tmp_path}"]
+    train_cls.run(compose("train_cls", [*options, "name=cls"]))
+    assert metrics(tmp_path / "cls")[-1]["step"] == 20
+    assert [f"attention.pool={pool}"] in [row[1:] for row in rows_of_ablation("contrast_grid")]
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        ({"name": "vca"}, "vca"),
+        ({"name": "vca", "stage2": "plain"}, "vca-stage2_plain"),
+        ({"name": "vca", "pool": [4, 4], "local_branch": False}, "vca-pool_4x4-local_branch_false"),
+        ({"name": "vca", "positive": "pool+embedding"}, "vca"),
+        ({"name": "softmax", "local_branch": True}, "softmax-local_branch_true"),
+    ],
+    ids=str,
+)
+def test_names_of_variants(options, name):
+    assert describe(options) == name
+    assert ATTENTIONS[options["name"]][0](**options) is not None
+
+
+def finished_run(folder, attention="vca", seed=0, top1=50.0, step=4, **data):
+    config = {
+        "name": folder.name,
+        "seed": seed,
+        "attention": {"name": "vca", **({"stage2": "plain"} if attention == "plain" else {})},
+        "trainer": {"steps": 4, "epochs": 1},
+        "data": {"name": "digits", **data},
+        "optim": {"lr": 0.001},
+    }
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    records = [{"step": step, "loss": 1.0}, {"step": step, "val/top1": top1, "val/loss": 0.5}]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    return folder
+
+
+def test_table_of_a_sweep(tmp_path):
+    """Mean and spread over seeds, a row for each config, a table for each data set; below, what has no figures."""
+    runs = [finished_run(tmp_path / f"a{seed}", seed=seed, top1=50 + seed) for seed in range(3)]
+    runs += [finished_run(tmp_path / "b", attention="plain", top1=40.0)]
+    short = finished_run(tmp_path / "short", seed=5, step=2)
+    unevaluated = finished_run(tmp_path / "unevaluated", seed=6)
+    records = [{"step": 2, "val/top1": 9.0}, {"step": 4, "loss": 1.0}]
+    (unevaluated / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    twice = finished_run(tmp_path / "twice", seed=1, top1=90.0)
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "config.json").write_text("[]")
+    lines = sweep_table([*runs, runs[0], short, unevaluated, twice, foreign, tmp_path / "none"]).splitlines()
+    assert lines[2:] == [
+        "| vca | 51 +- 1 | 0.5 +- 0 | 1 +- 0 | 3 |",
+        "| vca-stage2_plain | 40 | 0.5 | 1 | 1 |",
+        f"{twice}: the same config and seed as {runs[1]}, left out",
+        f"{short}: not finished (step 2)",
+        f"{unevaluated}: not finished (step 4)",
+        f"{foreign}: is no run of this project or is damaged (TypeError)",
+        f"{tmp_path / 'none'}: not begun",
+    ]
+    other = finished_run(tmp_path / "other", num_classes=7, top1=30.0)
+    text = sweep_table([*runs, other])
+    assert "data.num_classes=None\n\n| " in text
+    assert text.endswith(
+        "data.num_classes=7\n\n|  | top-1 (%) | evaluation loss | training loss | seeds |\n"
+        "| --- | --- | --- | --- | --- |\n| vca | 30 | 0.5 | 1 | 1 |"
+    )
+
+
+def test_the_table_of_one_sweep_tells_its_failures(tmp_path, capsys):
+    """Also when the process that waited for the jobs is gone."""
+    jobs = [
+        {"number": 0, "name": "a", "run": str(finished_run(tmp_path / "a")), "overrides": []},
+        {"number": 1, "name": "b", "run": str(tmp_path / "b"), "overrides": []},
+    ]
+    for name in ("ends", "logs"):
+        (tmp_path / "sweep" / name).mkdir(parents=True)
+    (tmp_path / "sweep" / "jobs.json").write_text(json.dumps({"jobs": jobs}))
+    (tmp_path / "sweep" / "ends" / "0.json").write_text('{"exit_code": 0}')
+    (tmp_path / "sweep" / "logs" / "b.log").write_text("### started now\nconfig error: x\n")
+    assert sweeps.tell(tmp_path / "sweep") == 1
+    said = capsys.readouterr()
+    assert "| vca | 50 |" in said.out
+    assert (
+        said.err == f"failed: b: did not come to its end; config error: x ({tmp_path / 'sweep' / 'logs' / 'b.log'})\n"
+    )
+
+
+TORCHRUN = "torch.distributed.elastic.multiprocessing.errors.ChildFailedError:\n  exitcode  : -9 (pid: 7)\n=====\n"
+
+
+@pytest.mark.parametrize(
+    ("log", "second", "line"),
+    [
+        (None, None, "it wrote no log"),
+        ("", None, "its log is empty"),
+        ("config error: data.root\nE1123 failed\nChildFailedError: x\n", None, "config error: data.root"),
+        (f"Traceback\n  File\n[rank0]: ZeroDivisionError: by zero\n{TORCHRUN}", None, "[rank0]: Zero"),
+        (f"step 4\n{TORCHRUN}", None, "a rank was killed by SIGKILL"),
+        (f"stopped: SIGTERM; saved\n### started now\nstep 4\n{TORCHRUN}", None, "a rank was killed by SIGKILL"),
+        ("torch.SignalException: Process 9 got signal: 15\nlast\n", None, "last"),
+        ("waiting for node 1\n", "### started now\nOSError: no such disk\n", "OSError: no such disk"),
+    ],
+)
+def test_last_words(tmp_path, log, second, line):
+    """What counts is the last attempt, and the node that names a reason."""
+    if log is not None:
+        (tmp_path / "run.log").write_text(f"### started now\n{log}")
+    if second is not None:
+        (tmp_path / "run.node1.log").write_text(second)
+    file, said = last_words(tmp_path, "run")
+    assert said.startswith(line)
+    assert file.name == ("run.node1.log" if second else "run.log")
+
+
+def test_a_name_of_what_is_swept(tmp_path):
+    """The remedy that a refusal of doubled names gives."""
+    options = ["optim.lr=1e-3,5e-4", "name='lr${optim.lr}-seed${seed}'", f"out_dir={tmp_path}"]
+    GlobalHydra.instance().clear()
+    with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        config = GlobalHydra.instance().hydra.compose_config("train_cls", options, RunMode.MULTIRUN)
+        assert [job["name"] for job in plan(config, "train_cls")] == ["lr0.001-seed0", "lr0.0005-seed0"]
+
+
+def test_a_cancelled_job_is_not_waited_for(tmp_path, monkeypatch):
+    """SLURM no longer knows the jobs, and the launcher would wait for ever."""
+    (tmp_path / "slurm" / "7").mkdir(parents=True)
+    (tmp_path / "slurm" / "7" / "7_0_submitted.pkl").touch()
+    (tmp_path / "jobs.json").write_text('{"jobs": [{}]}')
+    (tmp_path / "squeue").write_text("#!/bin/sh\necho 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1\n")
+    (tmp_path / "squeue").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(sweeps, "POLL", 0.1)
+    with subprocess.Popen(["sleep", "60"]) as launcher:
+        wait_for_jobs(launcher, tmp_path)
+        assert launcher.returncode == -signal.SIGTERM
+
+
+@pytest.mark.process
+def test_ctrl_c_saves_and_tells(tmp_path):
+    """A sweep on this machine ends after the update at hand, and the same command goes on."""
+    command = [sys.executable, str(ROOT / "train_cls.py"), "-m", *TINY, "trainer.steps=4000", "seed=0,1"]
+    pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(
+        [*command, f"out_dir={tmp_path}"], env=environment(), cwd=ROOT, start_new_session=True, **pipe
+    )
+    run = tmp_path / "digits-deit_mini-vca-seed0"
+    while len(metrics(run)) < 3:
+        assert process.poll() is None, process.communicate()[1][-3000:]
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)
+    said = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "Traceback" not in said[1]
+    assert [line.split(":")[1].strip() for line in said[1].splitlines()] == [run.name, run.name.replace("0", "1")]
+    assert list_checkpoints(run / "checkpoints")[-1].name == f"step_{metrics(run)[-1]['step']:08d}.pt"

@@ -1,0 +1,277 @@
+"""The data check: every kind of broken folder gives its line, from the script and at the start of a training."""
+
+import os
+import platform
+import re
+import shutil
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import train_cls
+from tests.data.test_loader import write_image_folder
+from tests.processes import run_command, run_script
+from vca.config import compose
+from vca.data import load_dataset
+from vca.data.config import DataConfig
+from vca.data.doctor import examine, examine_image, image_files, shared_memory_note
+from vca.runtime.distributed import World
+from vca.runtime.errors import ConfigError
+from vca.training import cluster
+
+TINY_RUN = ("model=deit_mini", "augment=none", "data.img_size=8", "trainer.steps=1", "trainer.global_batch=2")
+
+
+def doctor(root, *options):
+    return run_script("scripts/doctor.py", "data=imagefolder", f"data.root={root}", *options)
+
+
+def flat_val(root):
+    for name in ("cat", "dog"):
+        for file in (root / "val" / name).iterdir():
+            file.rename(root / "val" / f"{name}{file.name}")
+        (root / "val" / name).rmdir()
+
+
+def truncate(root):
+    file = root / "train" / "cat" / "1.jpg"
+    file.write_bytes(file.read_bytes()[:-300])
+
+
+def sixteen_bits(root):
+    (root / "val" / "dog" / "1.jpg").unlink()
+    Image.fromarray(np.full((30, 30), 40_000, dtype=np.uint16)).save(root / "val" / "dog" / "deep.png")
+
+
+def dangling_link(root):
+    file = root / "train" / "dog" / "2.jpg"
+    file.unlink()
+    file.symlink_to(root / "nowhere.jpg")
+
+
+def cmyk(root):
+    Image.new("CMYK", (30, 30), (10, 20, 30, 40)).save(root / "train" / "cat" / "press.jpg")
+
+
+def bad_exif(root):
+    exif = b"Exif\0\0II*\0\x08\0\0\0\x05\0" + b"\xff" * 40  # a directory of five entries that are nonsense
+    Image.new("RGB", (30, 30), (9, 9, 9)).save(root / "train" / "cat" / "camera.jpg", exif=exif)
+
+
+# What a training cannot use. kind -> (damage, what the line must say)
+BROKEN = {
+    "flat val": (flat_val, r"val/ holds 8 files and no class folders; sort them into val/<class>/"),
+    "a class too few": (
+        lambda root: [shutil.rmtree(root / split / "dog") for split in ("train", "val")],
+        r"data.num_classes is 2, but .*train holds 1 class folders; complete it, or set data.num_classes=1",
+    ),
+    "a class in val only": (lambda root: shutil.rmtree(root / "train" / "dog"), r"'dog' is in val/ and not in train/"),
+    "an empty class": (
+        lambda root: [file.unlink() for file in (root / "val" / "cat").iterdir()],
+        r"val/: .*no valid file for the classes cat",
+    ),
+    "a missing file": (dangling_link, r"train/dog/2.jpg: is a link to nothing; restore or remove it"),
+    "an empty file": (lambda root: (root / "val" / "cat" / "0.jpg").write_bytes(b""), r"val/cat/0.jpg: is empty; copy"),
+    "a truncated file": (truncate, r"train/cat/1.jpg: cannot be decoded \(.*truncated.*\); copy it again"),
+    "no image": (lambda root: (root / "val" / "cat" / "0.jpg").write_text("hello"), r"0.jpg: is not an image; replace"),
+    "16-bit grey": (
+        sixteen_bits,
+        r"val/dog/deep.png: has more than 8 bits a pixel .*values up to 40000\); it would be clipped",
+    ),
+}
+NOTED = {
+    "CMYK": (cmyk, r"note: .*train/cat/press.jpg: is CMYK; harmless"),
+    "bad EXIF": (bad_exif, r"note: .*train/cat/camera.jpg: has bad EXIF data .*; harmless"),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_broken_folders_stop_a_run(tmp_path, kind):
+    root = tmp_path / "data"
+    write_image_folder(root)
+    damage, message = BROKEN[kind]
+    damage(root)
+    options = ["data=imagefolder", f"data.root={root}", "data.num_classes=2", f"out_dir={tmp_path}/out", *TINY_RUN]
+    start = time.perf_counter()
+    with pytest.raises(ConfigError, match=message) as stopped:
+        train_cls.run(compose("train_cls", options))
+    assert "\n" not in str(stopped.value)
+    assert not (tmp_path / "out").exists(), "something was written"
+    assert time.perf_counter() - start < 30
+
+
+@pytest.mark.parametrize("kind", NOTED)
+def test_oddities_are_noted(tmp_path, kind, capsys):
+    """ImageNet has such images: they are told, and read."""
+    root = tmp_path / "data"
+    write_image_folder(root)
+    damage, message = NOTED[kind]
+    damage(root)
+    options = ["data=imagefolder", f"data.root={root}", "data.num_classes=2", f"out_dir={tmp_path}/out", *TINY_RUN]
+    train_cls.run(compose("train_cls", options))
+    said = capsys.readouterr().out
+    assert "0 errors, 1 notes, such as " in said
+    assert re.search(message.removeprefix("note: "), said), said
+
+
+@pytest.mark.process
+def test_the_script_lists_everything(tmp_path):
+    """All damages of files at once: a line each, exit code 2; a sound folder: exit code 0."""
+    write_image_folder(tmp_path)
+    sound = doctor(tmp_path, "data.num_classes=2")
+    assert sound.returncode == 0, sound.stderr
+    assert "read all 16 images" in sound.stdout
+    assert "0 errors, 0 notes" in sound.stdout
+    for damage in (truncate, sixteen_bits, dangling_link, cmyk, bad_exif):
+        damage(tmp_path)
+    done = doctor(tmp_path, "data.num_classes=2")
+    assert done.returncode == 2
+    assert done.stdout.count("\nerror: ") == 3
+    assert done.stdout.count("\nnote: ") == 2
+    for kind, pattern in {**BROKEN, **NOTED}.items():
+        if kind in ("a missing file", "a truncated file", "16-bit grey", *NOTED):
+            assert re.search(pattern[1], done.stdout), (kind, done.stdout)
+    assert done.stderr.count("\n") == 1
+    assert done.stderr == f"config error: data.root={tmp_path}: 3 errors\n"
+
+
+@pytest.mark.process
+def test_the_script_tells_of_folders_and_files(tmp_path):
+    """Folders that are wrong do not hide files that are broken."""
+    write_image_folder(tmp_path)
+    truncate(tmp_path)
+    flat_val(tmp_path)
+    done = doctor(tmp_path, "data.num_classes=2")
+    assert done.returncode == 2
+    assert done.stdout.count("val/ holds 8 files and no class folders") == 1
+    assert re.search(r"error: .*train/cat/1.jpg: cannot be decoded", done.stdout)
+    assert "read all 16 images" in done.stdout
+    assert done.stderr == f"config error: data.root={tmp_path}: 2 errors\n"
+    nowhere = doctor(tmp_path / "nowhere")
+    assert nowhere.returncode == 2
+    assert "must be a folder that holds train/ and val/" in nowhere.stdout
+
+
+def test_the_check_is_bounded(tmp_path):
+    """A time that is over leaves the rest unread, and says so."""
+    write_image_folder(tmp_path)
+    config = compose("train_cls", ["data=imagefolder", f"data.root={tmp_path}", "data.num_classes=2"])
+    files = image_files([load_dataset(config.data, True), object()])
+    assert len(files) == 8
+    assert str(examine(files, seconds=0)).startswith("read 0 of 8 images")
+
+
+def test_what_a_sound_image_is(tmp_path):
+    for mode in ("RGB", "L", "P", "RGBA", "1"):
+        path = tmp_path / f"{mode}.png"
+        Image.new(mode, (40, 30)).save(path)
+        assert examine_image(os.fspath(path)) == []
+    for size in ((6, 6), (7, 100)):
+        Image.new("RGB", size).save(tmp_path / "small.jpg")
+        assert examine_image(os.fspath(tmp_path / "small.jpg")) == []
+    Image.fromarray(np.full((30, 30), 200, dtype=np.uint16)).save(tmp_path / "eight_of_sixteen.png")
+    assert examine_image(os.fspath(tmp_path / "eight_of_sixteen.png")) == []
+
+
+def test_an_image_that_is_a_bomb(tmp_path):
+    """PIL refuses to decode it, with an error of its own kind."""
+    Image.new("1", (20_000, 10_000)).save(tmp_path / "huge.png")
+    (finding,) = examine_image(os.fspath(tmp_path / "huge.png"))
+    assert finding.fatal
+    assert "decompression bomb" in finding.problem
+
+
+def test_too_little_shared_memory():
+    """pytorch#5040: workers die with a bus error when the batches they hold ready do not fit."""
+    free = shutil.disk_usage("/dev/shm").free
+    assert shared_memory_note(4, free // 10) is None
+    note = shared_memory_note(4, free)
+    assert re.fullmatch(r"/dev/shm has \d+ MiB free, and 4 workers may fill \d+ MiB; give .*", note)
+    assert shared_memory_note(0, 10 * free) is None
+    assert shared_memory_note(4, 10 * free, folder="/nowhere") is None
+
+
+def test_a_training_split_alone_is_enough_for_generation(tmp_path):
+    """Only what reads `val/` asks for it."""
+    for name in ("a", "b"):
+        (tmp_path / "train" / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / "train" / name / "0.png")
+    config = DataConfig(name="imagefolder", root=str(tmp_path), num_classes=2)
+    assert len(load_dataset(config, train=True)) == 2
+    with pytest.raises(ConfigError, match="must be a folder that holds train/ and val/ class folders"):
+        load_dataset(config, train=False)
+
+
+@pytest.mark.process
+def test_a_sound_cluster(tmp_path):
+    """Two ranks of this machine, which it starts by itself: a line for each check, nothing left behind."""
+    command = ("scripts/doctor.py", "--cluster", "trainer.device=cpu", f"out_dir={tmp_path}")
+    done = run_command(sys.executable, *command)
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    lines = done.stdout.splitlines()
+    checks = ["ranks", "rendezvous", "all-reduce", "bandwidth", "speed", "bf16", "data", "disk", "resume"]
+    assert [line.split()[:2] for line in lines[:-1]] == [["ok", check] for check in checks]
+    assert lines[0].split()[2] == "2"
+    assert lines[-1].endswith("s in all")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.process
+def test_an_unfit_cluster(tmp_path):
+    """Data that are not there and a folder that cannot be: their lines, and the other checks all the same."""
+    (tmp_path / "file").write_text("")
+    command = ("scripts/doctor.py", "--cluster", "trainer.device=cpu", f"out_dir={tmp_path}/file/runs")
+    done = run_script(*command, "data=cifar10", "data.root=/nowhere", ranks=2)
+    assert done.returncode != 0
+    state = {line.split()[1]: line.split()[0] for line in done.stdout.splitlines() if line.startswith(("ok", "error"))}
+    assert {name for name, what in state.items() if what == "error"} == {"data", "disk", "resume"}
+    assert "config error: not ready for a training: data, disk, resume" in done.stderr
+
+
+def test_checks_see_what_is_wrong(tmp_path, monkeypatch):
+    one = World(0, 0, 1, torch.device("cpu"))
+    monkeypatch.setattr(World, "sum", lambda self, tensor: tensor + 1)
+    with pytest.raises(cluster.CheckError, match="wrong by 1"):
+        cluster.all_reduce(one)
+    with pytest.raises(cluster.CheckError, match=r"checkpoints need .* GiB"):
+        cluster.disk(one, tmp_path, 10**13, keep=2, ema=True)
+    weights = iter([{"w": torch.zeros(2), "b": torch.ones(1)}, {"w": torch.tensor([0.0, 1e-7]), "b": torch.ones(1)}])
+
+    def train(folder):
+        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+        return next(weights)
+
+    with pytest.raises(cluster.CheckError, match="1 of 2 tensors differ after a resume, such as w"):
+        cluster.resume(one, train, tmp_path / "resume")
+
+
+ONE_BAD_NODE = """
+from vca.runtime import distributed
+from vca.runtime.errors import ConfigError
+from vca.training import cluster
+
+with distributed.start("cpu", 0.5) as world:
+    def load():
+        if world.rank == 1:
+            raise ConfigError("data.root is empty here")
+        return [[1], [2]]
+
+    cluster.report("data", lambda: cluster.data(world, load, None, 0, 0), world)
+    cluster.report("after", lambda: cluster.all_reduce(world), world)
+"""
+
+
+@pytest.mark.process
+def test_a_fault_of_one_rank(tmp_path):
+    """It is told with the rank and its machine, and the checks after it go on."""
+    script = tmp_path / "bad.py"
+    script.write_text(ONE_BAD_NODE)
+    done = run_script(script, ranks=2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, second = done.stdout.splitlines()
+    assert first == f"error  data           rank 1 on {platform.node()}: data.root is empty here"
+    assert second.startswith("ok     after")

@@ -1,0 +1,471 @@
+"""Autoencoders and the latent cache: a batch from the cache is the batch of the images, and a cache cannot lie."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import train_gen
+from scripts import prepare_latents
+from tests.processes import ROOT, run_script
+from tests.support import SHARED, SMALL_DIT, assert_same, start_and_kill, train_and_kill, untimed
+from vca.config import compose
+from vca.data import load_dataset
+from vca.data.augment import AdmCrop, train_transform
+from vca.data.latents import LatentCache, RandomVersion, read_manifest
+from vca.data.loader import MicroBatches, TrainOrder, train_loader
+from vca.generation.autoencoder import Autoencoder, AutoencoderConfig, load_autoencoder
+from vca.generation.objective import build_objective
+from vca.runtime.distributed import World
+from vca.runtime.errors import ConfigError
+from vca.training.checkpoint import load_latest
+from vca.training.generation import GenerationLoss
+
+CPU = torch.device("cpu")
+ALONE = World(0, 0, 1, CPU)
+SIZES = [(40, 40), (70, 48), (48, 90), (140, 130), (33, 64)]  # wider, taller, and at least twice as large as 32 px
+CLASSES = {"ape": 9, "bee": 12, "cat": 10}
+
+
+@pytest.fixture(scope="session")
+def photos(artefact):
+    """31 cut-outs of two real photographs in three classes, as an image folder."""
+    return artefact("photos", write_photos)
+
+
+def write_photos(root):
+    from sklearn.datasets import load_sample_images
+
+    sources = [Image.fromarray(image) for image in load_sample_images().images]
+    rng = np.random.default_rng(0)
+    for name, count in CLASSES.items():
+        for split in ("train", "val"):
+            (root / split / name).mkdir(parents=True)
+        for index in range(count):
+            width, height = SIZES[index % len(SIZES)]
+            left, top = rng.integers(0, 640 - width), rng.integers(0, 427 - height)
+            cut = sources[index % 2].crop((left, top, left + width, top + height))
+            cut.save(root / "train" / name / f"{index:02d}.png")
+        cut.save(root / "val" / name / "0.png")
+
+
+QUICK = """
+import torch
+from torch import nn
+class Quick(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.down, self.up = nn.Conv2d(3, 8, 4, 4), nn.ConvTranspose2d(4, 3, 4, 4)
+        for number, parameter in enumerate(self.parameters()):
+            nn.init.normal_(parameter, std=0.2, generator=torch.Generator().manual_seed(number))
+    def encode(self, images):
+        mean, log_std = self.down(images).chunk(2, dim=1)
+        return torch.cat((mean, log_std.exp()), dim=1)
+    def decode(self, latents):
+        return self.up(latents)
+def load_autoencoder(weights):
+    return Quick()
+"""
+
+
+@pytest.fixture(scope="session")
+def quick(artefact):
+    """An autoencoder with a posterior that subprocesses load at once; diffusers takes seconds to import."""
+    return artefact("quick", lambda folder: (folder / "quick.py").write_text(QUICK)) / "quick.py"
+
+
+def options(source):
+    """Overrides that `prepare_latents` and `train_gen` share."""
+    kind = "file" if source.suffix == ".py" else "sd_vae"
+    shape = ["autoencoder.factor=4", "data.img_size=32", "data.num_classes=3", "data.check_seconds=0"]
+    return [f"autoencoder={kind}", f"autoencoder.source={source}", *shape]
+
+
+def prepared(photos, source, out, *more):
+    """Make a cache in this process."""
+    config = compose("prepare_latents", [*options(source), f"data.root={photos}", f"out={out}", *CACHE, *more])
+    return prepare_latents.run(config)
+
+
+CACHE = ("shard_size=8", "batch_size=3", "workers=0", "device=cpu")
+NETWORK = (*SMALL_DIT, "sampled_classes=3", "augment=adm_flip")
+
+
+@pytest.fixture(scope="session")
+def cache(photos, vaes, artefact):
+    return artefact("cache", lambda folder: prepared(photos, vaes / "sd-vae-ft-mse", folder))
+
+
+@pytest.fixture(scope="session")
+def quick_cache(photos, quick, artefact):
+    return artefact("quick-cache", lambda folder: prepared(photos, quick, folder))
+
+
+def test_the_vae_is_that_of_diffusers(vaes):
+    from diffusers.models import AutoencoderKL
+
+    for name, shift in (("sd-vae-ft-mse", 0.0), ("other", 0.3)):
+        config = AutoencoderConfig("diffusers", str(vaes / name), channels=4, factor=4)
+        ours, theirs = load_autoencoder(config, CPU), AutoencoderKL.from_pretrained(vaes / name).eval()
+        images, noise = torch.rand(2, 3, 16, 24) * 2 - 1, torch.randn(2, 4, 4, 6)
+        with torch.no_grad():
+            posterior = theirs.encode(images).latent_dist
+            latents = (posterior.mean + posterior.std * noise - shift) * 0.18215
+            decoded = theirs.decode(latents / 0.18215 + shift).sample
+        moments = ours.encode(images)
+        assert moments.shape == (2, 8, 4, 6)
+        torch.testing.assert_close(ours.latents(moments, noise), latents)
+        torch.testing.assert_close(ours.decode(latents), decoded)
+        assert posterior.std.min() > 0
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert torch.equal(ours.encode(images), moments), "autocast reached the autoencoder"
+    assert load_autoencoder(config, CPU).identity()["sha256"] == ours.sha256
+    scaled = load_autoencoder(AutoencoderConfig("diffusers", str(vaes / name), channels=4, factor=4, scale=1.0), CPU)
+    assert (scaled.scale, scaled.shift, scaled.sha256) == (1.0, 0.3, ours.sha256)
+
+
+FROM_FILE = """
+import torch
+from torch import nn
+class Halve(nn.Module):
+    def __init__(self, gain):
+        super().__init__()
+        self.gain = nn.Parameter(torch.tensor(float(gain)))
+    def encode(self, images):
+        return self.gain * nn.functional.avg_pool2d(images, 2)
+    def decode(self, latents):
+        return latents.repeat_interleave(2, 2).repeat_interleave(2, 3) / self.gain
+def load_autoencoder(weights):
+    return Halve(weights)
+"""
+
+
+def test_an_autoencoder_from_a_file(tmp_path):
+    file = tmp_path / "halve.py"
+    file.write_text(FROM_FILE)
+    config = AutoencoderConfig("file", str(file), weights="4", channels=3, factor=2, scale=0.5, shift=1.0)
+    autoencoder = load_autoencoder(config, CPU)
+    images = torch.full((1, 3, 8, 8), 0.25)
+    moments = autoencoder.encode(images)
+    assert torch.equal(moments, torch.ones(1, 3, 4, 4))
+    latents = autoencoder.latents(moments, torch.randn(1, 3, 4, 4))  # without a posterior, noise changes nothing
+    assert torch.equal(latents, torch.zeros(1, 3, 4, 4))
+    assert torch.equal(autoencoder.decode(latents), images)
+    file.write_text(FROM_FILE + "\n# another text\n")
+    assert load_autoencoder(config, CPU).sha256 != autoencoder.sha256
+
+
+def test_wrong_autoencoders(vaes, tmp_path):
+    (tmp_path / "broken.py").write_text("def load_autoencoder(weights):\n    return 1 / 0\n")
+    (tmp_path / "halve.py").write_text(FROM_FILE)
+    (tmp_path / "other.py").write_text("def load_autoencoder(weights):\n    return weights\n")
+    half = shutil.copytree(vaes / "other", tmp_path / "half")
+    weights = next(half.glob("*.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:500])
+    vae = str(vaes / "other")
+    for fields, message in (
+        ({"name": "difusers", "source": "x"}, "autoencoder.name must be one of"),
+        ({"name": "diffusers"}, "autoencoder.source must be a path or a name, got None"),
+        ({"name": "diffusers", "source": str(tmp_path)}, "must be a folder with diffusers' config.json"),
+        ({"name": "diffusers", "source": str(half), "factor": 4}, "cannot be loaded"),
+        ({"name": "diffusers", "source": vae, "factor": 8}, r"autoencoder.factor must be 4, as '.*' has it, got 8"),
+        ({"name": "diffusers", "source": vae, "factor": 4, "channels": 16}, "autoencoder.channels must be 4"),
+        ({"name": "diffusers", "source": vae, "factor": 4, "scale": 0.0}, "autoencoder.scale must be > 0 or null"),
+        ({"name": "file", "source": "nowhere.py"}, "autoencoder.source must be a Python file, got 'nowhere.py'"),
+        ({"name": "file", "source": str(tmp_path / "broken.py")}, "ZeroDivisionError"),
+        ({"name": "file", "source": str(tmp_path / "other.py")}, "must return a module with encode and decode"),
+        (
+            {"name": "file", "source": str(tmp_path / "halve.py"), "weights": "1", "factor": 2},
+            r"makes 16 x 16 px .3, 8, 8., not 4 or 8 channels of 8 x 8",
+        ),
+        ({"name": "none", "source": "x"}, "autoencoder.source must be null in pixel space"),
+    ):
+        with pytest.raises(ConfigError, match=message) as error:
+            load_autoencoder(AutoencoderConfig(**{"channels": 4, **fields}), CPU)
+        assert "\n" not in str(error.value)
+
+
+def test_an_autoencoder_that_is_nowhere(monkeypatch):
+    """Without a network: which one, and how to get it. (The hub's client is told to stay offline.)"""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    config = AutoencoderConfig("diffusers", "nobody/no-vae", channels=4, factor=8)
+    with pytest.raises(ConfigError, match=r"'nobody/no-vae' cannot be loaded .* hf download nobody/no-vae --local-dir"):
+        load_autoencoder(config, CPU)
+
+
+def test_adm_crop():
+    """Sizes of every shape; a large image is halved by averaging before anything else."""
+    rng = np.random.default_rng(0)
+    for width, height in [*SIZES, (32, 32), (31, 500), (64, 64)]:
+        image = Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
+        assert AdmCrop(32)(image).size == (32, 32)
+    pixels = rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    halved = pixels.reshape(32, 2, 32, 2, 3).mean((1, 3))
+    assert np.abs(np.asarray(AdmCrop(32)(Image.fromarray(pixels))) - halved).max() <= 1
+    wide = Image.fromarray(
+        np.repeat(np.arange(100, dtype=np.uint8)[None], 40, axis=0)
+    )  # 100 x 40, brighter to the right
+    cut = np.asarray(AdmCrop(40)(wide))
+    assert cut[0, 0] == 30
+    assert cut[0, -1] == 69
+
+
+def batches_of(config, steps):
+    """What the loss makes of the first batches: latents, noise, times, labels."""
+    images = load_dataset(config.data, train=True)
+    cached = isinstance(images, LatentCache)
+    autoencoder = load_autoencoder(config.autoencoder, CPU)
+    if cached:
+        images.check(autoencoder.identity(), config.augment)
+    transform = RandomVersion(config.augment.hflip) if cached else train_transform(config.augment, config.data)
+    order = TrainOrder(len(images), config.trainer.global_batch, config.seed)
+    loss_of = GenerationLoss(build_objective(config.objective), autoencoder, cached, 0.1, 3, config.seed)
+    shares = MicroBatches(order, ALONE, config.trainer.global_batch, 1, 0, steps)
+    for (batch,) in train_loader(images, transform, config.seed, shares, 0):
+        yield (*loss_of.prepare(batch), batch.fingerprints)
+
+
+@pytest.mark.parametrize("hflip", [0.5, 0.0])
+def test_a_batch_from_the_cache_is_the_batch_of_the_images(photos, vaes, cache, hflip):
+    """Over more than an epoch: images come again, flipped or not, with another sample of their posterior."""
+    chosen = [*options(vaes / "sd-vae-ft-mse"), *NETWORK, f"augment.hflip={hflip}", "trainer.global_batch=10"]
+    online = compose("train_gen", [*chosen, "data=imagefolder", f"data.root={photos}"])
+    cached = compose("train_gen", [*chosen, "data=latents", f"data.root={cache}"])
+    seen = []
+    for one, other in zip(batches_of(online, 5), batches_of(cached, 5), strict=True):
+        torch.testing.assert_close(one[0], other[0], rtol=1e-5, atol=1e-6)
+        assert_same(one[1:], other[1:])
+        seen += one[0]
+    assert len({latent.sum().item() for latent in seen}) == 50, "a latent came twice"
+    other_seed = compose("train_gen", [*chosen, "data=latents", f"data.root={cache}", "seed=1"])
+    assert not torch.equal(next(batches_of(other_seed, 1))[0], other[0])
+
+
+def test_flips_are_encoded_not_flipped(cache):
+    images = LatentCache(cache)
+    assert len(images) == sum(CLASSES.values())
+    versions, label = images[20]
+    assert versions.shape == (2, 8, 8, 8)
+    assert label == 1
+    assert [images[index][1] for index in range(31)] == [0] * 9 + [1] * 12 + [2] * 10
+    assert np.abs(versions[1] - versions[0][:, :, ::-1]).max() > 1e-3
+    assert (versions[:, 4:] > 0).all()  # standard deviations
+
+
+@pytest.mark.process
+def test_several_ranks_and_an_interruption_make_the_same_cache(photos, quick, quick_cache, tmp_path):
+    """Killed after its first file, continued by two ranks: every byte as in one go."""
+    command = [*options(quick), f"data.root={photos}", f"out={tmp_path / 'broken'}", *CACHE, "shard_size=1"]
+    begun = (tmp_path / "broken").glob
+    start_and_kill(lambda: any(begun("shard_*.npy")), "scripts/prepare_latents.py", *command)
+    made = sorted((tmp_path / "broken").glob("shard_*.npy"))
+    assert 1 <= len(made) < 31
+    with pytest.raises(ConfigError, match=r"is not complete: \d+ of 31 files are missing or cut short"):
+        LatentCache(tmp_path / "broken")
+    before = {path: path.stat().st_mtime_ns for path in made}
+    done = run_script("scripts/prepare_latents.py", *command, ranks=2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert {path: path.stat().st_mtime_ns for path in made} == before, "what was there was made again"
+    prepared(photos, quick, tmp_path / "whole", "shard_size=1")
+    files = sorted(path.name for path in (tmp_path / "whole").iterdir())
+    assert files == ["labels.npy", "manifest.json", *(f"shard_{shard:05d}.npy" for shard in range(31))]
+    for name in files:
+        assert (tmp_path / "broken" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+    images, other = LatentCache(tmp_path / "whole"), LatentCache(quick_cache)
+    assert all(np.allclose(images[index][0], other[index][0], atol=1e-6) for index in range(31))
+
+
+def changed(cache, tmp_path, name="changed", **fields):
+    """A copy of the cache whose manifest says something else."""
+    folder = shutil.copytree(cache, tmp_path / name)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps({**manifest, **fields}))
+    return folder
+
+
+def test_a_cache_that_does_not_fit(photos, vaes, cache, tmp_path):
+    """Each gives one line, and nothing is written."""
+    there = json.loads((cache / "manifest.json").read_text())
+    scaled = changed(cache, tmp_path, autoencoder={**there["autoencoder"], "scale": 0.13})
+    short = shutil.copytree(cache, tmp_path / "short")
+    file = short / "shard_00002.npy"
+    file.write_bytes(file.read_bytes()[:-4])
+    fewer = changed(cache, tmp_path, "fewer", images=40)
+    labels = changed(cache, tmp_path, "labels")
+    np.save(labels / "labels.npy", np.zeros(30, dtype=np.int64))
+    plain = tmp_path / "plain"
+    prepared(photos, vaes / "sd-vae-ft-mse", plain, "flips=false")
+    for root, more, message in (
+        (scaled, "", r"was made with another autoencoder \(autoencoder.scale: 0.13 there, 0.18215 here\)"),
+        (
+            cache,
+            f"autoencoder.source={vaes / 'other'}",
+            r"autoencoder.sha256: '\w+' there.*autoencoder.shift: 0.0 there",
+        ),
+        (cache, "autoencoder.scale=1.0", r"autoencoder.scale: 0.18215 there, 1.0 here"),
+        (short, "", "is not complete: 1 of 4 files are missing or cut short, such as shard_00002.npy"),
+        (fewer, "", "is not complete: 2 of 5 files"),
+        (labels, "", "labels must be 31, got 30"),
+        (changed(cache, tmp_path, "crop", crop="adm-0"), "", "crop must be 'adm-1', as it is made now, got 'adm-0'"),
+        (photos, "", "data.root must be a latent cache, a folder with manifest.json"),
+        (cache, "data.img_size=64", "data.img_size must be 32, as the latents in"),
+        (cache, "data.img_size=34", "data.img_size must be a multiple of autoencoder.factor, 4, got 34"),
+        (cache, "data.num_classes=4", "data.num_classes must be 3, as the latents in"),
+        (cache, "augment.crop=none", "augment.crop must be adm, as the latents are, got 'none'"),
+        (cache, "augment.erase_prob=0.5", "augment.erase_prob must be off on latents"),
+        (plain, "augment.hflip=0.5", r"augment.hflip must be 0: .* has no flipped images, got 0.5"),
+    ):
+        chosen = [*options(vaes / "sd-vae-ft-mse"), *NETWORK, "data=latents", f"data.root={root}", *more.split()]
+        with pytest.raises(ConfigError, match=message) as error:
+            list(batches_of(compose("train_gen", chosen), 1))
+        assert "\n" not in str(error.value)
+
+
+def test_prepare_refuses(photos, vaes, cache, tmp_path):
+    for more, message in (
+        ((f"autoencoder.source={vaes / 'other'}", f"out={cache}"), r"holds another cache \(autoencoder.sha256"),
+        (("shard_size=16", f"out={cache}"), r"holds another cache \(shard_size: 8 there, 16 here\)"),
+        (("data.img_size=64", f"out={cache}"), r"holds another cache \(img_size: 32 there, 64 here"),
+        (("data=digits",), "data.in_chans must be 3 for an autoencoder, got 1"),
+        (("shard_size=0",), "shard_size must be >= 1, got 0"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            prepared(photos, vaes / "sd-vae-ft-mse", tmp_path / "out", *more)
+    assert not (tmp_path / "out").exists()
+    assert read_manifest(cache).shard_size == 8
+
+
+def test_few_files_are_kept_open(photos, quick, tmp_path, monkeypatch):
+    """ImageNet has more files than a process may have open."""
+    prepared(photos, quick, tmp_path, "shard_size=1")
+    monkeypatch.setattr("vca.data.latents.OPEN_FILES", 3)
+    images, again = LatentCache(tmp_path), LatentCache(tmp_path)
+    for index in (*range(31), *range(31)):
+        assert np.array_equal(images[index][0], again[index][0])
+        assert len(images.files) <= 3
+
+
+def test_a_vae_whose_weights_are_not_all_there(vaes, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    broken = shutil.copytree(vaes / "other", tmp_path / "broken")
+    file = next(broken.glob("*.safetensors"))
+    state = load_file(file)
+    del state["encoder.conv_in.weight"]
+    save_file(state, file, metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match=r"are not those of its config \(missing_keys encoder.conv_in.weight\)"):
+        load_autoencoder(AutoencoderConfig("diffusers", str(broken), channels=4, factor=4), CPU)
+
+
+def test_the_config_of_a_vae_is_part_of_its_identity(vaes, tmp_path):
+    changed = shutil.copytree(vaes / "other", tmp_path / "changed")
+    config = json.loads((changed / "config.json").read_text())
+    (changed / "config.json").write_text(json.dumps({**config, "act_fn": "relu"}))
+    one, other = (
+        load_autoencoder(AutoencoderConfig("diffusers", str(path), channels=4, factor=4), CPU)
+        for path in (vaes / "other", changed)
+    )
+    assert one.sha256 != other.sha256
+
+
+def test_the_autoencoder_is_in_float32_whatever_is_set(vaes):
+    """TF32 too: on a GPU the convolutions of a VAE would take it."""
+    seen = []
+
+    class Spy(torch.nn.Module):
+        def encode(self, images):
+            seen.append((torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()))
+            return images
+
+        decode = encode
+
+    autoencoder = Autoencoder(AutoencoderConfig("file", "x.py", channels=3), Spy())
+    before = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
+    try:
+        torch.backends.cudnn.allow_tf32 = True
+        torch.set_float32_matmul_precision("high")
+        autoencoder.encode(torch.zeros(1, 3, 8, 8))
+        autoencoder.decode(torch.zeros(1, 3, 8, 8))
+        assert (torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()) == (True, "high")
+    finally:
+        torch.backends.cudnn.allow_tf32 = before[0]
+        torch.set_float32_matmul_precision(before[1])
+    assert seen == [(False, "highest")] * 2
+
+
+def test_a_run_goes_on_with_the_latents_it_began_with(photos, quick, quick_cache, tmp_path):
+    """Not with another cache or autoencoder; with the same ones at another place, yes."""
+    moved = shutil.copytree(quick_cache, tmp_path / "moved")
+    elsewhere = shutil.copy(quick, tmp_path / "elsewhere.py")
+    other = tmp_path / "other"
+    prepared(photos, quick, other, "shard_size=4")
+    length = ["trainer.global_batch=12", "trainer.steps=2", f"out_dir={tmp_path}", "name=run", "data=latents"]
+
+    def go(root, source=quick):
+        return train_gen.run(compose("train_gen", [*options(source), *NETWORK, *length, f"data.root={root}"]))
+
+    first = go(quick_cache)
+    assert go(moved, Path(elsewhere)) == first
+    with pytest.raises(ConfigError, match=r"another config \(inputs.cache.shard_size: 8 there, 4 here\)"):
+        go(other)
+    Path(elsewhere).write_text(QUICK + "# changed\n")
+    with pytest.raises(ConfigError, match=r"was made with another autoencoder \(autoencoder.sha256"):
+        go(moved, Path(elsewhere))
+
+
+def test_half_precision(photos, vaes, cache, tmp_path):
+    """Half the bytes, the same to three digits."""
+    prepared(photos, vaes / "sd-vae-ft-mse", tmp_path / "half", "dtype=float16")
+    one, other = LatentCache(cache)[5][0], LatentCache(tmp_path / "half")[5][0]
+    assert (one.dtype, other.dtype) == (np.float32, np.float16)
+    np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-3)
+    assert RandomVersion(0.5)(other).dtype == torch.float32
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_kill_and_resume_on_latents_is_exact(quick, quick_cache, tmp_path, ranks):
+    length = ["trainer.global_batch=12", "trainer.steps=40", "trainer.checkpoint_every=5", "trainer.log_every=2"]
+    command = [*options(quick), *NETWORK, *length, "data=latents", f"data.root={quick_cache}", f"out_dir={tmp_path}"]
+    done = run_script("train_gen.py", *command, "name=whole", ranks=ranks)
+    assert done.returncode == 0, done.stderr[-3000:]
+    reached = train_and_kill(tmp_path / "broken", 12, "train_gen.py", *command, "name=broken", ranks=ranks)
+    assert 12 <= reached < 40
+    done = run_script("train_gen.py", *command, "name=broken", ranks=ranks)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert_same(*(load_latest(tmp_path / name / "checkpoints") for name in ("whole", "broken")))
+    assert untimed(tmp_path / "whole") == untimed(tmp_path / "broken")
+    with Image.open(tmp_path / "whole" / "samples" / "step_00000040.png") as picture:
+        assert picture.mode == "RGB"
+        assert picture.size == (3 * 33 - 1, 32)
+
+
+@pytest.mark.skipif(not (SHARED / "weights").is_dir(), reason="the weights of TAEF2 are not part of the project")
+def test_taef2(photos, tmp_path):
+    """A real autoencoder of 32 channels from a file: reconstruction, cache, equality with online, training."""
+    autoencoder = [
+        "autoencoder=file",
+        f"autoencoder.source={ROOT / 'tests' / 'taef2.py'}",
+        f"autoencoder.weights={SHARED / 'weights'}",
+        "autoencoder.channels=32",
+        "data.num_classes=3",
+        "data.img_size=64",
+        "data.check_seconds=0",
+    ]
+    prepare_latents.run(compose("prepare_latents", [*autoencoder, f"data.root={photos}", f"out={tmp_path}/c", *CACHE]))
+    chosen = [*autoencoder, *NETWORK, "trainer.global_batch=8", f"out_dir={tmp_path}", "trainer.steps=4"]
+    online = compose("train_gen", [*chosen, "data=imagefolder", f"data.root={photos}"])
+    cached = compose("train_gen", [*chosen, "data=latents", f"data.root={tmp_path}/c"])
+    for one, other in zip(batches_of(online, 5), batches_of(cached, 5), strict=True):
+        torch.testing.assert_close(one[0], other[0], rtol=1e-4, atol=1e-5)
+        assert_same(one[1:], other[1:])
+    network = load_autoencoder(cached.autoencoder, CPU)
+    images = torch.stack(
+        [train_transform(online.augment, online.data)(picture) for picture, _ in [load_dataset(online.data, True)[8]]]
+    )
+    assert (network.decode(network.latents(network.encode(images), images)) - images).square().mean() < 0.02
+    assert np.isfinite(train_gen.run(cached)["loss"])

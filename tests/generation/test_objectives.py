@@ -1,0 +1,315 @@
+"""Objectives and samplers of generation: against the original code's figures, and against closed forms."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from tests.support import GOLDEN
+from vca.generation.diffusion import GaussianDiffusion, linear_betas, respaced_steps
+from vca.generation.interpolant import DiffusionForm, Interpolant, Path, Prediction, Weighting, coefficients
+from vca.generation.samplers import sample_ddim, sample_ddpm, sample_ode, sample_sde
+
+
+def golden(name):
+    file = np.load(GOLDEN / f"{name}.npz")
+    return {key: torch.from_numpy(np.asarray(file[key])) for key in file.files}
+
+
+def close(one, other, rel=1e-5):
+    return (one - other).abs().max() <= rel * other.abs().max()
+
+
+def toy_diffusion_net(x, t):
+    s = (t.to(x.dtype) / 1000).reshape(-1, 1, 1, 1)
+    return torch.cat((x.tanh() * (3 * s).cos() + 0.3 * x * s, (x + s).sin()), dim=1)
+
+
+def toy_transport_net(x, t):
+    t = t.reshape(-1, 1, 1, 1)
+    return x.tanh() * (2 * t).cos() - 0.5 * x * t
+
+
+# Diffusion
+
+
+def test_diffusion_schedule():
+    expected, diffusion = golden("gaussian_diffusion"), GaussianDiffusion(linear_betas())
+    for key in ("betas", "alphas_cumprod", "posterior_variance"):
+        torch.testing.assert_close(getattr(diffusion, key), expected[key], rtol=1e-12, atol=0)
+    chain = diffusion.respaced(25)
+    assert chain.numbers.tolist() == expected["respaced_25_timesteps"].tolist()
+    torch.testing.assert_close(chain.betas, expected["respaced_25_betas"], rtol=1e-10, atol=0)
+
+
+def test_diffusion_losses():
+    expected, diffusion = golden("gaussian_diffusion"), GaussianDiffusion(linear_betas())
+    x0, t, noise = expected["x0"], expected["t"], expected["noise"]
+    assert close(diffusion.add_noise(x0, t, noise), expected["x_t"])
+    losses = diffusion.losses(toy_diffusion_net, x0, t, noise)
+    for key in ("mse", "vb", "loss"):
+        torch.testing.assert_close(losses[key], expected[key], rtol=1e-5, atol=0)
+
+
+def test_the_bound_does_not_move_the_mean():
+    """The gradient of `vb` reaches the variance half of the output only."""
+    expected, diffusion = golden("gaussian_diffusion"), GaussianDiffusion(linear_betas())
+    out = toy_diffusion_net(expected["x_t"], expected["t"]).requires_grad_()
+    losses = diffusion.losses(lambda x, t: out, expected["x0"], expected["t"], expected["noise"])
+    (gradient,) = torch.autograd.grad(losses["vb"].sum(), out)
+    mean, variance = gradient.chunk(2, dim=1)
+    assert not mean.any()
+    assert variance.abs().sum() > 0
+
+
+def test_diffusion_chains():
+    expected, diffusion = golden("gaussian_diffusion"), GaussianDiffusion(linear_betas())
+    ddpm = sample_ddpm(toy_diffusion_net, expected["ddpm_25_xT"], diffusion, 25, lambda i: expected["ddpm_25_z"][i])
+    assert close(ddpm.x, expected["ddpm_25_x0"])
+    ddim = sample_ddim(toy_diffusion_net, expected["ddpm_25_xT"], diffusion, 25)
+    assert close(ddim.x, expected["ddim_25_x0"])
+    assert ddpm.evaluations == ddim.evaluations == 25
+
+
+def test_respacing():
+    assert respaced_steps(1000, 1) == [0]
+    assert respaced_steps(10, 10) == list(range(10))
+    assert respaced_steps(1000, 250)[::249] == [0, 999]
+    for count in (0, 1001):
+        with pytest.raises(ValueError, match=rf"from 1 to 1000, got {count}"):
+            respaced_steps(1000, count)
+    with pytest.raises(ValueError, match="needs noise"):
+        sample_ddim(toy_diffusion_net, torch.zeros(1, 1, 2, 2), GaussianDiffusion(linear_betas()), 5, eta=1.0)
+
+
+# Interpolants
+
+CASES = {
+    "Linear_velocity_None": Interpolant(),
+    "GVP_velocity_None": Interpolant(Path.gvp),
+    "Linear_noise_velocity": Interpolant(Path.linear, Prediction.noise, Weighting.velocity),
+}
+FORMS = {
+    "SBDM": DiffusionForm.sbdm,
+    "sigma": DiffusionForm.sigma,
+    "constant": DiffusionForm.constant,
+    "linear": DiffusionForm.linear,
+    "decreasing": DiffusionForm.decreasing,
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_interpolants(case):
+    expected, interpolant = golden("transport"), CASES[case]
+    noise, data, t = (expected[key] for key in ("x0", "x1", "t"))
+    xt, velocity = interpolant.mix(noise, data, t)
+    assert close(xt, expected[f"{case}_xt"])
+    assert close(velocity, expected[f"{case}_ut"])
+    assert close(interpolant.losses(toy_transport_net, noise, data, t), expected[f"{case}_loss"])
+    out = toy_transport_net(xt, t)
+    assert close(interpolant.velocity(out, xt, t), expected[f"{case}_ode_drift"])
+    assert close(interpolant.score(out, xt, t), expected[f"{case}_score"])
+    for name, form in FORMS.items():
+        w = interpolant.diffusion(form, 1.0, xt, t)
+        assert close(w, expected[f"{case}_diffusion_{name}"].expand_as(w)), name
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_ode_samples(case):
+    expected, interpolant = golden("transport"), CASES[case]
+    start = expected[f"{case}_init"]
+    for method, points, key, evaluations in (("euler", 20, "euler20", 19), ("heun", 20, "heun220", 38)):
+        samples = sample_ode(toy_transport_net, start, interpolant, method, points)
+        assert close(samples.x, expected[f"{case}_ode_{key}"]), method
+        assert samples.evaluations == evaluations
+    samples = sample_ode(toy_transport_net, start, interpolant)
+    assert close(samples.x, expected[f"{case}_ode_dopri52"])
+    assert samples.evaluations > 6
+
+
+def test_sde_samples():
+    expected, case = golden("transport"), "Linear_velocity_None"
+    noise = expected[f"{case}_sde_euler30_z"]
+    samples = sample_sde(toy_transport_net, expected[f"{case}_init"], Interpolant(), lambda i: noise[i], points=30)
+    assert close(samples.x, expected[f"{case}_sde_euler30_x"])
+    assert samples.evaluations == 30
+
+
+@pytest.mark.parametrize("path", Path)
+def test_coefficients_are_derivatives(path):
+    t = torch.linspace(0.05, 0.95, 19, dtype=torch.float64, requires_grad=True)
+    c = coefficients(path, t)
+    for value, derivative in ((c.alpha, c.d_alpha), (c.sigma, c.d_sigma)):
+        (expected,) = torch.autograd.grad(value.sum(), t, retain_graph=True)
+        torch.testing.assert_close(derivative, expected)
+    torch.testing.assert_close(c.ratio, c.d_alpha / c.alpha)
+
+
+# A Gaussian target, of which everything is known: data N(MEAN, STD^2), elementwise.
+MEAN, STD = 0.7, 0.4
+
+
+def exact_net(interpolant):
+    """The best prediction of a Gaussian target, in what the interpolant's network is to predict."""
+
+    def net(x, t):
+        c = interpolant.at(t.double(), x)
+        variance = c.alpha**2 * STD**2 + c.sigma**2
+        score = -(x - c.alpha * MEAN) / variance
+        if interpolant.prediction is Prediction.score:
+            return score
+        if interpolant.prediction is Prediction.noise:
+            return -c.sigma * score
+        # E[d_alpha data + d_sigma noise | x], written so that it holds at t = 0 too
+        rate = (c.alpha * c.d_alpha * STD**2 + c.sigma * c.d_sigma) / variance
+        return c.d_alpha * MEAN + rate * (x - c.alpha * MEAN)
+
+    return net
+
+
+@pytest.mark.parametrize("path", Path)
+@pytest.mark.parametrize("prediction", Prediction)
+def test_predictions_agree(path, prediction):
+    """Noise, score and velocity of the same target stand for the same velocity and score."""
+    x, t = torch.randn(9, 1, 2, 2, dtype=torch.float64), torch.linspace(0.1, 0.9, 9, dtype=torch.float64)
+    one, other = Interpolant(path), Interpolant(path, prediction)
+    expected, out = exact_net(one)(x, t), exact_net(other)(x, t)
+    torch.testing.assert_close(other.velocity(out, x, t), expected)
+    torch.testing.assert_close(other.score(out, x, t), one.score(expected, x, t))
+
+
+def order(errors):
+    """Rate at which errors fall when the step is halved, from the last two of them."""
+    return math.log2(errors[-2] / errors[-1])
+
+
+@pytest.mark.parametrize(("method", "expected"), [("euler", 1), ("heun", 2)])
+@pytest.mark.parametrize("path", [Path.linear, Path.gvp])
+def test_order_of_the_ode_solvers(path, method, expected):
+    """The flow of a Gaussian target is x -> MEAN + STD x."""
+    interpolant, x = Interpolant(path), torch.linspace(-2, 2, 9, dtype=torch.float64).reshape(9, 1, 1, 1)
+    errors = []
+    for points in (65, 129, 257):
+        end = sample_ode(exact_net(interpolant), x, interpolant, method, points).x
+        errors.append((end - (MEAN + STD * x)).abs().max().item())
+    assert order(errors) == pytest.approx(expected, abs=0.15), errors
+
+
+def test_the_adaptive_solver_keeps_its_tolerance():
+    interpolant, x = Interpolant(), torch.linspace(-2, 2, 9, dtype=torch.float64).reshape(9, 1, 1, 1)
+    for rtol in (1e-3, 1e-5, 1e-7):
+        samples = sample_ode(exact_net(interpolant), x, interpolant, rtol=rtol, atol=rtol)
+        assert (samples.x - (MEAN + STD * x)).abs().max() < 20 * rtol
+
+
+def final_moments(sampler, steps):
+    """Mean and standard deviation of what a linear sampler makes of standard normal noise, without drawing any.
+
+    The result is `c + g x + sum g_k z_k`: row 0 of the batch shows c, row 1 g, and each further row one g_k.
+    """
+    x = torch.zeros(2 + steps, 1, 1, 1, dtype=torch.float64)
+    x[1] = 1
+
+    def noise(step):
+        z = torch.zeros_like(x)
+        z[2 + step] = 1
+        return z
+
+    end = sampler(x, noise).x.flatten()
+    return end[0].item(), (end[1:] - end[0]).square().sum().sqrt().item()
+
+
+@pytest.mark.parametrize("form", [DiffusionForm.sigma, DiffusionForm.linear, DiffusionForm.constant])
+@pytest.mark.parametrize("method", ["euler", "heun"])
+def test_order_of_the_sde_solvers(method, form):
+    """Mean and spread of the samples converge to the target's, at least with first order."""
+    interpolant, errors = Interpolant(), []
+    for points in (129, 257, 513):
+
+        def sampler(x, noise, points=points):
+            return sample_sde(
+                exact_net(interpolant),
+                x,
+                interpolant,
+                noise,
+                method,
+                points,
+                form,
+                last_step="euler",
+                last_step_size=1e-5,
+            )
+
+        mean, std = final_moments(sampler, points - 1)
+        errors.append(max(abs(mean - MEAN), abs(std - STD)))
+    assert errors[-1] < 5e-3
+    assert order(errors) > 0.85, errors
+
+
+@pytest.mark.parametrize("last_step", ["mean", "euler", "tweedie", None])
+def test_last_steps(last_step):
+    """Each of them ends near the target; what it leaves out shows in the spread only."""
+    interpolant, evaluations = Interpolant(), []
+
+    def sampler(x, noise):
+        samples = sample_sde(exact_net(interpolant), x, interpolant, noise, points=501, last_step=last_step)
+        evaluations.append(samples.evaluations)
+        return samples
+
+    mean, std = final_moments(sampler, 500)
+    assert evaluations == [500 + (last_step is not None)]
+    assert mean == pytest.approx(MEAN, abs=0.01)
+    assert std == pytest.approx(STD, abs=0.02)
+
+
+def exact_noise(diffusion):
+    """Network of a diffusion whose data are N(MEAN, STD^2), with the smaller of its two variances."""
+
+    def net(x, t):
+        level = diffusion.alphas_cumprod[t].reshape(-1, 1, 1, 1)
+        noise = (1 - level).sqrt() * (x - level.sqrt() * MEAN) / (level * STD**2 + 1 - level)
+        return torch.cat((noise, -torch.ones_like(noise)), dim=1)
+
+    return net
+
+
+def test_ddim_converges_to_the_flow():
+    """With more steps DDIM ends where the probability flow of the 1000-step noise does: first order."""
+    diffusion = GaussianDiffusion(linear_betas(10_000))
+    errors = []
+    for steps in (50, 100, 200, 400):
+        mean, std = final_moments(
+            lambda x, noise, steps=steps: sample_ddim(exact_noise(diffusion), x, diffusion, steps), 0
+        )
+        errors.append(max(abs(mean - MEAN), abs(std - STD)))
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] < 5e-3
+    assert order(errors) > 0.8, errors
+
+
+def test_ddpm_converges_to_the_target():
+    """Mean and spread of ancestral sampling approach the target's as the steps grow in number."""
+    diffusion = GaussianDiffusion(linear_betas())
+    errors = []
+    for steps in (25, 50, 100, 200):
+
+        def sampler(x, noise, steps=steps):
+            return sample_ddpm(exact_noise(diffusion), x, diffusion, steps, noise)
+
+        mean, std = final_moments(sampler, steps)
+        errors.append(max(abs(mean - MEAN), abs(std - STD)))
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] < 0.02
+    assert order(errors) > 0.8, errors
+
+
+def test_samplers_refuse():
+    x = torch.zeros(1, 1, 1, 1)
+    with pytest.raises(ValueError, match="must be euler, heun or dopri5, got 'rk4'"):
+        sample_ode(toy_transport_net, x, Interpolant(), "rk4")
+    with pytest.raises(ValueError, match="must be euler or heun, got 'dopri5'"):
+        sample_sde(toy_transport_net, x, Interpolant(), lambda i: x, "dopri5")
+    with pytest.raises(ValueError, match="must be mean, euler, tweedie or None, got 'none'"):
+        sample_sde(toy_transport_net, x, Interpolant(), lambda i: x, last_step="none")
+    with pytest.raises(ValueError, match="points must be >= 2, got 1"):
+        sample_ode(toy_transport_net, x, Interpolant(), "euler", 1)

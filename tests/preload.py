@@ -1,0 +1,25 @@
+"""Everything that a run imports sooner or later; `tests.processes` forks from a process that has imported this."""
+# ruff: noqa: F401
+
+import importlib
+import pkgutil
+
+import hydra
+import matplotlib.pyplot
+import numpy
+import PIL.Image
+import safetensors.torch
+import scipy.linalg
+import sklearn.datasets
+import timm.data
+import torch._dynamo
+import torch.distributed
+import torchvision.datasets
+import tqdm
+
+import models
+import vca
+
+for package in (models, vca):
+    for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+        importlib.import_module(module.name)

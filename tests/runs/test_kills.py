@@ -1,0 +1,241 @@
+"""Kills at random moments, by every signal, in a save and out of it: the end equals the unbroken run."""
+
+import inspect
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from torch.distributed.launcher import api
+
+from tests.processes import ROOT, Launch, environment, in_session, process_table, run_script, torchrun
+from tests.support import SMALL_DIT, TINY, assert_same, last_step, untimed
+from vca.training.checkpoint import list_checkpoints, load_latest
+
+pytestmark = pytest.mark.process
+EVERY = 2  # steps between two checkpoints
+TRAINERS = {
+    "train_cls.py": (*TINY, "trainer.eval_every=30"),
+    "train_gen.py": (*SMALL_DIT, "trainer.log_every=1", "trainer.eval_every=0", "trainer.global_batch=60"),
+}
+KILLS = ("SIGKILL", "SIGTERM", "SIGUSR1", "SIGUSR2")
+ENDLESS = ("trainer.steps=4000", "trainer.checkpoint_every=3000")  # nothing is saved but by a signal
+
+
+def interrupt(folder, name, in_save, after, arguments, script):
+    """Start a run and send it a signal once it has made `after` further steps; return its exit code and output."""
+    first = last_step(folder)
+    launch = Launch(script, *arguments)
+    saving = folder / "checkpoints"
+    deadline = time.monotonic() + 120
+    while launch.returncode is None:
+        if last_step(folder) >= first + after and (not in_save or any(saving.glob("*.tmp*"))):
+            break
+        assert time.monotonic() < deadline, "no step in two minutes"
+        time.sleep(0.001 if in_save else 0.005)
+    if name == "SIGKILL":
+        launch.kill()
+    else:
+        launch.signal(getattr(signal, name))
+    return launch.wait(60), launch.stdout + launch.stderr
+
+
+def storm(tmp_path, script, kills, seed, steps):
+    """Interrupt a run again and again, let it end, and compare it with one that was not interrupted."""
+    rng = random.Random(seed)
+    options = [*TRAINERS[script], f"out_dir={tmp_path}", f"trainer.steps={steps}", f"trainer.checkpoint_every={EVERY}"]
+    whole = run_script(script, *options, "name=whole")
+    assert whole.returncode == 0, whole.stderr[-3000:]
+    folder = tmp_path / "broken"
+    arguments = [*options, "name=broken"]
+    lost, codes = [], {}
+    for index in range(kills):
+        name, in_save = KILLS[index % len(KILLS)], index % 3 == 0
+        code, said = interrupt(folder, name, in_save, rng.randint(1, 4), arguments, script)
+        assert code != 0, f"the run ended before kill {index}:\n{said[-2000:]}"
+        newest = load_latest(folder / "checkpoints")
+        reported, saved = last_step(folder), newest["step"] if newest else 0  # none, if the first save was cut
+        lost.append(reported - saved)
+        codes.setdefault(name, set()).add(code)
+        if name == "SIGKILL":
+            assert lost[-1] <= EVERY, said
+        else:
+            assert code == 75, said[-3000:]
+            assert f"{name}; saved after step {saved} of {steps}" in said
+            assert lost[-1] == 0
+    done = run_script(script, *arguments)
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, other = (load_latest(path / "checkpoints") for path in (tmp_path / "whole", folder))
+    assert one["step"] == steps
+    assert_same(one, other)
+    assert untimed(tmp_path / "whole") == untimed(folder)
+    assert not list((folder / "checkpoints").glob("*.damaged"))
+    print(f"{script}: {kills} kills, exit codes {codes}, steps lost {lost}")
+
+
+@pytest.mark.parametrize("script", TRAINERS)
+def test_four_kills(tmp_path, script):
+    storm(tmp_path, script, kills=4, seed=0, steps=40)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", TRAINERS)
+def test_twenty_five_kills(tmp_path, script):
+    storm(tmp_path, script, kills=25, seed=1, steps=160)
+
+
+def start_torchrun(*arguments, ranks, restarts=0, script=ROOT / "train_cls.py"):
+    """A real torchrun in a session of its own, whose ranks have sessions of their own; its output goes to a pipe."""
+    command = [*torchrun(ranks, restarts), str(script), *arguments]
+    pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, env=environment(), cwd=ROOT, **pipe)
+
+
+def rank_processes(process, rank):
+    """Ids of a rank that torchrun started, and of its loader workers."""
+    children = [child.pid for child in process_table() if child.parent == process.pid]
+    said = f"RANK={rank}".encode()
+    (leader,) = (pid for pid in children if said in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"))
+    return in_session(leader)
+
+
+def until_step(folder, step, process):
+    deadline = time.monotonic() + 120
+    while last_step(folder) < step:
+        assert process.poll() is None, process.communicate()[0][-3000:]
+        assert time.monotonic() < deadline, f"no step {step} in two minutes"
+        time.sleep(0.005)
+
+
+def test_sigterm_to_torchrun_stops_both_ranks(tmp_path):
+    """torchrun passes it on; both leave after the same step."""
+    options = [*TINY, f"out_dir={tmp_path}", "name=run", *ENDLESS, "trainer.workers=1"]
+    process = start_torchrun(*options, ranks=2)
+    until_step(tmp_path / "run", 3, process)
+    process.send_signal(signal.SIGTERM)
+    said = process.communicate(timeout=60)[0]
+    assert process.returncode != 0
+    check_one_save(tmp_path / "run", said)
+
+
+def test_sigusr1_to_one_rank_stops_both_ranks(tmp_path):
+    options = [*TINY, f"out_dir={tmp_path}", "name=run", *ENDLESS, "trainer.workers=1"]
+    launch = Launch("train_cls.py", *options, ranks=2)
+    launch.wait_until(lambda: last_step(tmp_path / "run") >= 3)
+    members = launch.members(rank=1)
+    assert len(members) >= 2  # and its loader worker, which must not mind
+    for pid in members:
+        os.kill(pid, signal.SIGUSR1)
+    assert launch.wait(60) != 0
+    check_one_save(tmp_path / "run", launch.stdout + launch.stderr)
+
+
+def check_one_save(folder, said):
+    """The last step that was reported is the one that was saved, once."""
+    saved = load_latest(folder / "checkpoints")["step"]
+    assert saved == last_step(folder) < 4000
+    assert f"saved after step {saved} of 4000" in said
+    assert len(list_checkpoints(folder / "checkpoints")) == 1
+
+
+# A training whose checkpoints take long to write.
+SLOW_SAVE = """
+import runpy, sys, time
+from vca.training import checkpoint
+
+write = checkpoint.write_checkpoint
+
+def slowly(*arguments):
+    time.sleep({seconds})
+    write(*arguments)
+
+checkpoint.write_checkpoint = slowly
+runpy.run_path("{script}", run_name="__main__")
+"""
+
+
+def slow_save(tmp_path, seconds):
+    script = tmp_path / "slow.py"
+    script.write_text(SLOW_SAVE.format(seconds=seconds, script=ROOT / "train_cls.py"))
+    return script
+
+
+def test_all_ranks_stay_until_the_checkpoint_is_written(tmp_path):
+    """Or torchrun would kill the one that writes, half a minute after another has left."""
+    options = [*TINY, f"out_dir={tmp_path}", "name=run", *ENDLESS]
+    launch = Launch(slow_save(tmp_path, 9), *options, ranks=2)
+    launch.wait_until(lambda: last_step(tmp_path / "run") >= 3)
+    os.kill(launch.processes[1].pid, signal.SIGUSR1)
+    time.sleep(7)  # three of them is how long a rank that fails gives the first one to tell
+    assert [process.exitcode for process in launch.processes] == [None, None]
+    assert not list_checkpoints(tmp_path / "run" / "checkpoints")
+    launch.wait(90)
+    saved = load_latest(tmp_path / "run" / "checkpoints")
+    assert saved is not None, launch.stderr[-3000:]
+    assert f"saved after step {saved['step']} of 4000" in launch.stderr
+
+
+@pytest.mark.skipif("TORCH_ELASTIC_SHUTDOWN_TIMEOUT" not in inspect.getsource(api), reason="waits 30 s")
+@pytest.mark.parametrize(("save_seconds", "saves"), [(2, False), (20, True)])
+def test_a_job_has_the_time_it_is_given_to_save(tmp_path, save_seconds, saves):
+    """`cluster.signal_seconds` reaches torchrun, which would kill after half a minute."""
+    options = [*TINY, f"out_dir={tmp_path}", "name=run", *ENDLESS]
+    command = [*torchrun(1), str(slow_save(tmp_path, 5)), *options]
+    code = (
+        f"from vca.runtime.launch import *; run_and_survive({command}, Path('{tmp_path}/log'), {save_seconds}, False)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], env=environment(), cwd=ROOT)
+    until_step(tmp_path / "run", 3, process)
+    process.terminate()
+    assert process.wait(90) == 75
+    assert bool(list_checkpoints(tmp_path / "run" / "checkpoints")) == saves, (tmp_path / "log").read_text()[-3000:]
+
+
+@pytest.mark.parametrize("name", ["SIGKILL", pytest.param("SIGSTOP", marks=pytest.mark.slow)])
+def test_a_lost_rank_of_three(tmp_path, name):
+    """A rank that dies, or stands still, holds the others up for `trainer.timeout_minutes` at most; torchrun starts all
+    of them again, and the end equals the unbroken run."""
+    limit = 12.0  # seconds
+    options = [*TINY, f"out_dir={tmp_path}", "trainer.steps=100", "trainer.checkpoint_every=20"]
+    options += [f"trainer.timeout_minutes={limit / 60}", "data.check_seconds=1"]
+    whole = run_script("train_cls.py", *options, "name=whole", ranks=3)
+    assert whole.returncode == 0, whole.stderr[-3000:]
+    folder = tmp_path / "broken"
+    process = start_torchrun(*options, "name=broken", ranks=3, restarts=1)
+    until_step(folder, 30, process)
+    others = rank_processes(process, 0) + rank_processes(process, 2)
+    for pid in rank_processes(process, 1):
+        os.kill(pid, getattr(signal, name))
+    lost = time.monotonic()
+    while any(Path(f"/proc/{pid}").exists() for pid in others):
+        assert time.monotonic() < lost + limit + 45  # torchrun gives the one that stands still half a minute
+        time.sleep(0.05)
+    said = process.communicate(timeout=120)[0]
+    assert process.returncode == 0, said[-3000:]
+    assert len((folder / "launches.jsonl").read_text().splitlines()) == 2
+    one, other = (load_latest(path / "checkpoints") for path in (tmp_path / "whole", folder))
+    assert one["step"] == 100
+    assert_same(one, other)
+    assert untimed(tmp_path / "whole") == untimed(folder)
+
+
+def test_two_trainings_do_not_share_a_directory(tmp_path):
+    """The second is refused while the first goes on, its loader process dead or alive, and not after it was killed."""
+    options = [*TINY, f"out_dir={tmp_path}", "name=run", "trainer.steps=4000", "trainer.checkpoint_every=10"]
+    launch = Launch("train_cls.py", *options, "trainer.workers=1")
+    folder = tmp_path / "run"
+    launch.wait_until(lambda: last_step(folder) >= 10)
+    refused = run_script("train_cls.py", *options)
+    assert refused.returncode == 2
+    line = f"config error: {folder} is being trained by another process; wait for it or stop it"
+    assert refused.stderr.count(line) == 1, refused.stderr[-3000:]
+    os.kill(launch.processes[0].pid, signal.SIGKILL)  # the training alone: its loader process lives on for some seconds
+    assert launch.wait() == -signal.SIGKILL
+    again = Launch("train_cls.py", *options)
+    at = last_step(folder)
+    again.wait_until(lambda: last_step(folder) >= at + 10)
+    again.kill()

@@ -1,0 +1,74 @@
+"""A run that is killed and started again by the same command equals the unbroken one, to the bit."""
+
+import pytest
+import torch
+
+from tests.processes import run_script
+from tests.support import TINY, assert_same, metrics, train_and_kill, untimed
+from vca.training.checkpoint import list_checkpoints, load_latest
+
+pytestmark = pytest.mark.process
+
+# 40 steps of 120 of the 1,438 digits: an epoch is 11.98 steps, so every cut is in mid-epoch.
+LONG = (
+    *TINY,
+    "trainer.steps=40",
+    "trainer.checkpoint_every=5",
+    "trainer.micro_batch=20",
+    "trainer.log_every=3",
+    "trainer.ema_decay=0.9",
+    "trainer.eval_every=25",
+)
+
+
+def run(tmp_path, name, *overrides, ranks=1):
+    done = run_script("train_cls.py", f"out_dir={tmp_path}", f"name={name}", *LONG, *overrides, ranks=ranks)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return tmp_path / name
+
+
+@pytest.mark.parametrize(("ranks", "workers"), [(1, 2), (2, 0), (3, 0)], ids=["one rank", "two ranks", "three ranks"])
+def test_kill_and_resume_is_exact(tmp_path, ranks, workers):
+    options = [f"trainer.workers={workers}"]
+    whole = run(tmp_path, "whole", *options, ranks=ranks)
+    broken = tmp_path / "broken"
+    command = [f"out_dir={tmp_path}", "name=broken", *LONG, *options]
+    for at_step in (7, 18):
+        reached = train_and_kill(broken, at_step, "train_cls.py", *command, ranks=ranks)
+        assert at_step <= reached < 40
+        assert load_latest(broken / "checkpoints")["step"] in range(5, reached + 1, 5)
+    run(tmp_path, "broken", *options, ranks=ranks)
+
+    one, other = (load_latest(folder / "checkpoints") for folder in (whole, broken))
+    assert one["step"] == 40
+    assert one["consumed"] > 0
+    assert_same(one, other)  # step, model, EMA, optimizer, scaler, fingerprint of the consumed images
+    assert untimed(whole) == untimed(broken)
+    assert (broken / "curves.png").stat().st_size > 1000
+
+
+def test_from_two_ranks_to_one(tmp_path):
+    """The number of ranks may change: the step and the images go on, the numbers agree to rounding."""
+    micro = "trainer.micro_batch=60"
+    whole = run(tmp_path, "whole", micro)
+    folder = tmp_path / "moved"
+    train_and_kill(folder, 12, "train_cls.py", f"out_dir={tmp_path}", "name=moved", *LONG, micro, ranks=2)
+    run(tmp_path, "moved", micro)
+    one, other = (load_latest(path / "checkpoints") for path in (whole, folder))
+    assert (one["step"], one["consumed"]) == (other["step"], other["consumed"])
+    fingerprints = [[record.get("consumed") for record in metrics(path)] for path in (whole, folder)]
+    assert fingerprints[0] == fingerprints[1]
+    for name, tensor in one["model"].items():
+        torch.testing.assert_close(other["model"][name], tensor, rtol=1e-3, atol=1e-4)
+
+
+def test_damaged_checkpoint_costs_only_its_steps(tmp_path):
+    """The newest file is cut short: the run goes on from the one before it, and says so."""
+    folder = run(tmp_path, "whole")
+    before = load_latest(folder / "checkpoints")
+    newest = list_checkpoints(folder / "checkpoints")[-1]
+    newest.write_bytes(newest.read_bytes()[:5000])
+    done = run_script("train_cls.py", f"out_dir={tmp_path}", "name=whole", *LONG)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "step_00000040.pt is damaged" in done.stderr
+    assert_same(before, load_latest(folder / "checkpoints"))

@@ -1,0 +1,332 @@
+"""`sample.py`: a set of samples is a function of seed and index, and its manifest says how it was made."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import sample
+from models import build_model
+from tests.processes import ROOT, run_script
+from tests.support import SMALL_DIT, one_line, start_and_kill
+from vca.config import compose, read_protocol
+from vca.generation import generator
+from vca.generation.autoencoder import load_autoencoder
+from vca.generation.sample_set import SampleSet
+from vca.generation.sampling import label_of
+from vca.runtime.digest import image_sha256, images_sha256
+from vca.runtime.errors import ConfigError, NonFiniteError
+from vca.runtime.rundir import RunDirectory, plain
+from vca.training.checkpoint import save_checkpoint
+
+QUICK = ("sampler.steps=4", "device=cpu")
+
+
+def random_weights(model):
+    """Leave the start, where the output of the network is zero."""
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.2)
+
+
+def draw(out, *overrides):
+    """Samples drawn in this process; the result and the manifest."""
+    result = sample.run(compose("sample", [f"out={out}", *QUICK, *overrides]))
+    return result, json.loads((out / "manifest.json").read_text())
+
+
+def pixels(out, count):
+    return np.stack([drawn.pixels for drawn in SampleSet(out).read_all(count)])
+
+
+@pytest.mark.process
+def test_ranks_batches_and_an_interruption_change_nothing(generator_run, tmp_path):
+    """64 samples by 1 rank x 8, by 2 ranks x 5, and by 2 ranks x 5 killed in the middle, then 1 rank x 8."""
+    common = [f"run={generator_run}", "count=64", "sampler.steps=10", "sampler.guidance=1.5", "device=cpu"]
+    sets = {}
+    for ranks, batch in ((1, 8), (2, 5)):
+        out = tmp_path / str(ranks)
+        done = run_script("sample.py", *common, f"out={out}", f"batch_size={batch}", ranks=ranks)
+        assert done.returncode == 0, done.stderr[-3000:]
+        sets[ranks] = json.loads((out / "manifest.json").read_text())["result"]["sha256"]
+
+    out = tmp_path / "killed"
+    command = [*common, f"out={out}", "batch_size=5"]
+    start_and_kill(lambda: len(list(out.glob("images/*.png"))) >= 12, "sample.py", *command, ranks=2)
+    before = {path: path.stat().st_mtime_ns for path in (out / "images").glob("*.png")}
+    assert 12 <= len(before) < 64
+    assert "result" not in json.loads((out / "manifest.json").read_text())
+    done = run_script("sample.py", *common, f"out={out}", "batch_size=8")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert all(path.stat().st_mtime_ns == made for path, made in before.items()), "what was there was drawn again"
+    sets["killed"] = json.loads((out / "manifest.json").read_text())["result"]["sha256"]
+    assert len(set(sets.values())) == 1, sets
+    assert sorted(path.name for path in (out / "images").iterdir()) == [f"{index:06d}.png" for index in range(64)]
+
+
+def test_threads_change_nothing(generator_run, tmp_path, monkeypatch):
+    """This network is too small to show what more threads round: each sample must be drawn alone and on one."""
+    drawn, seen = generator.draw_samples, []
+
+    def watched(*arguments):
+        seen.append((torch.get_num_threads(), len(arguments[3])))
+        return drawn(*arguments)
+
+    monkeypatch.setattr(generator, "draw_samples", watched)
+    torch.set_num_threads(3)
+    draw(tmp_path, f"run={generator_run}", "count=4")
+    assert seen == [(1, 1)] * 4
+    assert torch.get_num_threads() == 3
+
+
+def test_a_set_in_all_its_forms(generator_run, tmp_path):
+    result, manifest = draw(tmp_path, f"run={generator_run}", "count=12", "labels=balanced", "npz=true", "grid=true")
+    images = pixels(tmp_path, 12)
+    assert images.shape == (12, 8, 8, 1)
+    assert len({image.tobytes() for image in images}) == 12
+    with np.load(tmp_path / "samples.npz") as archive:
+        assert archive.files == ["arr_0"]
+        assert archive["arr_0"].dtype == np.uint8
+        assert np.array_equal(archive["arr_0"], images)
+    assert result["sha256"] == images_sha256(map(image_sha256, images))
+    assert result["classes"] == {str(label): 2 if label < 2 else 1 for label in range(10)}
+    assert result["evaluations"] == {"mean": 4.0, "min": 4, "max": 4}
+    with Image.open(tmp_path / "grid.png") as grid:
+        assert grid.size == (10 * 49 - 1, 2 * 61 - 1)  # ten columns of 48 px, each under a line for its label
+    assert manifest["result"] == result
+    assert manifest["origin"].keys() == {"run", "step", "weights", "training", "weights_sha256"}
+    assert (manifest["origin"]["run"], manifest["origin"]["step"], manifest["origin"]["weights"]) == ("run", 2, "ema")
+    assert (manifest["seed"], manifest["labels"], manifest["computed_together"]) == (0, "balanced", 1)
+    assert manifest["sampler"]["method"] == "ddpm"
+    assert manifest["model"]["hidden_size"] == 16
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_a_set_may_grow_but_not_change(generator_run, tmp_path):
+    few, _ = draw(tmp_path / "a", f"run={generator_run}", "count=5")
+    more, _ = draw(tmp_path / "a", f"run={generator_run}", "count=8")
+    whole, _ = draw(tmp_path / "b", f"run={generator_run}", "count=8")
+    assert more == whole
+    assert few["sha256"] != more["sha256"]
+    again, _ = draw(tmp_path / "a", f"run={generator_run}", "count=8")
+    assert again == more
+    for other, message in (
+        ("seed=1", r"holds other samples \(seed: 0 there, 1 here\); choose another folder"),
+        ("sampler.guidance=1.5", r"holds other samples \(sampler.guidance: 1.0 there, 1.5 here\)"),
+        ("weights=raw", r"holds other samples \(origin.weights: 'ema' there, 'raw' here; origin.weights_sha256"),
+        ("step=1", r"holds other samples \(origin.step: 2 there, 1 here; origin.weights_sha256"),
+        ("labels=[1]", r"holds other samples \(labels: 'random' there, \[1\] here\)"),
+        ("count=3", r"count must be >= 8, which .* holds already"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            draw(tmp_path / "a", f"run={generator_run}", *(["count=8"] if "count" not in other else []), other)
+    (tmp_path / "c" / "images").mkdir(parents=True)
+    with pytest.raises(ConfigError, match="is no set of samples, and holds other files, such as images"):
+        draw(tmp_path / "c", f"run={generator_run}", "count=2")
+
+
+def test_weights_and_steps_and_seeds_matter(generator_run, tmp_path):
+    digests = set()
+    for index, other in enumerate(("seed=0", "seed=1", "weights=raw", "step=1", "labels=[3,4]")):
+        digests.add(draw(tmp_path / str(index), f"run={generator_run}", "count=2", other)[0]["sha256"])
+    assert len(digests) == 5
+
+
+def test_labels():
+    drawn = [label_of("random", index, 0, 10) for index in range(2000)]
+    assert min(drawn.count(label) for label in range(10)) > 150
+    assert drawn != [label_of("random", index, 1, 10) for index in range(2000)]
+    assert [label_of("balanced", index, 0, 3) for index in range(5)] == [0, 1, 2, 0, 1]
+    assert [label_of([7, 2], index, 0, 10) for index in range(3)] == [7, 2, 7]
+
+
+@pytest.mark.parametrize("entry", ["ema", "model", None])
+def test_an_official_checkpoint(vaes, tmp_path, entry):
+    """A file of the DiT repository's form, decoded by a VAE: the samples are those of the same network in a run."""
+    size = ["model.input_size=8", "model.in_channels=4", "model.hidden_size=16", "model.num_heads=2", "model.depth=2"]
+    chosen = ["model=dit_s_2", *size, "attention=softmax", "autoencoder=sd_vae", "autoencoder.factor=4"]
+    overrides = [*chosen, "objective=diffusion", f"autoencoder.source={vaes / 'sd-vae-ft-mse'}", "count=3"]
+    config = compose("sample", ["out=x", "checkpoint=x", *overrides])
+    model = build_model(config.model, config.attention)
+    random_weights(model)
+    state = model.state_dict()
+    zeros = {name: torch.zeros_like(tensor) for name, tensor in state.items()}
+    torch.save({None: state}.get(entry) or {"model": zeros, "ema": zeros, entry: state}, tmp_path / "DiT.pt")
+    which = "raw" if entry == "model" else "ema"
+    result, manifest = draw(tmp_path / "out", f"checkpoint={tmp_path / 'DiT.pt'}", *overrides, f"weights={which}")
+    assert pixels(tmp_path / "out", 3).shape == (3, 32, 32, 3)
+    assert manifest["origin"]["checkpoint"] == "DiT.pt"
+    assert manifest["origin"]["weights"] == (entry or "the only ones")
+    assert manifest["autoencoder"]["scale"] == 0.18215
+    assert manifest["autoencoder"]["source"] == "sd-vae-ft-mse"
+    if entry is None:  # as the published files are
+        decoder = f"decoder={vaes / 'sd-vae-ft-mse'}"
+        fixed = ["protocol=dit_table", decoder, f"out={tmp_path / 'protocol'}", "count=1", "device=cpu"]
+        sample.run(compose("sample", [f"checkpoint={tmp_path / 'DiT.pt'}", *overrides, *fixed]))
+    zero, _ = draw(tmp_path / "zero", f"checkpoint={tmp_path / 'DiT.pt'}", *overrides, "weights=ema")
+    assert (zero["sha256"] == result["sha256"]) == (entry != "model")
+
+
+@pytest.fixture(scope="session")
+def latent_run(vaes, artefact):
+    """A run on latents that was never trained: its config, and a checkpoint of random weights."""
+
+    def make(out, objective, sampler):
+        vae = ["autoencoder=sd_vae", f"autoencoder.source={vaes / 'other'}", "autoencoder.factor=4"]
+        config = compose(
+            "train_gen",
+            [*SMALL_DIT, *vae, "data=imagefolder", "data.img_size=32", f"objective={objective}", f"sampler={sampler}"],
+        )
+        model = build_model(config.model, config.attention)
+        random_weights(model)
+        folder = RunDirectory(out / "run")
+        identity = load_autoencoder(config.autoencoder, torch.device("cpu")).identity()
+        folder.create({**plain(config), "inputs": {"autoencoder": identity, "cache": None}})
+        save_checkpoint(folder.checkpoints, 5, {"step": 5, "model": model.state_dict(), "ema": model.state_dict()})
+
+    objectives = {"diffusion": "ddpm", "interpolant": "sde"}
+    return {
+        name: artefact(f"latent-{name}", lambda folder, name=name: make(folder, name, objectives[name])) / "run"
+        for name in objectives
+    }
+
+
+PROTOCOLS = {"dit_table": 250, "dit_best": 250, "sit_sde250": 250, "sit_heun250": 250, "sit_dopri5": None}
+
+
+@pytest.mark.parametrize("name", PROTOCOLS)
+def test_protocols(latent_run, vaes, tmp_path, name):
+    """Each is drawn as it says, and refuses a field of its own that was changed."""
+    fixed = read_protocol(name)
+    assert sorted(path.stem for path in (ROOT / "configs" / "protocol").iterdir()) == sorted(PROTOCOLS)
+    assert (fixed["protocol"], fixed["labels"], fixed["precision"], fixed["weights"]) == (name, "random", "fp32", "ema")
+    run = latent_run["diffusion" if name.startswith("dit") else "interpolant"]
+    decoder = tmp_path / Path(fixed["decoder"]).name
+    shutil.copytree(vaes / "other", decoder)
+    command = [
+        f"run={run}",
+        f"out={tmp_path / 'out'}",
+        f"protocol={name}",
+        f"decoder={decoder}",
+        "count=1",
+        "device=cpu",
+    ]
+    result = sample.run(compose("sample", command))
+    evaluations = result["evaluations"]["mean"]
+    assert evaluations == PROTOCOLS[name] if PROTOCOLS[name] else 10 < evaluations < 1000
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert manifest["protocol"] == name
+    assert manifest["sampler"]["guidance"] == (1.5 if name in ("dit_best", "sit_heun250") else 1.0)
+    for change, message in (
+        ("sampler.guidance=4.0", rf"protocol {name} has other values \(sampler.guidance: 1.\d there, 4.0 here\)"),
+        ("precision=bf16", "precision: 'fp32' there, 'bf16' here"),
+        (f"decoder={vaes / 'other'}", r"decoder: 'sd-vae-ft-\w+' there, 'other' here"),
+        ("weights=raw", "weights: 'ema' there, 'raw' here"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            sample.run(compose("sample", [*command, *change.split()]))
+
+
+def test_a_sampler_group_beside_a_protocol_is_refused(latent_run, vaes):
+    command = ["out=x", f"run={latent_run['diffusion']}", "protocol=dit_table", f"decoder={vaes / 'sd-vae-ft-mse'}"]
+    with pytest.raises(ConfigError, match=r"sampler.method: 'ddpm' there, 'ddim' here"):
+        sample.run(compose("sample", [*command, "sampler=ddim", "device=cpu"]))
+
+
+def test_another_decoder_keeps_the_latents_of_the_training(latent_run, vaes, tmp_path):
+    """The training's VAE has a shift of 0.3, the decoder's own config none."""
+    common = [f"run={latent_run['diffusion']}", "count=1"]
+    _, own = draw(tmp_path / "own", *common)
+    _, other = draw(tmp_path / "other", *common, f"decoder={vaes / 'sd-vae-ft-mse'}")
+    for manifest in (own, other):
+        assert (manifest["autoencoder"]["scale"], manifest["autoencoder"]["shift"]) == (0.18215, 0.3)
+    assert own["autoencoder"]["sha256"] != other["autoencoder"]["sha256"]
+
+
+def test_a_run_whose_autoencoder_was_replaced(latent_run, tmp_path):
+    run = shutil.copytree(latent_run["diffusion"], tmp_path / "run")
+    config = json.loads((run / "config.json").read_text())
+    config["inputs"]["autoencoder"]["sha256"] = "0"
+    (run / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match=r"trained with another autoencoder \(autoencoder.sha256: '0' there"):
+        draw(tmp_path / "out", f"run={run}", "count=1")
+
+
+def test_a_damaged_set_and_a_damaged_run(generator_run, tmp_path):
+    draw(tmp_path / "a", f"run={generator_run}", "count=3")
+    image = tmp_path / "a" / "images" / "000001.png"
+    image.write_bytes(image.read_bytes()[:60])
+    with pytest.raises(ConfigError, match=r"000001.png is not a whole sample; delete it and start again"):
+        draw(tmp_path / "a", f"run={generator_run}", "count=3")
+    image.unlink()
+    draw(tmp_path / "a", f"run={generator_run}", "count=3")
+    (tmp_path / "a" / "manifest.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"manifest.json is damaged"):
+        draw(tmp_path / "a", f"run={generator_run}", "count=3")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"out: .*file cannot be written: "):
+        draw(tmp_path / "file", f"run={generator_run}", "count=1")
+    run = shutil.copytree(generator_run, tmp_path / "run")
+    newest = run / "checkpoints" / "step_00000002.pt"
+    newest.write_bytes(newest.read_bytes()[:1000])
+    with pytest.raises(ConfigError, match=r"step_00000002.pt is damaged; choose another step"):
+        draw(tmp_path / "b", f"run={run}", "count=1", "step=2")
+    with pytest.warns(UserWarning, match="is damaged"):
+        _, manifest = draw(tmp_path / "b", f"run={run}", "count=1")
+    assert manifest["origin"]["step"] == 1
+    assert newest.exists(), "a reader moved a file of the run"
+
+
+WRONG = {
+    "count=1": "run or checkpoint must be given, and not both",
+    "run=RUN checkpoint=x": "run or checkpoint must be given, and not both",
+    "run=nowhere": "run must be a run directory with a config.json, got 'nowhere'",
+    "run=RUN model=dit_s_2": "model must be left out with run, which has its own, got 'dit_s_2'",
+    "checkpoint=x model=dit_s_2": "attention must be given with checkpoint, got None",
+    "checkpoint=x model=dit_s_2 attention=vca objective=diffusion": (
+        "autoencoder must be given for a model of 4 channels"
+    ),
+    "checkpoint=nowhere.pt model=dit_mini model.in_channels=1 attention=vca objective=diffusion": (
+        "checkpoint must be a file, got 'nowhere.pt'"
+    ),
+    "checkpoint=RUN/checkpoints/step_00000002.pt model=dit_mini model.hidden_size=16 model.num_heads=2 "
+    "model.patch_size=2 model.in_channels=1 attention=vca objective=diffusion": (
+        r"checkpoint must be a file that holds this model exactly; \d+ parameters differ, such as"
+    ),
+    "run=RUN step=7": "holds no checkpoint of step 7, but of 1, 2",
+    "run=RUN step=0": "holds no checkpoint of step 0",
+    "run=RUN count=0": "count must be >= 1, got 0",
+    "run=RUN labels=some": r"labels must be random, balanced or a list of classes such as \[207, 360\], got 'some'",
+    "run=RUN labels=[3,10]": r"labels must be from 0 to 9, got \[3, 10\]",
+    "run=RUN sampler=ode": "sampler.method must be one of ddpm, ddim .sampler=ddpm or ddim., got 'ode_heun'",
+    "run=RUN protocol=dit_table": "protocol must be null for a model of pixels, got 'dit_table'",
+    "run=RUN protocol=dit_tabel": "protocol=dit_tabel: no such option; did you mean 'dit_table'",
+    "run=RUN decoder=x": "decoder must be null for a model of pixels, got 'x'",
+    "run=RUN cuont=3": "unknown key 'cuont'; did you mean 'count'",
+}
+
+
+@pytest.mark.parametrize("line", WRONG)
+def test_wrong_input(generator_run, line, tmp_path, monkeypatch, capsys):
+    arguments = [f"out={tmp_path}/out", "device=cpu", *line.replace("RUN", str(generator_run)).split()]
+    monkeypatch.chdir(tmp_path)
+    said = one_line("sample", sample.run, arguments, monkeypatch, capsys)
+    assert re.search(WRONG[line], said), said
+    assert not list(tmp_path.iterdir()), "something was written"
+
+
+def test_samples_that_are_not_finite(generator_run, tmp_path):
+    broken = shutil.copytree(generator_run, tmp_path / "broken")
+    path = broken / "checkpoints" / "step_00000002.pt"
+    saved = torch.load(path, weights_only=True)
+    saved["ema"]["final_layer.linear.bias"].fill_(float("nan"))
+    torch.save(saved, path)
+    with pytest.raises(NonFiniteError, match="NaN or infinite: number 0 to 0 of broken"):
+        draw(tmp_path / "out", f"run={broken}", "count=2")
+    assert not list((tmp_path / "out" / "images").iterdir())

@@ -1,0 +1,298 @@
+"""The run directory, the reports, wandb, evaluation of saved files: what stays when a run is over."""
+
+import json
+import os
+import pty
+import select
+import shutil
+import subprocess
+import sys
+import termios
+import threading
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import train_cls
+from models import build_model
+from tests.processes import ROOT, environment, run_script
+from tests.support import TINY, assert_same, metrics, untimed
+from vca.config import compose
+from vca.runtime import provenance
+from vca.runtime.errors import ConfigError
+from vca.runtime.rundir import FREE_KEYS, RunDirectory, compare, plain
+from vca.runtime.seeding import seed_torch
+from vca.training.checkpoint import load_latest
+
+SHORT = (*TINY, "trainer.steps=6", "trainer.ema_decay=0.5")
+
+
+def run(tmp_path, *overrides, name="run"):
+    return train_cls.run(compose("train_cls", [f"out_dir={tmp_path}", f"name={name}", *SHORT, *overrides]))
+
+
+@pytest.fixture
+def finished(artefact, tmp_path):
+    """A copy of a run that is over: its `out_dir`, and its result."""
+    made = artefact("finished", lambda folder: (folder / "result.json").write_text(json.dumps(run(folder))))
+    folder = shutil.copytree(made, tmp_path / "finished")
+    return folder, json.loads((folder / "result.json").read_text())
+
+
+def test_what_a_run_leaves(finished):
+    folder, result = finished
+    records = metrics(folder / "run")
+    assert [record["step"] for record in records] == [1, 2, 3, 4, 5, 6, 6]
+    assert {"loss", "lr", "grad_norm", "epoch", "consumed", "images_per_second"} <= set(records[0])
+    assert {key: records[-1][key] for key in result} == result
+    assert {"val/top1", "val/top5", "val/loss", "val/images", "ema/top1"} <= set(result)
+    config = json.loads((folder / "run" / "config.json").read_text())
+    assert {**config, "out_dir": "out"} == plain(compose("train_cls", ["out_dir=out", "name=run", *SHORT]))
+    assert (folder / "run" / "curves.png").read_bytes().startswith(b"\x89PNG")
+    launch = json.loads((folder / "run" / "launches.jsonl").read_text())
+    assert launch["torch"] == torch.__version__
+    assert launch["first_step"] == 0
+
+
+def test_checkpoint_is_plain(finished):
+    """Tensors and plain values: loads without trusting the file."""
+    path = finished[0] / "run" / "checkpoints" / "step_00000006.pt"
+    state = torch.load(path, weights_only=True)
+    assert set(state) == {"step", "consumed", "report", "model", "ema", "optimizer", "scaler"}
+
+
+def test_the_same_command_again_only_tells_the_result(finished):
+    folder, result = finished
+    before = (folder / "run" / "metrics.jsonl").read_bytes()
+    assert run(folder) == result
+    assert (folder / "run" / "metrics.jsonl").read_bytes() == before
+    assert len((folder / "run" / "launches.jsonl").read_text().splitlines()) == 1
+
+
+@pytest.mark.process
+def test_stand_alone_evaluation_gives_the_same_figure(finished):
+    """In training, by `trainer.eval_only=true`, and on two ranks: one figure."""
+    folder, result = finished
+    assert run(folder, "trainer.eval_only=true") == result
+    done = run_script("train_cls.py", f"out_dir={folder}", "name=run", *SHORT, "trainer.eval_only=true", ranks=2)
+    assert f"top-1 {result['val/top1']:.2f} % of 359 images" in done.stdout
+
+
+def test_another_config_is_refused(finished):
+    folder, _ = finished
+    with pytest.raises(ConfigError, match=r"another config \(optim.lr: 0.001 there, 0.5 here\); choose another name"):
+        run(folder, "optim.lr=0.5")
+    run(folder, "trainer.workers=1", "trainer.checkpoint_every=3")  # these change nothing that is computed
+
+
+def test_compare_names_every_difference():
+    here = {"a": 1, "b": {"c": 2, "d": [1]}, "out_dir": "x", "trainer": {"workers": 1}}
+    there = {"a": 1, "b": {"c": 3, "e": 0}, "out_dir": "y", "trainer": {"workers": 2}}
+    assert compare(there, here, FREE_KEYS) == [
+        "b.c: 3 there, 2 here",
+        "b.d: None there, [1] here",
+        "b.e: 0 there, None here",
+    ]
+
+
+def test_rewind_forgets_what_comes_again(tmp_path):
+    folder = RunDirectory(tmp_path)
+    for step in (1, 2, 3):
+        folder.append({"step": step})
+    with open(folder.metrics_file, "a") as file:
+        file.write('{"step": 4, "lo')  # a kill in mid-line
+    folder.rewind(2)
+    assert folder.records() == [{"step": 1}, {"step": 2}]
+    assert RunDirectory(tmp_path / "new").records() == []
+
+
+@pytest.mark.process
+def test_results_do_not_depend_on_workers(tmp_path):
+    run(tmp_path, name="none")
+    run(tmp_path, "trainer.workers=2", name="two")
+    one, two = (load_latest(tmp_path / name / "checkpoints") for name in ("none", "two"))
+    assert_same(one, two)
+
+
+def test_gradient_checkpointing_equals_plain(tmp_path):
+    """To the bit, and a run may change between them."""
+    run(tmp_path, name="plain")
+    run(tmp_path, "trainer.grad_checkpointing=true", name="checkpointed")
+    one, two = (load_latest(tmp_path / name / "checkpoints") for name in ("plain", "checkpointed"))
+    assert_same(one, two)
+    run(tmp_path, "trainer.grad_checkpointing=true", name="plain")
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("attention", ["vca", "softmax"])
+def test_compiled_equals_eager(tmp_path, attention):
+    """`trainer.compile=true` trains the same model: what differs is small beside what was learned."""
+    still = ["model.drop_rate=0", "model.drop_path_rate=0", "model.depth=1", "optim.warmup_epochs=0"]
+    options = [f"attention={attention}", *still]
+    run(tmp_path, *options, name="eager")
+    run(tmp_path, *options, "trainer.compile=true", name="compiled")
+    config = compose("train_cls", [*SHORT, *options])
+    seed_torch(config.seed, "model")
+    start = torch.cat([p.flatten() for p in build_model(config.model, config.attention).parameters()])
+    names = [name for name, _ in build_model(config.model, config.attention).named_parameters()]
+    eager, compiled = (
+        torch.cat([load_latest(tmp_path / name / "checkpoints")["model"][key].flatten() for key in names])
+        for name in ("eager", "compiled")
+    )
+    learned = (eager - start).norm()
+    assert learned > 0.1
+    assert (compiled - eager).norm() < 0.05 * learned
+
+
+@pytest.mark.process
+def test_a_bar_when_a_person_watches(tmp_path):
+    """On a terminal: images/s and the time left; in a file: lines."""
+    main, second = pty.openpty()
+    termios.tcsetwinsize(second, (24, 120))
+    command = [sys.executable, "train_cls.py", f"out_dir={tmp_path}", "name=run", *SHORT, "trainer.log_every=3"]
+    process = subprocess.Popen(command, env=environment(), cwd=ROOT, stdout=subprocess.PIPE, stderr=second, text=True)
+    os.close(second)
+    shown = b""
+    while True:
+        ready, _, _ = select.select([main], [], [], 120)
+        try:
+            chunk = os.read(main, 4096) if ready else b""
+        except OSError:  # the other end is closed
+            break
+        if not chunk:
+            break
+        shown += chunk
+    out, _ = process.communicate(timeout=60)
+    os.close(main)
+    assert process.returncode == 0, shown.decode()
+    assert "img/s" in shown.decode()
+    assert "100%" in shown.decode()
+    assert "step 6/6" in out
+    quiet = run_script("train_cls.py", f"out_dir={tmp_path}", "name=quiet", *SHORT)
+    assert "img/s" not in quiet.stderr
+    assert "images_per_second" in quiet.stdout
+
+
+class StubRun:
+    """A run of wandb that works."""
+
+    def define_metric(self, *_, **__):
+        pass
+
+    def log(self, record):
+        pass
+
+    def finish(self):
+        pass
+
+
+def raises(*_, **__):
+    raise OSError("no network")
+
+
+def hangs(*_, **__):
+    threading.Event().wait()
+
+
+# How wandb may fail: the module that stands in for it, None for one that is not installed.
+BROKEN = {
+    "init raises": SimpleNamespace(init=raises),
+    "init hangs": SimpleNamespace(init=hangs),
+    "log raises": SimpleNamespace(init=lambda **_: type("Run", (StubRun,), {"log": raises})()),
+    "log hangs": SimpleNamespace(init=lambda **_: type("Run", (StubRun,), {"log": hangs})()),
+    "finish raises": SimpleNamespace(init=lambda **_: type("Run", (StubRun,), {"finish": raises})()),
+    "finish hangs": SimpleNamespace(init=lambda **_: type("Run", (StubRun,), {"finish": hangs})()),
+    "missing": None,
+}
+
+
+@pytest.mark.parametrize("how", BROKEN)
+def test_wandb_cannot_stop_a_training(tmp_path, how, finished, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", BROKEN[how])
+    with pytest.warns(UserWarning, match="wandb"):
+        run(tmp_path, "wandb.mode=online", "wandb.timeout_seconds=1")
+    assert untimed(tmp_path / "run") == untimed(finished[0] / "run")
+
+
+def history(folder):
+    """What an offline run of wandb recorded, from its own file (leveldb's log format around protobuf records)."""
+    from wandb.proto import wandb_internal_pb2
+
+    rows = []
+    for file in sorted(folder.glob("wandb/offline-run-*/*.wandb")):
+        data, position, record = file.read_bytes(), 7, b""
+        while position + 7 <= len(data):
+            if 32768 - position % 32768 < 7:  # the tail of a block is padding
+                position += 32768 - position % 32768
+                continue
+            length, kind = int.from_bytes(data[position + 4 : position + 6], "little"), data[position + 6]
+            record += data[position + 7 : position + 7 + length]
+            position += 7 + length
+            if kind in (1, 4):  # full, or last part
+                message = wandb_internal_pb2.Record.FromString(record)
+                record = b""
+                if message.HasField("history"):
+                    items = {(i.key or ".".join(i.nested_key)): json.loads(i.value_json) for i in message.history.item}
+                    rows.append({key: value for key, value in items.items() if not key.startswith("_")})
+    return rows
+
+
+@pytest.mark.process
+def test_offline_wandb_equals_the_metrics_file(tmp_path):
+    """Real wandb, offline, over an interruption: the same records, one id, the step as the axis."""
+    options = [f"out_dir={tmp_path}", "name=run", *SHORT, "wandb.mode=offline"]
+    assert run_script("train_cls.py", *options).returncode == 0
+    first = history(tmp_path / "run")
+    assert first == metrics(tmp_path / "run")
+    run_id = (tmp_path / "run" / "wandb_id").read_text()
+    (tmp_path / "run" / "checkpoints" / "step_00000006.pt").unlink()
+    assert run_script("train_cls.py", *options).returncode == 0
+    second = history(tmp_path / "run")
+    assert second == first + metrics(tmp_path / "run")
+    assert (tmp_path / "run" / "wandb_id").read_text() == run_id
+    assert len(list((tmp_path / "run").glob(f"wandb/offline-run-*-{run_id}"))) == 2
+
+
+def test_the_fp16_run_reports_what_it_skipped_as_null(tmp_path, monkeypatch):
+    """A skipped update is no number: `metrics.jsonl` stays valid JSON."""
+    update = train_cls.TrainState.update
+
+    def overflow(self, batches, loss_of, seed):
+        if self.step == 2:
+            return update(self, batches, lambda *a: loss_of(*a) * 1e38, seed)
+        return update(self, batches, loss_of, seed)
+
+    monkeypatch.setattr(train_cls.TrainState, "update", overflow)
+    run(tmp_path, "trainer.precision=fp16", "augment.mixup=0", "augment.cutmix=0")
+    records = [record for record in metrics(tmp_path / "run") if "lr" in record]
+    assert [record["grad_norm"] is None for record in records] == [False, False, True, False, False, False]
+    assert "NaN" not in (tmp_path / "run" / "metrics.jsonl").read_text()
+    assert "Infinity" not in (tmp_path / "run" / "metrics.jsonl").read_text()
+
+
+def test_curves_are_drawn_when_a_kill_came_just_before(finished):
+    folder, _ = finished
+    (folder / "run" / "curves.png").unlink()
+    run(folder)
+    assert (folder / "run" / "curves.png").exists()
+
+
+def test_what_is_not_committed(tmp_path, monkeypatch):
+    """The diff of a start holds changed files and new ones; a copy gives what it was copied of."""
+    monkeypatch.setattr(provenance, "CODE", tmp_path)
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b"]
+    (tmp_path / "vca").mkdir()
+    (tmp_path / "vca" / "old.py").write_text("one\n")
+    for command in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "first"]):
+        subprocess.run([*git, *command], cwd=tmp_path, check=True)
+    commit, diff = provenance.provenance()
+    assert (len(commit), diff) == (40, "")
+    (tmp_path / "vca" / "old.py").write_text("two\n")
+    (tmp_path / "vca" / "new.py").write_text("three\n")
+    diff = provenance.provenance()[1]
+    assert "-one\n+two\n" in diff
+    assert "+++ b/vca/new.py\n@@ -0,0 +1 @@\n+three\n" in diff
+    (tmp_path / provenance.COMMIT).write_text("abc\n")
+    (tmp_path / provenance.DIFF).write_text("kept")
+    assert provenance.provenance() == ("abc", "kept")

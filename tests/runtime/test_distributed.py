@@ -1,0 +1,154 @@
+"""Real processes under torchrun and gloo: ranks, gradients, evaluation, one directory, and NaN on one of them."""
+
+import json
+import socket
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from tests.processes import ROOT, environment, run_script
+from tests.support import TINY, metrics
+
+pytestmark = pytest.mark.process
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def launch_script(script, out, ranks):
+    """A script on that many ranks of one node; what each of them wrote to `<out>/<rank>.pt`."""
+    done = run_script(script, str(out), ranks=ranks)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [torch.load(out / f"{rank}.pt", weights_only=True) for rank in range(ranks)]
+
+
+@pytest.fixture(scope="module")
+def worlds(artefact):
+    """What each rank saw in worlds of 1, 2, 3 and 4; the last one is two nodes of two."""
+    worlds = {}
+    for size, nodes in ((1, 1), (2, 1), (3, 1), (4, 2)):
+
+        def build(folder, size=size, nodes=nodes):
+            done = run_script("tests/runtime/workers.py", str(folder), ranks=size, nodes=nodes)
+            assert done.returncode == 0, done.stderr[-3000:]
+
+        folder = artefact(f"world-{size}", build)
+        worlds[size] = [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(size)]
+    return worlds
+
+
+def test_two_nodes_of_two(worlds):
+    """The device comes from the local rank, the data from the global one, and one process writes."""
+    ranks = worlds[4]
+    assert [r["rank"] for r in ranks] == [0, 1, 2, 3]
+    assert [r["local_rank"] for r in ranks] == [0, 1, 0, 1]
+    assert [r["node"] for r in ranks] == ["0", "0", "1", "1"]
+    assert [r["main"] for r in ranks] == [True, False, False, False]
+
+
+@pytest.mark.parametrize("size", [1, 2, 4])
+def test_ranks_share_the_data(worlds, size):
+    """All ranks together have every image, each of them once."""
+    for split, count in (("train", 96), ("eval", 103)):
+        together = [index for r in worlds[size] for index in r["indices"][split]]
+        assert sorted(together) == list(range(count))
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_gradient_does_not_depend_on_the_world(worlds, size):
+    """(ranks, accumulation) of (1, 4), (2, 2), (4, 1): the same lr and gradient, with drop path and Mixup on."""
+    one, others = worlds[1][0]["gradients"], [r["gradients"] for r in worlds[size]]
+    for other in others:
+        assert other["accumulation"] * size == one["accumulation"] == 4
+        assert other["lr"] == one["lr"]
+        for name, gradient in one["gradients"].items():
+            difference = (other["gradients"][name] - gradient).norm() / gradient.norm().clamp_min(1e-12)
+            assert difference < 1e-6 or gradient.norm() < 1e-7, name
+        assert all(torch.equal(other["gradients"][n], others[0]["gradients"][n]) for n in one["gradients"])
+
+
+def test_evaluation_is_exact(worlds):
+    """103 images on 1, 2, 3, 4 ranks in batches of 1, 8, 16: the same counts."""
+    expected = worlds[1][0]["accuracies"][1]
+    assert expected["images"] == 103
+    for size, ranks in worlds.items():
+        for rank in ranks:
+            for result in rank["accuracies"].values():
+                assert (result["top1"], result["top5"]) == (expected["top1"], expected["top5"]), size
+                assert result["images"] == 103
+                assert result["loss"] == pytest.approx(expected["loss"], rel=1e-6)
+
+
+def by_two_torchruns(*command):
+    """Two nodes of two ranks, emulated by two agents of torchrun on this machine."""
+    where = [f"--master_port={free_port()}", "--master_addr=127.0.0.1"]
+    agent = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=2", *where]
+    pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    agents = [
+        subprocess.Popen([*agent, f"--node_rank={node}", *command], env=environment(), cwd=ROOT, **pipe)
+        for node in range(2)
+    ]
+    for process in agents:
+        said, _ = process.communicate(timeout=300)
+        assert process.returncode == 0, said[-3000:]
+
+
+@pytest.mark.parametrize(("nodes", "ranks"), [(1, 2), (2, 2)], ids=["one node of two", "two nodes of two"])
+def test_one_run_directory(tmp_path, nodes, ranks):
+    """All ranks write one directory, its name without a clock, nothing else, and log each step once."""
+    options = [f"out_dir={tmp_path}/out", "name=run", *TINY, "trainer.steps=3"]
+    if nodes == 2:
+        by_two_torchruns("train_cls.py", *options)
+    else:
+        done = run_script("train_cls.py", *options, ranks=ranks)
+        assert done.returncode == 0, done.stderr[-3000:]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["run"]
+    expected = {"checkpoints", "config.json", "curves.png", "launches.jsonl", "lock", "metrics.jsonl"}
+    expected |= {"uncommitted.diff"}
+    assert {path.name for path in (tmp_path / "out" / "run").iterdir()} == expected
+    assert [record["step"] for record in metrics(tmp_path / "out" / "run")] == [1, 2, 3, 3]
+    launch = json.loads((tmp_path / "out" / "run" / "launches.jsonl").read_text())
+    assert (launch["ranks"], launch["first_step"]) == (nodes * ranks, 0)
+    assert "name=run" in launch["command"]
+
+
+NAN = """
+import sys
+import torch
+import train_cls
+from vca.config import command_line
+from vca.training.step import TrainState
+
+update = TrainState.update
+def poisoned(self, batches, loss_of, seed):
+    if self.step == 5 and self.world.rank == 1:
+        batches[0].images[0, 0, 0, 0] = float("nan")
+    return update(self, batches, loss_of, seed)
+TrainState.update = poisoned
+command_line("train_cls", train_cls.run)
+"""
+
+
+def test_nan_on_one_rank_stops_all(tmp_path):
+    """All ranks stop in the step in which one of them meets a NaN; step, indices and gradient norm are written."""
+    script = tmp_path / "poisoned.py"
+    script.write_text(NAN)
+    options = [f"out_dir={tmp_path}/out", "name=run", *TINY, "trainer.checkpoint_every=2"]
+    done = run_script(script, *options, ranks=2, timeout=120)
+    assert done.returncode != 0
+    assert done.stderr.count("stopped: gradient norm nan in step 5") == 1, done.stderr[-3000:]
+    folder = tmp_path / "out" / "run"
+    failures = [json.loads((folder / f"nonfinite_rank{rank}.json").read_text()) for rank in range(2)]
+    assert [f["step"] for f in failures] == [5, 5]
+    assert [f["grad_norm"] for f in failures] == ["nan", "nan"]
+    assert [len(f["indices"]) for f in failures] == [60, 60]
+    assert (failures[0]["loss"] != "nan", failures[1]["loss"]) == (True, "nan")
+    assert [record["step"] for record in metrics(folder)] == [1, 2, 3, 4, 5]
+    saved = sorted(path.name for path in (folder / "checkpoints").iterdir())
+    assert saved == ["step_00000002.pt", "step_00000004.pt"]

@@ -1,0 +1,83 @@
+"""The benchmarks run and say what they promise; what they measure here means nothing."""
+
+import json
+import sys
+from functools import partial
+
+import pytest
+import torch
+
+import benchmarks.attention
+import benchmarks.loop
+import benchmarks.model
+import scripts.benchmark
+from benchmarks.timing import Budget, compare, kept_bytes, peak_bytes, take_turns
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.process
+def test_all(tmp_path, monkeypatch, capsys):
+    """The command that runs everything, with the smallest of everything."""
+    monkeypatch.setattr(benchmarks.attention, "WIDTH", 48)
+    monkeypatch.setattr(benchmarks.model, "PIXELS", {"cpu": 224 * 224})
+    monkeypatch.setattr(benchmarks.loop, "STEPS", 1)
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))  # generates no code
+    command = ["benchmark.py", "all", "--device", "cpu", "--rounds", "3", "--minutes", "0.1"]
+    command += ["--tokens", "197", "--models", "deit_tiny", "--size", "224", "--json", str(tmp_path / "all.json")]
+    monkeypatch.setattr(sys, "argv", command)
+    scripts.benchmark.main()
+    printed = capsys.readouterr().out
+    parts = {part["what"]: part["rows"] for part in json.loads((tmp_path / "all.json").read_text())["parts"]}
+    assert list(parts) == ["attention", "model", "loop"]
+
+    layers = {row["name"]: row for row in parts["attention"] if row["level"] == "layer"}
+    names = {"timm Attention", "VCA eager", "VCA compiled", "Agent Attention", "Differential Attention"}
+    assert set(layers) == names
+    cores = {row["name"] for row in parts["attention"] if row["level"] == "core"}
+    assert cores == {"SDPA flash", "SDPA math", "VCA eager"}
+    assert layers["timm Attention"]["forward"]["ratio"] == 1
+    assert all(row["peak_bytes"] > row["kept_bytes"] > 0 for row in parts["attention"])
+    assert "| layer | 197 (49) | VCA eager | " in printed
+    assert "| 197 (49) | VCA compiled | " in printed
+    assert (tmp_path / "all.png").stat().st_size > 10_000
+
+    models = [(row["model"], row["size"], row["name"]) for row in parts["model"]]
+    assert models == [("deit_tiny", 224, "softmax"), ("deit_tiny", 224, "VCA eager")]
+    assert len(parts["loop"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["data"], "data needs --root, a folder that holds train/ and val/"),
+        (["attention", "--rounds", "2"], "--rounds must be >= 3"),
+        (["all", "--minutes", "0"], "--minutes > 0"),
+        (["inception", "--weights", "nowhere"], "inception needs --weights"),
+    ],
+    ids=str,
+)
+def test_wrong_options(options, message, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", *options])
+    with pytest.raises(SystemExit):
+        scripts.benchmark.parse()
+    assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_turns():
+    """Everyone gets as many; ratios are of the same round; time that is over ends it after three."""
+    calls = []
+    timings = take_turns({n: lambda n=n: calls.append(n) for n in "abc"}, "a", Budget(4), CPU, warm=0)
+    assert "".join(calls) == "cbaabccbaabc"
+    assert timings["a"].ratio == timings["a"].low == timings["a"].high == 1
+    calls.clear()
+    compare(lambda: calls.append(1), lambda: calls.append(2), Budget(9, end=0), CPU, warm=0)
+    assert len(calls) == 6
+
+
+def test_memory():
+    x = torch.ones(1000, requires_grad=True)
+    assert kept_bytes(lambda: (x.exp() * 2).sum()) == 4000  # what exp returned
+    linear = torch.nn.Linear(10, 10)
+    assert kept_bytes(lambda: linear(torch.ones(5, 10)).sum(), linear) == 200  # its input, not its weight
+    assert 8000 <= peak_bytes(lambda: torch.ones(1000) + torch.ones(1000), CPU) <= 12100

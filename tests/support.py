@@ -1,0 +1,123 @@
+"""What tests share: small configs that run in seconds, reading a run's files, exact comparison, kills."""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.processes import ROOT, Launch
+from vca.config import command_line
+
+GOLDEN = ROOT / "tests" / "golden"
+SHARED = ROOT.parent / "shared" / "data"  # real data, which a clone does not have
+
+# A classification run of 24 steps with everything random switched on; about 12 steps are an epoch.
+TINY = (
+    "trainer.steps=24",
+    "trainer.global_batch=120",
+    "trainer.device=cpu",
+    "trainer.log_every=1",
+    "trainer.eval_every=0",
+    "trainer.workers=0",
+    "model.embed_dim=32",
+    "model.num_heads=2",
+    "model.depth=2",
+    "model.drop_rate=0.1",
+    "model.drop_path_rate=0.2",
+    "augment.mixup=0.8",
+    "augment.cutmix=1.0",
+)
+
+# A DiT for tests of the path around it.
+SMALL_DIT = (
+    "model.hidden_size=16",
+    "model.num_heads=2",
+    "model.depth=2",
+    "model.patch_size=2",
+    "trainer.device=cpu",
+    "trainer.workers=0",
+    "sampler.steps=4",
+    "samples_per_class=1",
+)
+
+# Twelve features of an image of 8 x 8 pixels, and logits and spatial features of their own.
+EXTRACTOR = """
+import torch
+
+class Blocks(torch.nn.Module):
+    def forward(self, images):
+        x = images.float().mean(dim=1)
+        if x.shape[-1] != 8:
+            raise ValueError(f"wants 8 x 8 pixels, got {x.shape[-1]}")
+        pool = torch.nn.functional.avg_pool2d(x[:, None], (2, 3)).flatten(1)[:, :8]
+        return {"pool": pool, "logits": pool[:, :5] / 30, "spatial": x[:, ::3, ::3].flatten(1)}
+
+def load_extractor(weights):
+    return Blocks()
+"""
+DRAWN = 40  # images of the fixture `samples`
+
+
+def metrics(folder: Path) -> list[dict]:
+    """Whole lines of a run's `metrics.jsonl`."""
+    file = folder / "metrics.jsonl"
+    return [json.loads(line) for line in file.read_text().split("\n")[:-1]] if file.exists() else []
+
+
+def last_step(folder: Path) -> int:
+    """The step of the last whole line of a run's `metrics.jsonl`; 0 without one."""
+    file = folder / "metrics.jsonl"
+    lines = file.read_bytes().rsplit(b"\n", 2) if file.exists() else []
+    return json.loads(lines[-2])["step"] if len(lines) > 1 else 0
+
+
+def untimed(folder: Path) -> list[dict]:
+    """The records without what the clock decides."""
+    clocked = ("images_per_second", "data_wait", "data_wait_rank")
+    return [{k: v for k, v in record.items() if k not in clocked} for record in metrics(folder)]
+
+
+def train_and_kill(folder: Path, at_step: int, script: str, *overrides: str, ranks: int = 1) -> int:
+    """Start a run, `kill -9` all of its processes once `metrics.jsonl` reports `at_step`; return the step reached."""
+    start_and_kill(lambda: last_step(folder) >= at_step, script, *overrides, ranks=ranks)
+    return last_step(folder)
+
+
+def start_and_kill(ready: Callable[[], bool], script: str, *overrides: str, ranks: int = 1) -> None:
+    """Start a script, and `kill -9` all of its processes once `ready`."""
+    launch = Launch(script, *overrides, ranks=ranks)
+    launch.wait_until(ready)
+    launch.kill()
+    launch.wait()
+
+
+def one_line(script: str, run: Callable, arguments: list[str], monkeypatch, capsys) -> str:
+    """The one line to stderr with which a root script refuses its arguments, with exit code 2."""
+    monkeypatch.setattr(sys, "argv", [f"{script}.py", *arguments])
+    with pytest.raises(SystemExit) as stopped:
+        command_line(script, run)
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert said.startswith("config error: ")
+    assert said.count("\n") == 1, said
+    return said
+
+
+def assert_same(one, other, path: str = "") -> None:
+    """Equality to the bit of nested dicts, lists and tensors; names the first place that differs."""
+    assert type(one) is type(other), path
+    if isinstance(one, dict):
+        assert one.keys() == other.keys(), path
+        for key in one:
+            assert_same(one[key], other[key], f"{path}.{key}")
+    elif isinstance(one, (list, tuple)):
+        assert len(one) == len(other), path
+        for index, pair in enumerate(zip(one, other, strict=True)):
+            assert_same(*pair, f"{path}[{index}]")
+    elif isinstance(one, torch.Tensor):
+        assert torch.equal(one, other), f"{path} differs by {(one - other).abs().max()}"
+    else:
+        assert one == other, path

@@ -1,0 +1,283 @@
+"""Starting from, evaluating and exporting weights: official files, this project's own, whole and in part."""
+
+import argparse
+import json
+import shutil
+from fractions import Fraction
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+
+import train_cls
+from models import CLASSIFIERS
+from scripts.export import export
+from tests.data.test_loader import write_image_folder
+from tests.models.test_classifiers import CONTRACT_OF, CONTRACTS
+from tests.processes import run_script
+from tests.support import TINY
+from vca.attention import SoftmaxConfig, VCAConfig
+from vca.config import compose
+from vca.data import load_dataset
+from vca.data.augment import eval_transform
+from vca.runtime.errors import ConfigError
+from vca.training.init import InitWeights, init_from, read_weights, strip_wrappers
+
+SHORT = (*TINY, "trainer.steps=3", "trainer.log_every=3")
+
+
+def state_of(family: str) -> dict[str, torch.Tensor]:
+    """A published file of a family: its names and shapes, with random values."""
+    generator = torch.Generator().manual_seed(0)
+    return {name: torch.randn(shape, generator=generator) for name, shape in CONTRACTS[CONTRACT_OF[family]].items()}
+
+
+def network(family: str, attention, **fields):
+    """The model of `CONTRACT_OF`, whose CSWin is the original one."""
+    config_class, module = CLASSIFIERS[family]
+    if family == "cswin":
+        fields = {"depths": [1, 2, 21, 1], **fields}
+    return module(config_class(**fields), attention)
+
+
+@pytest.mark.parametrize("family", CONTRACT_OF)
+def test_official_weights_into_the_baseline(family, tmp_path):
+    """Everything is taken."""
+    torch.save({"model": state_of(family)}, tmp_path / "official.pth")
+    model = network(family, SoftmaxConfig())
+    report = init_from(model, tmp_path / "official.pth")
+    assert report.complete
+    assert report.source == "model"
+    assert len(report.taken) == len(model.state_dict())
+
+
+# What only the VCA variant has, and what of the file it has no place for.
+VCA_PARTS = ("e_pos", "e_neg", "lambda1", "lambda2", "norm1_weight", "norm2_weight", "local")
+LEFT = {
+    "deit": (),
+    "pvt": ("cls_token", "attn.sr.", "attn.norm."),
+    "swin": ("relative_position_bias_table",),
+    "cswin": (),
+}
+
+
+@pytest.mark.parametrize("family", CONTRACT_OF)
+def test_official_weights_into_the_vca_variant(family, tmp_path):
+    """Projections, MLPs, norms and embeddings are taken, PVT's split q and kv and CSWin's LePE among them."""
+    torch.save(state_of(family), tmp_path / "official.pth")
+    model = network(family, VCAConfig())
+    report = init_from(model, tmp_path / "official.pth")
+    assert all(any(part in name for part in VCA_PARTS) for name in report.new), report.new
+    assert all(any(part in name for part in LEFT[family]) for name in report.left), report.left
+    assert set(report.left.values()) <= {"the model has none"}
+    if family == "pvt":  # the class token's position goes, the others stay as they are
+        assert report.adapted == {"pos_embeds.3": "1 x 50 x 512 there, 1 x 49 x 512 here"}
+        assert torch.equal(model.pos_embeds[3], state_of(family)["pos_embed4"][:, 1:])
+    if family == "cswin":
+        assert not any(".local." in name for name in report.new)  # LePE is the local branch
+    taken = dict(model.state_dict())
+    official = state_of(family)
+    first = {
+        "deit": ("blocks.0.attn.qkv.weight", official.get("blocks.0.attn.qkv.weight")),
+        "swin": ("stages.0.blocks.0.attn.qkv.weight", official.get("layers.0.blocks.0.attn.qkv.weight")),
+        "cswin": ("stages.0.blocks.0.attn.qkv.weight", official.get("stage1.0.qkv.weight")),
+        "pvt": (
+            "stages.0.blocks.0.attn.qkv.weight",
+            torch.cat([official[f"block1.0.attn.{part}.weight"] for part in ("q", "kv")]) if family == "pvt" else None,
+        ),
+    }
+    name, expected = first[family]
+    assert torch.equal(taken[name], expected)
+
+
+def test_another_head(tmp_path):
+    """Fine-tuning on ten classes: all but the head, and the report says why."""
+    torch.save(state_of("deit"), tmp_path / "official.pth")
+    report = init_from(network("deit", SoftmaxConfig(), num_classes=10), tmp_path / "official.pth")
+    assert report.left == {
+        "head.weight": "1000 x 192 there, 10 x 192 here",
+        "head.bias": "1000 there, 10 here",
+    }
+    assert report.new == ["head.weight", "head.bias"]
+    assert str(report).splitlines() == [
+        "taken: 150 parameters",
+        "left: head.weight (1000 x 192 there, 10 x 192 here)",
+        "left: head.bias (1000 there, 10 here)",
+        "new: head.weight",
+        "new: head.bias",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("family", "fields", "adapted"),
+    [
+        ("deit", {"img_size": 384}, {"pos_embed"}),
+        ("pvt", {"img_size": 256}, {f"pos_embeds.{stage}" for stage in range(4)}),
+        ("swin", {"window_size": 8, "img_size": 256}, None),
+    ],
+)
+def test_another_image_size(family, fields, adapted, tmp_path):
+    """Positions are interpolated: nothing starts from random ones."""
+    torch.save(state_of(family), tmp_path / "official.pth")
+    model = network(family, SoftmaxConfig(), **fields)
+    report = init_from(model, tmp_path / "official.pth")
+    assert (report.left, report.new) == ({}, [])
+    assert not report.complete
+    if adapted is not None:
+        assert set(report.adapted) == adapted
+    assert all("pos" in name for name in report.adapted)
+    shapes = "1 x 197 x 192 there, 1 x 577 x 192 here"
+    assert family != "deit" or f"adapted: pos_embed ({shapes})" in str(report).splitlines()
+    if family == "deit":  # the class token's is taken, a constant field stays one
+        position = torch.ones(1, 197, 192)
+        assert torch.equal(model.pos_embed[:, 0], state_of(family)["pos_embed"][:, 0])
+        torch.testing.assert_close(model.adapt("pos_embed", position), torch.ones(1, 577, 192))
+        assert model.adapt("pos_embed", torch.ones(1, 198, 192)) is None  # a distilled DeiT's
+
+
+def test_files_that_are_read(tmp_path):
+    """Plain, wrapped, with an average, from DDP, with the command line of the original trainers, safetensors."""
+    raw, average = {"head.bias": torch.zeros(2)}, {"head.bias": torch.ones(2)}
+    files = {
+        "plain.pth": (raw, 0, 0),
+        "wrapped.pth": ({"state_dict": {f"module._orig_mod.{name}": value for name, value in raw.items()}}, 0, 0),
+        "ema.pth": ({"model": raw, "ema": average, "step": 3}, 1, 0),
+        "no_ema.pth": ({"model": raw, "ema": None}, 0, 0),
+        "cswin.pth": ({"state_dict": raw, "state_dict_ema": average}, 1, 0),
+        "deit.pth": ({"model": raw, "model_ema": average, "args": argparse.Namespace(lr=1e-3)}, 1, 0),
+    }
+    for name, (content, ema, plain) in files.items():
+        torch.save(content, tmp_path / name)
+        assert read_weights(tmp_path / name)[0]["head.bias"].tolist() == [ema, ema], name
+        assert read_weights(tmp_path / name, InitWeights.raw)[0]["head.bias"].tolist() == [plain, plain], name
+    save_file(average, tmp_path / "model.safetensors")
+    assert read_weights(tmp_path / "model.safetensors")[0]["head.bias"].tolist() == [1, 1]
+    assert strip_wrappers("submodule.weight") == "submodule.weight"
+
+
+def test_files_that_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"trainer.init_from must be a file, got '.*nowhere.pth'"):
+        read_weights(tmp_path / "nowhere.pth")
+    (tmp_path / "text.pth").write_text("hello")
+    with pytest.raises(ConfigError, match=r"text.pth' is not a readable checkpoint"):
+        read_weights(tmp_path / "text.pth")
+    (tmp_path / "text.safetensors").write_text("hello")
+    with pytest.raises(ConfigError, match=r"text.safetensors' is not a readable checkpoint"):
+        read_weights(tmp_path / "text.safetensors")
+    torch.save({"model": {}, "config": Fraction(1, 2)}, tmp_path / "object.pth")
+    with pytest.raises(ConfigError, match=r"object.pth' holds a fractions.Fraction, which is not loaded.*torch.save"):
+        read_weights(tmp_path / "object.pth")
+    torch.save({"epoch": 3}, tmp_path / "empty.pth")
+    with pytest.raises(ConfigError, match="holds no parameters by name"):
+        read_weights(tmp_path / "empty.pth")
+    torch.save({"fc.weight": torch.zeros(1)}, tmp_path / "other.pth")
+    with pytest.raises(ConfigError, match=r"none of the 1 parameters in '.*other.pth' fits the model"):
+        init_from(network("deit", SoftmaxConfig(), depth=1), tmp_path / "other.pth")
+
+
+def run(folder, *overrides):
+    return train_cls.run(compose("train_cls", [f"out_dir={folder}", *SHORT, *overrides]))
+
+
+def test_evaluating_an_official_checkpoint(tmp_path):
+    """`trainer.eval_only=true` on timm's weights gives the loss and accuracy of timm's model, and writes nothing."""
+    write_image_folder(tmp_path / "data", images=6)
+    torch.manual_seed(0)
+    theirs = timm.create_model("deit_tiny_patch16_224", num_classes=2, depth=2).eval()
+    with torch.no_grad():
+        theirs.head.weight.normal_()
+    torch.save({"model": theirs.state_dict()}, tmp_path / "deit.pth")
+    options = ["model=deit_tiny", "model.depth=2", "attention=softmax", "data=imagefolder", "data.num_classes=2"]
+    options += [f"data.root={tmp_path / 'data'}", f"out_dir={tmp_path / 'out'}", "trainer.device=cpu"]
+    options += [f"trainer.init_from={tmp_path / 'deit.pth'}", "trainer.eval_only=true", "trainer.workers=0"]
+    config = compose("train_cls", options)
+    result = train_cls.run(config)
+    images = load_dataset(config.data, train=False)
+    transform = eval_transform(config.data)
+    batch = torch.stack([transform(image) for image, _ in images])
+    labels = torch.tensor([label for _, label in images])
+    with torch.no_grad():
+        logits = theirs(batch)
+    assert result["val/loss"] == pytest.approx(torch.nn.functional.cross_entropy(logits, labels).item(), rel=1e-5)
+    assert result["val/top1"] == 100 * (logits.argmax(1) == labels).float().mean().item()
+    assert not (tmp_path / "out").exists()
+
+    for other in ("attention=vca", "model.depth=1"):  # parameters that are new, and ones that are left
+        with pytest.raises(ConfigError, match=r"init_from that holds this model exactly; \d+ parameters differ"):
+            train_cls.run(compose("train_cls", [*options, other]))
+
+
+def test_starting_from_a_run(tmp_path, capsys):
+    """The EMA of another run is where this one starts, and resuming does not start over."""
+    finished = run(tmp_path, "name=first", "trainer.ema_decay=0.5")
+    file = tmp_path / "first" / "checkpoints" / "step_00000003.pt"
+    capsys.readouterr()
+    again = ["name=second", f"trainer.init_from={file}", "optim.lr=1e-12", "optim.warmup_lr=0", "optim.min_lr=0"]
+    run(tmp_path, *again, "trainer.ema_decay=null")
+    said = capsys.readouterr().out
+    assert f"starting from {file}\ntaken: " in said
+    assert "parameters under 'ema'\nleft: none\nnew: none" in said
+    first, second = (
+        torch.load(tmp_path / n / "checkpoints" / file.name, weights_only=True) for n in ("first", "second")
+    )
+    for name, value in first["ema"].items():
+        torch.testing.assert_close(second["model"][name], value)
+
+    one, other = (f"name=evaluated-{which}" for which in ("raw", "ema"))
+    options = ["trainer.eval_only=true", f"trainer.init_from={file}", "trainer.ema_decay=0.5"]
+    raw = run(tmp_path, one, *options, "trainer.init_weights=raw")
+    ema = run(tmp_path, other, *options)
+    assert {f"val/{key.split('/')[1]}": value for key, value in finished.items() if key[:3] == "ema"} == ema
+    assert {key: value for key, value in finished.items() if key[:3] == "val"} == raw
+
+    file.unlink()  # a run that has a checkpoint of its own does not need it any more
+    capsys.readouterr()
+    run(tmp_path, *again, "trainer.ema_decay=null")
+    assert "starting from" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("attention", ["vca", "softmax"])
+@pytest.mark.parametrize("weights", ["ema", "raw"])
+def test_export(tmp_path, attention, weights):
+    """What timm loads, by both of its ways, is what was evaluated."""
+    run(tmp_path, "name=run", f"attention={attention}", "trainer.ema_decay=0.5")
+    out = tmp_path / "exported"
+    said = export(tmp_path / "run", weights, out)
+    assert said == f"{out}: vca_deit_mini_patch2_224, {weights} weights of step 3"
+    described = json.loads((out / "config.json").read_text())
+    assert described["model_args"]["depth"] == 2
+    assert ("attention" in described["model_args"]) == (attention == "softmax")
+    one = timm.create_model(
+        described["architecture"], checkpoint_path=str(out / "model.safetensors"), **described["model_args"]
+    )
+    two = timm.create_model(f"local-dir:{out}", pretrained=True)
+    assert timm.create_model(f"local-dir:{out}", pretrained=True, num_classes=5).head.out_features == 5
+    saved = torch.load(tmp_path / "run" / "checkpoints" / "step_00000003.pt", weights_only=True)
+    expected = saved["ema" if weights == "ema" else "model"]
+    for model in (one, two):
+        assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
+    report = init_from(one, out / "model.safetensors")
+    assert (report.left, report.new) == ({}, [])
+
+
+@pytest.mark.process
+def test_exporting_from_the_command_line(tmp_path):
+    def command(*arguments):
+        return run_script("scripts/export.py", *map(str, arguments))
+
+    run(tmp_path, "name=run", "trainer.ema_decay=null")
+    done = command(tmp_path / "run")
+    assert done.stdout == f"{tmp_path}/run/export: vca_deit_mini_patch2_224, raw weights of step 3\n"
+    assert (tmp_path / "run" / "export" / "model.safetensors").exists()
+    done = command(tmp_path / "run", "--weights", "ema")
+    assert (done.returncode, done.stderr) == (2, f"error: {tmp_path}/run keeps no EMA; use --weights raw\n")
+
+    (tmp_path / "file").touch()
+    with pytest.raises(ConfigError, match=r"--out: .*file cannot be made: File exists"):
+        export(tmp_path / "run", None, tmp_path / "file")
+    with pytest.raises(ConfigError, match=r"RUN must be a run directory with a config.json, got '.*nowhere'"):
+        export(tmp_path / "nowhere", None, tmp_path)
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    with pytest.raises(ConfigError, match="holds no checkpoint"):
+        export(tmp_path / "run", None, tmp_path)
