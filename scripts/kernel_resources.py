@@ -32,6 +32,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
+from vca.attention.kernels import launch
 from vca.attention.kernels.operator import contrast_attention, contrast_attention_backward
 
 TARGETS = (80, 90)  # A100, H100
@@ -64,6 +65,37 @@ def launches_of(dim: int, num_contrast: int, dtype: torch.dtype) -> list[Launch]
     return launches_with(arguments, (0.2, (32, 32), (side, side), 0, 1e-5, (True, True), False))
 
 
+# What reaches code, or constants, that `launches_of` does not: name -> arguments of `launches_of_variant`.
+VARIANTS: dict[str, dict[str, Any]] = {
+    "one head and contrast token": {"heads": 1, "side": 1},
+    "joint softmax": {"joint": True},
+    "plain Stage I": {"lambdas": (False, True)},
+    "plain Stage II": {"lambdas": (True, False)},
+    "plain stages, one stream": {"lambdas": (False, False), "streams": 1},
+    "given contrast tokens": {"given": True},
+    "split tokens": {"splits": 3},
+}
+
+
+def launches_of_variant(
+    heads: int = 6,
+    side: int = 8,
+    streams: int = 2,
+    joint: bool = False,
+    lambdas: tuple[bool, bool] = (True, True),
+    given: bool = False,
+    splits: int = 1,
+) -> list[Launch]:
+    """All launches for 2 images of 1,025 tokens and head dim 64, with the options of an ablation."""
+    launch.splits_of = lambda *_: splits
+    q, k, v = (x.transpose(1, 2) for x in torch.zeros(2, 1025, 3, heads, 64, dtype=torch.bfloat16).unbind(2))
+    e, weight = torch.zeros(heads, side * side, 64), torch.zeros(64)
+    tokens = torch.zeros(2, heads, side * side, 64, dtype=torch.bfloat16) if given else None
+    lambda1, lambda2 = (torch.zeros(()) if there else None for there in lambdas)
+    arguments = (q, k, v, tokens, e, e if streams == 2 else None, lambda1, lambda2, weight, weight)
+    return launches_with(arguments, (0.2, (32, 32), (side, side), 1, 1e-5, (True, streams == 2), joint))
+
+
 def launches_with(arguments: tuple[Any, ...], options: tuple[Any, ...]) -> list[Launch]:
     """All launches of a forward and a backward with these tensors and options of the operator."""
     with recording() as launches:
@@ -72,15 +104,15 @@ def launches_with(arguments: tuple[Any, ...], options: tuple[Any, ...]) -> list[
     return launches
 
 
-def name_of(launch: Launch) -> str:
+def name_of(one: Launch) -> str:
     """The kernel of a launch, with its stage where it serves both."""
-    kernel, _, constants = launch
+    kernel, _, constants = one
     return kernel.__name__.removesuffix("_kernel") + (f" {constants['STAGE']}" if "STAGE" in constants else "")
 
 
-def resources(launch: Launch, capability: int) -> dict[str, Any]:
+def resources(one: Launch, capability: int) -> dict[str, Any]:
     """Compile one launch for a compute capability (times ten), and read what it needs."""
-    kernel, arguments, constants = launch
+    kernel, arguments, constants = one
     options = {key: constants[key] for key in ("num_warps",)}
     signature: dict[str, str] = {}
     values: dict[tuple[int], Any] = {}
@@ -110,7 +142,7 @@ def resources(launch: Launch, capability: int) -> dict[str, Any]:
     if found is None:
         raise RuntimeError(f"cuobjdump says nothing of registers: {usage}")
     return {
-        "kernel": name_of(launch),
+        "kernel": name_of(one),
         "capability": capability,
         "registers": int(found[1]),
         "spilled_bytes": int(found[2]),
@@ -145,21 +177,26 @@ def main() -> None:
         for contrast in options.contrast:
             for dtype in options.dtypes:
                 seen = set()
-                for launch in launches_of(dim, contrast, getattr(torch, dtype)):
-                    if name_of(launch) in seen:  # the backward makes the contrast tokens again
+                for one in launches_of(dim, contrast, getattr(torch, dtype)):
+                    if name_of(one) in seen:  # the backward makes the contrast tokens again
                         continue
-                    seen.add(name_of(launch))
+                    seen.add(name_of(one))
                     for capability in TARGETS:
-                        row = {"dim": dim, "contrast_tokens": contrast, "dtype": dtype, **resources(launch, capability)}
+                        row = {"dim": dim, "contrast_tokens": contrast, "dtype": dtype, **resources(one, capability)}
                         rows.append(row)
                         print(
                             f"{row['kernel']:18}{dim:>5}{contrast:>5}  {dtype:10}{'sm_' + str(capability):>7}"
                             f"{row['registers']:>11}{row['spilled_bytes']:>9}{row['shared_bytes']:>9}",
                             flush=True,
                         )
+    variants = {}
+    for variant, arguments in VARIANTS.items():
+        compiled = [resources(one, TARGETS[-1])["kernel"] for one in launches_of_variant(**arguments)]
+        variants[variant] = sorted(set(compiled))
+        print(f"{variant}: {len(variants[variant])} kernels compile", flush=True)
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
-        options.json.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
+        options.json.write_text(json.dumps({**about, "rows": rows, "variants": variants}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

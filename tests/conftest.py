@@ -4,7 +4,8 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported, here and in the processes that tests start
+# Before torch is imported, here and in the processes that tests start: one thread, and torch.compile in the process.
+os.environ.update(OMP_NUM_THREADS="1", TORCHINDUCTOR_COMPILE_THREADS="1")
 
 import pytest
 import torch
@@ -34,7 +35,8 @@ def pytest_runtest_setup(item):
 @pytest.fixture(autouse=True)
 def _no_process_survives():
     yield
-    for launch in list(processes.running):
+    while processes.started:
+        launch = processes.started.pop()
         launch.kill()
         launch.wait()
 

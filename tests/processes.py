@@ -27,7 +27,7 @@ GRACE = 30.0  # seconds that torchrun leaves the other ranks when one has failed
 OF_TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 allowed = True  # to start processes: conftest sets it for each test
-running: set["Launch"] = set()
+started: list["Launch"] = []  # by the test that runs
 
 
 def check_allowed() -> None:
@@ -77,7 +77,8 @@ class Launch:
         env: dict[str, str] | None = None,
     ) -> None:
         check_allowed()
-        self.outputs = [Path(tempfile.mkstemp(suffix=f"-{name}")[1]) for name in ("stdout", "stderr")]
+        self.folder = tempfile.TemporaryDirectory()
+        self.outputs = [Path(self.folder.name, name) for name in ("stdout", "stderr")]
         self.store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) if ranks > 1 else None
         paths = (str(self.outputs[0]), str(self.outputs[1]))
         self.processes = [
@@ -94,7 +95,7 @@ class Launch:
             for rank in range(ranks)
         ]
         self.failed_at: float | None = None
-        running.add(self)
+        started.append(self)
         for process in self.processes:
             process.start()
 
@@ -111,12 +112,12 @@ class Launch:
     @property
     def stdout(self) -> str:
         """What all ranks wrote to stdout so far."""
-        return self.outputs[0].read_text()
+        return self.outputs[0].read_text() if self.outputs[0].exists() else ""
 
     @property
     def stderr(self) -> str:
         """What all ranks wrote to stderr so far."""
-        return self.outputs[1].read_text()
+        return self.outputs[1].read_text() if self.outputs[1].exists() else ""
 
     @property
     def returncode(self) -> int | None:
@@ -167,7 +168,6 @@ class Launch:
                 self.kill()
                 raise TimeoutError(f"still running after {timeout:.0f} s:\n{self.stderr[-3000:]}")
             time.sleep(0.01)
-        running.discard(self)
         return code
 
     def wait_until(self, ready: Callable[[], bool], timeout: float = 120.0) -> None:

@@ -138,7 +138,7 @@ def python(root, *arguments):
     return done.stdout
 
 
-def test_trains_together(extended, tmp_path):
+def test_extension_new_model_and_attention_train(extended, tmp_path):
     options = [
         "trainer.steps=2",
         "trainer.log_every=1",
@@ -154,7 +154,7 @@ def test_trains_together(extended, tmp_path):
     assert "block.attn.local.weight" in state
 
 
-def test_fits_everywhere(extended):
+def test_extension_works_in_timm_and_complexity(extended):
     """The new attention in the old backbones, the new backbone under timm, both in the table of counts."""
     code = """
 import models, timm, torch

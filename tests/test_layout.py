@@ -69,7 +69,7 @@ def imports(path, top_level_only=False):
 
 
 @pytest.mark.parametrize("package", ALLOWED)
-def test_import_directions(package):
+def test_imports_only_allowed_packages(package):
     files = sorted((ROOT / package).rglob("*.py"))
     assert files
     for path in files:
@@ -80,21 +80,21 @@ def test_import_directions(package):
             assert allowed, f"{path}: {name}"
 
 
-def test_nothing_imports_a_root_script():
+def test_imports_no_root_script():
     roots = {path.stem for path in ROOT.glob("*.py")}
     for folder in ("vca", "models"):
         for path in (ROOT / folder).rglob("*.py"):
             assert not roots & {name.split(".")[0] for name in imports(path)}, path
 
 
-def test_heavy_packages_are_imported_where_used():
+def test_imports_heavy_packages_lazily():
     for folder in ("vca", "models"):
         for path in (ROOT / folder).rglob("*.py"):
             assert not LAZY & set(imports(path, top_level_only=True)), path
 
 
 @pytest.mark.process
-def test_vca_needs_torch_alone():
+def test_imports_vca_needs_only_torch():
     """`import vca` with every other package of the project made unimportable."""
     code = """
 import sys
@@ -113,7 +113,7 @@ print(VisualContrastAttention(8, 2, (2, 2), pool=(1, 1))(torch.randn(1, 4, 8)).s
 
 
 @pytest.mark.process
-def test_importing_changes_nothing():
+def test_imports_without_side_effects():
     """No flags, filters or files at import time."""
     code = """
 import os, warnings, torch
@@ -135,7 +135,7 @@ def test_environment_files_agree():
     assert project["requires-python"] == f">={python.removeprefix('python=')}"
 
 
-def test_constraints_pin_what_is_required():
+def test_constraints_pin_every_requirement():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     wanted = project["dependencies"] + [r for extra in project["optional-dependencies"].values() for r in extra]
     pinned = dict(re.findall(r"(?m)^([\w.-]+)==(\S+)$", (ROOT / "constraints.txt").read_text()))
@@ -145,7 +145,7 @@ def test_constraints_pin_what_is_required():
         assert name in pinned, f"{name} has no tested version in constraints.txt"
 
 
-def test_no_machine_paths():
+def test_repository_no_machine_paths():
     """Nothing in the project points into somebody's machine."""
     files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.split()
     if not files:

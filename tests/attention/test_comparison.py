@@ -122,7 +122,7 @@ def build(name, grid=(4, 6), dim=16, **options):
 
 @pytest.mark.parametrize("grid", [(4, 6), (3, 5), (1, 7)], ids=str)
 @pytest.mark.parametrize("name", ORACLES)
-def test_comparison_attention_against_its_oracle(name, grid):
+def test_comparison_attention_equals_oracle(name, grid):
     """Value and the gradient of every parameter and of q, k, v."""
     oracle, options = ORACLES[name]
     module = build(name.split(",")[0], grid, **options)
@@ -142,7 +142,7 @@ def test_comparison_attention_against_its_oracle(name, grid):
         torch.testing.assert_close(grad, reference, rtol=1e-7, atol=1e-9)
 
 
-def test_initialisation():
+def test_attention_variants_initial_values():
     """What the layers start with, large enough to tell by its standard deviation."""
     for std in (1.0, 0.02, 0.0):
         vca = build("vca", dim=512, embedding_init_std=std)
@@ -173,7 +173,7 @@ def test_initialisation():
 
 
 @pytest.mark.parametrize("name", ["vca", "differential_stages", "differential"])
-def test_autocast_takes_every_difference_in_float32(name, monkeypatch):
+def test_attention_variants_autocast_difference_float32(name, monkeypatch):
     """Both stages subtract in float32 although the products run in bfloat16, and so does lambda weigh."""
     seen = []
 

@@ -57,7 +57,7 @@ def random_arguments(shape, dtype=torch.float64, seed=0):
 
 @pytest.mark.parametrize("function", [reference_attention, visual_contrast_attention])
 @pytest.mark.parametrize("case", CASES)
-def test_golden(case, function):
+def test_contrast_attention_equals_golden_values(case, function):
     arrays, meta = golden(case)
     arguments = [arrays[name] for name in ARGUMENTS]
     grid, pool = (meta["H"], meta["W"]), (meta["h"], meta["w"])
@@ -66,7 +66,7 @@ def test_golden(case, function):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_golden_module(case):
+def test_vca_module_equals_golden_values(case):
     """Lambda vectors, lambda_init of the layer and the local branch, as the module makes them."""
     arrays, meta = golden(case)
     heads, dim = arrays["q"].shape[1], arrays["q"].shape[3]
@@ -87,7 +87,7 @@ def test_golden_module(case):
     assert not arrays["dwc_out"][:, :prefix].any()  # prefix tokens get nothing
 
 
-def test_module_is_its_parts():
+def test_vca_module_equals_its_parts():
     """The module is projections around the functional core plus the local branch, in that order."""
     torch.manual_seed(0)
     module = VisualContrastAttention(24, 3, (4, 5), (2, 2), num_prefix_tokens=1, layer_index=3).double()
@@ -115,7 +115,7 @@ def test_module_is_its_parts():
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=shape_id)
-def test_value_and_every_gradient(shape):
+def test_contrast_attention_equals_reference(shape):
     arguments = random_arguments(shape)
     tensors = [a for a in arguments if isinstance(a, torch.Tensor)]
     results = []
@@ -179,7 +179,7 @@ def plain_formula(arguments, plain1=False, plain2=False, joint=False, streams=("
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_options(options):
+def test_contrast_attention_options_equal_formula(options):
     """Values and every gradient of each option against its formula."""
     arguments = random_arguments(SHAPES[1])
     tensors = [a for a in arguments if isinstance(a, torch.Tensor)]
@@ -203,7 +203,7 @@ def test_options(options):
 
 @pytest.mark.parametrize("part", [1, 37, 100, 1000])
 @pytest.mark.parametrize("options", [{}, *OPTIONS[1:4]], ids=str)
-def test_parts_of_stage_2_are_the_whole(part, options, monkeypatch):
+def test_contrast_attention_chunked_stage2_equals_whole(part, options, monkeypatch):
     """Rows of one image, images, or several at once: the same values and gradients."""
     arguments = random_arguments(SHAPES[0])
     tensors = [a for a in arguments if isinstance(a, torch.Tensor)]
@@ -216,7 +216,7 @@ def test_parts_of_stage_2_are_the_whole(part, options, monkeypatch):
     torch.testing.assert_close(*results, rtol=1e-12, atol=1e-12)
 
 
-def test_nothing_of_size_n_by_n_is_kept():
+def test_vca_module_saved_memory_near_mhsa():
     """What a layer keeps for its backward, beside MHSA: 1.10 at 1024 tokens, where autograd alone would keep 2.3."""
     kept = []
     for name in ("vca", "softmax"):
@@ -236,7 +236,7 @@ def test_nothing_of_size_n_by_n_is_kept():
 
 
 @pytest.mark.parametrize("name", ["vca", "stage2 plain", "joint softmax"])
-def test_compiled_exported_checkpointed(name):
+def test_vca_module_compile_export_checkpoint_equal(name):
     """One graph, forward and backward; `torch.export`; recomputation: the values and gradients of the module itself."""
     torch.manual_seed(0)
     module, x = build_attention(CONFIGS[name], 32, 2, (4, 5), (2, 2), num_prefix_tokens=1), torch.randn(2, 21, 32)
@@ -259,7 +259,7 @@ def test_compiled_exported_checkpointed(name):
     torch.testing.assert_close(exported(x.detach()), expected[0])
 
 
-def test_wrong_options():
+def test_contrast_attention_wrong_options_refused():
     """Of the function: names that are no option, embeddings that would broadcast, weights without their pooling."""
     arguments = random_arguments(SHAPES[1])
     streams = r"streams must be one of \['pool', 'embedding', 'pool\+embedding'\], got 'queries'"
@@ -279,14 +279,14 @@ def test_wrong_options():
             visual_contrast_attention(*given)
 
 
-def test_embeddings_alone_pool_nothing(monkeypatch):
+def test_vca_module_embedding_streams_skip_pooling(monkeypatch):
     monkeypatch.setattr("vca.attention.contrast.pool_queries", None)
     module = VisualContrastAttention(8, 2, (3, 3), (2, 2), config=CONFIGS["embedding only"])
     assert module(torch.randn(2, 9, 8)).shape == (2, 9, 8)
 
 
 @pytest.mark.parametrize("grid", [(4, 6), (5, 7), (2, 2)], ids=str)
-def test_poolings(grid):
+def test_pool_queries_equals_loops(grid):
     """Maximum and learned pooling against loops; the learned one begins as the average where that is exact."""
     torch.manual_seed(0)
     q, pool, prefix = torch.randn(2, 2, 1 + grid[0] * grid[1], 3, dtype=torch.float64), (2, 2), 1
@@ -332,7 +332,7 @@ CONFIGS = {
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_every_parameter_gets_a_gradient(name):
+def test_attention_variants_every_parameter_gets_gradient(name):
     torch.manual_seed(0)
     module = build_attention(CONFIGS[name], 24, 3, (4, 5), (2, 2), num_prefix_tokens=1, layer_index=2)
     module(torch.randn(2, 21, 24)).square().sum().backward()
@@ -342,7 +342,7 @@ def test_every_parameter_gets_a_gradient(name):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_any_grid(name):
+def test_attention_variants_accept_any_grid(name):
     """A module serves grids that it was not built for."""
     module = build_attention(CONFIGS[name], 16, 2, (4, 4), (2, 2), num_prefix_tokens=1)
     for grid in ((4, 4), (7, 9), (2, 5), (14, 14)):
@@ -352,7 +352,7 @@ def test_any_grid(name):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("inputs", ["large", "constant"])
 @pytest.mark.parametrize("name", ATTENTIONS)
-def test_autocast_stays_finite(name, dtype, inputs):
+def test_attention_variants_autocast_finite(name, dtype, inputs):
     if dtype is torch.float16 and inputs == "large":
         pytest.skip("1e4 times a projection overflows float16 in the projection itself")
     torch.manual_seed(0)
@@ -367,7 +367,7 @@ def test_autocast_stays_finite(name, dtype, inputs):
     assert all(p.grad.isfinite().all() for p in module.parameters())
 
 
-def test_autocast_keeps_the_islands_in_float32(monkeypatch):
+def test_vca_module_autocast_norm_and_softmax_float32(monkeypatch):
     """Lambda, both norms and both softmax differences see float32 although the products run in bfloat16."""
     seen = []
     norm, softmax = torch.nn.functional.rms_norm, torch.Tensor.softmax
@@ -390,7 +390,7 @@ def test_autocast_keeps_the_islands_in_float32(monkeypatch):
     assert seen == [expected[0], expected[1], expected[0]]
 
 
-def test_bfloat16_is_close_to_float32():
+def test_vca_module_bfloat16_close_to_float32():
     torch.manual_seed(0)
     module = VisualContrastAttention(64, 2, (8, 8), (4, 4))
     x = torch.randn(2, 64, 64)
@@ -424,13 +424,13 @@ def test_bfloat16_is_close_to_float32():
         ),
     ],
 )
-def test_wrong_use(build, message):
+def test_attention_variants_wrong_options_refused(build, message):
     with pytest.raises(ValueError, match=message):
         build()
 
 
 @pytest.mark.parametrize("name", ATTENTIONS)
-def test_every_variant_checks_its_place(name):
+def test_attention_variants_wrong_arguments_refused(name):
     """The constructor, whether or not the variant uses what it is told, and the number of tokens."""
     config, module = ATTENTIONS[name]
     for arguments, message in [
@@ -455,7 +455,7 @@ def test_every_variant_checks_its_place(name):
 
 @pytest.mark.parametrize("power", [1, 16])
 @pytest.mark.parametrize("value", [0.0, -1.0, 1.0])
-def test_power_keeps_to_float32(power, value):
+def test_focused_linear_extreme_power_finite(power, value):
     """The flattest direction, all entries alike, in a head of 256: the mean of v, and finite gradients."""
     module = build_attention(ATTENTIONS["focused_linear"][0](power=power), 256, 1, (2, 2))
     q, k, v = (torch.full((1, 1, 4, 256), value, requires_grad=True) for _ in range(3))
@@ -465,7 +465,7 @@ def test_power_keeps_to_float32(power, value):
     assert all(x.grad.isfinite().all() for x in (q, k, v))
 
 
-def test_pool_of_each_layer():
+def test_vca_config_pool_per_layer():
     config = VCAConfig(pool=[[2, 2], [3, 1]])
     modules = [build_attention(config, 8, 2, (6, 6), layer_index=index) for index in range(2)]
     assert [tuple(m.e_pos.shape) for m in modules] == [(2, 4, 4), (2, 3, 4)]

@@ -6,7 +6,6 @@ import shutil
 import subprocess
 import sys
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
@@ -84,7 +83,7 @@ def assert_close(found, expected, ratio):
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=shape_id)
-def test_value_and_every_gradient(shape):
+def test_kernels_equal_reference(shape):
     """Against the equations in float64."""
     exact, given, _ = both(shape)
     expected = with_gradients(reference_attention, exact)
@@ -93,14 +92,14 @@ def test_value_and_every_gradient(shape):
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("shape", [SHAPES[1], ((6, 9), (6, 6), 1, 1, 40)], ids=shape_id)
-def test_options(options, shape):
+def test_kernels_options_equal_eager(options, shape):
     exact, given, keywords = both(shape, options=options)
     expected = with_gradients(visual_contrast_attention, exact, **keywords)
     assert_close(with_gradients(visual_contrast_attention, given, backend="triton", **keywords), expected, 1e-5)
 
 
 @pytest.mark.parametrize("pooling", ["maximum", "depthwise"])
-def test_other_poolings(pooling):
+def test_kernels_other_poolings_equal_eager(pooling):
     """Queries that are pooled outside of the kernels; their gradients come back through the pooling."""
     exact, given, _ = both(SHAPES[0])
     weight = torch.randn(64, 1, 2, 2, dtype=torch.float64) if pooling == "depthwise" else None
@@ -113,7 +112,7 @@ def test_other_poolings(pooling):
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize("options", [{}, OPTIONS[3]], ids=str)
 @pytest.mark.parametrize("shape", [SHAPES[1], SHAPES[3]], ids=shape_id)
-def test_half_precision(dtype, options, shape):
+def test_kernels_half_precision_as_accurate_as_eager(dtype, options, shape):
     """As close to float64 as the products allow, and no further from it than plain PyTorch in the same type."""
     exact, given, keywords = both(shape, dtype, options)
     expected = with_gradients(visual_contrast_attention, exact, **keywords)
@@ -128,7 +127,7 @@ def test_half_precision(dtype, options, shape):
 
 @pytest.mark.parametrize("shape", [SHAPES[1], SHAPES[3]], ids=shape_id)
 @pytest.mark.parametrize("splits", [2, 100])
-def test_splits(shape, splits, monkeypatch):
+def test_kernels_split_tokens_equal_eager(shape, splits, monkeypatch):
     """N in parts that are put together afterwards, as few heads and long inputs need."""
     exact, given, _ = both(shape)
     monkeypatch.setattr(launch, "splits_of", lambda programs, tokens, rows, device: min(splits, -(-tokens // rows)))
@@ -136,7 +135,7 @@ def test_splits(shape, splits, monkeypatch):
     assert_close(with_gradients(visual_contrast_attention, given, backend="triton"), expected, 1e-5)
 
 
-def test_large_scores():
+def test_kernels_large_scores_no_overflow():
     """Softmaxes that are all at one token: no overflow, in rows and tokens that do not exist neither."""
     for sign in (1, -1):
         exact, given, _ = both(SHAPES[1])
@@ -148,7 +147,7 @@ def test_large_scores():
         assert_close(with_gradients(visual_contrast_attention, given, backend="triton"), expected, 0.1)
 
 
-def test_strides():
+def test_kernels_unusual_strides_equal_eager():
     """Tensors that lie in memory in other ways: channels apart, v unlike k, embeddings and weights with gaps."""
     exact, given, _ = both(SHAPES[0])
 
@@ -173,13 +172,13 @@ def test_strides():
     assert torch.equal(found, wanted)
 
 
-def test_it_is_deterministic():
+def test_kernels_deterministic():
     _, given, _ = both(SHAPES[1])
     one, other = (with_gradients(visual_contrast_attention, given, backend="triton") for _ in range(2))
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_operators():
+def test_kernels_operators_pass_opcheck():
     """Schema, fake tensors with the true strides, tracing."""
     for options in ({}, {"plain1": True, "plain2": True, "streams": ("pool", "pool")}):
         _, given, keywords = both(SHAPES[-1], options=options)
@@ -211,7 +210,7 @@ def gradients_of(module, run, x):
 
 
 @pytest.mark.parametrize("name", ["vca", "both plain", "learned pooling"])
-def test_compiled_exported_checkpointed(name):
+def test_kernels_compile_export_checkpoint_equal_eager(name):
     """What plain PyTorch computes, in one graph, forward and backward, exported, and with recomputation."""
     module, x = module_of(CONFIGS[name], "triton"), torch.randn(2, 21, 64, device=DEVICE)
     eager = module_of(CONFIGS[name], "eager")
@@ -232,7 +231,7 @@ def test_compiled_exported_checkpointed(name):
 
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
-def test_autocast(dtype):
+def test_kernels_autocast_close_to_eager(dtype):
     """Half precision products, float32 parameters; q, k and v may also come in float32."""
     results = []
     for backend in ("triton", "eager"):
@@ -254,7 +253,7 @@ def test_autocast(dtype):
     torch.testing.assert_close(found["out"], expected["out"], rtol=0.05, atol=0.05)
 
 
-def test_what_is_kept():
+def test_kernels_saved_memory_near_mhsa():
     """Of a layer for its backward, beside MHSA: 1.10 at 197 tokens, where plain PyTorch keeps 1.35."""
     layers = [
         VisualContrastAttention(128, 2, (14, 14), (7, 7), 1, config=VCAConfig(backend="triton")),
@@ -266,7 +265,7 @@ def test_what_is_kept():
 
 
 @pytest.mark.process
-def test_two_ranks_train_with_them(tmp_path):
+def test_kernels_two_rank_run_equals_eager(tmp_path):
     """`train_cls.py` on two ranks, DDP: the losses of plain PyTorch, and the log says which it is."""
     write_image_folder(tmp_path / "data")
     options = ["data=imagefolder", f"data.root={tmp_path / 'data'}", "data.num_classes=2", "data.img_size=8"]
@@ -296,7 +295,7 @@ def test_two_ranks_train_with_them(tmp_path):
         (("cuda", torch.bfloat16, 128, 256), None),
     ],
 )
-def test_what_is_served(place, reason, monkeypatch):
+def test_kernels_supported_and_unsupported_inputs(place, reason, monkeypatch):
     monkeypatch.setattr(kernels, "INTERPRETED", False)
     device, *rest = place
     assert why_not(torch.device(device), *rest) == reason
@@ -317,12 +316,12 @@ def test_what_is_served(place, reason, monkeypatch):
         assert not use_triton(Backend.auto, torch.device(device), *rest)
 
 
-def test_triton_that_is_not_there(monkeypatch):
+def test_kernels_triton_missing_reported(monkeypatch):
     monkeypatch.setattr(kernels, "INSTALLED", False)
     assert why_not(torch.device("cuda"), torch.float32, 64, 49) == "triton is not installed"
 
 
-def test_wrong_backend():
+def test_kernels_unknown_backend_refused():
     with pytest.raises(ValueError, match=r"attention.backend must be one of \['auto', 'eager', 'triton'\], got 'cuda'"):
         VCAConfig(backend="cuda")
 
@@ -344,22 +343,31 @@ SPILLS = {
 }
 
 
-@pytest.mark.process
-def test_kernels_fit_a100_and_h100(tmp_path):
-    """Compiled for both without a GPU: registers and shared memory within bounds, spills as the table has them.
+@pytest.fixture(scope="session")
+def compiled(artefact):
+    """What `scripts/kernel_resources.py` records of the kernels, compiled for A100 and H100 without a GPU.
 
-    That takes minutes, so it is done when a kernel or Triton has changed since benchmarks/results/kernels.json.
+    Compiling takes minutes, so the script does it when a kernel or Triton is not as in its committed record.
     """
     if sys.platform != "linux":
         pytest.skip("ptxas comes with Triton on Linux")
     recorded = ROOT / "benchmarks" / "results" / "kernels.json"
-    file = Path(shutil.copy(recorded, tmp_path))
-    without = {key: value for key, value in environment().items() if key != "TRITON_INTERPRET"}
-    command = [sys.executable, "scripts/kernel_resources.py", "--contrast", "64", "256", "--json", str(file)]
-    subprocess.run(command, cwd=ROOT, env=without, check=True, capture_output=True)
-    old, new = (json.loads(path.read_text()) for path in (recorded, file))
-    assert old == new or old["triton"] != new["triton"], f"kernels changed: {' '.join(command[1:-1])} {recorded}"
-    rows = new["rows"]
+    command = [sys.executable, "scripts/kernel_resources.py", "--contrast", "64", "256", "--json"]
+
+    def build(folder):
+        shutil.copy(recorded, folder)
+        without = {key: value for key, value in environment().items() if key != "TRITON_INTERPRET"}
+        subprocess.run([*command, str(folder / "kernels.json")], cwd=ROOT, env=without, check=True)
+
+    old, new = (json.loads(path.read_text()) for path in (recorded, artefact("kernels", build) / "kernels.json"))
+    assert old == new or old["triton"] != new["triton"], f"kernels changed: {' '.join(command)} {recorded}"
+    return new
+
+
+@pytest.mark.process
+def test_kernels_fit_a100_and_h100(compiled):
+    """Registers and shared memory within bounds, spills as the table has them."""
+    rows = compiled["rows"]
     assert {(row["dim"], row["capability"]) for row in rows} == {(d, c) for d in (32, 64, 72, 128) for c in (80, 90)}
     assert {row["kernel"] for row in rows} == {
         "contrast_tokens", "stage1", "stage2", "stage2_rows", "stage_backward 2", "stage1_rows", "stage_backward 1",
@@ -377,42 +385,16 @@ def test_kernels_fit_a100_and_h100(tmp_path):
     assert scores_made_once == {3}  # two scores and the product with v^; the second pass costs nothing
 
 
-VARIANTS = """
-import sys, torch
-sys.path.insert(0, ".")
-from scripts import kernel_resources
-from vca.attention.kernels import launch
-
-def compiled(heads=6, pool=(8, 8), streams=2, joint=False, lambdas=(True, True), t=False, splits=1):
-    launch.splits_of = lambda *_: splits
-    q, k, v = (x.transpose(1, 2) for x in torch.zeros(2, 1025, 3, heads, 64, dtype=torch.bfloat16).unbind(2))
-    e, weight = torch.zeros(heads, pool[0] * pool[1], 64), torch.zeros(64)
-    given = (q, k, v, torch.zeros(2, heads, pool[0] * pool[1], 64, dtype=torch.bfloat16) if t else None)
-    given += (e, e if streams == 2 else None, *(torch.zeros(()) if one else None for one in lambdas), weight, weight)
-    launches = kernel_resources.launches_with(given, (0.2, (32, 32), pool, 1, 1e-5, (True, streams == 2), joint))
-    return {kernel_resources.resources(one, 90)["kernel"] for one in launches}
-
-every = compiled()
-assert compiled(heads=1, pool=(1, 1)) == every
-assert compiled(joint=True) == compiled(lambdas=(False, True)) == compiled(lambdas=(True, False)) == every
-assert compiled(lambdas=(False, False), streams=1) == every
-assert compiled(splits=3) == every | {"combine"}
-assert compiled(t=True) == every - {"unpool"}
-print("all compile")
-"""
-
-
 @pytest.mark.process
-def test_every_variant_compiles():
+def test_kernels_every_variant_compiles(compiled):
     """What the interpreter lets through: types in loops, arguments that are 1, code that only an option reaches."""
-    if sys.platform != "linux":
-        pytest.skip("ptxas comes with Triton on Linux")
-    without = {key: value for key, value in environment().items() if key != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, "-c", VARIANTS], cwd=ROOT, env=without, capture_output=True, text=True, check=False
-    )
-    assert "all compile" in done.stdout, done.stderr[-3000:]
+    every = {row["kernel"] for row in compiled["rows"]}
+    kernels = {name: set(names) for name, names in compiled["variants"].items()}
+    assert kernels.pop("split tokens") == every | {"combine"}
+    assert kernels.pop("given contrast tokens") == every - {"unpool"}
+    assert len(kernels) == 5
+    assert all(names == every for names in kernels.values())
 
 
-def test_the_interpreter_is_meant():
+def test_kernels_interpreted_without_gpu():
     assert torch.cuda.is_available() or os.environ["TRITON_INTERPRET"] == "1"

@@ -49,7 +49,7 @@ def vca_module(num_heads=1, num_prefix_tokens=0, **options):
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_the_map_is_the_attention(options):
+def test_attention_maps_reproduce_attention_output(options):
     """One head, no prefix token: the map of every patch, applied to v and normalised as Stage II does, is `attend`."""
     module = vca_module(**options)
     with torch.no_grad():
@@ -63,7 +63,7 @@ def test_the_map_is_the_attention(options):
             close(out[:, 0], expected[:, 0, row * GRID[1] + column])
 
 
-def test_maps_are_means_over_heads():
+def test_attention_maps_average_heads():
     """Also with a prefix token, to which a map leaves a part of the weight."""
     module = vca_module(num_heads=2, num_prefix_tokens=1)
     heads, _ = heard_by(module)
@@ -77,7 +77,7 @@ def test_maps_are_means_over_heads():
         close(found, (every[0][title] + every[1][title]) / 2)
 
 
-def test_maps_of_the_stages():
+def test_attention_maps_stages_equal_formula():
     """Stage I from the contrast token of the patch's cell, Stage II from the patch, both spelled out."""
     module = vca_module()
     heads, _ = heard_by(module)
@@ -96,7 +96,7 @@ def test_maps_of_the_stages():
         close(maps["II"], maps["II+"] - module.lambda2() * maps["II-"])
 
 
-def test_a_plain_stage_has_one_stream():
+def test_attention_maps_plain_stage_has_one_stream():
     titles = {
         "stage1": ["I+", "II+", "II-", "II", "VCA"],
         "stage2": ["I+", "I-", "I", "II+", "VCA"],
@@ -106,7 +106,7 @@ def test_a_plain_stage_has_one_stream():
         assert list(maps_of(module, heard_by(module)[0], (0, 0))) == expected
 
 
-def test_map_of_mhsa():
+def test_attention_maps_mhsa_reproduces_output():
     """Applied to v it is the attention."""
     torch.manual_seed(0)
     module = build_attention(ATTENTIONS["softmax"][0](), 8, 1, GRID).double()
@@ -144,7 +144,7 @@ def draw(monkeypatch, *arguments):
     scripts.attention_maps.main()
 
 
-def test_script_draws(classifier_run, baselines, tmp_path, monkeypatch, capsys):
+def test_attention_maps_script_writes_pictures(classifier_run, baselines, tmp_path, monkeypatch, capsys):
     drawn = []
     monkeypatch.setattr(
         scripts.attention_maps,
@@ -168,7 +168,9 @@ def test_script_draws(classifier_run, baselines, tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.startswith("2 pictures in ")
 
 
-def test_script_refuses(classifier_run, baselines, generator_run, tmp_path, monkeypatch, capsys):
+def test_attention_maps_script_wrong_arguments_refused(
+    classifier_run, baselines, generator_run, tmp_path, monkeypatch, capsys
+):
     """One line each, and no picture."""
     (tmp_path / "text.png").write_text("no picture")
     Image.new("RGB", (8, 8)).save(tmp_path / "colour.png")

@@ -24,7 +24,7 @@ OPTIONS = [
 
 
 @pytest.mark.parametrize("option", OPTIONS)
-def test_every_option_composes(option):
+def test_config_every_option_composes(option):
     if option.startswith("protocol="):
         assert compose("sample", ["out=somewhere", "run=somewhere", option]).protocol == option.split("=")[1]
         return
@@ -49,7 +49,7 @@ def test_every_option_composes(option):
     assert plain(config)["name"] == config.name
 
 
-def test_defaults_and_overrides_arrive():
+def test_config_defaults_and_overrides_applied():
     config = compose(
         "train_cls",
         ["model=deit_tiny", "model.patch_size=4", "trainer.steps=7", "optim.lr=3e-4", "trainer.precision=bf16"],
@@ -59,7 +59,7 @@ def test_defaults_and_overrides_arrive():
     assert config.name == "digits-deit_tiny-vca-seed0"
 
 
-def test_every_yaml_states_its_purpose():
+def test_config_experiment_files_have_header_comment():
     """A reader of an experiment learns from its first lines what it is."""
     for path in (ROOT / "configs").glob("experiment/**/*.yaml"):
         lines = path.read_text().splitlines()
@@ -147,7 +147,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("line", WRONG)
-def test_wrong_input(line, tmp_path, monkeypatch, capsys):
+def test_config_wrong_train_cls_input_one_line_error(line, tmp_path, monkeypatch, capsys):
     """Exit code 2 and one line with key, value and remedy; no image is read, nothing is written."""
     if line == "trainer.device=cuda":
         monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
@@ -188,7 +188,7 @@ WRONG_GEN = {
 
 
 @pytest.mark.parametrize("line", WRONG_GEN)
-def test_wrong_input_to_generation(line, tmp_path, monkeypatch, capsys):
+def test_config_wrong_train_gen_input_one_line_error(line, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     out = [f"out_dir={tmp_path}/out"]
     said = one_line("train_gen", train_gen.run, [*out, *line.split()], monkeypatch, capsys)
@@ -196,7 +196,7 @@ def test_wrong_input_to_generation(line, tmp_path, monkeypatch, capsys):
     assert not list(tmp_path.iterdir()), "something was written"
 
 
-def test_typo_in_an_experiment_file(tmp_path, monkeypatch):
+def test_config_typo_in_experiment_file_refused(tmp_path, monkeypatch):
     """A misspelt key in a file is refused as one on the command line is."""
     monkeypatch.setattr("vca.config.load.CONFIGS", tmp_path)
     for path in (ROOT / "configs").rglob("*.yaml"):
@@ -209,7 +209,7 @@ def test_typo_in_an_experiment_file(tmp_path, monkeypatch):
 
 
 @pytest.mark.process
-def test_a_model_of_the_other_script():
+def test_config_model_of_other_script_refused():
     for script, option, fit in (
         ("train_gen.py", "deit_tiny", "dit_b_2, "),
         ("train_cls.py", "dit_s_2", "cswin_base, "),
@@ -221,7 +221,7 @@ def test_a_model_of_the_other_script():
 
 
 @pytest.mark.process
-def test_the_real_command_line():
+def test_command_line_error_printed_once_under_torchrun():
     """The same through a real process, also under torchrun: one line, once."""
     for ranks in (1, 2):
         python = [sys.executable] if ranks == 1 else torchrun(ranks)
@@ -233,7 +233,7 @@ def test_the_real_command_line():
 
 
 @pytest.mark.parametrize("script", ["train_cls", "train_gen", "sample"])
-def test_help(script, monkeypatch, capsys):
+def test_command_line_help_lists_keys_and_groups(script, monkeypatch, capsys):
     """What its dataclasses say about the keys, and the groups, without the schemas that Hydra lists beside them."""
     monkeypatch.setattr("sys.argv", [f"{script}.py", "--help"])
     command_line(script, lambda config: pytest.fail("ran"))

@@ -110,13 +110,13 @@ def test_recipe_is_frozen(recipe):
         assert now.get(key) == golden.get(key), f"{recipe}: {key}"
 
 
-def test_every_recipe_is_frozen():
+def test_recipe_every_file_has_golden():
     files = {path.stem for path in (ROOT / "configs" / "recipe").glob("*.yaml")}
     assert files - {"none"} == set(RECIPES) == {path.stem for path in (GOLDEN / "recipes").glob("*.json")}
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-def test_groups_of_a_compiled_model(recipe):
+def test_parameter_groups_compiled_model_matches_golden(recipe):
     config = composed(recipe, "vca", "trainer.compile=true")
     assert (
         groups_of(config) == json.loads((GOLDEN / "recipes" / f"{recipe}.json").read_text())["parameter_groups"]["vca"]
@@ -124,7 +124,7 @@ def test_groups_of_a_compiled_model(recipe):
 
 
 @pytest.mark.process
-def test_groups_under_ddp(tmp_path):
+def test_parameter_groups_under_ddp_match_golden(tmp_path):
     """Two processes, each recipe's model wrapped in DDP: the same groups on both."""
     ranks = launch_script(Path(__file__), tmp_path, ranks=2)
     for seen in ranks:
@@ -148,7 +148,7 @@ ORIGINAL = {
 
 
 @pytest.mark.parametrize("recipe", ORIGINAL)
-def test_learning_rates_of_the_original_code(recipe):
+def test_learning_rate_equals_timm_scheduler(recipe):
     """Every epoch as timm's own scheduler has it, stepped as the original code steps it."""
     warmup, start, peak, end, late = ORIGINAL[recipe]
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=peak)
@@ -163,14 +163,14 @@ def test_learning_rates_of_the_original_code(recipe):
         assert rates[:4] == pytest.approx([1e-6, 1e-6, 2.008e-4, 4.006e-4], rel=1e-6)
 
 
-def test_a_peak_below_the_end():
+def test_learning_rate_peak_below_min_lr():
     """A smoke test with a tiny batch: the scaled peak lies below `min_lr`, and nothing rises above it."""
     optim = composed("leaplab_deit_tiny", "vca").optim
     rates = [learning_rate(optim, step, 300, 10, optim.peak_lr(16)) for step in range(300)]
     assert max(rates) == rates[-1] == optim.peak_lr(16) == 5e-4 * 16 / 512
 
 
-def test_what_is_not_decayed():
+def test_parameter_groups_no_decay_equals_original_code():
     """The lists of the original code; everything else that is not a vector is decayed."""
     listed = {
         "deit_original": {"cls_token", "pos_embed"},
@@ -189,7 +189,7 @@ def test_what_is_not_decayed():
 
 
 @pytest.mark.parametrize("row", TABLE1)
-def test_rows_of_table_1(row):
+def test_table1_experiment_matches_paper_row(row):
     """Each experiment states its row, the paper's accuracy and its cost, and composes into what it says."""
     first, second = (ROOT / "configs" / "experiment" / "table1" / f"{row}.yaml").read_text().splitlines()[1:3]
     said = re.fullmatch(
@@ -206,7 +206,7 @@ def test_rows_of_table_1(row):
     assert int(said[4]) == pytest.approx(flops / 40e12 / 3600, abs=0.6)
 
 
-def test_table_1_has_ten_rows():
+def test_table1_has_every_paper_row():
     assert {f"{model}_{attention}" for model, attention in PAPER} == set(TABLE1)
 
 
@@ -222,7 +222,7 @@ TABLE2 = sorted(path.stem for path in (ROOT / "configs" / "experiment" / "table2
 
 
 @pytest.mark.parametrize("row", TABLE2)
-def test_rows_of_table_2(row):
+def test_table2_experiment_matches_paper_row(row):
     """As the rows of Table 1; on cached latents or, by an override, on images."""
     first, second = (ROOT / "configs" / "experiment" / "table2" / f"{row}.yaml").read_text().splitlines()[1:3]
     expected = r"(?:Expected FID-50K: ([\d.]+)|The paper's FID is not at hand)"
@@ -248,7 +248,7 @@ def test_rows_of_table_2(row):
     assert online.augment == config.augment
 
 
-def test_table_2_has_its_rows():
+def test_table2_has_expected_rows():
     rows = {*FID, "dit_s_8", "dit_b_4", "dit_b_8", "dit_s_2_512"}
     assert set(TABLE2) == {f"{row}_{attention}" for row in rows for attention in ("softmax", "vca")}
 
@@ -259,7 +259,7 @@ def reproduce(table: int, *arguments: str, **env: str):
 
 
 @pytest.mark.process
-def test_the_scripts_of_the_tables(tmp_path):
+def test_reproduce_table_scripts_commands_and_errors(tmp_path):
     vaes = tmp_path
     for name in ("sd-vae-ft-ema", "sd-vae-ft-mse"):
         (vaes / name).mkdir()
@@ -299,7 +299,7 @@ def write() -> None:
 
 
 def main(out: Path) -> None:
-    """What a rank of `test_groups_under_ddp` does."""
+    """What a rank of `test_parameter_groups_under_ddp_match_golden` does."""
     from vca.runtime import distributed
 
     with distributed.start("cpu") as world:

@@ -85,7 +85,7 @@ def wait_for(condition, process, what):
         time.sleep(0.02)
 
 
-def test_requeued_in_mid_epoch_equals_unbroken(tmp_path, slurm):
+def test_slurm_requeue_mid_epoch_resume_is_exact(tmp_path, slurm):
     """Preempted by SLURM itself (`scontrol requeue`), then told by SIGUSR2 that its time is over, it goes on twice."""
     whole = run_script("train_cls.py", *LONG, f"out_dir={tmp_path}", "name=whole", ranks=2)
     assert whole.returncode == 0, whole.stderr[-3000:]
@@ -120,7 +120,7 @@ def test_requeued_in_mid_epoch_equals_unbroken(tmp_path, slurm):
     assert untimed(tmp_path / "whole") == untimed(folder)
 
 
-def test_failed_and_cancelled_jobs(tmp_path, slurm):
+def test_slurm_failed_and_cancelled_jobs_reported(tmp_path, slurm):
     """Started from any folder: a job that fails fails in SLURM too, and one that is cancelled is not waited for."""
     outside = {key: value for key, value in slurm.items() if key != "PYTHONPATH"}
     command = [sys.executable, str(ROOT / "train_cls.py"), "-m", *CLUSTER, "cluster.nodes=1", "cluster.max_restarts=0"]

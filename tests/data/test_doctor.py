@@ -90,7 +90,7 @@ NOTED = {
 
 
 @pytest.mark.parametrize("kind", BROKEN)
-def test_broken_folders_stop_a_run(tmp_path, kind):
+def test_data_check_broken_folder_stops_run(tmp_path, kind):
     root = tmp_path / "data"
     write_image_folder(root)
     damage, message = BROKEN[kind]
@@ -105,7 +105,7 @@ def test_broken_folders_stop_a_run(tmp_path, kind):
 
 
 @pytest.mark.parametrize("kind", NOTED)
-def test_oddities_are_noted(tmp_path, kind, capsys):
+def test_data_check_harmless_image_noted(tmp_path, kind, capsys):
     """ImageNet has such images: they are told, and read."""
     root = tmp_path / "data"
     write_image_folder(root)
@@ -119,7 +119,7 @@ def test_oddities_are_noted(tmp_path, kind, capsys):
 
 
 @pytest.mark.process
-def test_the_script_lists_everything(tmp_path):
+def test_doctor_lists_every_damaged_file(tmp_path):
     """All damages of files at once: a line each, exit code 2; a sound folder: exit code 0."""
     write_image_folder(tmp_path)
     sound = doctor(tmp_path, "data.num_classes=2")
@@ -140,7 +140,7 @@ def test_the_script_lists_everything(tmp_path):
 
 
 @pytest.mark.process
-def test_the_script_tells_of_folders_and_files(tmp_path):
+def test_doctor_reports_folder_and_file_errors(tmp_path):
     """Folders that are wrong do not hide files that are broken."""
     write_image_folder(tmp_path)
     truncate(tmp_path)
@@ -156,7 +156,7 @@ def test_the_script_tells_of_folders_and_files(tmp_path):
     assert "must be a folder that holds train/ and val/" in nowhere.stdout
 
 
-def test_the_check_is_bounded(tmp_path):
+def test_examine_time_limit_leaves_files_unread(tmp_path):
     """A time that is over leaves the rest unread, and says so."""
     write_image_folder(tmp_path)
     config = compose("train_cls", ["data=imagefolder", f"data.root={tmp_path}", "data.num_classes=2"])
@@ -165,7 +165,7 @@ def test_the_check_is_bounded(tmp_path):
     assert str(examine(files, seconds=0)).startswith("read 0 of 8 images")
 
 
-def test_what_a_sound_image_is(tmp_path):
+def test_examine_image_valid_images_pass(tmp_path):
     for mode in ("RGB", "L", "P", "RGBA", "1"):
         path = tmp_path / f"{mode}.png"
         Image.new(mode, (40, 30)).save(path)
@@ -177,7 +177,7 @@ def test_what_a_sound_image_is(tmp_path):
     assert examine_image(os.fspath(tmp_path / "eight_of_sixteen.png")) == []
 
 
-def test_an_image_that_is_a_bomb(tmp_path):
+def test_examine_image_decompression_bomb_refused(tmp_path):
     """PIL refuses to decode it, with an error of its own kind."""
     Image.new("1", (20_000, 10_000)).save(tmp_path / "huge.png")
     (finding,) = examine_image(os.fspath(tmp_path / "huge.png"))
@@ -185,7 +185,7 @@ def test_an_image_that_is_a_bomb(tmp_path):
     assert "decompression bomb" in finding.problem
 
 
-def test_too_little_shared_memory():
+def test_shared_memory_note_when_too_little():
     """pytorch#5040: workers die with a bus error when the batches they hold ready do not fit."""
     free = shutil.disk_usage("/dev/shm").free
     assert shared_memory_note(4, free // 10) is None
@@ -195,7 +195,7 @@ def test_too_little_shared_memory():
     assert shared_memory_note(4, 10 * free, folder="/nowhere") is None
 
 
-def test_a_training_split_alone_is_enough_for_generation(tmp_path):
+def test_imagefolder_without_val_loads_train_split(tmp_path):
     """Only what reads `val/` asks for it."""
     for name in ("a", "b"):
         (tmp_path / "train" / name).mkdir(parents=True)
@@ -207,7 +207,7 @@ def test_a_training_split_alone_is_enough_for_generation(tmp_path):
 
 
 @pytest.mark.process
-def test_a_sound_cluster(tmp_path):
+def test_doctor_cluster_all_checks_pass_on_two_ranks(tmp_path):
     """Two ranks of this machine, which it starts by itself: a line for each check, nothing left behind."""
     command = ("scripts/doctor.py", "--cluster", "trainer.device=cpu", f"out_dir={tmp_path}")
     done = run_command(sys.executable, *command)
@@ -221,7 +221,7 @@ def test_a_sound_cluster(tmp_path):
 
 
 @pytest.mark.process
-def test_an_unfit_cluster(tmp_path):
+def test_doctor_cluster_failed_checks_reported(tmp_path):
     """Data that are not there and a folder that cannot be: their lines, and the other checks all the same."""
     (tmp_path / "file").write_text("")
     command = ("scripts/doctor.py", "--cluster", "trainer.device=cpu", f"out_dir={tmp_path}/file/runs")
@@ -232,7 +232,7 @@ def test_an_unfit_cluster(tmp_path):
     assert "config error: not ready for a training: data, disk, resume" in done.stderr
 
 
-def test_checks_see_what_is_wrong(tmp_path, monkeypatch):
+def test_doctor_cluster_checks_detect_faults(tmp_path, monkeypatch):
     one = World(0, 0, 1, torch.device("cpu"))
     monkeypatch.setattr(World, "sum", lambda self, tensor: tensor + 1)
     with pytest.raises(cluster.CheckError, match="wrong by 1"):
@@ -266,7 +266,7 @@ with distributed.start("cpu", 0.5) as world:
 
 
 @pytest.mark.process
-def test_a_fault_of_one_rank(tmp_path):
+def test_doctor_cluster_error_on_one_rank_reported(tmp_path):
     """It is told with the rank and its machine, and the checks after it go on."""
     script = tmp_path / "bad.py"
     script.write_text(ONE_BAD_NODE)

@@ -105,7 +105,7 @@ def quick_cache(photos, quick, artefact):
     return artefact("quick-cache", lambda folder: prepared(photos, quick, folder))
 
 
-def test_the_vae_is_that_of_diffusers(vaes):
+def test_autoencoder_sd_vae_equals_diffusers(vaes):
     from diffusers.models import AutoencoderKL
 
     for name, shift in (("sd-vae-ft-mse", 0.0), ("other", 0.3)):
@@ -144,7 +144,7 @@ def load_autoencoder(weights):
 """
 
 
-def test_an_autoencoder_from_a_file(tmp_path):
+def test_autoencoder_from_python_file(tmp_path):
     file = tmp_path / "halve.py"
     file.write_text(FROM_FILE)
     config = AutoencoderConfig("file", str(file), weights="4", channels=3, factor=2, scale=0.5, shift=1.0)
@@ -159,7 +159,7 @@ def test_an_autoencoder_from_a_file(tmp_path):
     assert load_autoencoder(config, CPU).sha256 != autoencoder.sha256
 
 
-def test_wrong_autoencoders(vaes, tmp_path):
+def test_autoencoder_wrong_config_refused(vaes, tmp_path):
     (tmp_path / "broken.py").write_text("def load_autoencoder(weights):\n    return 1 / 0\n")
     (tmp_path / "halve.py").write_text(FROM_FILE)
     (tmp_path / "other.py").write_text("def load_autoencoder(weights):\n    return weights\n")
@@ -189,7 +189,7 @@ def test_wrong_autoencoders(vaes, tmp_path):
         assert "\n" not in str(error.value)
 
 
-def test_an_autoencoder_that_is_nowhere(monkeypatch):
+def test_autoencoder_not_found_offline_refused(monkeypatch):
     """Without a network: which one, and how to get it. (The hub's client is told to stay offline.)"""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     config = AutoencoderConfig("diffusers", "nobody/no-vae", channels=4, factor=8)
@@ -197,7 +197,7 @@ def test_an_autoencoder_that_is_nowhere(monkeypatch):
         load_autoencoder(config, CPU)
 
 
-def test_adm_crop():
+def test_adm_crop_sizes_and_pixels():
     """Sizes of every shape; a large image is halved by averaging before anything else."""
     rng = np.random.default_rng(0)
     for width, height in [*SIZES, (32, 32), (31, 500), (64, 64)]:
@@ -230,7 +230,7 @@ def batches_of(config, steps):
 
 
 @pytest.mark.parametrize("hflip", [0.5, 0.0])
-def test_a_batch_from_the_cache_is_the_batch_of_the_images(photos, vaes, cache, hflip):
+def test_latent_cache_batch_equals_online_batch(photos, vaes, cache, hflip):
     """Over more than an epoch: images come again, flipped or not, with another sample of their posterior."""
     chosen = [*options(vaes / "sd-vae-ft-mse"), *NETWORK, f"augment.hflip={hflip}", "trainer.global_batch=10"]
     online = compose("train_gen", [*chosen, "data=imagefolder", f"data.root={photos}"])
@@ -245,7 +245,7 @@ def test_a_batch_from_the_cache_is_the_batch_of_the_images(photos, vaes, cache, 
     assert not torch.equal(next(batches_of(other_seed, 1))[0], other[0])
 
 
-def test_flips_are_encoded_not_flipped(cache):
+def test_latent_cache_flips_are_encoded(cache):
     images = LatentCache(cache)
     assert len(images) == sum(CLASSES.values())
     versions, label = images[20]
@@ -257,7 +257,7 @@ def test_flips_are_encoded_not_flipped(cache):
 
 
 @pytest.mark.process
-def test_several_ranks_and_an_interruption_make_the_same_cache(photos, quick, quick_cache, tmp_path):
+def test_prepare_latents_resume_on_two_ranks_is_exact(photos, quick, quick_cache, tmp_path):
     """Killed after its first file, continued by two ranks: every byte as in one go."""
     command = [*options(quick), f"data.root={photos}", f"out={tmp_path / 'broken'}", *CACHE, "shard_size=1"]
     begun = (tmp_path / "broken").glob
@@ -287,7 +287,7 @@ def changed(cache, tmp_path, name="changed", **fields):
     return folder
 
 
-def test_a_cache_that_does_not_fit(photos, vaes, cache, tmp_path):
+def test_latent_cache_mismatched_or_truncated_refused(photos, vaes, cache, tmp_path):
     """Each gives one line, and nothing is written."""
     there = json.loads((cache / "manifest.json").read_text())
     scaled = changed(cache, tmp_path, autoencoder={**there["autoencoder"], "scale": 0.13})
@@ -325,7 +325,7 @@ def test_a_cache_that_does_not_fit(photos, vaes, cache, tmp_path):
         assert "\n" not in str(error.value)
 
 
-def test_prepare_refuses(photos, vaes, cache, tmp_path):
+def test_prepare_latents_wrong_options_refused(photos, vaes, cache, tmp_path):
     for more, message in (
         ((f"autoencoder.source={vaes / 'other'}", f"out={cache}"), r"holds another cache \(autoencoder.sha256"),
         (("shard_size=16", f"out={cache}"), r"holds another cache \(shard_size: 8 there, 16 here\)"),
@@ -339,7 +339,7 @@ def test_prepare_refuses(photos, vaes, cache, tmp_path):
     assert read_manifest(cache).shard_size == 8
 
 
-def test_few_files_are_kept_open(photos, quick, tmp_path, monkeypatch):
+def test_latent_cache_open_files_bounded(photos, quick, tmp_path, monkeypatch):
     """ImageNet has more files than a process may have open."""
     prepared(photos, quick, tmp_path, "shard_size=1")
     monkeypatch.setattr("vca.data.latents.OPEN_FILES", 3)
@@ -349,7 +349,7 @@ def test_few_files_are_kept_open(photos, quick, tmp_path, monkeypatch):
         assert len(images.files) <= 3
 
 
-def test_a_vae_whose_weights_are_not_all_there(vaes, tmp_path):
+def test_autoencoder_missing_weights_refused(vaes, tmp_path):
     from safetensors.torch import load_file, save_file
 
     broken = shutil.copytree(vaes / "other", tmp_path / "broken")
@@ -361,7 +361,7 @@ def test_a_vae_whose_weights_are_not_all_there(vaes, tmp_path):
         load_autoencoder(AutoencoderConfig("diffusers", str(broken), channels=4, factor=4), CPU)
 
 
-def test_the_config_of_a_vae_is_part_of_its_identity(vaes, tmp_path):
+def test_autoencoder_identity_includes_config(vaes, tmp_path):
     changed = shutil.copytree(vaes / "other", tmp_path / "changed")
     config = json.loads((changed / "config.json").read_text())
     (changed / "config.json").write_text(json.dumps({**config, "act_fn": "relu"}))
@@ -372,7 +372,7 @@ def test_the_config_of_a_vae_is_part_of_its_identity(vaes, tmp_path):
     assert one.sha256 != other.sha256
 
 
-def test_the_autoencoder_is_in_float32_whatever_is_set(vaes):
+def test_autoencoder_runs_in_float32_despite_tf32(vaes):
     """TF32 too: on a GPU the convolutions of a VAE would take it."""
     seen = []
 
@@ -397,7 +397,7 @@ def test_the_autoencoder_is_in_float32_whatever_is_set(vaes):
     assert seen == [(False, "highest")] * 2
 
 
-def test_a_run_goes_on_with_the_latents_it_began_with(photos, quick, quick_cache, tmp_path):
+def test_resume_with_other_latents_refused(photos, quick, quick_cache, tmp_path):
     """Not with another cache or autoencoder; with the same ones at another place, yes."""
     moved = shutil.copytree(quick_cache, tmp_path / "moved")
     elsewhere = shutil.copy(quick, tmp_path / "elsewhere.py")
@@ -417,7 +417,7 @@ def test_a_run_goes_on_with_the_latents_it_began_with(photos, quick, quick_cache
         go(moved, Path(elsewhere))
 
 
-def test_half_precision(photos, vaes, cache, tmp_path):
+def test_latent_cache_float16_close_to_float32(photos, vaes, cache, tmp_path):
     """Half the bytes, the same to three digits."""
     prepared(photos, vaes / "sd-vae-ft-mse", tmp_path / "half", "dtype=float16")
     one, other = LatentCache(cache)[5][0], LatentCache(tmp_path / "half")[5][0]
@@ -428,7 +428,7 @@ def test_half_precision(photos, vaes, cache, tmp_path):
 
 @pytest.mark.process
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_kill_and_resume_on_latents_is_exact(quick, quick_cache, tmp_path, ranks):
+def test_resume_on_latents_after_kill_is_exact(quick, quick_cache, tmp_path, ranks):
     length = ["trainer.global_batch=12", "trainer.steps=40", "trainer.checkpoint_every=5", "trainer.log_every=2"]
     command = [*options(quick), *NETWORK, *length, "data=latents", f"data.root={quick_cache}", f"out_dir={tmp_path}"]
     done = run_script("train_gen.py", *command, "name=whole", ranks=ranks)
@@ -445,7 +445,7 @@ def test_kill_and_resume_on_latents_is_exact(quick, quick_cache, tmp_path, ranks
 
 
 @pytest.mark.skipif(not (SHARED / "weights").is_dir(), reason="the weights of TAEF2 are not part of the project")
-def test_taef2(photos, tmp_path):
+def test_taef2_reconstructs_and_trains_from_cache(photos, tmp_path):
     """A real autoencoder of 32 channels from a file: reconstruction, cache, equality with online, training."""
     autoencoder = [
         "autoencoder=file",

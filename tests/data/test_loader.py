@@ -54,11 +54,11 @@ def assert_equal_batches(one, other):
     [{"size": 2, "micro": 24}, {"size": 4, "micro": 12}, {"size": 3, "micro": 4}, {"size": 1, "micro": 12}],
     ids=str,
 )
-def test_batch_does_not_depend_on_ranks(how):
+def test_train_loader_independent_of_ranks(how):
     assert_equal_batches(step_batches(1, 48), step_batches(**how))
 
 
-def test_batch_does_not_depend_on_workers_or_resume():
+def test_train_loader_independent_of_workers_and_resume():
     whole = step_batches(1, 48, last=6)
     assert_equal_batches(whole, step_batches(1, 48, last=6, workers=2))
     assert_equal_batches(whole[3:], step_batches(2, 24, first=3, last=6))
@@ -76,7 +76,7 @@ def test_augmentation_differs_between_epochs_and_seeds():
 
 
 @pytest.mark.parametrize(("images", "batch"), [(103, 10), (96, 48), (10, 32)])
-def test_an_epoch_is_the_data_set(images, batch):
+def test_train_order_epoch_visits_every_image_once(images, batch):
     order = TrainOrder(images, batch, seed=0)
     stream = [order.address(position) for position in range(3 * images)]
     for epoch in range(3):
@@ -86,7 +86,7 @@ def test_an_epoch_is_the_data_set(images, batch):
     assert [a.image for a in stream[:images]] != [a.image for a in stream[images : 2 * images]]
 
 
-def test_repeated_augmentation():
+def test_train_order_repeated_augmentation():
     """Every image stands three times in an epoch that sees a third of them; copies are not always mixed."""
     order = TrainOrder(120, 60, seed=0, repeats=3)
     epoch = [a for step in range(2) for a in order.batch(step, 0, 60)]
@@ -100,7 +100,7 @@ def test_repeated_augmentation():
 
 
 @pytest.mark.parametrize("cut", [1, 2, 4])
-def test_mixing_does_not_depend_on_the_cut(cut):
+def test_batch_mixer_independent_of_micro_batches(cut):
     """Mixup and CutMix of a global batch are the same however many micro-batches it is cut into."""
     mixer = BatchMixer(AugmentConfig(mixup=0.8, cutmix=1.0, label_smoothing=0.1), num_classes=5, seed=0)
     torch.manual_seed(0)
@@ -127,7 +127,7 @@ def test_mixing_does_not_depend_on_the_cut(cut):
     assert torch.equal(images, before), "the batch was changed in place"
 
 
-def test_label_smoothing_without_mixing():
+def test_batch_mixer_label_smoothing_without_mixing():
     mixer = BatchMixer(AugmentConfig(label_smoothing=0.1), num_classes=4, seed=0)
     images = torch.randn(2, 1, 2, 2)
     same, targets = mixer(images, torch.tensor([1, 3]), 0)
@@ -135,7 +135,7 @@ def test_label_smoothing_without_mixing():
     torch.testing.assert_close(targets[0], torch.tensor([0.025, 0.925, 0.025, 0.025]))
 
 
-def test_digits():
+def test_digits_split_sizes_and_normalisation():
     config, train = digits()
     held_out = load_dataset(config.data, train=False)
     assert (len(train), len(held_out)) == (1438, 359)
@@ -148,7 +148,7 @@ def test_digits():
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5])
-def test_evaluation_shares_cover_the_set_once(count):
+def test_eval_loader_ranks_cover_set_once(count):
     config, _ = digits()
     images = load_dataset(config.data, train=False)
     loaders = [eval_loader(images, eval_transform(config.data), world(r, count), 50, 0) for r in range(count)]
@@ -168,7 +168,7 @@ def write_image_folder(root, classes=("cat", "dog"), images=4, splits=("train", 
                 image.save(folder / f"{index}.jpg")
 
 
-def test_imagefolder(tmp_path):
+def test_imagefolder_loads_and_transforms(tmp_path):
     write_image_folder(tmp_path)
     options = ["data=imagefolder", f"data.root={tmp_path}", "data.img_size=32", "augment=imagenet"]
     config, images = digits(*options, "data.num_classes=2")
@@ -177,7 +177,7 @@ def test_imagefolder(tmp_path):
     assert augmented.shape == eval_transform(config.data)(images[0][0]).shape == (3, 32, 32)
 
 
-def test_every_operation_of_randaugment_takes_every_magnitude():
+def test_randaugment_accepts_every_magnitude():
     """Magnitude 9 with noise of 0.5 comes to 10, where posterize keeps 0 bits; Pillow 13 refuses that."""
     config = compose("train_cls", ["data=imagefolder", "augment=imagenet"])
     randaugment = next(t for t in train_transform(config.augment, config.data).transforms if hasattr(t, "ops"))
@@ -189,7 +189,7 @@ def test_every_operation_of_randaugment_takes_every_magnitude():
             assert operation(picture).size == (24, 24), operation
 
 
-def test_seeds_are_addresses():
+def test_seeding_deterministic_and_distinct_per_address():
     assert derive_seed(1, "a", 2) == derive_seed(1, "a", 2)
     addresses = [(1, "a", 2), (1, "a", 3), (2, "a", 1), (1, "b", 2), (1, 2), (12,)]
     assert len({derive_seed(*address) for address in addresses}) == len(addresses)

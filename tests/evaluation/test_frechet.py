@@ -14,7 +14,7 @@ def rotation(rng, size):
 
 
 @pytest.mark.parametrize("rank", [24, 9, 1])
-def test_commuting_covariances(rank):
+def test_frechet_distance_commuting_covariances_closed_form(rank):
     """Covariances with the same eigenvectors, of full rank or not: the sum of (sqrt(a) - sqrt(b))^2."""
     rng = np.random.default_rng(rank)
     axes, a, b = rotation(rng, 24), rng.uniform(0.1, 5, 24), rng.uniform(0.1, 5, 24)
@@ -25,7 +25,7 @@ def test_commuting_covariances(rank):
     assert distance == pytest.approx(expected, rel=1e-9)
 
 
-def test_two_dimensions():
+def test_frechet_distance_two_dimensions_closed_form():
     """tr (A B)^(1/2) of 2 x 2 matrices is sqrt(tr A B + 2 sqrt(det A B)), whether they commute or not."""
     rng = np.random.default_rng(0)
     for _ in range(20):
@@ -36,7 +36,7 @@ def test_two_dimensions():
         assert frechet_distance(mu[0], a, mu[1], b) == pytest.approx(expected, abs=1e-9)
 
 
-def test_identical_sets_and_symmetry():
+def test_frechet_distance_identical_sets_zero_and_symmetric():
     rng = np.random.default_rng(1)
     few, other = rng.standard_normal((2, 40, 64))  # fewer images than features: a singular covariance
     mu, sigma = few.mean(0), np.cov(few, rowvar=False)
@@ -47,7 +47,7 @@ def test_identical_sets_and_symmetry():
     np.testing.assert_allclose(root @ root, sigma, atol=1e-12)
 
 
-def test_statistics_do_not_depend_on_batches_or_ranks():
+def test_feature_statistics_independent_of_batch_and_ranks():
     rows = torch.randn(503, 30, generator=torch.Generator().manual_seed(0)) * 3 + 100
     mean, covariance = rows.double().mean(0).numpy(), np.cov(rows.double().numpy(), rowvar=False)
     for batch in (1, 7, 64):
@@ -67,7 +67,7 @@ def test_statistics_do_not_depend_on_batches_or_ranks():
             np.testing.assert_allclose(found[1], covariance, rtol=1e-9, atol=1e-9)
 
 
-def test_wrong_features():
+def test_feature_statistics_wrong_features_refused():
     statistics = FeatureStatistics(3)
     for rows, message in (
         (torch.zeros(2, 4), r"features must be \(B, 3\), got \(2, 4\)"),

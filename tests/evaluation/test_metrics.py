@@ -41,13 +41,13 @@ def moments(rows):
     return found.mean_and_covariance()
 
 
-def test_frechet_distance_is_torch_fidelitys(features):
+def test_frechet_distance_equals_torch_fidelity(features):
     ours = frechet_distance(*moments(features[0]), *moments(features[1]))
     sides = [fid_features_to_statistics(torch.from_numpy(rows)) for rows in features]
     assert ours == pytest.approx(fid_statistics_to_metric(*sides, False)["frechet_inception_distance"], rel=1e-9)
 
 
-def test_kernel_distance_is_torch_fidelitys(features):
+def test_kernel_distance_equals_torch_fidelity(features):
     their = kid_features_to_metric(
         *map(torch.from_numpy, features), kid_subsets=20, kid_subset_size=100, rng_seed=5, **QUIET
     )
@@ -64,7 +64,7 @@ def test_kernel_distance_is_unbiased():
     assert abs(mean) < 4 * std / math.sqrt(200)
 
 
-def test_inception_score_is_torch_fidelitys():
+def test_inception_score_equals_torch_fidelity():
     """Theirs shuffles by default; with `shuffle=False` and splits of equal size it is the same figure."""
     logits = torch.randn(1000, 30, generator=torch.Generator().manual_seed(0)) * 3
     their = isc_features_to_metric(logits, splits=5, shuffle=False)
@@ -74,7 +74,7 @@ def test_inception_score_is_torch_fidelitys():
     assert mean != pytest.approx(isc_features_to_metric(logits, splits=5)["inception_score_mean"], rel=1e-6)
 
 
-def test_inception_score_by_hand():
+def test_inception_score_equals_hand_calculation():
     """Sure and evenly spread over K classes: K. Never sure, or always of one class: 1. The last split may be short."""
     sure = 1000 * torch.eye(7).repeat(3, 1)
     assert inception_score(sure, 21) == (pytest.approx(7), 0)
@@ -83,7 +83,7 @@ def test_inception_score_by_hand():
     assert inception_score(sure[:10], 7).mean == pytest.approx((7 + 3) / 2)
 
 
-def test_precision_and_recall_are_torch_fidelitys(features):
+def test_precision_recall_equals_torch_fidelity(features):
     x, y = (torch.from_numpy(rows) for rows in features)
     their = prc_features_to_metric(x, y, prc_neighborhood=3, **QUIET)
     precision, recall = precision_recall(*features)
@@ -93,7 +93,7 @@ def test_precision_and_recall_are_torch_fidelitys(features):
     assert precision != recall
 
 
-def test_precision_and_recall_by_hand():
+def test_precision_recall_equals_hand_calculation():
     """On a line: real points 0, 1, 2, 10; with k = 1 their balls reach 1, 1, 1 and 8."""
     real, generated = np.array([[0.0], [1], [2], [10]]), np.array([[0.5], [2.9], [19.0], [100], [101]])
     precision, recall = precision_recall(generated, real, neighbours=1)
@@ -122,7 +122,7 @@ def test_precision_and_recall_by_hand():
         (lambda: precision_recall(np.zeros((9, 2)), np.full((9, 2), np.inf)), "NaN or infinite"),
     ],
 )
-def test_wrong_arrays(call, message):
+def test_metrics_wrong_arrays_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call()
 
@@ -131,7 +131,7 @@ def feature_set(rows, **more):
     return FeatureSet("a set", len(rows), (8, 8, 3), "0", Moments(*moments(rows)), **more)
 
 
-def test_what_is_not_there_is_not_reported(features):
+def test_compare_sets_missing_features_not_reported(features):
     """Statistics alone give the distance alone; ADM's reference images serve precision and recall, and no KID."""
     metrics, settings = compare_sets(feature_set(features[0]), feature_set(features[1]))
     assert metrics == Metrics(metrics.frechet)
@@ -153,7 +153,7 @@ def test_what_is_not_there_is_not_reported(features):
         (50_000, False, "Frechet distance-50K"),
     ],
 )
-def test_names_carry_the_number(count, published, name):
+def test_metrics_labels_state_sample_count(count, published, name):
     assert next(iter(labelled(Metrics(12.345), {}, count, published).items())) == (name, "12.35")
 
 
@@ -163,7 +163,7 @@ def weights(artefact):
     return artefact("inception", lambda folder: write_random_weights(folder / "random.pth", images)) / "random.pth"
 
 
-def test_inception_is_torch_fidelitys(weights):
+def test_inception_extractor_equals_torch_fidelity(weights):
     """The same features to the bit; the spatial ones are 7 channels of a branch, position by position."""
     images = torch.randint(0, 256, (3, 3, 20, 20), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
     config = InceptionConfig(weights=str(weights), sha256=None)
@@ -179,7 +179,7 @@ def test_inception_is_torch_fidelitys(weights):
         assert torch.equal(found.spatial[:, flat], seen[0][:, channel, row, column])
 
 
-def test_wrong_inception_weights(weights, tmp_path, monkeypatch):
+def test_inception_extractor_wrong_weights_refused(weights, tmp_path, monkeypatch):
     def message(**config):
         with pytest.raises(ConfigError) as raised:
             load_extractor(InceptionConfig(**config), ONE, None)

@@ -81,7 +81,7 @@ def table(name, folder, **options):
     return {line["row"]: line for line in lines_of(TABLES[name], gather([folder], **options).measured)}
 
 
-def test_table_1(tmp_path):
+def test_tables_table1_rows_from_runs(tmp_path):
     for seed, top1 in enumerate((75.0, 75.5, 76.3)):
         trained(tmp_path / "a" / f"whatever{seed}", "deit_tiny_vca", top1, f"seed={seed}")
     trained(tmp_path / "b", "deit_tiny_softmax", 72.25)
@@ -97,7 +97,7 @@ def test_table_1(tmp_path):
     assert table("table1", tmp_path, weights="ema")["DeiT-Tiny"]["softmax measured"] == "73.25"
 
 
-def test_table_2(tmp_path):
+def test_tables_table2_rows_from_records(tmp_path):
     for seed, fid in enumerate((62.0, 63.0)):
         measured(tmp_path / f"v{seed}", "dit_s_2_vca", fid, f"seed={seed}")
     measured(tmp_path / "s", "dit_s_2_softmax", 67.0, "trainer.workers=3")
@@ -118,7 +118,7 @@ def test_table_2(tmp_path):
     assert any("protocol dit_best" in line for line in left_out)
 
 
-def test_a_training_is_one_seed_however_often_it_was_measured(tmp_path):
+def test_tables_repeated_evaluations_count_as_one_seed(tmp_path):
     path = measured(tmp_path / "a" / "v0", "dit_s_2_vca", 62.0)
     (tmp_path / "a" / "copy.json").write_text(path.read_text())  # by another name, too
     (tmp_path / "b").mkdir()
@@ -130,7 +130,7 @@ def test_a_training_is_one_seed_however_often_it_was_measured(tmp_path):
     assert lines_of(TABLES["table1"], found)[0]["VCA seeds"] == "1"
 
 
-def test_what_is_none_of_ours_is_passed_over(tmp_path):
+def test_tables_foreign_configs_and_samples_skipped(tmp_path):
     (tmp_path / "vae").mkdir()
     (tmp_path / "vae" / "config.json").write_text('{"_class_name": "AutoencoderKL"}')
     path = measured(tmp_path / "a", "dit_s_2_vca", 62.0)
@@ -145,7 +145,7 @@ def test_what_is_none_of_ours_is_passed_over(tmp_path):
         gather([tmp_path])
 
 
-def test_what_does_not_matter_may_differ(tmp_path):
+def test_tables_irrelevant_differences_accepted(tmp_path):
     """Who computed it, in which micro-batches, where the weights lay, what else was measured."""
     measured(tmp_path / "a", "dit_s_2_vca", 62.0)
     other = {"kid": None, "inception_score_split": None, "neighbours": None}
@@ -153,7 +153,7 @@ def test_what_does_not_matter_may_differ(tmp_path):
     assert table("table2", tmp_path)["DiT-S/2"]["softmax measured"] == "67.00"
 
 
-def test_tables_3_and_4(tmp_path):
+def test_tables_table3_and_table4_ablation_rows(tmp_path):
     """An ablation is known by its options; the whole of VCA stands in both tables."""
     for name, option in (("one", "stage2=plain"), ("two", "stage1=plain")):
         trained(tmp_path / name, "deit_tiny_vca", {"one": 75.2, "two": 75.3}[name], f"attention.{option}")
@@ -178,14 +178,14 @@ def test_tables_3_and_4(tmp_path):
         ({"extractor": {**EXTRACTOR, "sha256": "j"}}, "extractor.sha256: 'i' there, 'j' here"),
     ],
 )
-def test_figures_not_measured_alike_are_refused(change, message, tmp_path):
+def test_tables_different_measurements_refused(change, message, tmp_path):
     measured(tmp_path / "a", "dit_s_2_vca", 62.0)
     measured(tmp_path / "b", "dit_b_2_softmax", 42.0, **change)
     with pytest.raises(ConfigError, match=f"a/.* and .*b/.* were not measured alike \\(.*{message}"):
         table("table2", tmp_path)
 
 
-def test_trainings_that_differ_are_refused(tmp_path):
+def test_tables_different_run_configs_refused(tmp_path):
     measured(tmp_path / "a", "dit_s_2_vca", 62.0)
     measured(tmp_path / "b", "dit_s_2_softmax", 62.0, "optim.lr=3e-4")
     with pytest.raises(ConfigError, match=r"origin\.training\.optim\.lr: 0.0003 there, 0.0001 here"):
@@ -200,7 +200,7 @@ def test_trainings_that_differ_are_refused(tmp_path):
         table("table1", tmp_path / "e")
 
 
-def test_the_paper_s_figures_are_those_of_the_experiments():
+def test_tables_paper_figures_equal_experiments():
     """Each row of Tables 1 and 2 is an experiment, whose first lines say what to expect."""
     for name in ("table1", "table2"):
         for label, cells in TABLES[name].rows:
@@ -217,7 +217,7 @@ def test_the_paper_s_figures_are_those_of_the_experiments():
 
 
 @pytest.mark.process
-def test_the_script(tmp_path):
+def test_table_script_writes_markdown_and_csv(tmp_path):
     def run(*arguments):
         return run_script("scripts/table.py", *map(str, arguments))
 

@@ -34,7 +34,7 @@ def toy_transport_net(x, t):
 # Diffusion
 
 
-def test_diffusion_schedule():
+def test_diffusion_schedule_equals_original():
     expected, diffusion = golden("gaussian_diffusion"), GaussianDiffusion(linear_betas())
     for key in ("betas", "alphas_cumprod", "posterior_variance"):
         torch.testing.assert_close(getattr(diffusion, key), expected[key], rtol=1e-12, atol=0)
@@ -43,7 +43,7 @@ def test_diffusion_schedule():
     torch.testing.assert_close(chain.betas, expected["respaced_25_betas"], rtol=1e-10, atol=0)
 
 
-def test_diffusion_losses():
+def test_diffusion_losses_equal_original():
     expected, diffusion = golden("gaussian_diffusion"), GaussianDiffusion(linear_betas())
     x0, t, noise = expected["x0"], expected["t"], expected["noise"]
     assert close(diffusion.add_noise(x0, t, noise), expected["x_t"])
@@ -52,7 +52,7 @@ def test_diffusion_losses():
         torch.testing.assert_close(losses[key], expected[key], rtol=1e-5, atol=0)
 
 
-def test_the_bound_does_not_move_the_mean():
+def test_diffusion_vb_gradient_skips_mean():
     """The gradient of `vb` reaches the variance half of the output only."""
     expected, diffusion = golden("gaussian_diffusion"), GaussianDiffusion(linear_betas())
     out = toy_diffusion_net(expected["x_t"], expected["t"]).requires_grad_()
@@ -63,7 +63,7 @@ def test_the_bound_does_not_move_the_mean():
     assert variance.abs().sum() > 0
 
 
-def test_diffusion_chains():
+def test_sample_ddpm_and_ddim_equal_original():
     expected, diffusion = golden("gaussian_diffusion"), GaussianDiffusion(linear_betas())
     ddpm = sample_ddpm(toy_diffusion_net, expected["ddpm_25_xT"], diffusion, 25, lambda i: expected["ddpm_25_z"][i])
     assert close(ddpm.x, expected["ddpm_25_x0"])
@@ -72,7 +72,7 @@ def test_diffusion_chains():
     assert ddpm.evaluations == ddim.evaluations == 25
 
 
-def test_respacing():
+def test_respaced_steps_valid_and_invalid_counts():
     assert respaced_steps(1000, 1) == [0]
     assert respaced_steps(10, 10) == list(range(10))
     assert respaced_steps(1000, 250)[::249] == [0, 999]
@@ -100,7 +100,7 @@ FORMS = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_interpolants(case):
+def test_interpolant_equals_original(case):
     expected, interpolant = golden("transport"), CASES[case]
     noise, data, t = (expected[key] for key in ("x0", "x1", "t"))
     xt, velocity = interpolant.mix(noise, data, t)
@@ -116,7 +116,7 @@ def test_interpolants(case):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_ode_samples(case):
+def test_sample_ode_equals_original(case):
     expected, interpolant = golden("transport"), CASES[case]
     start = expected[f"{case}_init"]
     for method, points, key, evaluations in (("euler", 20, "euler20", 19), ("heun", 20, "heun220", 38)):
@@ -128,7 +128,7 @@ def test_ode_samples(case):
     assert samples.evaluations > 6
 
 
-def test_sde_samples():
+def test_sample_sde_equals_original():
     expected, case = golden("transport"), "Linear_velocity_None"
     noise = expected[f"{case}_sde_euler30_z"]
     samples = sample_sde(toy_transport_net, expected[f"{case}_init"], Interpolant(), lambda i: noise[i], points=30)
@@ -137,7 +137,7 @@ def test_sde_samples():
 
 
 @pytest.mark.parametrize("path", Path)
-def test_coefficients_are_derivatives(path):
+def test_interpolant_coefficients_equal_autograd(path):
     t = torch.linspace(0.05, 0.95, 19, dtype=torch.float64, requires_grad=True)
     c = coefficients(path, t)
     for value, derivative in ((c.alpha, c.d_alpha), (c.sigma, c.d_sigma)):
@@ -170,7 +170,7 @@ def exact_net(interpolant):
 
 @pytest.mark.parametrize("path", Path)
 @pytest.mark.parametrize("prediction", Prediction)
-def test_predictions_agree(path, prediction):
+def test_interpolant_predictions_agree(path, prediction):
     """Noise, score and velocity of the same target stand for the same velocity and score."""
     x, t = torch.randn(9, 1, 2, 2, dtype=torch.float64), torch.linspace(0.1, 0.9, 9, dtype=torch.float64)
     one, other = Interpolant(path), Interpolant(path, prediction)
@@ -186,7 +186,7 @@ def order(errors):
 
 @pytest.mark.parametrize(("method", "expected"), [("euler", 1), ("heun", 2)])
 @pytest.mark.parametrize("path", [Path.linear, Path.gvp])
-def test_order_of_the_ode_solvers(path, method, expected):
+def test_sample_ode_order_of_convergence(path, method, expected):
     """The flow of a Gaussian target is x -> MEAN + STD x."""
     interpolant, x = Interpolant(path), torch.linspace(-2, 2, 9, dtype=torch.float64).reshape(9, 1, 1, 1)
     errors = []
@@ -196,7 +196,7 @@ def test_order_of_the_ode_solvers(path, method, expected):
     assert order(errors) == pytest.approx(expected, abs=0.15), errors
 
 
-def test_the_adaptive_solver_keeps_its_tolerance():
+def test_sample_ode_adaptive_within_tolerance():
     interpolant, x = Interpolant(), torch.linspace(-2, 2, 9, dtype=torch.float64).reshape(9, 1, 1, 1)
     for rtol in (1e-3, 1e-5, 1e-7):
         samples = sample_ode(exact_net(interpolant), x, interpolant, rtol=rtol, atol=rtol)
@@ -222,7 +222,7 @@ def final_moments(sampler, steps):
 
 @pytest.mark.parametrize("form", [DiffusionForm.sigma, DiffusionForm.linear, DiffusionForm.constant])
 @pytest.mark.parametrize("method", ["euler", "heun"])
-def test_order_of_the_sde_solvers(method, form):
+def test_sample_sde_order_of_convergence(method, form):
     """Mean and spread of the samples converge to the target's, at least with first order."""
     interpolant, errors = Interpolant(), []
     for points in (129, 257, 513):
@@ -247,7 +247,7 @@ def test_order_of_the_sde_solvers(method, form):
 
 
 @pytest.mark.parametrize("last_step", ["mean", "euler", "tweedie", None])
-def test_last_steps(last_step):
+def test_sample_sde_last_step_reaches_target(last_step):
     """Each of them ends near the target; what it leaves out shows in the spread only."""
     interpolant, evaluations = Interpolant(), []
 
@@ -273,7 +273,7 @@ def exact_noise(diffusion):
     return net
 
 
-def test_ddim_converges_to_the_flow():
+def test_sample_ddim_converges_to_flow():
     """With more steps DDIM ends where the probability flow of the 1000-step noise does: first order."""
     diffusion = GaussianDiffusion(linear_betas(10_000))
     errors = []
@@ -287,7 +287,7 @@ def test_ddim_converges_to_the_flow():
     assert order(errors) > 0.8, errors
 
 
-def test_ddpm_converges_to_the_target():
+def test_sample_ddpm_converges_to_target():
     """Mean and spread of ancestral sampling approach the target's as the steps grow in number."""
     diffusion = GaussianDiffusion(linear_betas())
     errors = []
@@ -303,7 +303,7 @@ def test_ddpm_converges_to_the_target():
     assert order(errors) > 0.8, errors
 
 
-def test_samplers_refuse():
+def test_samplers_wrong_options_refused():
     x = torch.zeros(1, 1, 1, 1)
     with pytest.raises(ValueError, match="must be euler, heun or dopri5, got 'rk4'"):
         sample_ode(toy_transport_net, x, Interpolant(), "rk4")

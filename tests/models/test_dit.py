@@ -32,7 +32,7 @@ def inputs(batch=3, side=8):
 
 
 @pytest.mark.parametrize("name", ["dit", "sit"])
-def test_equals_the_original_code(name):
+def test_dit_equals_original_code(name):
     """Forward and guidance; SiT drops the second half of the channels."""
     file = np.load(GOLDEN / f"{name}_forward.npz")
     golden = {key: torch.from_numpy(np.asarray(file[key])) for key in file.files if key != "config"}
@@ -52,7 +52,7 @@ def test_equals_the_original_code(name):
     ("name", "fields", "params"),
     [("DiT-S/2", {}, 32_963_360), ("DiT-XL/2", XL, 675_129_632), ("SiT-XL/2", XL, 675_129_632)],
 )
-def test_contracts(name, fields, params):
+def test_dit_state_dict_equals_official(name, fields, params):
     """Names and shapes of the published files, on the meta device."""
     contract = json.loads((GOLDEN / "state_dict_contracts.json").read_text())[f"{name} (official)"]
     with torch.device("meta"):
@@ -61,7 +61,7 @@ def test_contracts(name, fields, params):
     assert sum(p.numel() for p in network.parameters()) == params
 
 
-def test_checkpoints_of_the_original_trainers():
+def test_dit_from_official_trainer_checkpoints_load():
     network = small("softmax")
     state = network.state_dict()
     other = {name: torch.zeros_like(value) for name, value in state.items()}
@@ -72,7 +72,7 @@ def test_checkpoints_of_the_original_trainers():
         from_official({"embed_dim": 3}, state)
 
 
-def test_guidance():
+def test_dit_guidance_equals_formula():
     """Scale 1 is the class alone; the channels beyond those guided are the class's own."""
     network, (x, t, y) = small("vca").eval(), inputs()
     with torch.no_grad():
@@ -84,13 +84,13 @@ def test_guidance():
             torch.testing.assert_close(out[:, guided:], cond[:, guided:])
 
 
-def test_it_starts_as_zero():
+def test_dit_initial_output_zero():
     network = DiT(DiTConfig(**SMALL), VCAConfig())
     assert not network(*inputs()).any()
 
 
 @pytest.mark.parametrize("attention", sorted(ATTENTIONS))
-def test_every_parameter_gets_a_gradient(attention):
+def test_dit_every_parameter_gets_gradient(attention):
     network = small(attention)
     network(*inputs()).square().mean().backward()
     for name, parameter in network.named_parameters():
@@ -102,7 +102,7 @@ def test_every_parameter_gets_a_gradient(attention):
 
 
 @pytest.mark.parametrize("attention", sorted(ATTENTIONS))
-def test_gradient_checkpointing_changes_nothing(attention):
+def test_dit_gradient_checkpointing_exact(attention):
     network, batch, seen, calls = small(attention), inputs(), [], []
     network.blocks[0].mlp.register_forward_hook(lambda *_: calls.append(1))
     for enable, expected in ((False, 1), (True, 2)):
@@ -116,7 +116,7 @@ def test_gradient_checkpointing_changes_nothing(attention):
 
 
 @pytest.mark.parametrize("attention", sorted(ATTENTIONS))
-def test_other_sizes(attention):
+def test_dit_other_latent_sizes(attention):
     """Any latent, square or not; contrast tokens on half of the token grid unless the config says otherwise."""
     network = small(attention).eval()
     for size in ((8, 8), (16, 16), (4, 10)):
@@ -131,7 +131,7 @@ def test_other_sizes(attention):
     assert small("vca", contrast_grid=[1, 2]).blocks[0].attn.pool == (1, 2)
 
 
-def test_contrast_grids_of_the_paper():
+def test_dit_contrast_grids_equal_paper():
     for patch, side, pool in ((2, 32, (8, 8)), (4, 32, (4, 4)), (8, 32, (2, 2)), (2, 64, (8, 8)), (2, 128, (8, 8))):
         with torch.device("meta"):
             network = DiT(DiTConfig(patch_size=patch, input_size=side), VCAConfig())
@@ -139,7 +139,7 @@ def test_contrast_grids_of_the_paper():
         assert {block.attn.num_prefix_tokens for block in network.blocks} == {0}
 
 
-def test_the_one_attention_core():
+def test_dit_shares_attention_core():
     assert models.dit.build_attention is vca.attention.build_attention
 
 
@@ -153,6 +153,6 @@ def test_the_one_attention_core():
         ({"contrast_grid": [0, 1]}, r"model.contrast_grid must be two integers >= 1 or null, got \[0, 1\]"),
     ],
 )
-def test_wrong_sizes_are_refused(fields, message):
+def test_dit_wrong_config_refused(fields, message):
     with pytest.raises(ValueError, match=message):
         DiTConfig(**{**SMALL, **fields})

@@ -37,7 +37,7 @@ def evaluate(*overrides):
     return eval_fid.run(compose("eval_fid", ["device=cpu", *overrides]))
 
 
-def test_every_form_of_a_set_gives_the_same_figures(samples, generator_run, use, tmp_path):
+def test_eval_fid_every_sample_form_same_metrics(samples, generator_run, use, tmp_path):
     reference = ("data=digits", "reference=data:test", *use, "batch_size=16")
     shutil.copytree(samples / "images", tmp_path / "foreign")
     forms = {
@@ -61,7 +61,7 @@ def test_every_form_of_a_set_gives_the_same_figures(samples, generator_run, use,
     assert records["run"]["reference"]["count"] == 359
 
 
-def test_a_file_of_weights(generator_run, samples, use, tmp_path):
+def test_eval_fid_weights_file_record_complete(generator_run, samples, use, tmp_path):
     """Its record is complete too; nobody knows its step and its training."""
     saved = torch.load(generator_run / "checkpoints" / "step_00000002.pt", weights_only=True)["ema"]
     torch.save(saved, tmp_path / "weights.pt")
@@ -76,7 +76,7 @@ def test_a_file_of_weights(generator_run, samples, use, tmp_path):
     assert drawn["samples"]["sha256"] == manifest["result"]["sha256"]
 
 
-def test_where_the_record_goes(samples, use, tmp_path, capsys):
+def test_eval_fid_record_location(samples, use, tmp_path, capsys):
     """In the set that it is about, beside a folder that is none of ours; the same evaluation has the same name."""
     reference = ("data=digits", "reference=data:test", *use)
     folder = shutil.copytree(samples, tmp_path / "set")
@@ -96,7 +96,7 @@ def test_where_the_record_goes(samples, use, tmp_path, capsys):
 
 
 @pytest.mark.process
-def test_ranks_change_nothing(generator_run, use, tmp_path):
+def test_eval_fid_independent_of_ranks(generator_run, use, tmp_path):
     """Drawn and measured by real ranks, of which one has no block at all; statistics by four."""
     command = [f"run={generator_run}", f"count={DRAWN}", *DRAW, *use, "data=digits", "batch_size=20"]
     one = evaluate(*command, "reference=data:test", f"out={tmp_path / '1.json'}")
@@ -122,7 +122,7 @@ def test_ranks_change_nothing(generator_run, use, tmp_path):
 
 
 @pytest.mark.parametrize("batch", [1, 7, 64])
-def test_batches_change_nothing(samples, extractor_file, batch):
+def test_measure_independent_of_batch_size(samples, extractor_file, batch):
     extractor = load_extractor(FileConfig(source=str(extractor_file)), ONE, rebuild)
     images = NpzImages(samples / "samples.npz", "samples")
     found, whole = (measure(images, extractor, ONE, size, DRAWN, talk=False) for size in (batch, DRAWN))
@@ -137,7 +137,7 @@ def test_batches_change_nothing(samples, extractor_file, batch):
     assert found.sha256 == whole.sha256
 
 
-def test_kept_features_are_chosen_at_random():
+def test_chosen_numbers_deterministic_over_all_classes():
     """Always the same ones, and of all classes also where labels take turns."""
     assert chosen_numbers(3, 5) == [0, 1, 2]
     assert chosen_numbers(5, 0) == []
@@ -146,7 +146,7 @@ def test_kept_features_are_chosen_at_random():
     assert {number % 10 for number in chosen} == set(range(10))
 
 
-def test_figures_name_the_images_that_they_are_of(samples, use, tmp_path, capsys):
+def test_eval_fid_fewer_features_reports_sample_counts(samples, use, tmp_path, capsys):
     """With fewer features kept, only the distance is of all samples; the score, which needs all, is left out."""
     record = evaluate(
         f"samples={samples}", "data=digits", "reference=data:test", *use, "features=20", f"out={tmp_path}/a.json"
@@ -159,7 +159,7 @@ def test_figures_name_the_images_that_they_are_of(samples, use, tmp_path, capsys
     assert record["metrics"]["inception_score"] is None
 
 
-def test_saved_statistics_are_those_of_the_images(samples, use, tmp_path):
+def test_reference_stats_equal_image_reference(samples, use, tmp_path):
     out = tmp_path / "digits.npz"
     arguments = ["data=digits", "images=data:test", f"out={out}", *use, "device=cpu"]
     reference_stats.run(compose("reference_stats", arguments))
@@ -172,7 +172,7 @@ def test_saved_statistics_are_those_of_the_images(samples, use, tmp_path):
     assert itself["metrics"]["precision"] == itself["metrics"]["recall"] == 1
 
 
-def test_adms_file(samples, use, tmp_path):
+def test_eval_fid_adm_file_uses_stored_statistics(samples, use, tmp_path):
     """The distances come from its statistics, never from `arr_0`, which serves precision and recall alone."""
     rng = np.random.default_rng(0)
     root, spatial = rng.standard_normal((8, 8)), rng.standard_normal((9, 9))
@@ -205,7 +205,7 @@ def test_adms_file(samples, use, tmp_path):
     assert any("nothing says that stored.npz was made with this extractor" in w for w in records[0]["warnings"])
 
 
-def test_a_classifier_as_extractor(samples, classifier_run, tmp_path):
+def test_extractor_classifier_features_before_head(samples, classifier_run, tmp_path):
     """Features are those before its head, of images normalised as in its training."""
     extractor = load_extractor(ClassifierConfig(run=str(classifier_run)), ONE, rebuild)
     data = compose("train_cls").data
@@ -225,7 +225,7 @@ def test_a_classifier_as_extractor(samples, classifier_run, tmp_path):
 
 
 @pytest.mark.process
-def test_a_run_measures_itself_as_eval_fid_does(use, tmp_path):
+def test_fid_every_on_two_ranks_equals_eval_fid(use, tmp_path):
     """On two ranks while it trains, and then on one from its checkpoint."""
     common = [*SMALL_DIT, f"out_dir={tmp_path}", "name=run", "trainer.steps=4", "trainer.checkpoint_every=2"]
     fid = ["trainer.fid_every=2", "fid.reference=data:test", f"fid.count={DRAWN}", *use]
@@ -247,7 +247,7 @@ def test_a_run_measures_itself_as_eval_fid_does(use, tmp_path):
     assert told[2]["frechet"] != told[4]["frechet"]
 
 
-def test_a_run_takes_the_statistics_of_adms_file(use, generator_run, tmp_path):
+def test_fid_every_adm_file_uses_stored_statistics(use, generator_run, tmp_path):
     """And not those of the images beside them."""
     file = tmp_path / "adm.npz"
     np.savez(file, arr_0=np.zeros((DRAWN, 8, 8, 1), np.uint8), mu=np.full(8, 1e3), sigma=np.eye(8))
@@ -259,7 +259,7 @@ def test_a_run_takes_the_statistics_of_adms_file(use, generator_run, tmp_path):
     assert told > 1e6
 
 
-def test_measuring_changes_no_training(use, tmp_path):
+def test_fid_every_leaves_weights_unchanged(use, tmp_path):
     """The same weights, whether a run measures itself or not."""
     weights = []
     for name, more in (
@@ -298,7 +298,7 @@ def leaves(value, path=()):
             yield from leaves(child, (*path, key))
 
 
-def test_a_record_without_any_one_field_is_refused(record, tmp_path):
+def test_read_record_missing_field_refused(record, tmp_path):
     """Also one that was sealed again names what it lacks, but for options of model and attention, which differ."""
     path = tmp_path / "evaluation-x.json"
     path.write_text(json.dumps(record))
@@ -332,7 +332,7 @@ def test_a_record_without_any_one_field_is_refused(record, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not SHARED.is_dir(), reason="needs the real CIFAR-10")
-def test_parity_with_torch_fidelity_on_cifar(cifar, tmp_path):
+def test_eval_fid_equals_torch_fidelity_on_cifar10(cifar, tmp_path):
     """2,100 test images against 2,100 training ones, by the whole path and by torch-fidelity's own functions."""
     from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
     from torch_fidelity.metric_isc import isc_features_to_metric
@@ -373,7 +373,7 @@ def test_parity_with_torch_fidelity_on_cifar(cifar, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not SHARED.is_dir(), reason="needs the real CIFAR-10 and its ResNet-56")
-def test_known_distances_of_cifar(cifar, tmp_path):
+def test_frechet_distance_known_values_on_cifar10(cifar, tmp_path):
     """Training against test images, and against test images with noise, in the features of a ResNet-56."""
     test = cifar(False)
     extractor = load_extractor(

@@ -164,7 +164,7 @@ BAD_REFERENCES = {
 
 
 @pytest.mark.parametrize("case", BAD_SAMPLES)
-def test_bad_samples(case, use, tmp_path, monkeypatch, capsys):
+def test_eval_fid_bad_samples_refused(case, use, tmp_path, monkeypatch, capsys):
     make, message = BAD_SAMPLES[case]
     arguments = [f"samples={make(tmp_path / 'bad')}", "data=digits", "reference=data:test", *use, "device=cpu"]
     said = one_line("eval_fid", eval_fid.run, arguments, monkeypatch, capsys)
@@ -173,7 +173,7 @@ def test_bad_samples(case, use, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("case", BAD_REFERENCES)
-def test_bad_references(case, use, samples, tmp_path, monkeypatch, capsys):
+def test_eval_fid_bad_reference_refused(case, use, samples, tmp_path, monkeypatch, capsys):
     make, message = BAD_REFERENCES[case]
     arguments = [f"samples={samples}", f"reference={make(tmp_path / 'bad')}", *use, "device=cpu"]
     said = one_line("eval_fid", eval_fid.run, arguments, monkeypatch, capsys)
@@ -213,7 +213,7 @@ def test_bad_references(case, use, samples, tmp_path, monkeypatch, capsys):
         ("samples=SET reference=data:test data=digits out=/proc/none/x.json USE", "out: /proc/none cannot be written"),
     ],
 )
-def test_wrong_commands(arguments, message, samples, use, tmp_path, monkeypatch, capsys):
+def test_eval_fid_wrong_command_refused(arguments, message, samples, use, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     monkeypatch.setattr(torch.hub, "download_url_to_file", lambda *a, **k: (_ for _ in ()).throw(OSError("no network")))
     np.savez(tmp_path / "statistics.npz", **STATISTICS)
@@ -222,7 +222,7 @@ def test_wrong_commands(arguments, message, samples, use, tmp_path, monkeypatch,
     assert re.search(message, one_line("eval_fid", eval_fid.run, [*replaced, "device=cpu"], monkeypatch, capsys))
 
 
-def test_wrong_extractor_files(samples, tmp_path, monkeypatch, capsys):
+def test_eval_fid_wrong_extractor_file_refused(samples, tmp_path, monkeypatch, capsys):
     for code, message in (
         ("1 / 0", "ZeroDivisionError: division by zero"),
         ("x = 1", "AttributeError: .* has no attribute 'load_extractor'"),
@@ -236,7 +236,7 @@ def test_wrong_extractor_files(samples, tmp_path, monkeypatch, capsys):
         assert re.search(message, one_line("eval_fid", eval_fid.run, arguments, monkeypatch, capsys))
 
 
-def test_features_that_are_not_finite(samples, tmp_path):
+def test_measure_nonfinite_features_refused(samples, tmp_path):
     (tmp_path / "mine.py").write_text(EXTRACTOR.replace("return {", "pool[:, 2] = pool[:, 2].log(); return {"))
     extractor = load_extractor(FileConfig(source=str(tmp_path / "mine.py")), ONE, rebuild)
     black = tmp_path / "black.npz"
@@ -246,7 +246,7 @@ def test_features_that_are_not_finite(samples, tmp_path):
 
 
 @pytest.mark.process
-def test_an_error_on_one_rank_is_told(use, tmp_path):
+def test_eval_fid_error_on_one_rank_reported(use, tmp_path):
     """The second of two ranks reads a cut image: the line is there, and nobody waits."""
     folder = some(tmp_path / "bad")
     file = folder / "000035.png"
@@ -258,7 +258,7 @@ def test_an_error_on_one_rank_is_told(use, tmp_path):
     assert re.search(r"(?m)^config error: samples: \S+000035.png cannot be decoded", done.stderr), done.stderr[-3000:]
 
 
-def test_a_set_that_was_changed_or_is_not_complete(samples, use, tmp_path):
+def test_eval_fid_changed_or_incomplete_set_refused(samples, use, tmp_path):
     reference = ("data=digits", "reference=data:test", *use)
     changed = shutil.copytree(samples, tmp_path / "changed")
     shutil.copy(changed / "images" / "000000.png", changed / "images" / "000001.png")

@@ -78,13 +78,13 @@ def storm(tmp_path, script, kills, seed, steps):
 
 
 @pytest.mark.parametrize("script", TRAINERS)
-def test_four_kills(tmp_path, script):
+def test_resume_after_four_kills_is_exact(tmp_path, script):
     storm(tmp_path, script, kills=4, seed=0, steps=40)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("script", TRAINERS)
-def test_twenty_five_kills(tmp_path, script):
+def test_resume_after_25_kills_is_exact(tmp_path, script):
     storm(tmp_path, script, kills=25, seed=1, steps=160)
 
 
@@ -111,7 +111,7 @@ def until_step(folder, step, process):
         time.sleep(0.005)
 
 
-def test_sigterm_to_torchrun_stops_both_ranks(tmp_path):
+def test_signal_sigterm_to_torchrun_stops_both_ranks(tmp_path):
     """torchrun passes it on; both leave after the same step."""
     options = [*TINY, f"out_dir={tmp_path}", "name=run", *ENDLESS, "trainer.workers=1"]
     process = start_torchrun(*options, ranks=2)
@@ -122,7 +122,7 @@ def test_sigterm_to_torchrun_stops_both_ranks(tmp_path):
     check_one_save(tmp_path / "run", said)
 
 
-def test_sigusr1_to_one_rank_stops_both_ranks(tmp_path):
+def test_signal_sigusr1_to_one_rank_stops_both_ranks(tmp_path):
     options = [*TINY, f"out_dir={tmp_path}", "name=run", *ENDLESS, "trainer.workers=1"]
     launch = Launch("train_cls.py", *options, ranks=2)
     launch.wait_until(lambda: last_step(tmp_path / "run") >= 3)
@@ -164,7 +164,7 @@ def slow_save(tmp_path, seconds):
     return script
 
 
-def test_all_ranks_stay_until_the_checkpoint_is_written(tmp_path):
+def test_signal_all_ranks_wait_for_slow_save(tmp_path):
     """Or torchrun would kill the one that writes, half a minute after another has left."""
     options = [*TINY, f"out_dir={tmp_path}", "name=run", *ENDLESS]
     launch = Launch(slow_save(tmp_path, 9), *options, ranks=2)
@@ -181,7 +181,7 @@ def test_all_ranks_stay_until_the_checkpoint_is_written(tmp_path):
 
 @pytest.mark.skipif("TORCH_ELASTIC_SHUTDOWN_TIMEOUT" not in inspect.getsource(api), reason="waits 30 s")
 @pytest.mark.parametrize(("save_seconds", "saves"), [(2, False), (20, True)])
-def test_a_job_has_the_time_it_is_given_to_save(tmp_path, save_seconds, saves):
+def test_signal_seconds_bounds_time_to_save(tmp_path, save_seconds, saves):
     """`cluster.signal_seconds` reaches torchrun, which would kill after half a minute."""
     options = [*TINY, f"out_dir={tmp_path}", "name=run", *ENDLESS]
     command = [*torchrun(1), str(slow_save(tmp_path, 5)), *options]
@@ -196,7 +196,7 @@ def test_a_job_has_the_time_it_is_given_to_save(tmp_path, save_seconds, saves):
 
 
 @pytest.mark.parametrize("name", ["SIGKILL", pytest.param("SIGSTOP", marks=pytest.mark.slow)])
-def test_a_lost_rank_of_three(tmp_path, name):
+def test_resume_after_lost_rank_is_exact(tmp_path, name):
     """A rank that dies, or stands still, holds the others up for `trainer.timeout_minutes` at most; torchrun starts all
     of them again, and the end equals the unbroken run."""
     limit = 12.0  # seconds
@@ -223,7 +223,7 @@ def test_a_lost_rank_of_three(tmp_path, name):
     assert untimed(tmp_path / "whole") == untimed(folder)
 
 
-def test_two_trainings_do_not_share_a_directory(tmp_path):
+def test_run_directory_second_process_refused(tmp_path):
     """The second is refused while the first goes on, its loader process dead or alive, and not after it was killed."""
     options = [*TINY, f"out_dir={tmp_path}", "name=run", "trainer.steps=4000", "trainer.checkpoint_every=10"]
     launch = Launch("train_cls.py", *options, "trainer.workers=1")

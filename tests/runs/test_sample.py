@@ -46,7 +46,7 @@ def pixels(out, count):
 
 
 @pytest.mark.process
-def test_ranks_batches_and_an_interruption_change_nothing(generator_run, tmp_path):
+def test_sample_script_independent_of_ranks_batch_and_kill(generator_run, tmp_path):
     """64 samples by 1 rank x 8, by 2 ranks x 5, and by 2 ranks x 5 killed in the middle, then 1 rank x 8."""
     common = [f"run={generator_run}", "count=64", "sampler.steps=10", "sampler.guidance=1.5", "device=cpu"]
     sets = {}
@@ -70,7 +70,7 @@ def test_ranks_batches_and_an_interruption_change_nothing(generator_run, tmp_pat
     assert sorted(path.name for path in (out / "images").iterdir()) == [f"{index:06d}.png" for index in range(64)]
 
 
-def test_threads_change_nothing(generator_run, tmp_path, monkeypatch):
+def test_sample_script_independent_of_threads(generator_run, tmp_path, monkeypatch):
     """This network is too small to show what more threads round: each sample must be drawn alone and on one."""
     drawn, seen = generator.draw_samples, []
 
@@ -85,7 +85,7 @@ def test_threads_change_nothing(generator_run, tmp_path, monkeypatch):
     assert torch.get_num_threads() == 3
 
 
-def test_a_set_in_all_its_forms(generator_run, tmp_path):
+def test_sample_script_writes_images_npz_and_grid(generator_run, tmp_path):
     result, manifest = draw(tmp_path, f"run={generator_run}", "count=12", "labels=balanced", "npz=true", "grid=true")
     images = pixels(tmp_path, 12)
     assert images.shape == (12, 8, 8, 1)
@@ -108,7 +108,7 @@ def test_a_set_in_all_its_forms(generator_run, tmp_path):
     assert not list(tmp_path.glob("*.tmp"))
 
 
-def test_a_set_may_grow_but_not_change(generator_run, tmp_path):
+def test_sample_script_set_extended_but_not_changed(generator_run, tmp_path):
     few, _ = draw(tmp_path / "a", f"run={generator_run}", "count=5")
     more, _ = draw(tmp_path / "a", f"run={generator_run}", "count=8")
     whole, _ = draw(tmp_path / "b", f"run={generator_run}", "count=8")
@@ -131,14 +131,14 @@ def test_a_set_may_grow_but_not_change(generator_run, tmp_path):
         draw(tmp_path / "c", f"run={generator_run}", "count=2")
 
 
-def test_weights_and_steps_and_seeds_matter(generator_run, tmp_path):
+def test_sample_script_seed_step_weights_change_images(generator_run, tmp_path):
     digests = set()
     for index, other in enumerate(("seed=0", "seed=1", "weights=raw", "step=1", "labels=[3,4]")):
         digests.add(draw(tmp_path / str(index), f"run={generator_run}", "count=2", other)[0]["sha256"])
     assert len(digests) == 5
 
 
-def test_labels():
+def test_label_of_random_balanced_and_list():
     drawn = [label_of("random", index, 0, 10) for index in range(2000)]
     assert min(drawn.count(label) for label in range(10)) > 150
     assert drawn != [label_of("random", index, 1, 10) for index in range(2000)]
@@ -147,7 +147,7 @@ def test_labels():
 
 
 @pytest.mark.parametrize("entry", ["ema", "model", None])
-def test_an_official_checkpoint(vaes, tmp_path, entry):
+def test_sample_script_official_checkpoint(vaes, tmp_path, entry):
     """A file of the DiT repository's form, decoded by a VAE: the samples are those of the same network in a run."""
     size = ["model.input_size=8", "model.in_channels=4", "model.hidden_size=16", "model.num_heads=2", "model.depth=2"]
     chosen = ["model=dit_s_2", *size, "attention=softmax", "autoencoder=sd_vae", "autoencoder.factor=4"]
@@ -201,7 +201,7 @@ PROTOCOLS = {"dit_table": 250, "dit_best": 250, "sit_sde250": 250, "sit_heun250"
 
 
 @pytest.mark.parametrize("name", PROTOCOLS)
-def test_protocols(latent_run, vaes, tmp_path, name):
+def test_protocol_settings_applied_and_changes_refused(latent_run, vaes, tmp_path, name):
     """Each is drawn as it says, and refuses a field of its own that was changed."""
     fixed = read_protocol(name)
     assert sorted(path.stem for path in (ROOT / "configs" / "protocol").iterdir()) == sorted(PROTOCOLS)
@@ -233,13 +233,13 @@ def test_protocols(latent_run, vaes, tmp_path, name):
             sample.run(compose("sample", [*command, *change.split()]))
 
 
-def test_a_sampler_group_beside_a_protocol_is_refused(latent_run, vaes):
+def test_protocol_with_sampler_group_refused(latent_run, vaes):
     command = ["out=x", f"run={latent_run['diffusion']}", "protocol=dit_table", f"decoder={vaes / 'sd-vae-ft-mse'}"]
     with pytest.raises(ConfigError, match=r"sampler.method: 'ddpm' there, 'ddim' here"):
         sample.run(compose("sample", [*command, "sampler=ddim", "device=cpu"]))
 
 
-def test_another_decoder_keeps_the_latents_of_the_training(latent_run, vaes, tmp_path):
+def test_sample_script_other_decoder_keeps_latent_scale(latent_run, vaes, tmp_path):
     """The training's VAE has a shift of 0.3, the decoder's own config none."""
     common = [f"run={latent_run['diffusion']}", "count=1"]
     _, own = draw(tmp_path / "own", *common)
@@ -249,7 +249,7 @@ def test_another_decoder_keeps_the_latents_of_the_training(latent_run, vaes, tmp
     assert own["autoencoder"]["sha256"] != other["autoencoder"]["sha256"]
 
 
-def test_a_run_whose_autoencoder_was_replaced(latent_run, tmp_path):
+def test_sample_script_replaced_autoencoder_refused(latent_run, tmp_path):
     run = shutil.copytree(latent_run["diffusion"], tmp_path / "run")
     config = json.loads((run / "config.json").read_text())
     config["inputs"]["autoencoder"]["sha256"] = "0"
@@ -258,7 +258,7 @@ def test_a_run_whose_autoencoder_was_replaced(latent_run, tmp_path):
         draw(tmp_path / "out", f"run={run}", "count=1")
 
 
-def test_a_damaged_set_and_a_damaged_run(generator_run, tmp_path):
+def test_sample_script_damaged_set_or_checkpoint(generator_run, tmp_path):
     draw(tmp_path / "a", f"run={generator_run}", "count=3")
     image = tmp_path / "a" / "images" / "000001.png"
     image.write_bytes(image.read_bytes()[:60])
@@ -313,7 +313,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("line", WRONG)
-def test_wrong_input(generator_run, line, tmp_path, monkeypatch, capsys):
+def test_sample_script_wrong_input_refused(generator_run, line, tmp_path, monkeypatch, capsys):
     arguments = [f"out={tmp_path}/out", "device=cpu", *line.replace("RUN", str(generator_run)).split()]
     monkeypatch.chdir(tmp_path)
     said = one_line("sample", sample.run, arguments, monkeypatch, capsys)
@@ -321,7 +321,7 @@ def test_wrong_input(generator_run, line, tmp_path, monkeypatch, capsys):
     assert not list(tmp_path.iterdir()), "something was written"
 
 
-def test_samples_that_are_not_finite(generator_run, tmp_path):
+def test_sample_script_nonfinite_samples_refused(generator_run, tmp_path):
     broken = shutil.copytree(generator_run, tmp_path / "broken")
     path = broken / "checkpoints" / "step_00000002.pt"
     saved = torch.load(path, weights_only=True)

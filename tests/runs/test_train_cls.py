@@ -40,7 +40,7 @@ def finished(artefact, tmp_path):
     return folder, json.loads((folder / "result.json").read_text())
 
 
-def test_what_a_run_leaves(finished):
+def test_run_directory_files_of_finished_run(finished):
     folder, result = finished
     records = metrics(folder / "run")
     assert [record["step"] for record in records] == [1, 2, 3, 4, 5, 6, 6]
@@ -55,14 +55,14 @@ def test_what_a_run_leaves(finished):
     assert launch["first_step"] == 0
 
 
-def test_checkpoint_is_plain(finished):
+def test_checkpoint_loads_with_weights_only(finished):
     """Tensors and plain values: loads without trusting the file."""
     path = finished[0] / "run" / "checkpoints" / "step_00000006.pt"
     state = torch.load(path, weights_only=True)
     assert set(state) == {"step", "consumed", "report", "model", "ema", "optimizer", "scaler"}
 
 
-def test_the_same_command_again_only_tells_the_result(finished):
+def test_resume_of_finished_run_returns_result(finished):
     folder, result = finished
     before = (folder / "run" / "metrics.jsonl").read_bytes()
     assert run(folder) == result
@@ -71,7 +71,7 @@ def test_the_same_command_again_only_tells_the_result(finished):
 
 
 @pytest.mark.process
-def test_stand_alone_evaluation_gives_the_same_figure(finished):
+def test_eval_only_equals_evaluation_of_run(finished):
     """In training, by `trainer.eval_only=true`, and on two ranks: one figure."""
     folder, result = finished
     assert run(folder, "trainer.eval_only=true") == result
@@ -79,7 +79,7 @@ def test_stand_alone_evaluation_gives_the_same_figure(finished):
     assert f"top-1 {result['val/top1']:.2f} % of 359 images" in done.stdout
 
 
-def test_another_config_is_refused(finished):
+def test_resume_with_other_config_refused(finished):
     folder, _ = finished
     with pytest.raises(ConfigError, match=r"another config \(optim.lr: 0.001 there, 0.5 here\); choose another name"):
         run(folder, "optim.lr=0.5")
@@ -96,7 +96,7 @@ def test_compare_names_every_difference():
     ]
 
 
-def test_rewind_forgets_what_comes_again(tmp_path):
+def test_run_directory_rewind_drops_later_records(tmp_path):
     folder = RunDirectory(tmp_path)
     for step in (1, 2, 3):
         folder.append({"step": step})
@@ -108,7 +108,7 @@ def test_rewind_forgets_what_comes_again(tmp_path):
 
 
 @pytest.mark.process
-def test_results_do_not_depend_on_workers(tmp_path):
+def test_train_cls_independent_of_workers(tmp_path):
     run(tmp_path, name="none")
     run(tmp_path, "trainer.workers=2", name="two")
     one, two = (load_latest(tmp_path / name / "checkpoints") for name in ("none", "two"))
@@ -126,7 +126,7 @@ def test_gradient_checkpointing_equals_plain(tmp_path):
 
 @pytest.mark.process
 @pytest.mark.parametrize("attention", ["vca", "softmax"])
-def test_compiled_equals_eager(tmp_path, attention):
+def test_compile_close_to_eager(tmp_path, attention):
     """`trainer.compile=true` trains the same model: what differs is small beside what was learned."""
     still = ["model.drop_rate=0", "model.drop_path_rate=0", "model.depth=1", "optim.warmup_epochs=0"]
     options = [f"attention={attention}", *still]
@@ -146,7 +146,7 @@ def test_compiled_equals_eager(tmp_path, attention):
 
 
 @pytest.mark.process
-def test_a_bar_when_a_person_watches(tmp_path):
+def test_progress_bar_on_terminal_only(tmp_path):
     """On a terminal: images/s and the time left; in a file: lines."""
     main, second = pty.openpty()
     termios.tcsetwinsize(second, (24, 120))
@@ -208,7 +208,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("how", BROKEN)
-def test_wandb_cannot_stop_a_training(tmp_path, how, finished, monkeypatch):
+def test_wandb_failure_does_not_stop_run(tmp_path, how, finished, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", BROKEN[how])
     with pytest.warns(UserWarning, match="wandb"):
         run(tmp_path, "wandb.mode=online", "wandb.timeout_seconds=1")
@@ -239,7 +239,7 @@ def history(folder):
 
 
 @pytest.mark.process
-def test_offline_wandb_equals_the_metrics_file(tmp_path):
+def test_wandb_offline_equals_metrics_file(tmp_path):
     """Real wandb, offline, over an interruption: the same records, one id, the step as the axis."""
     options = [f"out_dir={tmp_path}", "name=run", *SHORT, "wandb.mode=offline"]
     assert run_script("train_cls.py", *options).returncode == 0
@@ -254,7 +254,7 @@ def test_offline_wandb_equals_the_metrics_file(tmp_path):
     assert len(list((tmp_path / "run").glob(f"wandb/offline-run-*-{run_id}"))) == 2
 
 
-def test_the_fp16_run_reports_what_it_skipped_as_null(tmp_path, monkeypatch):
+def test_metrics_file_fp16_skipped_step_is_null(tmp_path, monkeypatch):
     """A skipped update is no number: `metrics.jsonl` stays valid JSON."""
     update = train_cls.TrainState.update
 
@@ -271,14 +271,14 @@ def test_the_fp16_run_reports_what_it_skipped_as_null(tmp_path, monkeypatch):
     assert "Infinity" not in (tmp_path / "run" / "metrics.jsonl").read_text()
 
 
-def test_curves_are_drawn_when_a_kill_came_just_before(finished):
+def test_curves_drawn_by_rerun_when_missing(finished):
     folder, _ = finished
     (folder / "run" / "curves.png").unlink()
     run(folder)
     assert (folder / "run" / "curves.png").exists()
 
 
-def test_what_is_not_committed(tmp_path, monkeypatch):
+def test_provenance_diff_of_uncommitted_files(tmp_path, monkeypatch):
     """The diff of a start holds changed files and new ones; a copy gives what it was copied of."""
     monkeypatch.setattr(provenance, "CODE", tmp_path)
     git = ["git", "-c", "user.name=a", "-c", "user.email=a@b"]

@@ -50,7 +50,7 @@ def network(*overrides, **fields):
 @pytest.mark.parametrize(
     ("ranks", "objective"), [(1, "objective=interpolant"), (2, "objective=diffusion")], ids=["one rank", "two ranks"]
 )
-def test_kill_and_resume_is_exact(tmp_path, ranks, objective):
+def test_resume_after_kill_is_exact(tmp_path, ranks, objective):
     sampler = "sampler.method=ode_euler" if "inter" in objective else "sampler.method=ddim"
     command = [f"out_dir={tmp_path}", *LONG, objective, sampler]
     done = run_script("train_gen.py", *command, "name=whole", ranks=ranks)
@@ -70,7 +70,7 @@ def test_kill_and_resume_is_exact(tmp_path, ranks, objective):
 
 
 @pytest.mark.process
-def test_losses_do_not_depend_on_ranks(tmp_path):
+def test_train_gen_losses_independent_of_ranks(tmp_path):
     """The first 20 losses of 1, 2 and 4 ranks at one global batch."""
     losses = {}
     for ranks in (1, 2, 4):
@@ -85,7 +85,7 @@ def test_losses_do_not_depend_on_ranks(tmp_path):
         assert losses[ranks] == pytest.approx(losses[1], rel=1e-5)
 
 
-def test_the_same_command_again_tells_the_result(tmp_path):
+def test_resume_of_finished_run_returns_result(tmp_path):
     config = compose(
         "train_gen", [*SMALL_DIT, f"out_dir={tmp_path}", "name=run", "trainer.steps=2", "trainer.log_every=1"]
     )
@@ -103,7 +103,7 @@ def batch_of(count, start=0):
     return Batch(pixels, numbers % 10, numbers, 1000 + numbers)
 
 
-def test_draws_are_addressed():
+def test_generation_loss_draws_independent_of_batch():
     """What an image meets depends on its address and the seed, not on the batch it stands in."""
     objective = build_objective(network()[1].objective)
     seen = {}
@@ -142,7 +142,7 @@ def test_draws_are_addressed():
         ("interpolant", SamplerConfig(Method.sde_euler, steps=5)),
     ],
 )
-def test_samples_do_not_depend_on_the_batch(objective, sampler):
+def test_draw_samples_independent_of_batch(objective, sampler):
     """12 at once, or 5 + 7 in another order."""
     model, config = network(f"objective={objective}", f"sampler={'ddim' if objective == 'diffusion' else 'ode'}")
     chosen = build_objective(config.objective)
@@ -155,7 +155,7 @@ def test_samples_do_not_depend_on_the_batch(objective, sampler):
     assert not torch.equal(draw_samples(model, chosen, sampler, labels, range(12), 4, shape).x, whole.x)
 
 
-def test_guidance_acts_in_its_interval():
+def test_guidance_only_inside_interval():
     model, config = network()
     objective = build_objective(config.objective)
     labels, x = torch.tensor([1, 2]), torch.randn(2, 1, 8, 8)
@@ -169,7 +169,7 @@ def test_guidance_acts_in_its_interval():
             assert torch.equal(net(x, times), full if acts else plain), t
 
 
-def test_samplers_belong_to_objectives():
+def test_check_sampler_wrong_objective_refused():
     for name, method, fits in (
         ("diffusion", Method.ddpm, True),
         ("diffusion", Method.ode_heun, False),
@@ -185,7 +185,7 @@ def test_samplers_belong_to_objectives():
                 check_sampler(objective, sampler, 0.1)
 
 
-def test_pixels(tmp_path):
+def test_to_uint8_and_save_grid_pixel_values(tmp_path):
     assert to_uint8(torch.tensor([-2.0, -1.0, 0.0, 0.999, 1.0, 3.0])).tolist() == [0, 0, 128, 255, 255, 255]
     with pytest.raises(NonFiniteError, match="NaN or infinite"):
         to_uint8(torch.tensor([0.0, float("nan")]))

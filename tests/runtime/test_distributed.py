@@ -42,7 +42,7 @@ def worlds(artefact):
     return worlds
 
 
-def test_two_nodes_of_two(worlds):
+def test_world_rank_numbers_on_two_nodes(worlds):
     """The device comes from the local rank, the data from the global one, and one process writes."""
     ranks = worlds[4]
     assert [r["rank"] for r in ranks] == [0, 1, 2, 3]
@@ -52,7 +52,7 @@ def test_two_nodes_of_two(worlds):
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
-def test_ranks_share_the_data(worlds, size):
+def test_loaders_ranks_cover_data_once(worlds, size):
     """All ranks together have every image, each of them once."""
     for split, count in (("train", 96), ("eval", 103)):
         together = [index for r in worlds[size] for index in r["indices"][split]]
@@ -60,7 +60,7 @@ def test_ranks_share_the_data(worlds, size):
 
 
 @pytest.mark.parametrize("size", [2, 4])
-def test_gradient_does_not_depend_on_the_world(worlds, size):
+def test_gradient_independent_of_world_size(worlds, size):
     """(ranks, accumulation) of (1, 4), (2, 2), (4, 1): the same lr and gradient, with drop path and Mixup on."""
     one, others = worlds[1][0]["gradients"], [r["gradients"] for r in worlds[size]]
     for other in others:
@@ -72,7 +72,7 @@ def test_gradient_does_not_depend_on_the_world(worlds, size):
         assert all(torch.equal(other["gradients"][n], others[0]["gradients"][n]) for n in one["gradients"])
 
 
-def test_evaluation_is_exact(worlds):
+def test_evaluation_independent_of_world_size(worlds):
     """103 images on 1, 2, 3, 4 ranks in batches of 1, 8, 16: the same counts."""
     expected = worlds[1][0]["accuracies"][1]
     assert expected["images"] == 103
@@ -99,7 +99,7 @@ def by_two_torchruns(*command):
 
 
 @pytest.mark.parametrize(("nodes", "ranks"), [(1, 2), (2, 2)], ids=["one node of two", "two nodes of two"])
-def test_one_run_directory(tmp_path, nodes, ranks):
+def test_run_directory_shared_by_all_ranks(tmp_path, nodes, ranks):
     """All ranks write one directory, its name without a clock, nothing else, and log each step once."""
     options = [f"out_dir={tmp_path}/out", "name=run", *TINY, "trainer.steps=3"]
     if nodes == 2:

@@ -17,7 +17,7 @@ CPU = torch.device("cpu")
 
 
 @pytest.mark.process
-def test_all(tmp_path, monkeypatch, capsys):
+def test_benchmark_all_writes_every_part(tmp_path, monkeypatch, capsys):
     """The command that runs everything, with the smallest of everything."""
     monkeypatch.setattr(benchmarks.attention, "WIDTH", 48)
     monkeypatch.setattr(benchmarks.model, "PIXELS", {"cpu": 224 * 224})
@@ -57,14 +57,14 @@ def test_all(tmp_path, monkeypatch, capsys):
     ],
     ids=str,
 )
-def test_wrong_options(options, message, monkeypatch, capsys):
+def test_benchmark_wrong_options_refused(options, message, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["benchmark.py", *options])
     with pytest.raises(SystemExit):
         scripts.benchmark.parse()
     assert message in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_turns():
+def test_benchmark_turns_alternate_within_budget():
     """Everyone gets as many; ratios are of the same round; time that is over ends it after three."""
     calls = []
     timings = take_turns({n: lambda n=n: calls.append(n) for n in "abc"}, "a", Budget(4), CPU, warm=0)
@@ -75,7 +75,7 @@ def test_turns():
     assert len(calls) == 6
 
 
-def test_memory():
+def test_benchmark_memory_kept_and_peak_bytes():
     x = torch.ones(1000, requires_grad=True)
     assert kept_bytes(lambda: (x.exp() * 2).sum()) == 4000  # what exp returned
     linear = torch.nn.Linear(10, 10)

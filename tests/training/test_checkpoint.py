@@ -29,7 +29,7 @@ def saved(tmp_path):
     return tmp_path
 
 
-def test_kill_while_saving(tmp_path):
+def test_checkpoint_kill_during_save_keeps_newest(tmp_path):
     """`kill -9` inside save, 50 times: the newest checkpoint always loads, and none is lost."""
     newest, context = 0, multiprocessing.get_context("fork")
     for attempt in range(50):
@@ -51,7 +51,7 @@ def test_kill_while_saving(tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["truncated", "empty", "flipped"])
-def test_damaged_newest_is_passed_over(saved, damage):
+def test_checkpoint_damaged_newest_skipped(saved, damage):
     path = list_checkpoints(saved)[-1]
     content = bytearray(path.read_bytes())
     if damage == "flipped":
@@ -63,7 +63,7 @@ def test_damaged_newest_is_passed_over(saved, damage):
     assert state["step"] == 2
 
 
-def test_all_damaged_is_an_error(saved):
+def test_checkpoint_all_damaged_refused(saved):
     """Starting over would write over what is left of the run."""
     for path in list_checkpoints(saved):
         path.write_bytes(b"")
@@ -71,12 +71,12 @@ def test_all_damaged_is_an_error(saved):
         load_latest(saved)
 
 
-def test_nothing_saved_is_none(tmp_path):
+def test_checkpoint_empty_folder_gives_none(tmp_path):
     assert load_latest(tmp_path) is None
 
 
 @pytest.mark.parametrize("keep", [1, 2])
-def test_damaged_files_do_not_push_out_good_ones(saved, keep):
+def test_checkpoint_damaged_file_set_aside_not_kept(saved, keep):
     """A damaged newer file is set aside; what is written next is kept, whatever its number."""
     list_checkpoints(saved)[-1].write_bytes(b"")
     with pytest.warns(UserWarning, match="damaged"):
@@ -87,20 +87,20 @@ def test_damaged_files_do_not_push_out_good_ones(saved, keep):
 
 
 @pytest.mark.parametrize("keep", [1, 2, 3, 5, 8])
-def test_keeps_as_many_as_asked(tmp_path, keep):
+def test_checkpoint_keep_bounds_number_of_files(tmp_path, keep):
     for step in range(1, 11):
         save_checkpoint(tmp_path, step, {"step": step}, keep=keep)
         assert len(list_checkpoints(tmp_path)) == min(step, keep)
 
 
-def test_keeps_the_newest(saved):
+def test_checkpoint_keep_retains_newest(saved):
     save_checkpoint(saved, 4, {"step": 4}, keep=2)
     assert [path.name for path in list_checkpoints(saved)] == ["step_00000003.pt", "step_00000004.pt"]
     assert sorted(path.name for path in saved.iterdir()) == ["step_00000003.pt", "step_00000004.pt"]
 
 
 @pytest.mark.parametrize("failures", [1, 2])
-def test_an_oserror_is_retried_once(saved, monkeypatch, failures):
+def test_checkpoint_oserror_retried_once(saved, monkeypatch, failures):
     """The disk refuses the bytes, once or twice."""
     fsync, calls = os.fsync, []
 
@@ -118,7 +118,7 @@ def test_an_oserror_is_retried_once(saved, monkeypatch, failures):
     assert load_latest(saved)["step"] == (4 if failures == 1 else 3)
 
 
-def test_a_full_disk_is_an_oserror(tmp_path):
+def test_checkpoint_full_disk_raises_oserror(tmp_path):
     """Really: a limit on the size of files."""
 
     def child():
@@ -137,7 +137,7 @@ def test_a_full_disk_is_an_oserror(tmp_path):
     assert list_checkpoints(tmp_path) == []
 
 
-def test_numbers_not_names_or_times_decide(saved):
+def test_checkpoint_newest_by_step_number(saved):
     save_checkpoint(saved, 100_000_000, {"step": 100_000_000}, keep=4)
     os.utime(saved / "step_00000001.pt")
     assert load_latest(saved)["step"] == 100_000_000

@@ -42,7 +42,7 @@ def network(family: str, attention, **fields):
 
 
 @pytest.mark.parametrize("family", CONTRACT_OF)
-def test_official_weights_into_the_baseline(family, tmp_path):
+def test_init_from_official_weights_fill_baseline(family, tmp_path):
     """Everything is taken."""
     torch.save({"model": state_of(family)}, tmp_path / "official.pth")
     model = network(family, SoftmaxConfig())
@@ -63,7 +63,7 @@ LEFT = {
 
 
 @pytest.mark.parametrize("family", CONTRACT_OF)
-def test_official_weights_into_the_vca_variant(family, tmp_path):
+def test_init_from_official_weights_into_vca_variant(family, tmp_path):
     """Projections, MLPs, norms and embeddings are taken, PVT's split q and kv and CSWin's LePE among them."""
     torch.save(state_of(family), tmp_path / "official.pth")
     model = network(family, VCAConfig())
@@ -91,7 +91,7 @@ def test_official_weights_into_the_vca_variant(family, tmp_path):
     assert torch.equal(taken[name], expected)
 
 
-def test_another_head(tmp_path):
+def test_init_from_other_num_classes_leaves_head(tmp_path):
     """Fine-tuning on ten classes: all but the head, and the report says why."""
     torch.save(state_of("deit"), tmp_path / "official.pth")
     report = init_from(network("deit", SoftmaxConfig(), num_classes=10), tmp_path / "official.pth")
@@ -117,7 +117,7 @@ def test_another_head(tmp_path):
         ("swin", {"window_size": 8, "img_size": 256}, None),
     ],
 )
-def test_another_image_size(family, fields, adapted, tmp_path):
+def test_init_from_other_image_size_interpolates(family, fields, adapted, tmp_path):
     """Positions are interpolated: nothing starts from random ones."""
     torch.save(state_of(family), tmp_path / "official.pth")
     model = network(family, SoftmaxConfig(), **fields)
@@ -136,7 +136,7 @@ def test_another_image_size(family, fields, adapted, tmp_path):
         assert model.adapt("pos_embed", torch.ones(1, 198, 192)) is None  # a distilled DeiT's
 
 
-def test_files_that_are_read(tmp_path):
+def test_read_weights_every_file_format(tmp_path):
     """Plain, wrapped, with an average, from DDP, with the command line of the original trainers, safetensors."""
     raw, average = {"head.bias": torch.zeros(2)}, {"head.bias": torch.ones(2)}
     files = {
@@ -156,7 +156,7 @@ def test_files_that_are_read(tmp_path):
     assert strip_wrappers("submodule.weight") == "submodule.weight"
 
 
-def test_files_that_are_refused(tmp_path):
+def test_read_weights_unusable_file_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"trainer.init_from must be a file, got '.*nowhere.pth'"):
         read_weights(tmp_path / "nowhere.pth")
     (tmp_path / "text.pth").write_text("hello")
@@ -180,7 +180,7 @@ def run(folder, *overrides):
     return train_cls.run(compose("train_cls", [f"out_dir={folder}", *SHORT, *overrides]))
 
 
-def test_evaluating_an_official_checkpoint(tmp_path):
+def test_eval_only_official_checkpoint_equals_timm(tmp_path):
     """`trainer.eval_only=true` on timm's weights gives the loss and accuracy of timm's model, and writes nothing."""
     write_image_folder(tmp_path / "data", images=6)
     torch.manual_seed(0)
@@ -208,7 +208,7 @@ def test_evaluating_an_official_checkpoint(tmp_path):
             train_cls.run(compose("train_cls", [*options, other]))
 
 
-def test_starting_from_a_run(tmp_path, capsys):
+def test_init_from_run_takes_ema(tmp_path, capsys):
     """The EMA of another run is where this one starts, and resuming does not start over."""
     finished = run(tmp_path, "name=first", "trainer.ema_decay=0.5")
     file = tmp_path / "first" / "checkpoints" / "step_00000003.pt"
@@ -239,7 +239,7 @@ def test_starting_from_a_run(tmp_path, capsys):
 
 @pytest.mark.parametrize("attention", ["vca", "softmax"])
 @pytest.mark.parametrize("weights", ["ema", "raw"])
-def test_export(tmp_path, attention, weights):
+def test_export_loads_in_timm(tmp_path, attention, weights):
     """What timm loads, by both of its ways, is what was evaluated."""
     run(tmp_path, "name=run", f"attention={attention}", "trainer.ema_decay=0.5")
     out = tmp_path / "exported"
@@ -262,7 +262,7 @@ def test_export(tmp_path, attention, weights):
 
 
 @pytest.mark.process
-def test_exporting_from_the_command_line(tmp_path):
+def test_export_script_messages_and_errors(tmp_path):
     def command(*arguments):
         return run_script("scripts/export.py", *map(str, arguments))
 

@@ -38,7 +38,7 @@ def digits_model(*overrides):
     return build_model(config.model, config.attention)
 
 
-def test_learning_rate():
+def test_learning_rate_warmup_and_cosine():
     config = OptimConfig(lr=1.0, warmup_epochs=2, warmup_lr=0.1, min_lr=0.2)
     rates = [learning_rate(config, step, 100, 10, 1.0) for step in range(101)]
     assert rates[0] == pytest.approx(0.1)
@@ -60,7 +60,7 @@ def names_in(groups, model):
     return [sorted(names[id(p)] for p in group["params"]) for group in groups]
 
 
-def test_parameter_groups():
+def test_parameter_groups_split_by_weight_decay():
     model = digits_model()
     decayed, not_decayed = names_in(parameter_groups(model, 0.05), model)
     assert "blocks.0.attn.e_pos" in decayed
@@ -71,7 +71,7 @@ def test_parameter_groups():
 
 
 @pytest.mark.parametrize("wrap", ["ddp", "compile"])
-def test_the_recipe_survives_wrapping(wrap, process_group, monkeypatch):
+def test_train_state_ddp_or_compile_keeps_groups_and_ema(wrap, process_group, monkeypatch):
     """Groups, EMA and checkpoints come from the bare model, whatever runs the forward pass."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))  # generates no code
     raw = digits_model("model.depth=1")
@@ -116,7 +116,7 @@ def test_ema_closed_form_and_buffers():
 
 
 @pytest.mark.parametrize("accumulation", [2, 4])
-def test_accumulation_is_the_larger_batch(accumulation):
+def test_train_state_accumulation_equals_larger_batch(accumulation):
     """Gradients and learning rate do not depend on how the global batch is cut."""
     images = torch.randn(16, 1, 8, 8)
     results = []
@@ -141,12 +141,12 @@ def test_accumulation_is_the_larger_batch(accumulation):
     ("batch", "micro", "ranks", "says"),
     [(100, None, 3, "3 ranks, got 100; try 99 or 102"), (64, 24, 2, "48 or 96"), (2, None, 4, "got 2; try 4")],
 )
-def test_indivisible_batch_names_valid_ones(batch, micro, ranks, says):
+def test_micro_batch_indivisible_suggests_valid_sizes(batch, micro, ranks, says):
     with pytest.raises(ConfigError, match=says):
         TrainerConfig(global_batch=batch, micro_batch=micro).micro_batch_on(ranks)
 
 
-def test_gradient_clipping():
+def test_train_state_clips_gradient_norm():
     state = TrainState(digits_model(), TrainerConfig(steps=2, global_batch=4), OptimConfig(clip_grad=1e-3), WORLD, 1)
     seen = []
     step = state.optimizer.step
@@ -161,7 +161,7 @@ def test_gradient_clipping():
     assert seen[0] == pytest.approx(1e-3, rel=1e-3)
 
 
-def test_a_gradient_that_is_not_finite_changes_nothing():
+def test_train_state_nonfinite_gradient_skips_step():
     state = TrainState(digits_model(), TrainerConfig(steps=2, global_batch=4, ema_decay=0.9), OptimConfig(), WORLD, 1)
     before = copy.deepcopy(state.state_dict())
     update = state.update([torch.randn(4, 1, 8, 8)], lambda model, x, s: model(x).mean() * float("nan"), seed=0)
@@ -172,7 +172,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing():
 
 
 @pytest.mark.parametrize("precision", list(Precision))
-def test_precisions_train(precision):
+def test_train_state_every_precision_trains(precision):
     """Parameters and EMA stay float32; the loss goes down in each."""
     trainer = TrainerConfig(steps=30, global_batch=32, precision=precision, ema_decay=0.5)
     state = TrainState(digits_model(), trainer, OptimConfig(lr=1e-3, warmup_epochs=0), WORLD, 1)
@@ -187,7 +187,7 @@ def test_precisions_train(precision):
     assert {p.dtype for p in [*state.model.parameters(), *state.ema.module.parameters()]} == {torch.float32}
 
 
-def test_fp16_overflow_lowers_the_scale_and_goes_on():
+def test_train_state_fp16_overflow_lowers_scale():
     state = TrainState(
         digits_model(), TrainerConfig(steps=9, global_batch=4, precision=Precision.fp16), OptimConfig(), WORLD, 1
     )
@@ -200,7 +200,7 @@ def test_fp16_overflow_lowers_the_scale_and_goes_on():
     assert state.update([images], lambda model, x, s: model(x).float().square().mean(), seed=0).applied
 
 
-def test_dropout_depends_on_the_step_and_not_on_history():
+def test_train_state_dropout_depends_on_step_only():
     model = digits_model("model.drop_rate=0.3", "model.drop_path_rate=0.3")
     state = TrainState(model, TrainerConfig(steps=9, global_batch=4), OptimConfig(), WORLD, 1)
     images = torch.randn(4, 1, 8, 8)

@@ -1,0 +1,151 @@
+"""Put faults into a copy of the project, one after another, and check that the tests notice each.
+
+python scripts/mutate.py            all of them, ten minutes
+python scripts/mutate.py ema lr     these
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parents[1]
+
+
+class Fault(NamedTuple):
+    """A text of a file, what takes its place, and the tests of which one must fail."""
+
+    file: str
+    right: str
+    wrong: str
+    tests: str
+
+
+# In their order: a resume forgets the EMA; a rank reads another's share; the SDE's last step has no score; a key
+# behind + is accepted; lambda has a wrong sign; a checkpoint is not flushed; the covariance is biased; statistics of
+# another extractor are taken; the label drop, and the noise, depend on the rank; the learning rate is a step early;
+# prefix tokens are pooled; a signal to another rank is not noticed.
+FAULTS = {
+    "ema": Fault(
+        "vca/training/step.py",
+        'self.ema.module.load_state_dict(state["ema"])',
+        "pass",
+        "tests/runs/test_resume.py",
+    ),
+    "share": Fault(
+        "vca/data/loader.py",
+        "(self.world.rank * self",
+        "(max(self.world.rank - 1, 0) * self",
+        "tests/data/test_loader.py",
+    ),
+    "last_step": Fault(
+        "vca/generation/samplers.py",
+        "x + rest * (velocity + w * score)",
+        "x + rest * velocity",
+        "tests/generation",
+    ),
+    "plus_key": Fault(
+        "vca/config/load.py",
+        "for key in extra_keys(config):",
+        "for key in ():",
+        "tests/config/test_load.py",
+    ),
+    "lambda": Fault(
+        "vca/attention/contrast.py",
+        "second.exp() + self.init",
+        "second.exp() - self.init",
+        "tests/attention/test_contrast.py",
+    ),
+    "fsync": Fault(
+        "vca/runtime/files.py",
+        "os.fsync(file.fileno())",
+        "pass",
+        "tests/training/test_checkpoint.py",
+    ),
+    "ddof": Fault(
+        "vca/evaluation/statistics.py",
+        "/ (self.count - 1)",
+        "/ self.count",
+        "tests/evaluation",
+    ),
+    "statistics": Fault(
+        "vca/evaluation/statistics_file.py",
+        "if differences := compare(",
+        "if differences := False and compare(",
+        "tests/runs/test_eval_fid_input.py",
+    ),
+    "label_drop": Fault(
+        "vca/training/generation.py",
+        '"generation", fingerprint)',
+        '"generation", fingerprint, __import__("os").getenv("RANK", 0))',
+        "tests/runs/test_train_gen.py",
+    ),
+    "lr": Fault(
+        "vca/training/step.py",
+        "learning_rate(self.optim, step, ",
+        "learning_rate(self.optim, step + 1, ",
+        "tests/training",
+    ),
+    "prefix": Fault(
+        "vca/attention/pooling.py",
+        "flatten(2), grid, num_prefix_tokens)",
+        "flatten(2)[:, : grid[0] * grid[1]], grid, 0)",
+        "tests/attention/test_contrast.py",
+    ),
+    "stop": Fault(
+        "vca/training/run.py",
+        "asked = self.world.sum(",
+        "asked = (lambda x: x)(",
+        "tests/runs/test_kills.py -k sigusr1",
+    ),
+}
+
+
+def copy_project(folder: Path) -> None:
+    """The files that git tracks, as they are now."""
+    names = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT / name, folder / name)
+
+
+def noticed(fault: Fault, folder: Path) -> str | None:
+    """The first test that fails with the fault in the copy; None if all pass.
+
+    Raises:
+        ValueError: if the text is not in the file exactly once.
+    """
+    file = folder / fault.file
+    text = file.read_text()
+    if text.count(fault.right) != 1:
+        raise ValueError(f"{fault.file} must have '{fault.right}' once, got {text.count(fault.right)} times")
+    file.write_text(text.replace(fault.right, fault.wrong))
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *fault.tests.split()]
+    environment = {**os.environ, "PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    file.write_text(text)
+    if done.returncode not in (0, 1):
+        raise ValueError(
+            f"pytest {fault.tests} ended with {done.returncode}: {done.stdout[-2000:]}{done.stderr[-2000:]}"
+        )
+    failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    return failed[0].split(" - ")[0] if failed else None
+
+
+def main() -> int:
+    """Print a line for each fault; 1 if one was not noticed."""
+    unnoticed = 0
+    with tempfile.TemporaryDirectory() as folder:
+        copy_project(Path(folder))
+        for name in sys.argv[1:] or FAULTS:
+            test = noticed(FAULTS[name], Path(folder))
+            unnoticed += test is None
+            print(f"{name:12}{test or 'NOT NOTICED by ' + FAULTS[name].tests}", flush=True)
+    return int(unnoticed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
