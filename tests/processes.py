@@ -45,6 +45,7 @@ def environment(**extra: str) -> dict[str, str]:
 def become(script: str, arguments: Sequence[str], env: dict[str, str], cwd: str, outputs: tuple[str, str]) -> None:
     """Body of a fork: `python script *arguments` in a session of its own."""
     os.setsid()
+    multiprocessing.set_start_method("fork", force=True)  # of loader workers, as in a process of the command line
     os.environ.clear()
     os.environ.update(env)
     os.chdir(cwd)

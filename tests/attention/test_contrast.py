@@ -42,7 +42,7 @@ def golden(case: str):
     return {key: torch.from_numpy(value) for key, value in arrays.items()}, meta
 
 
-def random_arguments(shape, dtype=torch.float64, seed=0):
+def random_arguments(shape, dtype=torch.float64, seed=0, batch=2):
     (height, width), (h, w), prefix, heads, dim = shape
     generator = torch.Generator().manual_seed(seed)
 
@@ -50,7 +50,7 @@ def random_arguments(shape, dtype=torch.float64, seed=0):
         return torch.randn(size, generator=generator, dtype=dtype).requires_grad_()
 
     tokens = prefix + height * width
-    qkv = [normal(2, heads, tokens, dim) for _ in range(3)]
+    qkv = [normal(batch, heads, tokens, dim) for _ in range(3)]
     embeddings = [normal(heads, h * w, dim) for _ in range(2)]
     return [*qkv, *embeddings, normal(), normal(), 0.35, normal(dim), normal(dim), (height, width), (h, w), prefix]
 

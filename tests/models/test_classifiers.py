@@ -82,6 +82,7 @@ def official(family: str):
     return getattr(models, family).from_official
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("name", TIMM)
 def test_classifiers_equal_timm(name):
     family, config = TIMM[name]
@@ -173,20 +174,23 @@ INPUTS = {"deit_tiny": [3, 224, 224], "dit_s_2": [4, 32, 32], "deit_mini": [3, 3
 
 
 @pytest.mark.process
-@pytest.mark.parametrize(
-    ("model", "attention"), ROWS, ids=lambda value: value if isinstance(value, str) else "-".join(value)
-)
+@pytest.mark.parametrize(("model", "attention"), sorted({*SETTLED, *PARAMS, *((model, "vca") for model in INPUTS)}))
 def test_complexity_counts_equal_paper(model, attention):
     """What `scripts/complexity.py` prints: the paper's figures in its rows, an exact count in some."""
-    counts = complexity_of(model, *attention)
-    assert min(counts.params, counts.macs) > 0
-    key = (model, *attention)
-    if key in SETTLED:
-        params, macs = SETTLED[key]
-        assert counts.params / 1e6 == pytest.approx(params, abs=1e-3)
-        assert counts.macs / 1e9 == pytest.approx(macs, abs=5e-3)
-    assert counts.params == PARAMS.get(key, counts.params)
+    counts = complexity_of(model, attention)
+    params, macs = SETTLED.get((model, attention), (counts.params / 1e6, counts.macs / 1e9))
+    assert counts.params / 1e6 == pytest.approx(params, abs=1e-3)
+    assert counts.macs / 1e9 == pytest.approx(macs, abs=5e-3)
+    assert counts.params == PARAMS.get((model, attention), counts.params)
     assert list(counts.input) == INPUTS.get(model, list(counts.input))
+
+
+@pytest.mark.process
+@pytest.mark.parametrize(("model", "attention"), ROWS, ids=str)
+def test_complexity_rows_build(model, attention):
+    config = complexity.config_of(model, *attention)
+    with torch.device("meta"):
+        assert sum(p.numel() for p in build_model(config.model, config.attention).parameters()) > 0
 
 
 def test_complexity_rows_cover_models_and_ablations():

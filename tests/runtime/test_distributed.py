@@ -85,9 +85,9 @@ def test_evaluation_independent_of_world_size(worlds):
 
 
 def by_two_torchruns(*command):
-    """Two nodes of two ranks, emulated by two agents of torchrun on this machine."""
+    """Two nodes of a rank each, which two agents of torchrun on this machine start."""
     where = [f"--master_port={free_port()}", "--master_addr=127.0.0.1"]
-    agent = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=2", *where]
+    agent = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", *where]
     pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     agents = [
         subprocess.Popen([*agent, f"--node_rank={node}", *command], env=environment(), cwd=ROOT, **pipe)
@@ -98,14 +98,14 @@ def by_two_torchruns(*command):
         assert process.returncode == 0, said[-3000:]
 
 
-@pytest.mark.parametrize(("nodes", "ranks"), [(1, 2), (2, 2)], ids=["one node of two", "two nodes of two"])
-def test_run_directory_shared_by_all_ranks(tmp_path, nodes, ranks):
+@pytest.mark.parametrize(("how", "ranks"), [("one node", 2), ("two nodes", 4), ("two torchruns", 2)])
+def test_run_directory_shared_by_all_ranks(tmp_path, how, ranks):
     """All ranks write one directory, its name without a clock, nothing else, and log each step once."""
     options = [f"out_dir={tmp_path}/out", "name=run", *TINY, "trainer.steps=3"]
-    if nodes == 2:
+    if how == "two torchruns":
         by_two_torchruns("train_cls.py", *options)
     else:
-        done = run_script("train_cls.py", *options, ranks=ranks)
+        done = run_script("train_cls.py", *options, ranks=ranks, nodes=1 + (how == "two nodes"))
         assert done.returncode == 0, done.stderr[-3000:]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["run"]
@@ -114,7 +114,7 @@ def test_run_directory_shared_by_all_ranks(tmp_path, nodes, ranks):
     assert {path.name for path in (tmp_path / "out" / "run").iterdir()} == expected
     assert [record["step"] for record in metrics(tmp_path / "out" / "run")] == [1, 2, 3, 3]
     launch = json.loads((tmp_path / "out" / "run" / "launches.jsonl").read_text())
-    assert (launch["ranks"], launch["first_step"]) == (nodes * ranks, 0)
+    assert (launch["ranks"], launch["first_step"]) == (ranks, 0)
     assert "name=run" in launch["command"]
 
 

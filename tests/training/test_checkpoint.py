@@ -29,6 +29,7 @@ def saved(tmp_path):
     return tmp_path
 
 
+@pytest.mark.process
 def test_checkpoint_kill_during_save_keeps_newest(tmp_path):
     """`kill -9` inside save, 50 times: the newest checkpoint always loads, and none is lost."""
     newest, context = 0, multiprocessing.get_context("fork")

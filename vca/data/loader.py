@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 
 from vca.runtime.distributed import World
 from vca.runtime.seeding import derive_seed, seed_everything
-from vca.runtime.signals import ignore_stop_signals
+from vca.runtime.signals import start_worker
 
 
 class Address(NamedTuple):
@@ -141,7 +141,7 @@ def train_loader(
         AddressedImages(images, transform, seed),
         batch_sampler=micro_batches,
         num_workers=workers,
-        worker_init_fn=ignore_stop_signals,
+        worker_init_fn=start_worker,
         pin_memory=micro_batches.world.device.type == "cuda",
     )
     batches = iter(loader)
@@ -153,4 +153,4 @@ def eval_loader(images: Any, transform: Any, world: World, batch_size: int, work
     """This rank's share of an evaluation set: every image on exactly one rank, nothing padded."""
     share = Subset(EvalImages(images, transform), range(world.rank, len(images), world.size))
     pin = world.device.type == "cuda"
-    return DataLoader(share, batch_size, num_workers=workers, pin_memory=pin, worker_init_fn=ignore_stop_signals)
+    return DataLoader(share, batch_size, num_workers=workers, pin_memory=pin, worker_init_fn=start_worker)

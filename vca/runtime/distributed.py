@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from vca.runtime.errors import ConfigError
+from vca.runtime.signals import end_workers
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ def pick_device(name: str, local_rank: int, key: str = "trainer.device") -> torc
 
 @contextmanager
 def start(device: str, timeout_minutes: float = 10.0, key: str = "trainer.device") -> Iterator[World]:
-    """Join the process group that torchrun describes in the environment, and leave it at the end.
+    """Join the process group that torchrun describes in the environment; at the end leave it and end loader workers.
 
     Within another `start` it is the group of that one: a process joins once.
 
@@ -119,6 +120,7 @@ def start(device: str, timeout_minutes: float = 10.0, key: str = "trainer.device
     try:
         yield world
     finally:
+        end_workers()
         if join:
             dist.destroy_process_group()
 

@@ -1,6 +1,9 @@
 """Being asked to stop. SLURM, before it takes a node back, sends SIGTERM, SIGUSR1 or SIGUSR2; people press Ctrl-C."""
 
+import ctypes
+import multiprocessing
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -39,7 +42,23 @@ def noting_stop_signals() -> Iterator[StopRequest]:
             signal.signal(number, handler)
 
 
-def ignore_stop_signals(*_: object) -> None:
-    """For loader processes, which a signal to the whole job reaches too: the training itself ends them."""
+def start_worker(*_: object) -> None:
+    """Initialize a loader worker: it ignores the stop signals, which reach the whole job, and dies with its parent.
+
+    The parent ends its workers by `end_workers`. Where Linux's `prctl` is missing, a worker whose parent was killed
+    ends when torch's own watchdog notices, seconds later.
+    """
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
+def end_workers() -> None:
+    """Kill the loader workers of this process.
+
+    At exit Python sends SIGTERM to them and joins them. They ignore SIGTERM, so that would wait for ever.
+    """
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
