@@ -26,6 +26,9 @@ OPTIONS = [
 ]
 
 
+pytestmark = pytest.mark.process
+
+
 def close(one, other):
     torch.testing.assert_close(one, other, rtol=0, atol=1e-10)
 

@@ -188,6 +188,7 @@ def test_parameter_groups_no_decay_equals_original_code():
         assert set(groups["0.05"]) == matrices - names
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("row", TABLE1)
 def test_table1_experiment_matches_paper_row(row):
     """Each experiment states its row, the paper's accuracy and its cost, and composes into what it says."""
@@ -221,6 +222,7 @@ FID = {
 TABLE2 = sorted(path.stem for path in (ROOT / "configs" / "experiment" / "table2").glob("*.yaml"))
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("row", TABLE2)
 def test_table2_experiment_matches_paper_row(row):
     """As the rows of Table 1; on cached latents or, by an override, on images."""

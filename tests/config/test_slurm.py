@@ -24,6 +24,7 @@ from vca.training.checkpoint import load_latest
 
 PROGRAMS = ("slurmctld", "slurmd", "munged")
 pytestmark = [
+    pytest.mark.process,
     pytest.mark.slurm,
     pytest.mark.skipif(
         os.geteuid() != 0 or not all(shutil.which(name) for name in PROGRAMS),

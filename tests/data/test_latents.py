@@ -25,6 +25,8 @@ from vca.runtime.errors import ConfigError
 from vca.training.checkpoint import load_latest
 from vca.training.generation import GenerationLoss
 
+pytestmark = pytest.mark.process
+
 CPU = torch.device("cpu")
 ALONE = World(0, 0, 1, CPU)
 SIZES = [(40, 40), (70, 48), (48, 90), (140, 130), (33, 64)]  # wider, taller, and at least twice as large as 32 px
@@ -256,7 +258,6 @@ def test_latent_cache_flips_are_encoded(cache):
     assert (versions[:, 4:] > 0).all()  # standard deviations
 
 
-@pytest.mark.process
 def test_prepare_latents_resume_on_two_ranks_is_exact(photos, quick, quick_cache, tmp_path):
     """Killed after its first file, continued by two ranks: every byte as in one go."""
     command = [*options(quick), f"data.root={photos}", f"out={tmp_path / 'broken'}", *CACHE, "shard_size=1"]
@@ -426,7 +427,6 @@ def test_latent_cache_float16_close_to_float32(photos, vaes, cache, tmp_path):
     assert RandomVersion(0.5)(other).dtype == torch.float32
 
 
-@pytest.mark.process
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_resume_on_latents_after_kill_is_exact(quick, quick_cache, tmp_path, ranks):
     length = ["trainer.global_batch=12", "trainer.steps=40", "trainer.checkpoint_every=5", "trainer.log_every=2"]

@@ -29,6 +29,8 @@ from vca.evaluation.sources import open_source
 from vca.runtime.distributed import World
 from vca.runtime.errors import ConfigError
 
+pytestmark = pytest.mark.process
+
 ONE = World(0, 0, 1, torch.device("cpu"))
 DRAW = ("sampler=ddpm", "sampler.steps=4", "device=cpu")
 
@@ -95,7 +97,6 @@ def test_eval_fid_record_location(samples, use, tmp_path, capsys):
     evaluate(f"samples={images}", *reference)  # the folder holds nothing but images still
 
 
-@pytest.mark.process
 def test_eval_fid_independent_of_ranks(generator_run, use, tmp_path):
     """Drawn and measured by real ranks, of which one has no block at all; statistics by four."""
     command = [f"run={generator_run}", f"count={DRAWN}", *DRAW, *use, "data=digits", "batch_size=20"]
@@ -224,7 +225,6 @@ def test_extractor_classifier_features_before_head(samples, classifier_run, tmp_
     assert record["metrics"]["frechet"] > 0
 
 
-@pytest.mark.process
 def test_fid_every_on_two_ranks_equals_eval_fid(use, tmp_path):
     """On two ranks while it trains, and then on one from its checkpoint."""
     common = [*SMALL_DIT, f"out_dir={tmp_path}", "name=run", "trainer.steps=4", "trainer.checkpoint_every=2"]

@@ -21,6 +21,8 @@ from vca.evaluation.images import NpzImages
 from vca.runtime.distributed import World
 from vca.runtime.errors import ConfigError, NonFiniteError
 
+pytestmark = pytest.mark.process
+
 ONE = World(0, 0, 1, torch.device("cpu"))
 
 
@@ -245,7 +247,6 @@ def test_measure_nonfinite_features_refused(samples, tmp_path):
         measure(NpzImages(black, "samples"), extractor, ONE, 4, 0, talk=False)
 
 
-@pytest.mark.process
 def test_eval_fid_error_on_one_rank_reported(use, tmp_path):
     """The second of two ranks reads a cut image: the line is there, and nobody waits."""
     folder = some(tmp_path / "bad")

@@ -24,6 +24,8 @@ from vca.runtime.errors import ConfigError, NonFiniteError
 from vca.runtime.rundir import RunDirectory, plain
 from vca.training.checkpoint import save_checkpoint
 
+pytestmark = pytest.mark.process
+
 QUICK = ("sampler.steps=4", "device=cpu")
 
 
@@ -45,7 +47,6 @@ def pixels(out, count):
     return np.stack([drawn.pixels for drawn in SampleSet(out).read_all(count)])
 
 
-@pytest.mark.process
 def test_sample_script_independent_of_ranks_batch_and_kill(generator_run, tmp_path):
     """64 samples by 1 rank x 8, by 2 ranks x 5, and by 2 ranks x 5 killed in the middle, then 1 rank x 8."""
     common = [f"run={generator_run}", "count=64", "sampler.steps=10", "sampler.guidance=1.5", "device=cpu"]

@@ -25,6 +25,8 @@ from vca.runtime.rundir import FREE_KEYS, RunDirectory, compare, plain
 from vca.runtime.seeding import seed_torch
 from vca.training.checkpoint import load_latest
 
+pytestmark = pytest.mark.process
+
 SHORT = (*TINY, "trainer.steps=6", "trainer.ema_decay=0.5")
 
 
@@ -70,7 +72,6 @@ def test_resume_of_finished_run_returns_result(finished):
     assert len((folder / "run" / "launches.jsonl").read_text().splitlines()) == 1
 
 
-@pytest.mark.process
 def test_eval_only_equals_evaluation_of_run(finished):
     """In training, by `trainer.eval_only=true`, and on two ranks: one figure."""
     folder, result = finished
@@ -107,7 +108,6 @@ def test_run_directory_rewind_drops_later_records(tmp_path):
     assert RunDirectory(tmp_path / "new").records() == []
 
 
-@pytest.mark.process
 def test_train_cls_independent_of_workers(tmp_path):
     run(tmp_path, name="none")
     run(tmp_path, "trainer.workers=2", name="two")
@@ -124,7 +124,6 @@ def test_gradient_checkpointing_equals_plain(tmp_path):
     run(tmp_path, "trainer.grad_checkpointing=true", name="plain")
 
 
-@pytest.mark.process
 @pytest.mark.parametrize("attention", ["vca", "softmax"])
 def test_compile_close_to_eager(tmp_path, attention):
     """`trainer.compile=true` trains the same model: what differs is small beside what was learned."""
@@ -145,7 +144,6 @@ def test_compile_close_to_eager(tmp_path, attention):
     assert (compiled - eager).norm() < 0.05 * learned
 
 
-@pytest.mark.process
 def test_progress_bar_on_terminal_only(tmp_path):
     """On a terminal: images/s and the time left; in a file: lines."""
     main, second = pty.openpty()
@@ -238,7 +236,6 @@ def history(folder):
     return rows
 
 
-@pytest.mark.process
 def test_wandb_offline_equals_metrics_file(tmp_path):
     """Real wandb, offline, over an interruption: the same records, one id, the step as the axis."""
     options = [f"out_dir={tmp_path}", "name=run", *SHORT, "wandb.mode=offline"]

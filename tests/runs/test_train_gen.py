@@ -19,6 +19,8 @@ from vca.runtime.errors import ConfigError, NonFiniteError
 from vca.training.checkpoint import load_latest
 from vca.training.generation import GenerationLoss
 
+pytestmark = pytest.mark.process
+
 # 40 updates of 120 of the 1,438 digits: every cut is in mid-epoch.
 LONG = (
     *SMALL_DIT,
@@ -46,7 +48,6 @@ def network(*overrides, **fields):
     return model, config
 
 
-@pytest.mark.process
 @pytest.mark.parametrize(
     ("ranks", "objective"), [(1, "objective=interpolant"), (2, "objective=diffusion")], ids=["one rank", "two ranks"]
 )
@@ -69,7 +70,6 @@ def test_resume_after_kill_is_exact(tmp_path, ranks, objective):
     assert [path.read_bytes() for path in pictures[0]] == [path.read_bytes() for path in pictures[1]]
 
 
-@pytest.mark.process
 def test_train_gen_losses_independent_of_ranks(tmp_path):
     """The first 20 losses of 1, 2 and 4 ranks at one global batch."""
     losses = {}
