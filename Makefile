@@ -4,6 +4,7 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
+WORKERS = $(shell expr $$(getconf _NPROCESSORS_ONLN) + 1) # one more than cores: tests also wait
 
 .PHONY: demo check test style clean
 
@@ -11,10 +12,10 @@ demo: .venv/ready
 	$(BIN)/python scripts/demo.py
 
 check: style
-	$(BIN)/python -m pytest -n auto --dist worksteal -m 'not process and not slow'
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m 'not process and not slow'
 
 test: style
-	$(BIN)/python -m pytest -n auto --dist worksteal
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 style: .venv/ready
 	$(BIN)/ruff check .

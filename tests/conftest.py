@@ -26,6 +26,11 @@ def _alike():
     torch.manual_seed(0)
 
 
+def pytest_collection_modifyitems(items):
+    """The longest first, which wait for SLURM: the other workers take over the rest."""
+    items.sort(key=lambda item: item.get_closest_marker("slurm") is None)
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item):
     """Only a test marked `process` may start processes, itself or by its fixtures."""
