@@ -9,7 +9,7 @@ import tomllib
 import pytest
 import yaml
 
-from tests.processes import ROOT, environment
+from tests.processes import ROOT, environment, run_command
 
 STANDARD = set(sys.stdlib_module_names)
 SCIENTIFIC = {"torch", "torchvision", "timm", "numpy", "scipy", "PIL", "sklearn", "matplotlib", "safetensors"}
@@ -124,6 +124,18 @@ after = (torch.get_float32_matmul_precision(), list(warnings.filters), dict(os.e
 assert before == after
 """
     subprocess.run([sys.executable, "-c", code], env=environment(), check=True)
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("script", sorted(path.name for path in ROOT.glob("*.py")))
+def test_root_script_help_imports_no_timm(script):
+    """A real command line, which answers without the packages that take as long to import as torch."""
+    done = run_command(sys.executable, "-X", "importtime", script, "--help")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert f"python {script}" in done.stdout
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+    assert "torch" in imported
+    assert not imported & {"timm", "torchvision", "torch._dynamo", "wandb", "matplotlib", "sklearn", "diffusers"}
 
 
 def test_environment_files_agree():
