@@ -2,14 +2,15 @@
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.processes import ROOT, Launch
+from tests.processes import ROOT, Launch, run_script
 from vca.config import command_line
+from vca.training.checkpoint import load_latest
 
 GOLDEN = ROOT / "tests" / "golden"
 SHARED = ROOT.parent / "shared" / "data"  # real data, which a clone does not have
@@ -84,6 +85,25 @@ def train_and_kill(folder: Path, at_step: int, script: str, *overrides: str, ran
     """Start a run, `kill -9` all of its processes once `metrics.jsonl` reports `at_step`; return the step reached."""
     start_and_kill(lambda: last_step(folder) >= at_step, script, *overrides, ranks=ranks)
     return last_step(folder)
+
+
+def assert_resume_exact(out_dir: Path, at_steps: Sequence[int], script: str, *overrides: str, ranks: int = 1) -> None:
+    """Train 40 steps as run `whole`, and as run `broken` with a `kill -9` at each of `at_steps`: the ends are equal."""
+    whole, broken = out_dir / "whole", out_dir / "broken"
+    command = (script, f"out_dir={out_dir}", *overrides)
+    done = run_script(*command, "name=whole", ranks=ranks)
+    assert done.returncode == 0, done.stderr[-3000:]
+    for at_step in at_steps:
+        reached = train_and_kill(broken, at_step, *command, "name=broken", ranks=ranks)
+        assert at_step <= reached < 40
+        assert load_latest(broken / "checkpoints")["step"] in range(5, reached + 1, 5)
+    done = run_script(*command, "name=broken", ranks=ranks)
+    assert done.returncode == 0, done.stderr[-3000:]
+    one, other = (load_latest(folder / "checkpoints") for folder in (whole, broken))
+    assert one["step"] == 40
+    assert one["consumed"] > 0
+    assert_same(one, other)  # step, model, EMA, optimizer, scaler, fingerprint of the consumed images
+    assert untimed(whole) == untimed(broken)
 
 
 def start_and_kill(ready: Callable[[], bool], script: str, *overrides: str, ranks: int = 1) -> None:

@@ -12,7 +12,7 @@ from PIL import Image
 import train_gen
 from scripts import prepare_latents
 from tests.processes import ROOT, run_script
-from tests.support import SHARED, SMALL_DIT, assert_same, start_and_kill, train_and_kill, untimed
+from tests.support import SHARED, SMALL_DIT, assert_resume_exact, assert_same, start_and_kill
 from vca.config import compose
 from vca.data import load_dataset
 from vca.data.augment import AdmCrop, train_transform
@@ -22,7 +22,6 @@ from vca.generation.autoencoder import Autoencoder, AutoencoderConfig, load_auto
 from vca.generation.objective import build_objective
 from vca.runtime.distributed import World
 from vca.runtime.errors import ConfigError
-from vca.training.checkpoint import load_latest
 from vca.training.generation import GenerationLoss
 
 pytestmark = pytest.mark.process
@@ -430,15 +429,8 @@ def test_latent_cache_float16_close_to_float32(photos, vaes, cache, tmp_path):
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_resume_on_latents_after_kill_is_exact(quick, quick_cache, tmp_path, ranks):
     length = ["trainer.global_batch=12", "trainer.steps=40", "trainer.checkpoint_every=5", "trainer.log_every=2"]
-    command = [*options(quick), *NETWORK, *length, "data=latents", f"data.root={quick_cache}", f"out_dir={tmp_path}"]
-    done = run_script("train_gen.py", *command, "name=whole", ranks=ranks)
-    assert done.returncode == 0, done.stderr[-3000:]
-    reached = train_and_kill(tmp_path / "broken", 12, "train_gen.py", *command, "name=broken", ranks=ranks)
-    assert 12 <= reached < 40
-    done = run_script("train_gen.py", *command, "name=broken", ranks=ranks)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert_same(*(load_latest(tmp_path / name / "checkpoints") for name in ("whole", "broken")))
-    assert untimed(tmp_path / "whole") == untimed(tmp_path / "broken")
+    latents = ["data=latents", f"data.root={quick_cache}"]
+    assert_resume_exact(tmp_path, [12], "train_gen.py", *options(quick), *NETWORK, *length, *latents, ranks=ranks)
     with Image.open(tmp_path / "whole" / "samples" / "step_00000040.png") as picture:
         assert picture.mode == "RGB"
         assert picture.size == (3 * 33 - 1, 32)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tests.processes import run_script
-from tests.support import TINY, assert_same, metrics, train_and_kill, untimed
+from tests.support import TINY, assert_resume_exact, assert_same, metrics, train_and_kill
 from vca.training.checkpoint import list_checkpoints, load_latest
 
 pytestmark = pytest.mark.process
@@ -30,21 +30,8 @@ def run(tmp_path, name, *overrides, ranks=1):
 @pytest.mark.parametrize(("ranks", "workers"), [(1, 2), (2, 0), (3, 0)], ids=["one rank", "two ranks", "three ranks"])
 def test_resume_after_kill_is_exact(tmp_path, ranks, workers):
     options = [f"trainer.workers={workers}", *(["trainer.micro_batch=60"] if workers else [])]
-    whole = run(tmp_path, "whole", *options, ranks=ranks)
-    broken = tmp_path / "broken"
-    command = [f"out_dir={tmp_path}", "name=broken", *LONG, *options]
-    for at_step in (7, 18):
-        reached = train_and_kill(broken, at_step, "train_cls.py", *command, ranks=ranks)
-        assert at_step <= reached < 40
-        assert load_latest(broken / "checkpoints")["step"] in range(5, reached + 1, 5)
-    run(tmp_path, "broken", *options, ranks=ranks)
-
-    one, other = (load_latest(folder / "checkpoints") for folder in (whole, broken))
-    assert one["step"] == 40
-    assert one["consumed"] > 0
-    assert_same(one, other)  # step, model, EMA, optimizer, scaler, fingerprint of the consumed images
-    assert untimed(whole) == untimed(broken)
-    assert (broken / "curves.png").stat().st_size > 1000
+    assert_resume_exact(tmp_path, [7, 18], "train_cls.py", *LONG, *options, ranks=ranks)
+    assert (tmp_path / "broken" / "curves.png").stat().st_size > 1000
 
 
 def test_resume_from_two_ranks_to_one(tmp_path):

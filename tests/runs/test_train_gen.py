@@ -9,14 +9,13 @@ from PIL import Image
 import train_gen
 from models import build_model
 from tests.processes import run_script
-from tests.support import SMALL_DIT, assert_same, metrics, train_and_kill, untimed
+from tests.support import SMALL_DIT, assert_resume_exact, metrics
 from vca.config import compose
 from vca.data.loader import Batch
 from vca.generation.autoencoder import AutoencoderConfig, load_autoencoder
 from vca.generation.objective import Method, SamplerConfig, build_objective
 from vca.generation.sampling import check_sampler, draw_samples, guided, save_grid, to_uint8
 from vca.runtime.errors import ConfigError, NonFiniteError
-from vca.training.checkpoint import load_latest
 from vca.training.generation import GenerationLoss
 
 pytestmark = pytest.mark.process
@@ -53,19 +52,8 @@ def network(*overrides, **fields):
 )
 def test_resume_after_kill_is_exact(tmp_path, ranks, objective):
     sampler = "sampler.method=ode_euler" if "inter" in objective else "sampler.method=ddim"
-    command = [f"out_dir={tmp_path}", *LONG, objective, sampler]
-    done = run_script("train_gen.py", *command, "name=whole", ranks=ranks)
-    assert done.returncode == 0, done.stderr[-3000:]
-    reached = train_and_kill(tmp_path / "broken", 12, "train_gen.py", *command, "name=broken", ranks=ranks)
-    assert 12 <= reached < 40
-    done = run_script("train_gen.py", *command, "name=broken", ranks=ranks)
-    assert done.returncode == 0, done.stderr[-3000:]
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    one, other = (load_latest(folder / "checkpoints") for folder in (whole, broken))
-    assert one["step"] == 40
-    assert_same(one, other)
-    assert untimed(whole) == untimed(broken)
-    pictures = [sorted((folder / "samples").iterdir()) for folder in (whole, broken)]
+    assert_resume_exact(tmp_path, [12], "train_gen.py", *LONG, objective, sampler, ranks=ranks)
+    pictures = [sorted((folder / "samples").iterdir()) for folder in (tmp_path / "whole", tmp_path / "broken")]
     assert [path.name for path in pictures[0]] == [f"step_{step:08d}.png" for step in (15, 30, 40)]
     assert [path.read_bytes() for path in pictures[0]] == [path.read_bytes() for path in pictures[1]]
 
