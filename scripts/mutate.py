@@ -1,6 +1,6 @@
 """Put faults into a copy of the project, one after another, and check that the tests notice each.
 
-python scripts/mutate.py            all of them, ten minutes
+python scripts/mutate.py            all of them, three minutes
 python scripts/mutate.py ema lr     these
 """
 

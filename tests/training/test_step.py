@@ -70,6 +70,20 @@ def test_parameter_groups_split_by_weight_decay():
     assert len(decayed) + len(not_decayed) == len(list(model.parameters()))
 
 
+def test_train_state_step_takes_its_own_learning_rate():
+    """The first of four warm-up steps runs at `warmup_lr`, also after a resume."""
+    optim = OptimConfig(lr=5.0, warmup_epochs=1, warmup_lr=1.0, min_lr=0.0)
+    state = TrainState(nn.Linear(2, 1), TrainerConfig(steps=8, global_batch=2), optim, WORLD, steps_per_epoch=4)
+    seen = []
+    for _ in range(4):
+        result = state.update([torch.ones(2, 2)], lambda model, x, step: model(x).square().mean(), seed=0)
+        seen.append((result.lr, *(group["lr"] for group in state.optimizer.param_groups)))
+    assert seen == [(rate,) * len(seen[0]) for rate in (1.0, 2.0, 3.0, 4.0)]
+    again = TrainState(nn.Linear(2, 1), TrainerConfig(steps=8, global_batch=2), optim, WORLD, steps_per_epoch=4)
+    again.load_state_dict({**state.state_dict(), "step": 2})
+    assert again.update([torch.ones(2, 2)], lambda model, x, step: model(x).square().mean(), seed=0).lr == 3.0
+
+
 @pytest.mark.parametrize("wrap", ["ddp", "compile"])
 def test_train_state_ddp_or_compile_keeps_groups_and_ema(wrap, process_group, monkeypatch):
     """Groups, EMA and checkpoints come from the bare model, whatever runs the forward pass."""
