@@ -24,7 +24,7 @@ class Fault(NamedTuple):
     tests: str
 
 
-# In their order: a resume forgets the EMA; a rank reads another's share; the SDE's last step has no score; a key
+# In order: a resume forgets the EMA; a rank reads another's share; the SDE's last step has no score; a key
 # behind + is accepted; lambda has a wrong sign; a checkpoint is not flushed; the covariance is biased; statistics of
 # another extractor are taken; the label drop, and the noise, depend on the rank; the learning rate is a step early;
 # prefix tokens are pooled; a signal to another rank is not noticed.

@@ -21,7 +21,7 @@ from vca.config import compose
 
 @pytest.fixture(autouse=True)
 def _alike():
-    """Every test begins alike, whatever ran before it; one thread, since more of them only fight each other."""
+    """Seed torch and use one thread, so that a test does not depend on those before it."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
 
