@@ -70,7 +70,7 @@ def run(config: TrainClsConfig) -> dict[str, float]:
 
         training = TrainingRun(folder, state, trainer, world)
         resumed = training.resume()
-        if trainer.eval_only or training.finished:
+        if trainer.eval_only or (training.finished and "val/top1" in training.reported):
             if resumed:
                 training.draw(config.name)
             else:
@@ -88,14 +88,22 @@ def run(config: TrainClsConfig) -> dict[str, float]:
             loss_of = ClassificationLoss(BatchMixer(config.augment, config.data.num_classes, config.seed))
             shares = MicroBatches(order, world, micro_batch, accumulation, state.step, state.total_steps)
             loader = train_loader(images, transform, config.seed, shares, trainer.workers)
+            result: dict[str, float] = {}
+
+            def evaluate_if_due() -> None:
+                nonlocal result
+                if training.due(trainer.eval_every, "val/top1"):
+                    training.reporter.say(f"evaluating {len(val_images)} images")
+                    training.write(result := evaluate_weights(state, val_batches))
+
+            evaluate_if_due()  # if a kill came between checkpoint and evaluation
             for batches in training.timing(loader):
                 update = state.update([batch.to(world.device) for batch in batches], loss_of, config.seed)
                 training.record(update, batches)
-                if training.due(trainer.eval_every):
-                    training.write(result := evaluate_weights(state, val_batches))
                 if training.due(trainer.checkpoint_every):
                     training.save()
                 training.leave_if_asked()
+                evaluate_if_due()
         training.draw(config.name)
         return summarize(config, result, world.is_main)
 

@@ -36,7 +36,7 @@ from vca.generation.objective import OBJECTIVES, build_objective
 from vca.generation.sampling import check_sampler, draw_samples, save_grid, to_uint8
 from vca.runtime import distributed
 from vca.runtime.compute import Precision, set_precision
-from vca.runtime.errors import config_errors
+from vca.runtime.errors import NonFiniteError, config_errors
 from vca.runtime.rundir import RunDirectory, plain
 from vca.runtime.seeding import seed_torch
 from vca.training.generation import GenerationLoss
@@ -82,7 +82,8 @@ def run(config: TrainGenConfig) -> dict[str, float]:
 
         training = TrainingRun(folder, state, trainer, world)
         training.resume()
-        if not training.finished:
+        evaluations = {"samples"} | ({"frechet"} if trainer.fid_every else set())
+        if not (training.finished and evaluations <= training.reported):
             image_bytes = 4 * math.prod(images.manifest.shape[1:]) if cached else config.data.image_bytes
             check_before_training(config.data, [images], trainer.workers, micro_batch * image_bytes, world)
             transform = RandomVersion(config.augment.hflip) if cached else train_transform(config.augment, config.data)
@@ -95,17 +96,22 @@ def run(config: TrainGenConfig) -> dict[str, float]:
                 training.introduce(config.name, f"{config.model.name} with {attention}", data)
                 shares = MicroBatches(order, world, micro_batch, accumulation, state.step, state.total_steps)
                 loader = train_loader(images, transform, config.seed, shares, trainer.workers)
+
+                def evaluate_if_due() -> None:
+                    if training.due(trainer.eval_every, "samples"):
+                        training.write(draw_picture(config, generator, training))
+                        training.draw(config.name)
+                    if measured is not None and training.due(trainer.fid_every, "frechet"):
+                        training.write(measured.frechet(training))
+
+                evaluate_if_due()  # if a kill came between checkpoint and evaluation
                 for batches in training.timing(loader):
                     update = state.update([batch.to(world.device) for batch in batches], loss_of, config.seed)
                     training.record(update, batches)
-                    if training.due(trainer.eval_every):
-                        training.write(draw_picture(config, generator, state, folder))
-                        training.draw(config.name)
-                    if measured is not None and training.due(trainer.fid_every):
-                        training.write(measured.frechet())
                     if training.due(trainer.checkpoint_every):
                         training.save()
                     training.leave_if_asked()
+                    evaluate_if_due()
         return summarize(config, folder, world.is_main)
 
 
@@ -114,22 +120,27 @@ def trained(state: TrainState) -> Any:
     return state.ema.module if state.ema is not None else state.model
 
 
-def draw_picture(
-    config: TrainGenConfig, generator: Generator, state: TrainState, folder: RunDirectory
-) -> dict[str, int]:
-    """Draw samples on one rank: a column for each class.
+def draw_picture(config: TrainGenConfig, generator: Generator, training: TrainingRun) -> dict[str, int]:
+    """Draw samples on one rank, a column for each class; one that is not finite is black.
 
     Returns how many they are, and how often the network was evaluated for each.
     """
-    if not state.world.is_main:
+    if not training.world.is_main:
         return {}
     generator.model.eval()
-    labels = torch.arange(config.sampled_classes, device=state.world.device).repeat(config.samples_per_class)
+    labels = torch.arange(config.sampled_classes, device=training.world.device).repeat(config.samples_per_class)
+    training.reporter.say(f"sampling {len(labels)} images")
     samples = draw_samples(
         generator.model, generator.objective, config.sampler, labels, range(len(labels)), config.seed, generator.shape
     )
-    pictures = to_uint8(generator.autoencoder.decode(samples.x))
-    save_grid(pictures, folder.path / "samples" / f"step_{state.step:08d}.png", columns=config.sampled_classes)
+    images = generator.autoencoder.decode(samples.x)
+    finite = torch.isfinite(images).flatten(1).all(dim=1)
+    if failed := int((~finite).sum()):
+        training.reporter.say(f"warning: {failed} of {len(labels)} samples are NaN or infinite")
+    pictures = to_uint8(images.where(finite[:, None, None, None], -1.0))
+    file = training.folder.path / "samples" / f"step_{training.state.step:08d}.png"
+    with training.reporter.expendable(file.parent):
+        save_grid(pictures, file, columns=config.sampled_classes)
     return {"samples": len(labels), "evaluations": samples.evaluations}
 
 
@@ -154,11 +165,17 @@ class Measured:
                 print(f"fid: {warning}", flush=True)
         self.reference = read_features(reference, self.extractor, world, self.fid.batch_size, keep=0)
 
-    def frechet(self) -> dict[str, float]:
-        """The distance from the reference, and of how many samples."""
+    def frechet(self, training: TrainingRun) -> dict[str, float | None]:
+        """The distance from the reference, null if a sample is not finite, and of how many samples."""
         self.generator.model.eval()
-        found = measure(self.samples, self.extractor, self.world, self.fid.batch_size, keep=0, talk=False)
-        return {"frechet": frechet_distance(*found.pool, *self.reference.pool), "frechet_samples": self.fid.count}
+        training.reporter.say(f"sampling {self.fid.count} images for the Frechet distance")
+        try:
+            found = measure(self.samples, self.extractor, self.world, self.fid.batch_size, keep=0)
+            distance = frechet_distance(*found.pool, *self.reference.pool)
+        except NonFiniteError as error:
+            training.reporter.say(f"warning: no Frechet distance: {error}")
+            distance = None
+        return {"frechet": distance, "frechet_samples": self.fid.count}
 
 
 def summarize(config: TrainGenConfig, folder: RunDirectory, talk: bool) -> dict[str, float]:

@@ -10,7 +10,6 @@ where MHSA looks from the same patch. Each map has its own scale; in the differe
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ from vca.data.augment import eval_transform
 from vca.data.config import DataConfig
 from vca.runtime.distributed import World
 from vca.runtime.errors import ConfigError, config_errors
-from vca.runtime.rundir import compare
+from vca.runtime.rundir import compare, read_config
 from vca.training.init import InitWeights
 from vca.training.restore import load_run
 
@@ -37,12 +36,11 @@ Maps = list[dict[str, Tensor]]  # of each layer, by title
 ANYWHERE = {"root": None, "check_seconds": None}  # of the data: may differ between two runs
 
 
-def read_config(run: Path) -> dict[str, Any]:
+def read_classifier_config(run: Path) -> dict[str, Any]:
     """The config of a run of `train_cls.py`."""
-    file = run / "config.json"
-    if not file.exists():
+    if not (run / "config.json").exists():
         raise ConfigError(f"{run} is no run directory: it has no config.json")
-    config = json.loads(file.read_text())
+    config = read_config(run)
     if "objective" in config:
         raise ConfigError(f"{run} is a generator; the maps are those of a classifier")
     return config
@@ -80,7 +78,7 @@ def read_file(path: Path, in_chans: int) -> Any:
 def maps_of_run(run: Path, images: Tensor, patch: tuple[int, int] | None) -> Maps:
     """Maps of every layer of a run, see `vca.attention.maps.maps_of`."""
     with config_errors():
-        model = rebuild(read_config(run))
+        model = rebuild(read_classifier_config(run))
     load_run(model, run, None, InitWeights.ema, World(0, 0, 1, torch.device("cpu")))
     with listening(model.eval()) as heard, config_errors():
         model(images)
@@ -91,7 +89,7 @@ def maps_of_run(run: Path, images: Tensor, patch: tuple[int, int] | None) -> Map
 
 def maps_of_baseline(baseline: Path, run: Path, layers: Maps, images: Tensor, patch: tuple[int, int] | None) -> Maps:
     """Maps of MHSA to stand beside those of `run`, its layers: of the same images on the same grids."""
-    data, other = ({**read_config(folder)["data"], **ANYWHERE} for folder in (run, baseline))
+    data, other = ({**read_classifier_config(folder)["data"], **ANYWHERE} for folder in (run, baseline))
     if differences := compare(other, data, key="data"):
         raise ConfigError(f"--baseline: {baseline} has other data than {run} ({'; '.join(differences)})")
     beside = maps_of_run(baseline, images, patch)
@@ -160,7 +158,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("attention_maps"), help="folder of the pictures")
     options = parser.parse_args()
     with mistakes_in_one_line():
-        images = read_images(read_config(options.run), options.root, options.images)
+        images = read_images(read_classifier_config(options.run), options.root, options.images)
         patch = tuple(options.patch) if options.patch else None
         layers = maps_of_run(options.run, images, patch)
         beside: Maps = [{} for _ in layers]

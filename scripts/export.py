@@ -27,7 +27,7 @@ from models import CLASSIFIERS
 from models.timm_registry import load_sizes, pretrained_cfg, timm_name
 from vca.attention import VCAConfig
 from vca.runtime.errors import ConfigError
-from vca.runtime.rundir import plain
+from vca.runtime.rundir import plain, read_config
 from vca.training.checkpoint import load_latest
 
 
@@ -62,14 +62,14 @@ def export(run: Path, weights: str | None, out: Path) -> str:
     """
     if not (run / "config.json").is_file():
         raise ConfigError(f"RUN must be a run directory with a config.json, got '{run}'")
-    saved = load_latest(run / "checkpoints")
+    saved = load_latest(run / "checkpoints", set_aside=False)
     if saved is None:
         raise ConfigError(f"{run / 'checkpoints'} holds no checkpoint")
     weights = weights or ("ema" if saved["ema"] is not None else "raw")
     if weights == "ema" and saved["ema"] is None:
         raise ConfigError(f"{run} keeps no EMA; use --weights raw")
     parameters = saved["ema" if weights == "ema" else "model"]
-    config = json.loads((run / "config.json").read_text())
+    config = read_config(run)
     description = describe(config)
     description["run"] = {"weights": weights, "step": saved["step"], "config": config}
 

@@ -57,5 +57,5 @@ def test_resume_damaged_checkpoint_uses_previous(tmp_path):
     newest.write_bytes(newest.read_bytes()[:5000])
     done = run_script("train_cls.py", f"out_dir={tmp_path}", "name=whole", *LONG)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "step_00000040.pt is damaged" in done.stderr
+    assert "step_00000040.pt is corrupt" in done.stderr
     assert_same(before, load_latest(folder / "checkpoints"))

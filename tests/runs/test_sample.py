@@ -22,7 +22,7 @@ from vca.generation.sampling import label_of
 from vca.runtime.digest import image_sha256, images_sha256
 from vca.runtime.errors import ConfigError, NonFiniteError
 from vca.runtime.rundir import RunDirectory, plain
-from vca.training.checkpoint import save_checkpoint
+from vca.training.checkpoint import KEYS, save_checkpoint
 
 pytestmark = pytest.mark.process
 
@@ -189,7 +189,8 @@ def latent_run(vaes, artefact):
         folder = RunDirectory(out / "run")
         identity = load_autoencoder(config.autoencoder, torch.device("cpu")).identity()
         folder.create({**plain(config), "inputs": {"autoencoder": identity, "cache": None}})
-        save_checkpoint(folder.checkpoints, 5, {"step": 5, "model": model.state_dict(), "ema": model.state_dict()})
+        weights = {"model": model.state_dict(), "ema": model.state_dict()}
+        save_checkpoint(folder.checkpoints, 5, {**dict.fromkeys(KEYS), "step": 5, **weights})
 
     objectives = {"diffusion": "ddpm", "interpolant": "sde"}
     return {
@@ -276,9 +277,9 @@ def test_sample_script_damaged_set_or_checkpoint(generator_run, tmp_path):
     run = shutil.copytree(generator_run, tmp_path / "run")
     newest = run / "checkpoints" / "step_00000002.pt"
     newest.write_bytes(newest.read_bytes()[:1000])
-    with pytest.raises(ConfigError, match=r"step_00000002.pt is damaged; choose another step"):
+    with pytest.raises(ConfigError, match=r"step_00000002.pt is corrupt .*; choose another step"):
         draw(tmp_path / "b", f"run={run}", "count=1", "step=2")
-    with pytest.warns(UserWarning, match="is damaged"):
+    with pytest.warns(UserWarning, match="is corrupt"):
         _, manifest = draw(tmp_path / "b", f"run={run}", "count=1")
     assert manifest["origin"]["step"] == 1
     assert newest.exists(), "a reader moved a file of the run"

@@ -21,7 +21,7 @@ from tests.support import TINY, assert_same, metrics, untimed
 from vca.config import compose
 from vca.runtime import provenance
 from vca.runtime.errors import ConfigError
-from vca.runtime.rundir import FREE_KEYS, RunDirectory, compare, plain
+from vca.runtime.rundir import plain
 from vca.runtime.seeding import seed_torch
 from vca.training.checkpoint import load_latest
 
@@ -85,27 +85,6 @@ def test_resume_with_other_config_refused(finished):
     with pytest.raises(ConfigError, match=r"another config \(optim.lr: 0.001 there, 0.5 here\); choose another name"):
         run(folder, "optim.lr=0.5")
     run(folder, "trainer.workers=1", "trainer.checkpoint_every=3")  # these change nothing that is computed
-
-
-def test_compare_names_every_difference():
-    here = {"a": 1, "b": {"c": 2, "d": [1]}, "out_dir": "x", "trainer": {"workers": 1}}
-    there = {"a": 1, "b": {"c": 3, "e": 0}, "out_dir": "y", "trainer": {"workers": 2}}
-    assert compare(there, here, FREE_KEYS) == [
-        "b.c: 3 there, 2 here",
-        "b.d: None there, [1] here",
-        "b.e: 0 there, None here",
-    ]
-
-
-def test_run_directory_rewind_drops_later_records(tmp_path):
-    folder = RunDirectory(tmp_path)
-    for step in (1, 2, 3):
-        folder.append({"step": step})
-    with open(folder.metrics_file, "a") as file:
-        file.write('{"step": 4, "lo')  # a kill in mid-line
-    folder.rewind(2)
-    assert folder.records() == [{"step": 1}, {"step": 2}]
-    assert RunDirectory(tmp_path / "new").records() == []
 
 
 def test_train_cls_independent_of_workers(tmp_path):

@@ -1,31 +1,40 @@
 """Checkpoints: complete or absent, whatever happens while they are written."""
 
+import errno
 import multiprocessing
 import os
 import resource
 import signal
 import time
+import warnings
 from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
 
+from tests.support import assert_same
 from vca.runtime.errors import ConfigError
 from vca.training import checkpoint
-from vca.training.checkpoint import list_checkpoints, load_checkpoint, load_latest, save_checkpoint
+from vca.training.checkpoint import KEYS, list_checkpoints, load_checkpoint, load_latest, save_checkpoint
+
+
+def state(step, size=1000):
+    """What a checkpoint of that step holds."""
+    return {**dict.fromkeys(KEYS), "step": step, "model": {"x": torch.full((size,), float(step))}}
 
 
 def save_forever(folder, first, ready):
     """Body of the process to be killed."""
     ready.send(True)
     for step in range(first, first + 100_000):
-        save_checkpoint(folder, step, {"step": step, "x": torch.full((200_000,), float(step))})
+        save_checkpoint(folder, step, state(step, 200_000))
 
 
 @pytest.fixture
 def saved(tmp_path):
     for step in (1, 2, 3):
-        save_checkpoint(tmp_path, step, {"step": step, "x": torch.full((1000,), float(step))}, keep=3)
+        save_checkpoint(tmp_path, step, state(step), keep=3)
     return tmp_path
 
 
@@ -44,32 +53,97 @@ def test_checkpoint_kill_during_save_keeps_newest(tmp_path):
         found = list_checkpoints(tmp_path)
         if not found:
             continue
-        state = load_checkpoint(found[-1])
-        assert torch.equal(state["x"], torch.full((200_000,), float(state["step"])))
-        assert state["step"] >= newest
-        newest = state["step"]
+        saved = load_checkpoint(found[-1])
+        assert torch.equal(saved["model"]["x"], torch.full((200_000,), float(saved["step"])))
+        assert saved["step"] >= newest
+        newest = saved["step"]
     assert newest > 50
 
 
-@pytest.mark.parametrize("damage", ["truncated", "empty", "flipped"])
-def test_checkpoint_damaged_newest_skipped(saved, damage):
-    path = list_checkpoints(saved)[-1]
+def truncate(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def flip_weight(path):
     content = bytearray(path.read_bytes())
-    if damage == "flipped":
-        middle = content.find(torch.full((4,), 3.0).numpy().tobytes())
-        content[middle + 2] ^= 0xFF
-    path.write_bytes({"truncated": content[: len(content) // 2], "empty": b"", "flipped": content}[damage])
-    with pytest.warns(UserWarning, match=r"step_00000003.pt is damaged .*; passing it over"):
-        state = load_latest(saved)
-    assert state["step"] == 2
+    content[content.find(torch.full((4,), 3.0).numpy().tobytes()) + 2] ^= 0xFF
+    path.write_bytes(content)
 
 
-def test_checkpoint_all_damaged_refused(saved):
-    """Starting over would write over what is left of the run."""
+def make_folder(path):
+    path.unlink()
+    path.mkdir()
+
+
+def make_dangling_link(path):
+    path.unlink()
+    path.symlink_to("gone.pt")
+
+
+DAMAGES = {
+    "truncated": truncate,
+    "empty": lambda path: path.write_bytes(b""),
+    "a weight flipped": flip_weight,
+    "a list": lambda path: torch.save([1, 2], path),
+    "a key missing": lambda path: torch.save({"step": 3, "model": {}}, path),
+    "of another step": lambda path: torch.save(state(2), path),
+    "a step that is no number": lambda path: torch.save(state(3) | {"step": "three"}, path),
+    "another object": lambda path: torch.save(Path(), path),
+    "text": lambda path: path.write_text("\N{SNOWMAN}"),
+    "a folder": make_folder,
+    "a dangling link": make_dangling_link,
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_checkpoint_damaged_newest_skipped(saved, damage):
+    DAMAGES[damage](list_checkpoints(saved)[-1])
+    with pytest.warns(
+        UserWarning, match=r"step_00000003.pt is .*\); falling back to the previous checkpoint"
+    ) as caught:
+        assert load_latest(saved)["step"] == 2
+    assert "\n" not in str(caught[0].message)
+    assert load_latest(saved)["step"] == 2
+    assert (saved / "step_00000003.pt.damaged").is_symlink() or (saved / "step_00000003.pt.damaged").exists()
+
+
+def test_checkpoint_flipped_byte_of_zip_directory_never_unseen(saved):
+    """Flip each byte of the directory at the file's end: the checkpoint is skipped, or loads unchanged."""
+    path, good = list_checkpoints(saved)[-1], state(3)
+    content = path.read_bytes()
+    skipped = 0
+    for place in range(content.find(b"PK\x01\x02"), len(content)):
+        flipped = bytearray(content)
+        flipped[place] ^= 0xFF
+        path.write_bytes(flipped)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            found = load_latest(saved, set_aside=False)
+        assert_same(found, state(2) if caught else good)
+        skipped += bool(caught)
+    assert skipped > 300
+
+
+def test_checkpoint_all_damaged_refused_every_time(saved):
+    """Starting at step 0 would write over what is left of the run."""
     for path in list_checkpoints(saved):
         path.write_bytes(b"")
-    with pytest.warns(UserWarning, match="damaged"), pytest.raises(ConfigError, match="all checkpoints in"):
+    with pytest.warns(UserWarning, match="corrupt"), pytest.raises(ConfigError, match="all checkpoints in"):
         load_latest(saved)
+    with pytest.raises(ConfigError, match=r"all checkpoints in .* are corrupt; restore one from a copy"):
+        load_latest(saved)
+
+
+def test_checkpoint_unreadable_disk_is_no_damage(saved, monkeypatch):
+    """A file that the disk refuses to read for a moment keeps its name."""
+
+    def refuse(path):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(checkpoint.zipfile, "ZipFile", refuse)
+    with pytest.raises(OSError, match="Input/output error"):
+        load_latest(saved)
+    assert len(list_checkpoints(saved)) == 3
 
 
 def test_checkpoint_empty_folder_gives_none(tmp_path):
@@ -80,22 +154,22 @@ def test_checkpoint_empty_folder_gives_none(tmp_path):
 def test_checkpoint_damaged_file_set_aside_not_kept(saved, keep):
     """A damaged newer file is set aside; what is written next is kept, whatever its number."""
     list_checkpoints(saved)[-1].write_bytes(b"")
-    with pytest.warns(UserWarning, match="damaged"):
+    with pytest.warns(UserWarning, match="corrupt"):
         assert load_latest(saved)["step"] == 2
     assert (saved / "step_00000003.pt.damaged").exists()
-    save_checkpoint(saved, 3, {"step": 3}, keep=keep)
+    save_checkpoint(saved, 3, state(3), keep=keep)
     assert load_latest(saved)["step"] == 3
 
 
 @pytest.mark.parametrize("keep", [1, 2, 3, 5, 8])
 def test_checkpoint_keep_bounds_number_of_files(tmp_path, keep):
     for step in range(1, 11):
-        save_checkpoint(tmp_path, step, {"step": step}, keep=keep)
+        save_checkpoint(tmp_path, step, state(step), keep=keep)
         assert len(list_checkpoints(tmp_path)) == min(step, keep)
 
 
 def test_checkpoint_keep_retains_newest(saved):
-    save_checkpoint(saved, 4, {"step": 4}, keep=2)
+    save_checkpoint(saved, 4, state(4), keep=2)
     assert [path.name for path in list_checkpoints(saved)] == ["step_00000003.pt", "step_00000004.pt"]
     assert sorted(path.name for path in saved.iterdir()) == ["step_00000003.pt", "step_00000004.pt"]
 
@@ -115,7 +189,7 @@ def test_checkpoint_oserror_retried_once(saved, monkeypatch, failures):
     monkeypatch.setattr(checkpoint.time, "sleep", lambda seconds: None)
     twice = pytest.raises(OSError, match="No space left") if failures == 2 else nullcontext()
     with pytest.warns(UserWarning, match="trying once more"), twice:
-        save_checkpoint(saved, 4, {"step": 4})
+        save_checkpoint(saved, 4, state(4))
     assert load_latest(saved)["step"] == (4 if failures == 1 else 3)
 
 
@@ -139,6 +213,6 @@ def test_checkpoint_full_disk_raises_oserror(tmp_path):
 
 
 def test_checkpoint_newest_by_step_number(saved):
-    save_checkpoint(saved, 100_000_000, {"step": 100_000_000}, keep=4)
+    save_checkpoint(saved, 100_000_000, state(100_000_000), keep=4)
     os.utime(saved / "step_00000001.pt")
     assert load_latest(saved)["step"] == 100_000_000

@@ -1,6 +1,5 @@
 """Which generator a `GeneratorConfig` means: the configs that it was trained with, and the protocol it must keep to."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +12,7 @@ from vca.generation.autoencoder import AUTOENCODERS, AutoencoderConfig
 from vca.generation.generator import DrawnSet, Generator
 from vca.generation.objective import OBJECTIVES
 from vca.runtime.errors import ConfigError, check
-from vca.runtime.rundir import compare, plain
+from vca.runtime.rundir import compare, plain, read_config
 from vca.training.restore import THE_ONLY_ONES
 
 
@@ -54,7 +53,7 @@ def read_generator(config: GeneratorConfig, networks: Registry) -> dict[str, Any
 def read_run(folder: Path, networks: Registry) -> dict[str, Any]:
     """The configs of a run of `train_gen.py`."""
     check((folder / "config.json").is_file(), "run", "a run directory with a config.json", str(folder))
-    saved = json.loads((folder / "config.json").read_text())
+    saved = read_config(folder)
     check("inputs" in saved, "run", "a run of train_gen.py", str(folder))
     return {
         "model": from_registry(networks, saved["model"], "family"),

@@ -9,7 +9,6 @@ Shape letters: B batch, D features, K classes, S spatial features.
 
 import hashlib
 import io
-import json
 from collections.abc import Callable, Mapping
 from contextlib import redirect_stdout
 from dataclasses import dataclass
@@ -24,7 +23,8 @@ from vca.runtime.digest import tensors_sha256
 from vca.runtime.distributed import World
 from vca.runtime.errors import ConfigError, check
 from vca.runtime.plugin import describe_weights, load_function
-from vca.training.checkpoint import load_latest_for_all
+from vca.runtime.rundir import read_config
+from vca.training.checkpoint import checkpoint_path, load_latest_for_all, must_fit
 from vca.training.init import InitWeights
 
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
@@ -229,14 +229,15 @@ def classifier(config: ClassifierConfig, world: World, rebuild: Callable[[Mappin
     """
     folder = Path(str(config.run)).expanduser()
     check((folder / "config.json").is_file(), "extractor.run", "a run directory with a config.json", config.run)
-    saved_config = json.loads((folder / "config.json").read_text())
+    saved_config = read_config(folder)
     check("inputs" not in saved_config, "extractor.run", "a run of train_cls.py", config.run)
     saved = load_latest_for_all(folder / "checkpoints", world, set_aside=False)
     if saved is None:
         raise ConfigError(f"extractor.run: {folder / 'checkpoints'} holds no checkpoint")
     model = rebuild(saved_config)
     averaged = config.weights is InitWeights.ema and saved["ema"] is not None
-    model.load_state_dict(saved["ema" if averaged else "model"])
+    with must_fit(checkpoint_path(folder / "checkpoints", saved["step"])):
+        model.load_state_dict(saved["ema" if averaged else "model"])
     data = saved_config["data"]
     text = f"{saved_config['model']} {saved_config['attention']} {data['mean']} {data['std']}"
     return Extractor("classifier", Classifier(model, data["mean"], data["std"]), data["in_chans"], text)

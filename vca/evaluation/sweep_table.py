@@ -9,7 +9,7 @@ from typing import Any
 
 from vca.attention import describe
 from vca.evaluation.tables import NOT_COMPARED, total_steps
-from vca.runtime.rundir import RunDirectory
+from vca.runtime.rundir import RunDirectory, read_config
 
 Records = list[dict[str, Any]]
 
@@ -68,7 +68,7 @@ def read(folder: Path) -> Run | str:
     if not file.exists():
         return f"{folder}: not begun"
     try:
-        config, records = json.loads(file.read_text()), RunDirectory(folder).records()
+        config, records = read_config(folder), RunDirectory(folder).records()
         last_step, steps = records[-1]["step"] if records else 0, total_steps(config, records)
         whole = "objective" in config or any(r["step"] == last_step and "val/top1" in r for r in records)
         if not records or last_step < steps or not whole:

@@ -7,7 +7,6 @@ the fields.
 
 import csv
 import io
-import json
 import math
 import statistics
 from collections.abc import Iterable, Mapping
@@ -18,7 +17,7 @@ from typing import Any
 from vca.attention import DifferentialStagesConfig, SoftmaxConfig, VCAConfig
 from vca.evaluation.record import FORMAT, INCIDENTAL, read_record
 from vca.runtime.errors import ConfigError
-from vca.runtime.rundir import FREE_KEYS, RunDirectory, compare, plain
+from vca.runtime.rundir import FREE_KEYS, RunDirectory, compare, plain, read_config
 
 VCA, SOFTMAX = plain(VCAConfig()), plain(SoftmaxConfig())
 
@@ -205,10 +204,7 @@ def gather(folders: Iterable[Path], weights: str = "raw") -> Found:
 
 def read_run(folder: Path, weights: str, found: Found) -> None:
     """A finished ImageNet run of `train_cls.py`."""
-    try:
-        config = json.loads((folder / "config.json").read_text())
-    except ValueError as error:
-        raise ConfigError(f"{folder / 'config.json'} is damaged ({error})") from error
+    config = read_config(folder)
     if not {"data", "model", "attention", "trainer", "seed"} <= set(config) or "inputs" in config:
         return  # a generator's, or none of ours
     if {key: config["data"].get(key) for key in IMAGENET} != IMAGENET:

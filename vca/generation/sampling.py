@@ -1,5 +1,6 @@
 """Samples addressed by index: what `(seed, index)` gives depends on neither the batch nor the number of ranks."""
 
+import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor
 from vca.generation.objective import Method, Objective, SamplerConfig
 from vca.generation.samplers import Samples
 from vca.runtime.errors import NonFiniteError, check
+from vca.runtime.files import write_bytes
 from vca.runtime.seeding import derive_seed
 
 
@@ -115,5 +117,7 @@ def save_grid(images: Tensor, path: Path, columns: int, labels: Sequence[object]
     picture = Image.fromarray(sheet[..., 0] if channels == 1 else sheet)
     for label, (top, left) in zip(labels or (), corners, strict=False):
         ImageDraw.Draw(picture).text((left + width // 2, top), str(label), fill=0, anchor="ma")
+    content = io.BytesIO()
+    picture.save(content, format="png")
     path.parent.mkdir(parents=True, exist_ok=True)
-    picture.save(path)
+    write_bytes(path, content.getbuffer())

@@ -1,6 +1,9 @@
 """Writing files so that a kill or a crash leaves the old one or the new one, never a part."""
 
+import errno
 import os
+import shutil
+from contextlib import suppress
 from pathlib import Path
 
 
@@ -8,19 +11,51 @@ def write_bytes(path: Path, content: bytes | memoryview) -> None:
     """Write under a temporary name, flush to the disk, rename, flush the folder.
 
     Raises:
-        OSError: on a full disk, for example; what was there is still there.
+        OSError: on a full disk, for example, with the space that is needed and free. The old file is still there, and
+            the temporary one is removed.
     """
     temporary = path.with_suffix(".tmp")
-    with open(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        with suppress(OSError):
+            temporary.unlink()
+        raise OSError(error.errno, f"{error.strerror}, {space(len(content), path.parent)}", str(path)) from error
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def append_line(path: Path, line: str) -> None:
+    """Add a line to a file, or leave the file as it is.
+
+    Raises:
+        OSError: as `write_bytes`.
+    """
+    content = f"{line}\n".encode()
+    try:
+        with open(path, "ab", buffering=0) as file:
+            end = file.tell()
+            if file.write(content) < len(content):
+                file.truncate(end)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    except OSError as error:
+        raise OSError(error.errno, f"{error.strerror}, {space(len(content), path.parent)}", str(path)) from error
+
+
+def space(needed: int, folder: Path) -> str:
+    """`12.3 MB needed, 4.0 MB free`."""
+    try:
+        free = f"{shutil.disk_usage(folder).free / 1e6:.1f} MB"
+    except OSError:
+        free = "unknown space"
+    return f"{needed / 1e6:.1f} MB needed, {free} free"
 
 
 def write_text(path: Path, text: str) -> None:

@@ -5,12 +5,15 @@ import sys
 import threading
 import uuid
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
 from vca.runtime.errors import check
+from vca.runtime.files import write_text
 from vca.runtime.rundir import RunDirectory
 
 
@@ -59,9 +62,10 @@ class WandbMirror:
     def run_id(self) -> str:
         """The run's id on wandb, made once."""
         file = self.folder / "wandb_id"
-        if not file.exists():
-            file.write_text(uuid.uuid4().hex[:8])
-        return file.read_text().strip()
+        known = file.read_text().strip() if file.exists() else ""
+        if not known:
+            write_text(file, known := uuid.uuid4().hex[:8])
+        return known
 
     def work(self) -> None:
         """Body of the thread."""
@@ -95,6 +99,7 @@ class WandbMirror:
         """Let wandb finish, for at most `timeout_seconds`."""
         if self.thread is None:
             return
+        print(f"waiting for wandb, at most {self.config.timeout_seconds:g} s", flush=True)
         self.queue.put(None)
         self.thread.join(self.config.timeout_seconds)
         if self.thread.is_alive():
@@ -123,6 +128,7 @@ class Reporter:
         self.folder, self.total_steps, self.batch = folder, total_steps, batch
         self.wandb: WandbMirror | None = None
         self.bar: Any = None
+        self.unwritable: set[Path] = set()
         if folder is not None and sys.stderr.isatty():
             from tqdm import tqdm
 
@@ -138,10 +144,21 @@ class Reporter:
         """Put a record into `metrics.jsonl`, on the terminal, and on wandb."""
         if self.folder is None:
             return
-        self.folder.append(record)
+        with self.expendable(self.folder.metrics_file):
+            self.folder.append(record)
         if self.wandb is not None:
             self.wandb.log(record)
         self.say(describe(record, self.total_steps))
+
+    @contextmanager
+    def expendable(self, file: Path) -> Iterator[None]:
+        """Write a file that the run can do without: if that fails, it says so, once for each file, and continues."""
+        try:
+            yield
+        except OSError as error:
+            if file not in self.unwritable:
+                warnings.warn(f"{file} cannot be written ({error}); the run continues without it", stacklevel=3)
+            self.unwritable.add(file)
 
     def say(self, line: str) -> None:
         """Show a line above the bar, or print it."""

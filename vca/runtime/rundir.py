@@ -16,6 +16,7 @@ import platform
 import shlex
 import sys
 import time
+import warnings
 from collections.abc import Collection
 from enum import Enum
 from pathlib import Path
@@ -25,7 +26,7 @@ import torch
 
 from vca.runtime.distributed import World
 from vca.runtime.errors import ConfigError
-from vca.runtime.files import write_text
+from vca.runtime.files import append_line, write_bytes, write_text
 from vca.runtime.provenance import provenance
 
 # Keys that may differ between two starts of one run: they change where and how it runs, not what it computes.
@@ -65,21 +66,34 @@ class RunDirectory:
 
     def check(self, config: dict[str, Any]) -> None:
         """Raise `ConfigError` if the directory belongs to a run with another config; names what differs."""
-        file = self.path / "config.json"
-        differences = compare(json.loads(file.read_text()), config, FREE_KEYS) if file.exists() else []
+        if not (self.path / "config.json").exists():
+            return
+        try:
+            saved = read_config(self.path)
+        except ConfigError as error:
+            raise ConfigError(f"{error}; remove it to resume this run with the config of this command") from error
+        differences = compare(saved, config, FREE_KEYS)
         if differences:
             raise ConfigError(
                 f"{self.path} holds a run with another config ({'; '.join(differences)}); "
                 f"choose another name=... or remove the folder"
             )
 
-    def create(self, config: dict[str, Any]) -> None:
-        """Make the directory, or enter it again, and write the config; from now on no other process may train here."""
+    def begin(self, config: dict[str, Any], world: World, step: int) -> None:
+        """Make the directory, or enter it again at a step; from now on no other process may train here."""
         try:
-            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            self.create(config)
+            self.rewind(step)
+            self.record_launch(world, step)
         except OSError as error:
-            raise ConfigError(f"out_dir: {self.path} cannot be made: {error.strerror}") from error
+            raise ConfigError(f"out_dir: {self.path} cannot be written ({error})") from error
+
+    def create(self, config: dict[str, Any]) -> None:
+        """Make and lock the directory, write the config, and remove files whose writing a kill interrupted."""
+        self.checkpoints.mkdir(parents=True, exist_ok=True)
         self.lock()
+        for interrupted in (*self.path.glob("*.tmp"), *self.checkpoints.glob("*.tmp")):
+            interrupted.unlink()
         write_text(self.path / "config.json", json.dumps(config, indent=2) + "\n")
 
     def lock(self) -> None:
@@ -113,9 +127,8 @@ class RunDirectory:
             "slurm_job_id": os.environ.get("SLURM_JOB_ID"),
             "slurm_restarts": int(os.environ.get("SLURM_RESTART_COUNT", 0)),
         }
-        with open(self.path / "launches.jsonl", "a") as file:
-            file.write(json.dumps(launch) + "\n")
-        (self.path / "uncommitted.diff").write_text(diff)
+        append_line(self.path / "launches.jsonl", json.dumps(launch))
+        write_text(self.path / "uncommitted.diff", diff)
 
     def write_failure(self, rank: int, record: dict[str, Any]) -> None:
         """Keep what a rank saw when a gradient was not finite."""
@@ -123,20 +136,57 @@ class RunDirectory:
 
     def append(self, record: dict[str, Any]) -> None:
         """Add a line to `metrics.jsonl`."""
-        with open(self.metrics_file, "a") as file:
-            file.write(json.dumps(record) + "\n")
+        append_line(self.metrics_file, json.dumps(record))
+
+    def lines(self) -> list[dict[str, Any] | None]:
+        """The records of `metrics.jsonl`, None where a line is corrupt; a line that a kill cut short has no end."""
+        content = self.metrics_file.read_bytes() if self.metrics_file.exists() else b""
+        return [parse_record(line) for line in content.split(b"\n")[:-1]]
 
     def records(self) -> list[dict[str, Any]]:
-        """All whole lines of `metrics.jsonl`."""
-        if not self.metrics_file.exists():
-            return []
-        lines = self.metrics_file.read_text().split("\n")[:-1]  # a line that a kill cut short has no end
-        return [json.loads(line) for line in lines]
+        """The intact records of `metrics.jsonl`."""
+        return [record for record in self.lines() if record is not None]
 
     def rewind(self, step: int) -> None:
-        """Forget the reports after `step`: they will be written again."""
+        """Drop the records after `step`, which the run writes again, and corrupt lines.
+
+        Where lines are corrupt, or a run starts again at step 0, the file is first copied to `metrics.jsonl.<n>`.
+        """
+        lines = self.lines()
+        corrupt = lines.count(None)
+        if corrupt or (lines and step == 0):
+            number = 1 + len(list(self.path.glob("metrics.jsonl.*")))
+            copy = self.metrics_file.with_name(f"metrics.jsonl.{number}")
+            write_bytes(copy, self.metrics_file.read_bytes())
+            why = f"{corrupt} of its lines are corrupt" if corrupt else "the run starts again at step 0"
+            warnings.warn(f"{self.metrics_file}: {why}; the file is kept as {copy.name}", stacklevel=2)
         kept = [json.dumps(record) + "\n" for record in self.records() if record["step"] <= step]
         write_text(self.metrics_file, "".join(kept))
+
+
+def parse_record(line: bytes) -> dict[str, Any] | None:
+    """A line of `metrics.jsonl`; None if it is corrupt."""
+    try:
+        record = json.loads(line)
+    except ValueError:  # neither JSON nor text
+        return None
+    return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
+
+
+def read_config(run: Path) -> dict[str, Any]:
+    """The `config.json` of a run directory.
+
+    Raises:
+        ConfigError: if it is not the JSON of a config.
+    """
+    file = run / "config.json"
+    try:
+        config = json.loads(file.read_bytes())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{file} cannot be read ({error})") from error
+    if not isinstance(config, dict):
+        raise ConfigError(f"{file} must hold a config, got {type(config).__name__}")
+    return config
 
 
 def plain(value: Any) -> Any:

@@ -1,16 +1,18 @@
 """Checkpoints that survive a kill at any moment.
 
 A checkpoint is one file of tensors and plain values, `step_00001000.pt`. It is written under a temporary name, flushed
-to the disk and renamed, so a file with the final name is complete. Should the disk lose part of it all the same, the
-newest file that loads is taken, and the damaged one is passed over with a warning.
+to the disk and renamed, so a file with the final name is complete. If the disk loses part of it all the same, a run
+resumes from the newest checkpoint that is intact.
 """
 
+import errno
 import io
-import pickle
 import re
 import time
 import warnings
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,12 @@ from vca.runtime.errors import ConfigError
 from vca.runtime.files import write_bytes
 
 NAME = re.compile(r"step_(\d+)\.pt")
+KEYS = ("step", "model", "ema", "optimizer", "scaler", "consumed", "report")
+NOT_A_FILE = (errno.ENOENT, errno.EISDIR, errno.ELOOP)  # a dangling link, a folder, a link to itself
+
+
+class CorruptCheckpointError(Exception):
+    """A file that is not, or no longer, a checkpoint."""
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
@@ -65,35 +73,65 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     """Read a checkpoint to the CPU, tensors and plain values only (`weights_only=True`).
 
     Raises:
-        zipfile.BadZipFile: if the file is cut short, or a byte of it changed (torch does not look at the checksums).
+        CorruptCheckpointError: if it is cut short, a byte of it changed (torch does not check the zip's checksums), or
+            it is something else than a checkpoint of the step in its name.
+        OSError: if the disk refuses to read it.
     """
-    with zipfile.ZipFile(path) as archive:
-        if (member := archive.testzip()) is not None:
-            raise zipfile.BadZipFile(f"wrong checksum of {member}")
-    return torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if (member := archive.testzip()) is not None:
+                raise zipfile.BadZipFile(f"wrong checksum of {member}")
+            if any(info.external_attr for info in archive.infolist()):  # torch reads a folder as uninitialized memory
+                raise zipfile.BadZipFile("a tensor is marked as a folder")
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # the parsers raise anything on unknown bytes, for example UnicodeDecodeError
+        disk = isinstance(error, OSError) and error.errno not in (None, errno.EINVAL, *NOT_A_FILE)
+        if disk or isinstance(error, MemoryError):
+            raise
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise CorruptCheckpointError(f"{path} is corrupt ({reason})") from error
+    missing = [key for key in KEYS if key not in saved] if isinstance(saved, dict) else ["a dict of the state"]
+    if missing:
+        raise CorruptCheckpointError(f"{path} is not a checkpoint of a run ({missing[0]} is missing)")
+    if not isinstance(saved["step"], int) or checkpoint_path(path.parent, saved["step"]) != path:
+        raise CorruptCheckpointError(f"{path} is the checkpoint of another step ({saved['step']})")
+    return saved
 
 
 def load_latest(folder: Path, set_aside: bool = True) -> dict[str, Any] | None:
-    """The newest checkpoint that can be read, or None if there is no checkpoint.
+    """The newest intact checkpoint, or None if there has been no checkpoint.
 
-    A damaged one is passed over with a warning, and set aside as `<name>.damaged` so that it does not count as newest;
-    a reader that is not the run itself leaves it where it is (`set_aside=False`).
+    A corrupt one is skipped with a warning and renamed to `<name>.damaged`; a reader that is not the run itself does
+    not rename it (`set_aside=False`).
 
     Raises:
-        ConfigError: if there are checkpoints and all of them are damaged: starting over would lose the run's history.
-        OSError: if a file cannot be read at all.
+        ConfigError: if there are checkpoints and all of them are corrupt: starting at step 0 would overwrite the run.
+        OSError: if the disk refuses to read a file.
     """
-    found = list_checkpoints(folder)
-    for path in reversed(found):
+    for path in reversed(list_checkpoints(folder)):
         try:
             return load_checkpoint(path)
-        except (zipfile.BadZipFile, RuntimeError, pickle.UnpicklingError, EOFError) as error:
-            warnings.warn(f"{path.name} is damaged ({str(error).splitlines()[0]}); passing it over", stacklevel=2)
+        except CorruptCheckpointError as error:
+            warnings.warn(f"{error}; falling back to the previous checkpoint", stacklevel=2)
             if set_aside:
-                path.rename(path.with_suffix(".pt.damaged"))
-    if found:
-        raise ConfigError(f"all checkpoints in {folder} are damaged; choose another name=... or remove the folder")
+                path.rename(path.with_name(f"{path.name}.damaged"))
+    if list_checkpoints(folder) or any(folder.glob("step_*.damaged")):
+        raise ConfigError(
+            f"all checkpoints in {folder} are corrupt; restore one from a copy, remove the run directory, or choose "
+            f"another name=..."
+        )
     return None
+
+
+@contextmanager
+def must_fit(path: Path) -> Iterator[None]:
+    """Raise a `ConfigError` of one line if a checkpoint's state does not fit what loads it."""
+    try:
+        yield
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+        lines = [line.strip() for line in str(error).splitlines()]
+        reason = lines[1] if len(lines) > 1 else lines[0]  # torch's first line names the class only
+        raise ConfigError(f"{path} is the checkpoint of another model ({reason[:200]})") from error
 
 
 def load_latest_for_all(folder: Path, world: World, set_aside: bool = True) -> dict[str, Any] | None:

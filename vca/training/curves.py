@@ -1,7 +1,10 @@
 """`curves.png`: what `metrics.jsonl` says, as a picture."""
 
+import io
 from pathlib import Path
 from typing import Any
+
+from vca.runtime.files import write_bytes
 
 
 def draw_curves(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
@@ -32,5 +35,7 @@ def draw_curves(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
         axis.grid(alpha=0.3)
     if axes[0, -1].get_legend_handles_labels()[0]:
         axes[0, -1].legend(fontsize="small")
-    figure.savefig(path, dpi=120)
+    content = io.BytesIO()
+    figure.savefig(content, format="png", dpi=120)
     plt.close(figure)
+    write_bytes(path, content.getbuffer())

@@ -1,6 +1,5 @@
 """A trained generator, read back from its run directory or from a file of weights."""
 
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,14 @@ from vca.runtime.digest import tensors_sha256
 from vca.runtime.distributed import World
 from vca.runtime.errors import ConfigError, config_errors
 from vca.runtime.rundir import compare
-from vca.training.checkpoint import checkpoint_path, list_checkpoints, load_checkpoint, load_latest_for_all
+from vca.training.checkpoint import (
+    CorruptCheckpointError,
+    checkpoint_path,
+    list_checkpoints,
+    load_checkpoint,
+    load_latest_for_all,
+    must_fit,
+)
 from vca.training.init import InitWeights, init_from
 
 THE_ONLY_ONES = "the only ones"  # weights of a file that holds nothing else, as the published ones, which are averages
@@ -63,7 +69,8 @@ def load_run(model: Any, run: Path, step: int | None, weights: InitWeights, worl
     if saved is None:
         raise ConfigError(f"{folder} holds no checkpoint")
     used = weights if saved["ema"] is not None else InitWeights.raw
-    model.load_state_dict(saved["ema" if used is InitWeights.ema else "model"])
+    with must_fit(checkpoint_path(folder, saved["step"])):
+        model.load_state_dict(saved["ema" if used is InitWeights.ema else "model"])
     return {"run": run.resolve().name, "step": saved["step"], "weights": used.value}
 
 
@@ -75,8 +82,8 @@ def load_step(folder: Path, step: int) -> dict[str, Any]:
         raise ConfigError(f"{folder} holds no checkpoint of step {step}, but of {there}")
     try:
         return load_checkpoint(path)
-    except (zipfile.BadZipFile, RuntimeError) as error:
-        raise ConfigError(f"{path} is damaged; choose another step=...") from error
+    except CorruptCheckpointError as error:
+        raise ConfigError(f"{error}; choose another step=...") from error
 
 
 def load_file(model: Any, path: Path, weights: InitWeights) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from vca.runtime.errors import NonFiniteError, PreemptedError
 from vca.runtime.logging import Reporter, WandbConfig, WandbMirror
 from vca.runtime.rundir import RunDirectory
 from vca.runtime.signals import StopRequest, noting_stop_signals
-from vca.training.checkpoint import load_latest_for_all, save_checkpoint
+from vca.training.checkpoint import checkpoint_path, load_latest_for_all, must_fit, save_checkpoint
 from vca.training.config import TrainerConfig
 from vca.training.curves import draw_curves
 from vca.training.step import StepResult, TrainState
@@ -36,12 +36,14 @@ class TrainingRun:
         self.pending = 0  # fingerprints of this rank not yet summed over the ranks
         self.loss = torch.zeros((), device=world.device)  # sum over this rank's updates since the last report
         self.updates = 0  # how many these are
+        self.unsaved = 0  # applied since the newest checkpoint
         self.timed = 0  # how many of them this process made, and in how long; neither counts pauses
         self.seconds = 0.0
         self.waited = 0.0  # of these seconds, for data
         self.clock = time.perf_counter()
         self.reporter = Reporter()
         self.saved_step = -1  # of the newest checkpoint
+        self.reported: set[str] = set()  # keys of the records of the current step, as far as it was resumed
         self.stop = StopRequest()
 
     @property
@@ -50,12 +52,20 @@ class TrainingRun:
         return self.state.step >= self.state.total_steps
 
     def resume(self) -> bool:
-        """Take the newest checkpoint that can be read; False if there is none."""
+        """Load the newest intact checkpoint; False if there is none.
+
+        Raises:
+            ConfigError: if all checkpoints are corrupt, or the newest one is another model's.
+        """
         saved = load_latest_for_all(self.folder.checkpoints, self.world)
         if saved is None:
             return False
-        self.state.load_state_dict(saved)
-        self.saved_step = self.state.step
+        with must_fit(checkpoint_path(self.folder.checkpoints, saved["step"])):
+            self.state.load_state_dict(saved)
+        step = self.saved_step = self.state.step
+        self.reported = self.world.from_main(
+            lambda: {key for record in self.folder.records() if record["step"] == step for key in record}
+        )
         self.consumed = saved["consumed"]
         # Of the mean loss over all ranks, each now holds the same part.
         self.loss, self.updates = saved["report"]["loss"].to(self.world.device), saved["report"]["updates"]
@@ -67,11 +77,9 @@ class TrainingRun:
 
         From here on a signal to stop waits for `leave_if_asked`.
         """
-        self.world.from_main(lambda: self.folder.create(config))
+        step, total = self.state.step, self.state.total_steps
+        self.world.from_main(lambda: self.folder.begin(config, self.world, step))
         if self.world.is_main:
-            self.folder.rewind(self.state.step)
-            self.folder.record_launch(self.world, self.state.step)
-            step, total = self.state.step, self.state.total_steps
             self.reporter = Reporter(self.folder, step, total, self.trainer.global_batch)
             self.reporter.wandb = WandbMirror(wandb, self.folder.path, name, config)
         self.clock = time.perf_counter()
@@ -104,9 +112,14 @@ class TrainingRun:
             self.waited += time.perf_counter() - start
             yield batch
 
-    def due(self, every: int) -> bool:
-        """Whether something that happens every so many updates (0: only at the end) happens now."""
-        return self.finished or (every > 0 and self.state.step % every == 0)
+    def due(self, every: int, key: str = "") -> bool:
+        """Whether something that happens every so many updates (0: only at the end) happens now.
+
+        With `key`, only if no record of this step has it yet: a run that was killed after a checkpoint and before the
+        evaluation of the same step evaluates when it resumes.
+        """
+        step = self.state.step
+        return (self.finished or (every > 0 and step > 0 and step % every == 0)) and key not in self.reported
 
     def record(self, update: StepResult, batches: Sequence[Any]) -> None:
         """Account for an update; report if it is time.
@@ -120,12 +133,14 @@ class TrainingRun:
             self.folder.write_failure(self.world.rank, {**failure, "indices": indices})
             raise NonFiniteError(
                 f"gradient norm {update.grad_norm} in step {self.state.step - 1}; loss and image indices of each rank "
-                f"are in {self.folder.path}/nonfinite_rank*.json; the newest checkpoint is from before"
+                f"are in {self.folder.path}/nonfinite_rank*.json; {self.newest()}"
             )
+        self.reported = set()
         self.pending += sum(int(batch.fingerprints.sum()) for batch in batches)
         if update.applied:
             self.loss += update.loss
             self.updates += 1
+            self.unsaved += 1
         self.timed += 1
         self.seconds += time.perf_counter() - self.clock
         self.clock = time.perf_counter()
@@ -134,15 +149,23 @@ class TrainingRun:
             self.report(update)
 
     def tolerable(self) -> bool:
-        """In fp16 an overflow only lowers the loss scale, until there is nothing left to lower."""
-        return self.trainer.precision is Precision.fp16 and self.state.scaler.get_scale() >= 1
+        """In fp16 an overflow only lowers the loss scale, until there is nothing left to lower, or no step left."""
+        never_applied = self.saved_step < 0 and self.unsaved == 0
+        if self.trainer.precision is not Precision.fp16 or (self.finished and never_applied):
+            return False
+        return self.state.scaler.get_scale() >= 1
+
+    def newest(self) -> str:
+        """What the newest checkpoint is."""
+        return f"the newest checkpoint is of step {self.saved_step}" if self.saved_step >= 0 else "no checkpoint exists"
 
     def report(self, update: StepResult) -> None:
         """Write a record of the updates since the last one.
 
         `data_wait` is the share of the time that the rank which waits longest for its data waits, `data_wait_rank`: the
-        others wait for it.
+        others wait for it. `overflows` is the number of steps that fp16 skipped; `loss` is null if it skipped all.
         """
+        overflows = (self.state.step - 1) % self.trainer.log_every + 1 - self.updates
         waits = self.world.gather(self.waited / self.seconds)
         self.write(
             {
@@ -150,6 +173,7 @@ class TrainingRun:
                 "loss": self.mean_loss().item() / self.updates if self.updates else None,
                 "lr": update.lr,
                 "grad_norm": update.grad_norm if update.applied else None,
+                **({"overflows": overflows} if overflows else {}),
                 "consumed": self.sum_consumed(),
                 "images_per_second": self.timed * self.trainer.global_batch / self.seconds,
                 **({"data_wait": max(waits), "data_wait_rank": waits.index(max(waits))} if waits else {}),
@@ -176,12 +200,21 @@ class TrainingRun:
         self.clock = time.perf_counter()
 
     def save(self) -> None:
-        """Write a checkpoint; it is there when this returns, on every rank."""
+        """Write a checkpoint; it exists when this returns, on every rank.
+
+        While fp16 has skipped every step since the last one, the last one stays the newest: resuming there makes the
+        same steps again.
+
+        Raises:
+            RuntimeError: on every rank alike, if it cannot be written. The previous checkpoints are intact.
+        """
+        if not self.unsaved and not (self.finished and self.saved_step >= 0):
+            return
         report = {"loss": self.mean_loss(), "updates": self.updates}
         state = {**self.state.state_dict(), "consumed": self.sum_consumed(), "report": report}
         folder, keep = self.folder.checkpoints, self.trainer.keep_checkpoints
         self.world.from_main(lambda: save_checkpoint(folder, self.state.step, state, keep))
-        self.saved_step = self.state.step
+        self.saved_step, self.unsaved = self.state.step, 0
         self.clock = time.perf_counter()
 
     def leave_if_asked(self) -> None:
@@ -196,11 +229,15 @@ class TrainingRun:
         if self.saved_step != self.state.step:
             self.save()
         signal = self.stop.received or "a signal to another rank"
-        step = f"step {self.state.step} of {self.state.total_steps}"
-        raise PreemptedError(f"{self.folder.path}: {signal}; saved after {step}, the same command goes on from there")
+        step = f"saved after step {self.saved_step}" if self.saved_step >= 0 else "no step to save"
+        raise PreemptedError(
+            f"{self.folder.path}: {signal}; {step} of {self.state.total_steps}, the same command goes on from there"
+        )
 
     def draw(self, name: str) -> None:
         """Draw the curves of all that is reported."""
         if self.world.is_main:
-            draw_curves({name: self.folder.records()}, self.folder.path / "curves.png")
+            file = self.folder.path / "curves.png"
+            with self.reporter.expendable(file):
+                draw_curves({name: self.folder.records()}, file)
         self.clock = time.perf_counter()
