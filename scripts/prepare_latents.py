@@ -31,6 +31,7 @@ from vca.generation.autoencoder import AUTOENCODERS, Autoencoder, load_autoencod
 from vca.runtime import distributed
 from vca.runtime.errors import ConfigError, check
 from vca.runtime.logging import progress_bar
+from vca.runtime.signals import start_worker
 
 WEEK = 7 * 24 * 60.0  # minutes that ranks wait for each other: the slowest has the last word
 
@@ -104,7 +105,8 @@ def encode_shards(
         for start in range(0, len(rows), config.batch_size)
     ]
     transform = train_transform(AugmentConfig(crop=Crop.adm), config.data)
-    loader = iter(DataLoader(EvalImages(images, transform), batch_sampler=batches, num_workers=config.workers))
+    dataset = EvalImages(images, transform)
+    loader = iter(DataLoader(dataset, batch_sampler=batches, num_workers=config.workers, worker_init_fn=start_worker))
     for shard in shards:
         rows = manifest.rows(shard)
         latents = np.empty((len(rows), *manifest.shape), dtype=manifest.dtype)

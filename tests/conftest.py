@@ -7,6 +7,8 @@ from pathlib import Path
 # Before torch is imported, here and in the processes that tests start: one thread, and torch.compile in the process.
 os.environ.update(OMP_NUM_THREADS="1", TORCHINDUCTOR_COMPILE_THREADS="1")
 
+import subprocess
+
 import pytest
 import torch
 from filelock import FileLock
@@ -128,6 +130,17 @@ def classifier_run(artefact):
 def extractor_file(artefact):
     """A file for `extractor=file`."""
     return artefact("extractor", lambda folder: (folder / "blocks.py").write_text(EXTRACTOR)) / "blocks.py"
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 2 MiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "none", folder], check=False).returncode:
+        pytest.skip("needs the right to mount")
+    yield folder
+    subprocess.run(["umount", "--lazy", folder], check=True)
 
 
 @pytest.fixture(scope="session")

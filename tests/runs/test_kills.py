@@ -7,11 +7,15 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from torch.distributed.launcher import api
 
+from tests.data.test_latents import QUICK
+from tests.data.test_latents import options as latent_options
+from tests.data.test_loader import write_image_folder
 from tests.processes import ROOT, Launch, environment, in_session, process_table, run_script, torchrun
 from tests.support import SMALL_DIT, TINY, assert_same, last_step, untimed
 from vca.training.checkpoint import list_checkpoints, load_latest
@@ -20,61 +24,88 @@ pytestmark = pytest.mark.process
 EVERY = 2  # steps between two checkpoints
 TRAINERS = {
     "train_cls.py": (*TINY, "trainer.eval_every=30"),
-    "train_gen.py": (*SMALL_DIT, "trainer.log_every=1", "trainer.eval_every=0", "trainer.global_batch=60"),
+    "train_gen.py": (*SMALL_DIT, "trainer.log_every=1", "trainer.eval_every=50", "trainer.global_batch=60"),
 }
 KILLS = ("SIGKILL", "SIGTERM", "SIGUSR1", "SIGUSR2")
 ENDLESS = ("trainer.steps=4000", "trainer.checkpoint_every=3000")  # nothing is saved but by a signal
 
 
-def interrupt(folder, name, in_save, after, arguments, script):
-    """Start a run and send it a signal once it has made `after` further steps; return its exit code and output."""
-    first = last_step(folder)
-    launch = Launch(script, *arguments)
-    saving = folder / "checkpoints"
+class Moment:
+    """When a kill comes: so many steps (or files) after a start, in a save, or so many seconds after the start."""
+
+    def __init__(self, rng, folder, progress):
+        self.kind = rng.choice(["progress", "save", "time"])
+        self.folder, self.progress = folder, progress
+        self.target = progress(folder) + rng.randint(1, 4)
+        self.time = time.monotonic() + rng.uniform(0.0, 4.0)
+
+    def has_come(self):
+        if self.kind == "time":
+            return time.monotonic() >= self.time
+        reached = self.progress(self.folder) >= self.target
+        return reached and (self.kind == "progress" or any(self.folder.rglob("*.tmp*")))
+
+
+def interrupt(rng, name, launch, moment):
+    """Send a signal, SIGKILL also to the loader workers, to all ranks or to one of them; return the seconds it took."""
     deadline = time.monotonic() + 120
-    while launch.returncode is None:
-        if last_step(folder) >= first + after and (not in_save or any(saving.glob("*.tmp*"))):
-            break
-        assert time.monotonic() < deadline, "no step in two minutes"
-        time.sleep(0.001 if in_save else 0.005)
-    if name == "SIGKILL":
-        launch.kill()
-    else:
-        launch.signal(getattr(signal, name))
-    return launch.wait(60), launch.stdout + launch.stderr
+    while launch.returncode is None and not moment.has_come():
+        assert time.monotonic() < deadline, "no progress in two minutes"
+        time.sleep(0.001 if moment.kind == "save" else 0.005)
+    ranks = len(launch.processes)
+    hit = range(ranks) if rng.random() < 0.5 else [rng.randrange(ranks)]
+    for rank in hit:
+        for pid in launch.members(rank) if name == "SIGKILL" else [launch.processes[rank].pid]:
+            with suppress(ProcessLookupError):
+                os.kill(pid, getattr(signal, name))
+    sent = time.monotonic()
+    launch.wait(60)  # a hang is an error
+    return time.monotonic() - sent
 
 
-def storm(tmp_path, script, kills, seed, steps):
-    """Interrupt a run again and again, let it end, and compare it with one that was not interrupted."""
+def storm(tmp_path, script, kills, seed, steps, ranks=1, workers=0):
+    """Interrupt runs again and again, let them end, and compare them with one that was not interrupted."""
     rng = random.Random(seed)
     options = [*TRAINERS[script], f"out_dir={tmp_path}", f"trainer.steps={steps}", f"trainer.checkpoint_every={EVERY}"]
-    whole = run_script(script, *options, "name=whole")
+    options += [f"trainer.workers={workers}", "trainer.micro_batch=30"]
+    whole = run_script(script, *options, "name=whole", ranks=ranks)
     assert whole.returncode == 0, whole.stderr[-3000:]
-    folder = tmp_path / "broken"
-    arguments = [*options, "name=broken"]
-    lost, codes = [], {}
-    for index in range(kills):
-        name, in_save = KILLS[index % len(KILLS)], index % 3 == 0
-        code, said = interrupt(folder, name, in_save, rng.randint(1, 4), arguments, script)
-        assert code != 0, f"the run ended before kill {index}:\n{said[-2000:]}"
-        newest = load_latest(folder / "checkpoints")
-        reported, saved = last_step(folder), newest["step"] if newest else 0  # none, if the first save was cut
-        lost.append(reported - saved)
-        codes.setdefault(name, set()).add(code)
-        if name == "SIGKILL":
-            assert lost[-1] <= EVERY, said
-        else:
-            assert code == 75, said[-3000:]
-            assert f"{name}; saved after step {saved} of {steps}" in said
-            assert lost[-1] == 0
-    done = run_script(script, *arguments)
-    assert done.returncode == 0, done.stderr[-3000:]
-    one, other = (load_latest(path / "checkpoints") for path in (tmp_path / "whole", folder))
-    assert one["step"] == steps
-    assert_same(one, other)
-    assert untimed(tmp_path / "whole") == untimed(folder)
-    assert not list((folder / "checkpoints").glob("*.damaged"))
-    print(f"{script}: {kills} kills, exit codes {codes}, steps lost {lost}")
+    done, lost, seconds, early = 0, [], [], 0
+    while done < kills:
+        folder = tmp_path / f"broken{done}"
+        arguments = [*options, f"name={folder.name}"]
+        while done < kills:
+            name, before = KILLS[done % len(KILLS)], last_step(folder)
+            moment = Moment(rng, folder, last_step)
+            launch = Launch(script, *arguments, ranks=ranks)
+            seconds.append(interrupt(rng, name, launch, moment))
+            said = launch.stdout + launch.stderr
+            if launch.returncode == 0:  # it ended before the kill
+                break
+            done += 1
+            newest = load_latest(folder / "checkpoints") if folder.exists() else None
+            reported, saved = last_step(folder), newest["step"] if newest else 0  # none, if the first save was cut
+            lost.append(reported - saved)
+            if name == "SIGKILL":
+                assert lost[-1] <= EVERY, said
+            elif "saved after step" in said:
+                assert f"saved after step {saved} of {steps}" in said
+                assert lost[-1] == 0
+                assert ranks > 1 or launch.returncode == 75, said[-3000:]
+            else:  # the process had not begun to train
+                assert reported <= max(before, saved), said[-3000:]
+                early += 1
+        ended = run_script(script, *arguments, ranks=ranks)
+        assert ended.returncode == 0, ended.stderr[-3000:]
+        one, other = (load_latest(path / "checkpoints") for path in (tmp_path / "whole", folder))
+        assert one["step"] == steps
+        assert_same(one, other)
+        assert untimed(tmp_path / "whole") == untimed(folder)
+        assert not list(folder.rglob("*.damaged"))
+    print(
+        f"{script}, {ranks} rank(s), {workers} workers: {done} kills ({early} before the first step), all ends equal; "
+        f"steps lost {max(lost)} at most, none after a signal; ended within {max(seconds):.1f} s"
+    )
 
 
 @pytest.mark.parametrize("script", TRAINERS)
@@ -83,9 +114,57 @@ def test_resume_after_four_kills_is_exact(tmp_path, script):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("script", TRAINERS)
-def test_resume_after_25_kills_is_exact(tmp_path, script):
-    storm(tmp_path, script, kills=25, seed=1, steps=160)
+def test_resume_after_30_kills_is_exact(tmp_path, script, ranks, workers):
+    storm(tmp_path, script, kills=30, seed=ranks + 10 * workers, steps=300, ranks=ranks, workers=workers)
+
+
+def count_files(folder):
+    return sum(path.is_file() for path in folder.rglob("*"))
+
+
+def contents(folder):
+    """Every file's bytes."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def storm_of_files(tmp_path, script, options, kills, seed, ranks):
+    """The same for a script that makes files and continues with those that are missing."""
+    rng, whole, done = random.Random(seed), tmp_path / "whole", 0
+    assert run_script(script, *options, f"out={whole}").returncode == 0
+    while done < kills:
+        folder = tmp_path / f"broken{done}"
+        arguments = [*options, f"out={folder}"]
+        while done < kills:
+            moment = Moment(rng, folder, count_files)
+            launch = Launch(script, *arguments, ranks=ranks)
+            interrupt(rng, KILLS[done % len(KILLS)], launch, moment)
+            if launch.returncode == 0:
+                break
+            done += 1
+        ended = run_script(script, *arguments, ranks=ranks)
+        assert ended.returncode == 0, ended.stderr[-3000:]
+        assert contents(folder) == contents(whole)
+    print(f"{script}, {ranks} rank(s): {done} kills, all ends equal")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_sample_after_15_kills_is_exact(tmp_path, generator_run, ranks):
+    options = [f"run={generator_run}", "count=400", "sampler.steps=10", "device=cpu", "batch_size=5"]
+    storm_of_files(tmp_path, "sample.py", options, kills=15, seed=ranks, ranks=ranks)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_prepare_latents_after_15_kills_is_exact(tmp_path, ranks):
+    write_image_folder(tmp_path / "images", ("ape", "bee", "cat"), images=100, splits=("train",))
+    (tmp_path / "quick.py").write_text(QUICK)
+    options = [*latent_options(tmp_path / "quick.py"), f"data.root={tmp_path}/images", "shard_size=2"]
+    options += ["batch_size=2", "workers=2", "device=cpu"]
+    storm_of_files(tmp_path, "scripts/prepare_latents.py", options, kills=15, seed=ranks, ranks=ranks)
 
 
 def start_torchrun(*arguments, ranks, restarts=0, script=ROOT / "train_cls.py"):

@@ -1,12 +1,14 @@
 """The files of a run directory, whole or corrupt, and disks that refuse to write them."""
 
 import json
-import subprocess
+import warnings
+from contextlib import suppress
 
 import pytest
 
 from vca.runtime.errors import ConfigError
 from vca.runtime.files import append_line, write_text
+from vca.runtime.logging import Reporter
 from vca.runtime.rundir import FREE_KEYS, RunDirectory, compare, read_config
 
 
@@ -82,23 +84,19 @@ def test_run_directory_removes_interrupted_files(tmp_path):
     assert not list(tmp_path.rglob("*.tmp"))
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 64 KiB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "none", folder], check=False).returncode:
-        pytest.skip("needs the right to mount")
-    yield folder
-    subprocess.run(["umount", folder], check=True)
+def fill(disk):
+    """Write until no byte is free."""
+    with open(disk / "filler", "wb", buffering=0) as file, suppress(OSError):
+        while file.write(b"x" * 4096):
+            pass
 
 
 @pytest.mark.process
 def test_write_full_disk_says_space_and_leaves_old_file(small_disk):
     file = small_disk / "state.pt"
     write_text(file, "old")
-    with pytest.raises(OSError, match=r"No space left on device, 0.1 MB needed, 0.1 MB free: '.*state.pt'"):
-        write_text(file, "x" * 100_000)
+    with pytest.raises(OSError, match=r"No space left on device, 3.0 MB needed, 2.1 MB free: '.*state.pt'"):
+        write_text(file, "x" * 3_000_000)
     assert file.read_text() == "old"
     assert [path.name for path in small_disk.iterdir()] == ["state.pt"]
 
@@ -107,12 +105,24 @@ def test_write_full_disk_says_space_and_leaves_old_file(small_disk):
 def test_append_full_disk_leaves_whole_lines(small_disk):
     file = small_disk / "metrics.jsonl"
     append_line(file, "first")
-    (small_disk / "filler").write_bytes(b"x" * 57_344)  # 4 KiB are left, of which the file has its own
+    fill(small_disk)
     with pytest.raises(OSError, match=r"No space left on device, 0.0 MB needed, 0.0 MB free: '.*metrics.jsonl'"):
         append_line(file, "y" * 10_000)
     assert file.read_text() == "first\n"
     append_line(file, "second")
     assert file.read_text() == "first\nsecond\n"
+
+
+@pytest.mark.process
+def test_reporter_full_disk_warns_once(small_disk, capsys):
+    reporter = Reporter(RunDirectory(small_disk), total_steps=9)
+    fill(small_disk)
+    with pytest.warns(UserWarning, match=r"metrics.jsonl cannot be written .*; the run continues without it"):
+        reporter.write({"step": 1, "loss": 0.5})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        reporter.write({"step": 2, "loss": 0.5})
+    assert capsys.readouterr().out.splitlines() == ["step 1/9  loss 0.5", "step 2/9  loss 0.5"]
 
 
 def test_write_folder_gone_is_one_line(tmp_path):

@@ -1,0 +1,204 @@
+"""Faults in the middle of a run: it continues, or ends with one line and loses nothing that was saved."""
+
+import os
+import re
+
+import pytest
+
+import train_cls
+from tests.processes import ROOT, run_script
+from tests.support import DRAWN, SMALL_DIT, TINY, assert_same, metrics, untimed
+from vca.config import compose
+from vca.runtime.errors import NonFiniteError
+from vca.training.checkpoint import load_latest
+
+pytestmark = pytest.mark.process
+
+CLASSIFIER = (
+    *TINY,
+    "trainer.ema_decay=null",
+    "trainer.steps=20",
+    "trainer.checkpoint_every=10",
+    "trainer.eval_every=10",
+)
+GENERATOR = (
+    *SMALL_DIT,
+    "trainer.steps=20",
+    "trainer.global_batch=60",
+    "trainer.log_every=1",
+    "trainer.checkpoint_every=10",
+    "trainer.eval_every=10",
+)
+
+# A training with a function replaced: `faulty` may call `original`, and `folder` is its own.
+FAULTY = """
+import importlib, os, runpy
+from pathlib import Path
+
+module, name = importlib.import_module("{module}"), "{name}"
+original, folder = getattr(module, name), Path("{folder}")
+
+def attempt():
+    attempts = folder / "attempts"
+    attempts.write_text((attempts.read_text() if attempts.exists() else "") + "x")
+    return len(attempts.read_text())
+
+def faulty(*arguments, **options):
+{body}
+
+setattr(module, name, faulty)
+runpy.run_path("{script}", run_name="__main__")
+"""
+
+
+def faulty(folder, script, target, body):
+    """A copy of a root script in which `target`, `module.function`, does what `body` says."""
+    module, _, name = target.rpartition(".")
+    lines = "\n".join(f"    {line}" for line in body.splitlines())
+    path = folder / f"faulty_{script}"
+    path.write_text(FAULTY.format(module=module, name=name, folder=folder, body=lines, script=ROOT / script))
+    return path
+
+
+EVALUATIONS = {
+    "train_cls.py": (CLASSIFIER, "vca.evaluation.accuracy.evaluate"),
+    "train_gen.py": (GENERATOR, "vca.generation.sampling.save_grid"),
+}
+
+
+@pytest.mark.parametrize("script", EVALUATIONS)
+def test_kill_during_evaluation_loses_no_step(tmp_path, script):
+    """The checkpoint comes first, and the evaluation that is missing is made when the run resumes."""
+    options, target = EVALUATIONS[script]
+    whole = run_script(script, *options, f"out_dir={tmp_path}", "name=whole")
+    assert whole.returncode == 0, whole.stderr[-3000:]
+    body = "if attempt() % 2:\n    os._exit(9)\nreturn original(*arguments, **options)"
+    broken = tmp_path / "broken"
+    for step in (10, 20):
+        killed = run_script(faulty(tmp_path, script, target, body), *options, f"out_dir={tmp_path}", "name=broken")
+        assert killed.returncode == 9, killed.stderr[-3000:]
+        assert load_latest(broken / "checkpoints")["step"] == step
+    done = run_script(script, *options, f"out_dir={tmp_path}", "name=broken")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert_same(*(load_latest(tmp_path / name / "checkpoints") for name in ("whole", "broken")))
+    assert untimed(tmp_path / "whole") == untimed(broken)
+    if script == "train_gen.py":
+        drawn = [sorted((tmp_path / name / "samples").iterdir()) for name in ("whole", "broken")]
+        assert len(drawn[0]) == 2
+        assert [path.read_bytes() for path in drawn[0]] == [path.read_bytes() for path in drawn[1]]
+
+
+def test_sample_not_finite_is_warning(tmp_path, use):
+    """In a picture and in a measurement; the run continues."""
+    fid = ("trainer.fid_every=10", "fid.reference=data:test", f"fid.count={DRAWN}", *use)
+    target, body = "vca.generation.sampling.draw_samples", "found = original(*arguments, **options)\n"
+    body += "import torch\nwith torch.inference_mode():\n    found.x[0] = float('nan')\nreturn found"
+    script = faulty(tmp_path, "train_gen.py", target, body)
+    script.write_text(script.read_text().replace("setattr(", "import vca.generation.generator as generator\nsetattr("))
+    script.write_text(script.read_text().replace("runpy.run", "generator.draw_samples = faulty\nrunpy.run"))
+    done = run_script(script, *GENERATOR, *fid, f"out_dir={tmp_path}", "name=run")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("sampling 10 images\n") == 2
+    assert done.stdout.count("warning: 1 of 10 samples are NaN or infinite\n") == 2
+    assert done.stdout.count(f"sampling {DRAWN} images for the Frechet distance\n") == 2
+    assert (
+        done.stdout.count("warning: no Frechet distance: samples are NaN or infinite: number 0 to 0 of the run\n") == 2
+    )
+    measured = [record for record in metrics(tmp_path / "run") if "frechet" in record]
+    assert [(record["step"], record["frechet"]) for record in measured] == [(10, None), (20, None)]
+    assert len(list((tmp_path / "run" / "samples").iterdir())) == 2
+
+
+def overflow_from(step, monkeypatch):
+    """Let fp16 overflow in every step from one on."""
+    original = train_cls.TrainState.update
+
+    def update(self, batches, loss_of, seed):
+        scale = 1e38 if self.step >= step else 1.0
+        return original(self, batches, lambda *arguments: loss_of(*arguments) * scale, seed)
+
+    monkeypatch.setattr(train_cls.TrainState, "update", update)
+
+
+FP16 = (*TINY, "trainer.precision=fp16", "augment.mixup=0", "augment.cutmix=0", "trainer.checkpoint_every=2")
+
+
+@pytest.mark.parametrize(("first", "newest"), [(4, 4), (0, None)])
+def test_fp16_overflow_in_every_step_saves_nothing(tmp_path, monkeypatch, first, newest):
+    """Until the loss scale is below 1: the newest checkpoint is the last one that holds a new state."""
+    overflow_from(first, monkeypatch)
+    config = compose("train_cls", [*FP16, f"out_dir={tmp_path}", "name=run", "trainer.log_every=2"])
+    said = "the newest checkpoint is of step 4" if newest else "no checkpoint exists"
+    with pytest.raises(NonFiniteError, match=said):
+        train_cls.run(config)
+    saved = load_latest(tmp_path / "run" / "checkpoints")
+    assert (saved and saved["step"]) == newest
+    last = metrics(tmp_path / "run")[-1]
+    assert (last["loss"], last["overflows"]) == (None, 2)
+
+
+def test_fp16_overflow_of_all_steps_is_no_success(tmp_path, monkeypatch):
+    """A run too short to bring the loss scale below 1."""
+    overflow_from(0, monkeypatch)
+    config = compose("train_cls", [*FP16, f"out_dir={tmp_path}", "name=run", "trainer.steps=5"])
+    with pytest.raises(NonFiniteError, match=r"in step 4; .* no checkpoint exists"):
+        train_cls.run(config)
+
+
+def test_fp16_overflow_in_last_step_ends_run(tmp_path, monkeypatch):
+    overflow_from(5, monkeypatch)
+    train_cls.run(compose("train_cls", [*FP16, f"out_dir={tmp_path}", "name=run", "trainer.steps=6"]))
+    assert load_latest(tmp_path / "run" / "checkpoints")["step"] == 6
+
+
+def test_checkpoint_of_another_model_refused(tmp_path):
+    """Copied into a run by mistake: one line, and it is not renamed."""
+    for name, depth in (("small", 1), ("large", 2)):
+        options = [*TINY, f"out_dir={tmp_path}", f"name={name}", "trainer.steps=2", f"model.depth={depth}"]
+        assert run_script("train_cls.py", *options).returncode == 0
+    copied = tmp_path / "large" / "checkpoints" / "step_00000002.pt"
+    copied.write_bytes((tmp_path / "small" / "checkpoints" / "step_00000002.pt").read_bytes())
+    done = run_script("train_cls.py", *options)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"config error: {copied} is the checkpoint of another model (Missing key(s)")
+    assert done.stderr.count("\n") == 1
+    assert copied.exists()
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_full_disk_stops_at_checkpoint_and_resumes(small_disk, tmp_path, ranks):
+    """Full from the picture at step 15 on: the picture is lost with a warning, the checkpoint at step 20 is not."""
+    options = [*GENERATOR, "trainer.steps=30", "trainer.eval_every=15", "name=run"]
+    whole = run_script("train_gen.py", *options, f"out_dir={tmp_path}", ranks=ranks)
+    assert whole.returncode == 0, whole.stderr[-3000:]
+    filler = small_disk / "filler"
+    body = f"""with open("{filler}", "wb", buffering=0) as file:
+    try:
+        while file.write(b"x" * 4096):
+            pass
+    except OSError:
+        pass
+return original(*arguments, **options)"""
+    script = faulty(tmp_path, "train_gen.py", "vca.generation.sampling.save_grid", body)
+    folder = small_disk / "run"
+    stopped = run_script(script, *options, f"out_dir={small_disk}", ranks=ranks)
+    assert stopped.returncode != 0
+    assert stopped.stderr.count(f"{folder}/samples cannot be written ([Errno 28] No space left on device, ") == 1
+    line = rf"No space left on device, 0\.\d MB needed, 0\.0 MB free: '{folder}/checkpoints/step_00000020.pt'"
+    assert re.search(line, stopped.stderr), stopped.stderr[-3000:]
+    assert load_latest(folder / "checkpoints")["step"] == 10
+    assert not list(folder.rglob("*.tmp"))
+    filler.unlink()
+    done = run_script("train_gen.py", *options, f"out_dir={small_disk}", ranks=ranks)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert_same(*(load_latest(path / "run" / "checkpoints") for path in (tmp_path, small_disk)))
+    assert untimed(tmp_path / "run") == untimed(folder)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_read_only_out_dir_refused(tmp_path):
+    tmp_path.chmod(0o500)
+    done = run_script("train_cls.py", *TINY, f"out_dir={tmp_path}", "name=run")
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"config error: out_dir: {tmp_path}/run cannot be written ([Errno 13] Permission")
+    assert done.stderr.count("\n") == 1
