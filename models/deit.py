@@ -104,6 +104,13 @@ class DeiT(Backbone):
         """The positions and the class token."""
         return {"pos_embed", "cls_token"}
 
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """As timm's ViT: each block is a layer, the last one with the last norm (99999 is timm's sign for it)."""
+        return {
+            "stem": r"^(?:cls_token|pos_embed|patch_embed)",
+            "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))],
+        }
+
     def adapt(self, name: str, tensor: Tensor) -> Tensor | None:
         """Positions of a square image of another size, interpolated."""
         side = square_side(tensor.shape[1] - self.num_prefix_tokens) if name == "pos_embed" else None

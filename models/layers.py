@@ -43,7 +43,7 @@ class Block(nn.Module):
 class Backbone(nn.Module):
     """An image classifier: the size check, the head, and what timm's models offer around them.
 
-    A subclass defines `forward_features`, and calls `add_head` at the end of its constructor.
+    A subclass defines `forward_features` and `group_matcher`, and calls `add_head` at the end of its constructor.
 
     Args:
         config: the size.
@@ -103,10 +103,28 @@ class Backbone(nn.Module):
         """The last linear layer."""
         return self.head
 
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Patterns of parameter names, as timm has them: the stem, then the blocks (`coarse`: the stages) in order.
+
+        timm's `--layer-decay` lowers the learning rate by one factor for each of these layers below the head.
+        """
+        raise NotImplementedError
+
+    @property
+    def global_pool(self) -> str:
+        """What `pool` does, by timm's name: `token` or `avg`."""
+        return "token" if self.num_prefix_tokens else "avg"
+
+    def check_global_pool(self, global_pool: str | None) -> None:
+        """Raise `ValueError` unless it is what the architecture does, or None."""
+        if global_pool not in (None, self.global_pool):
+            raise ValueError(
+                f"global_pool must be '{self.global_pool}', which the architecture has, or None, got '{global_pool}'"
+            )
+
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """A new head for that many classes; 0 leaves the pooled features. `global_pool` cannot be changed."""
-        if global_pool is not None:
-            raise ValueError(f"global_pool is fixed by the architecture, got '{global_pool}'")
+        self.check_global_pool(global_pool)
         like = next(self.parameters())
         self.num_classes = num_classes
         self.head = self.new_head(num_classes).to(device=like.device, dtype=like.dtype)

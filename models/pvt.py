@@ -146,6 +146,13 @@ class PVT(Pyramid):
         """The class token; the original does decay its positions."""
         return {"cls_token"} if self.cls_token is not None else set()
 
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """As timm's PVT v2: each stage is a layer, `coarse` or not, with the positions and the class token it adds."""
+        return {
+            "stem": r"^(?:stages\.0\.embed|pos_embeds\.0)",
+            "blocks": [(r"^(?:stages|pos_embeds)\.(\d+)", None), (r"^(?:cls_token|norm)", (99999,))],
+        }
+
     def enter(self, stage: int, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """Put the class token before the tokens `(B, H W, C)` of the last stage, and add the positions."""
         prefix = 0

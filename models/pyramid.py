@@ -105,6 +105,16 @@ class Pyramid(Backbone):
         )
         self.norm = nn.LayerNorm(self.num_features, eps=norm_eps)
 
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """As timm's Swin: each block is a layer, which for the first of a stage includes the stage's embedding.
+
+        The last norm belongs to the last block (99999 is timm's sign for that).
+        """
+        blocks: list[tuple[str, Any]] = [(r"^stages\.(\d+)", None)]
+        if not coarse:
+            blocks = [(r"^stages\.(\d+)\.embed", (0,)), (r"^stages\.(\d+)\.blocks\.(\d+)", None)]
+        return {"stem": r"^stages\.0\.embed", "blocks": [*blocks, (r"^norm", (99999,))]}
+
     def enter(self, stage: int, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """What happens to the tokens `(B, H W, C)` between the embedding and the blocks of a stage."""
         return x

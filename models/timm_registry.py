@@ -50,6 +50,7 @@ def pretrained_cfg(size: Mapping[str, Any]) -> dict[str, Any]:
     """What timm wants to know of a model besides its arguments."""
     return {
         "input_size": (3, 224, 224),
+        "fixed_input_size": size["family"] == "cswin",  # its stripes take few sizes
         "crop_pct": 0.9 if size["family"] == "cswin" else 0.875,
         "interpolation": "bicubic",
         "first_conv": "patch_embed.proj" if size["family"] == "deit" else "stages.0.embed.proj",
@@ -79,8 +80,10 @@ def entry_point(size: Mapping[str, Any], registry: Mapping[str, tuple[type, type
     """The function that timm calls for one name."""
     config_class, module = registry[size["family"]]
 
-    def build(attention: Any = "vca", **fields: Any) -> Any:
-        return module(select_options(config_class, {**size, **fields}), attention_config(attention))
+    def build(attention: Any = "vca", global_pool: str | None = None, **fields: Any) -> Any:
+        model: Any = module(select_options(config_class, {**size, **fields}), attention_config(attention))
+        model.check_global_pool(global_pool)
+        return model
 
     def create(pretrained: bool = False, **kwargs: Any) -> Any:
         from timm.models import build_model_with_cfg

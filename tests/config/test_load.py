@@ -142,6 +142,12 @@ WRONG = {
     "model.img_size=abc": r"model.img_size must be an integer or two, >= 1, got 'abc'",
     "seed=99999999999999999999": r"seed must be >= 0 and below 2\^63",
     "optim.min_lr=1": r"optim.min_lr must be <= optim.lr 0.001, got 1",
+    "+experiment=cifar10": r"experiment has a value already; write experiment=cifar10 without '\+'",
+    "++model=deit_tiny": r"model has a value already; write model=deit_tiny without '\+\+'",
+    "+optim.lr=1": r"optim.lr has a value already; write optim.lr=1 without '\+'",
+    "hydra.run.dir=somewhere": r"hydra.run.dir has no effect; set out_dir and name instead",
+    "++hydra.sweep.subdir=x": r"hydra.sweep.subdir has no effect; set out_dir and name instead",
+    "--config-dir=/nowhere": r"--config-dir must be a folder, got '/nowhere'",
     "out_dir=/proc/nowhere": r"out_dir: /proc/nowhere/.* cannot be made: No such file or directory",
 }
 

@@ -73,6 +73,10 @@ def test_sweep_failing_job_named_others_tabulated(tmp_path):
         (["cluster=slurm", "cluster.minutes=3"], r"signal_seconds must be at most half of cluster.minutes=3, got 120"),
         (["cluster=slurm", "cluster.sbatch=['nodes=2']"], r"what no key of its own sets; cluster.nodes sets nodes"),
         (["cluster=slurm", "cluster.gpus_per_node=-1"], r"cluster.gpus_per_node must be >= 1 or null, got -1"),
+        (["model=glob(dit_*)"], r"model=glob\(\): no option matches \(there are .*, deit_tiny, pvt_"),  # not its own
+        (["optim.lr=glob(*)"], r"optim.lr=glob\(\): no option matches"),
+        (["--config-dir=/nowhere"], r"--config-dir must be a folder, got '/nowhere'"),
+        (["hydra.run.dir=/x"], r"hydra.run.dir has no effect; set out_dir and name instead"),
         (["cluster.nodse=2"], r"unknown key 'cluster.nodse'; did you mean 'cluster.nodes'\?"),
     ],
     ids=lambda value: value[-1] if isinstance(value, list) else None,
@@ -245,6 +249,62 @@ def test_sweep_name_interpolates_swept_values(tmp_path):
     with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
         config = GlobalHydra.instance().hydra.compose_config("train_cls", options, RunMode.MULTIRUN)
         assert [job["name"] for job in plan(config, "train_cls")] == ["lr0.001-seed0", "lr0.0005-seed0"]
+
+
+def sweep_config(*options: str):
+    """The config of a sweep, inside Hydra's context."""
+    GlobalHydra.instance().clear()
+    hydra.initialize_config_dir(str(CONFIGS), version_base="1.3")
+    return GlobalHydra.instance().hydra.compose_config("train_cls", list(options), RunMode.MULTIRUN)
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("attention=glob(vca_stage*)", ["vca_stage1_only", "vca_stage2_only"]),
+        ("attention=glob([a*,d*],exclude=*_stages)", ["agent", "differential"]),
+        ("attention=glob(softmax)", ["softmax"]),
+        ("model=glob(deit_mini)", ["deit_mini"]),
+    ],
+)
+def test_sweep_glob_takes_matching_options(override, expected):
+    """Of what `--help` lists, so no schema."""
+    group = override.partition("=")[0]
+    config = sweep_config(override, "seed=0,1", f"name='${{{group}.name}}-${{seed}}-${{variant:${{attention}}}}'")
+    jobs = plan(config, "train_cls")
+    assert [job["overrides"][:2] for job in jobs] == [
+        [f"{group}={name}", f"seed={seed}"] for name in expected for seed in (0, 1)
+    ]
+    GlobalHydra.instance().clear()
+
+
+MINE = "# @package _global_\ntrainer:\n  steps: 3\n"  # an experiment
+MINE_ATTENTION = "defaults: [vca_schema]\npool: [2, 3]\n"
+
+
+@pytest.mark.process
+def test_sweep_config_dir_and_glob(tmp_path):
+    """A user's own configs, named from where the user is, reach every job of the sweep as they were at its start."""
+    for name, text in (("experiment/mine", MINE), ("attention/my_a", MINE_ATTENTION), ("attention/my_b", "")):
+        file = tmp_path / "work" / "conf" / f"{name}.yaml"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text or "defaults: [my_a]\npool: [3, 3]\n")
+    options = ["--config-dir", "conf", *TINY, "experiment=mine", "trainer.global_batch=60", "attention=glob(my_*)"]
+    options = [option for option in options if not option.startswith("trainer.steps")]
+    command = [sys.executable, str(ROOT / "train_cls.py"), "-m", *options, f"out_dir={tmp_path / 'out'}"]
+    done = run_command(*command, cwd=tmp_path / "work")
+    assert done.returncode == 0, done.stderr[-3000:]
+    for name in ("vca-pool_2x3", "vca-pool_3x3"):
+        run = tmp_path / "out" / f"digits-deit_mini-{name}-seed0"
+        assert json.loads((run / "config.json").read_text())["trainer"]["steps"] == 3
+        assert metrics(run)[-1]["step"] == 3
+    (folder,) = (tmp_path / "out" / "sweeps").iterdir()
+    assert (folder / "config_dir" / "experiment" / "mine.yaml").read_text() == MINE
+    assert f"--config-dir {folder}/config_dir" in json.loads((run / "launches.jsonl").read_text())["command"]
+    assert [job["overrides"][-2] for job in json.loads((folder / "jobs.json").read_text())["jobs"]] == [
+        "attention=my_a",
+        "attention=my_b",
+    ]
 
 
 def test_wait_for_jobs_stops_when_slurm_job_cancelled(tmp_path, monkeypatch):

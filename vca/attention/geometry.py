@@ -9,13 +9,18 @@ def check_heads(dim: int, num_heads: int) -> None:
         raise ValueError(f"num_heads must be >= 1 and divide the width {dim}, got {num_heads}")
 
 
-def check_tokens(num_tokens: int, grid: tuple[int, int], num_prefix_tokens: int) -> None:
-    """Raise `ValueError` unless `num_tokens` is `num_prefix_tokens + H * W`."""
+def check_tokens(
+    num_tokens: int,
+    grid: tuple[int, int],
+    num_prefix_tokens: int,
+    remedy: str = "pass the grid of this input: attn(x, grid=(H, W))",
+) -> None:
+    """Raise `ValueError` with the remedy unless `num_tokens` is `num_prefix_tokens + H * W`."""
     height, width = grid
     if num_tokens != num_prefix_tokens + height * width:
         raise ValueError(
             f"{num_tokens} tokens do not fill grid {height} x {width} after {num_prefix_tokens} prefix tokens "
-            f"({num_prefix_tokens + height * width}); pass the grid of this input: attn(x, grid=(H, W))"
+            f"({num_prefix_tokens + height * width}); {remedy}"
         )
 
 

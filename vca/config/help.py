@@ -2,7 +2,7 @@
 
 import dataclasses
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ def help_text(script: str | None, config: type, file: Path, schemas: Mapping[str
     for entry in defaults["defaults"]:
         if isinstance(entry, dict) and not next(iter(entry)).startswith("override"):
             ((group, chosen),) = entry.items()
-            names = ", ".join(options(file.parent / group, schemas.get(group)))
+            names = ", ".join(options([file.parent / group], schemas.get(group)))
             lines.append(f"{group}: {names} ({'null' if chosen is None else chosen})")
     return "\n\n".join([*parts, "\n".join(lines), "All keys with their values: --cfg job --resolve"])
 
@@ -45,12 +45,22 @@ def attributes(part: Any) -> str:
     return inspect.cleandoc("\n" + text).rstrip()
 
 
-def options(folder: Path, schemas: set[str] | None) -> list[str]:
+def options(folders: Iterable[Path], schemas: set[str] | None) -> list[str]:
     """Files of a group that have one of these schemas, or build on one that has, where it has schemas at all."""
-    texts = {str(file.relative_to(folder).with_suffix("")): file.read_text() for file in sorted(folder.rglob("*.yaml"))}
+    files = {
+        str(file.relative_to(folder).with_suffix("")): file for folder in folders for file in folder.rglob("*.yaml")
+    }
     if not schemas:
-        return list(texts)
+        return sorted(files)
+    bases = {name: bases_of(file) for name, file in files.items()}
     fit: set[str] = set()
-    while more := {name for name, text in texts.items() if any(f"- {base}\n" in text for base in schemas | fit)} - fit:
+    while more := {name for name, of in bases.items() if of & (schemas | fit)} - fit:
         fit |= more
-    return [name for name in texts if name in fit]
+    return sorted(fit)
+
+
+def bases_of(file: Path) -> set[str]:
+    """The files of its own group that a YAML file names in its defaults list."""
+    content: Any = OmegaConf.to_container(OmegaConf.load(file))
+    defaults = content.get("defaults", []) if isinstance(content, dict) else []
+    return {entry for entry in defaults if isinstance(entry, str)}

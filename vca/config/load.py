@@ -98,11 +98,13 @@ def command_line(
         sys.exit("config error: start ranks with torchrun, which sets LOCAL_RANK; --local-rank is not an option here")
 
     told = set(sys.argv[1:])
+    root: Any = OmegaConf.get_type(ConfigStore.instance().repo[f"{config_name}_schema.yaml"].node)
     if {"-h", "--help"} & told:
-        root: Any = OmegaConf.get_type(ConfigStore.instance().repo[f"{config_name}_schema.yaml"].node)
         print(help_text(sys.modules["__main__"].__doc__, root, CONFIGS / f"{config_name}.yaml", registered_schemas()))
         return
 
+    with mistakes_in_one_line():
+        refuse_without_effect(root)
     start = hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=config_name)
     if {"-m", "--multirun"} & told:
         program = program or (f"{config_name}.py",)
@@ -122,6 +124,21 @@ def command_line(
 
     with mistakes_in_one_line():
         start(main)()
+
+
+def refuse_without_effect(root: type) -> None:
+    """Raise `ConfigError` on an option of Hydra that would do nothing here, or on a `--config-dir` that is no folder.
+
+    Args:
+        root: dataclass of the script's config, which has the keys to use instead.
+    """
+    config_dir = sweep.config_dir()
+    check(config_dir is None or config_dir.is_dir(), "--config-dir", "a folder", str(config_dir))
+    names = {field.name for field in dataclasses.fields(root)}
+    instead = " and ".join(key for key in ("out_dir", "name", "out") if key in names)
+    for argument in sys.argv[1:]:
+        if match := re.match(r"\+{0,2}(hydra\.(?:run\.dir|sweep\.subdir))=", argument):
+            raise ConfigError(f"{match[1]} has no effect; {f'set {instead} instead' if instead else 'leave it out'}")
 
 
 def refuse_half_a_sweep(config_name: str) -> None:
@@ -271,7 +288,7 @@ def registered_schemas() -> dict[str, set[str]]:
 
 def not_for_this_script(group: str, option: str) -> str:
     """An option whose schema another script registers; names those whose schemas this one has."""
-    fit = options(CONFIGS / group, registered_schemas().get(group))
+    fit = options([CONFIGS / group], registered_schemas().get(group))
     return f"{group}={option}: not for this script ({', '.join(fit)} are)"
 
 
@@ -296,6 +313,13 @@ def explain(error: BaseException) -> str:
         return f"{match[1].replace('/', '=', 1)}/{match[2]}: not for this script"
     if match := re.search(r"Could not override '([^']+)'\.\s*No match in the defaults list", text):
         return f"unknown group '{match[1]}'" + did_you_mean(match[1], all_known_keys())
+    if match := (
+        re.search(r"Multiple values for (?P<key>\S+)\. To override a value use 'override \S+: (?P<value>.*)'", text)
+        or re.search(r"force-add of config groups is not supported: '(?P<plus>\+\+)(?P<key>[^=]+)=(?P<value>.*)'", text)
+        or re.search(r"already at '(?P<key>[^']+)'.*\nEither remove \+ prefix: '[^=]+=(?P<value>.*)'", text)
+    ):
+        plus = match.groupdict().get("plus", "+")
+        return f"{match['key']} has a value already; write {match['key']}={match['value']} without '{plus}'"
     full_key = re.search(r"full_key: (\S+)", text)
     if re.search(r"Key '[^']*' (is not in struct|not in '\w+')", text):
         key = re.search(r"Could not override '([^']+)'", text) or full_key

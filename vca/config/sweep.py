@@ -8,6 +8,7 @@ in a queue, is what was submitted.
     outputs/sweeps/2026-11-22_14-05-09/
       jobs.json       the command, the commit, and of each job its name, overrides and run directory
       code/           the code as it was, which the jobs run
+      config_dir/     the YAML files of --config-dir as they were
       logs/           what each job printed, also in earlier attempts; NAME.node1.log of a second node
       ends/           how each job ended: exit code, SLURM job id
       slurm/          submitit's files: the sbatch script, its own logs
@@ -32,9 +33,11 @@ import hydra
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Glob, Override
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
+from vca.config.help import options
 from vca.evaluation.sweep_table import sweep_table
 from vca.runtime.errors import ConfigError
 from vca.runtime.files import write_text
@@ -61,12 +64,12 @@ def main(config_name: str, program: Sequence[str], summary: Callable[[Path], str
     Raises:
         ConfigError: before anything has started, if a job could not run.
     """
-    folder = begin(config_name)
+    folder, arguments = begin(config_name)
     code = folder / "code"
     path = os.pathsep.join(filter(None, [str(code), os.environ.get("PYTHONPATH")]))
     # Without a safe path Python would look for this project in the current folder first.
     environment = {**os.environ, LAUNCHER: "1", "PYTHONPATH": path, "PYTHONSAFEPATH": "1"}
-    command = [sys.executable, str(code / program[0]), *program[1:], *sys.argv[1:], f"hydra.sweep.dir='{folder}'"]
+    command = [sys.executable, str(code / program[0]), *program[1:], *sys.argv[1:], *arguments]
     launcher = subprocess.Popen(command, env=environment)
     signal.signal(signal.SIGTERM, lambda *_: launcher.terminate())
     try:
@@ -89,30 +92,56 @@ def tell(folder: Path, summary: Callable[[Path], str] = table) -> int:
     return 1 if failed else 0
 
 
-def begin(config_name: str) -> Path:
-    """Compose every job, refuse a wrong or doubled one, make the sweep's folder with `jobs.json` and the code."""
+def config_dir() -> Path | None:
+    """The folder of further configs, `--config-dir`, that the command line names; absolute."""
+    from hydra._internal.utils import get_args_parser
+
+    given = get_args_parser().parse_known_args()[0].config_dir
+    return None if given is None else Path(given).absolute()
+
+
+def begin(config_name: str) -> tuple[Path, list[str]]:
+    """Compose every job, refuse a wrong or doubled one, make the sweep's folder with `jobs.json` and the code.
+
+    Returns:
+        The folder, and what the launcher's command line needs besides this one's.
+    """
     from hydra._internal.utils import get_args_parser
 
     if "RANK" in os.environ:
         raise ConfigError("-m starts torchrun by itself, once for each job: python train_cls.py -m ...")
-    overrides = get_args_parser().parse_args().overrides
+    mine = config_dir()
+    overrides = [*get_args_parser().parse_args().overrides, *search_path(mine)]
     with hydra.initialize_config_dir(str(CODE / "configs"), version_base="1.3"):
         composer = GlobalHydra.instance().hydra
         assert composer is not None
         config = composer.compose_config(config_name, overrides, RunMode.MULTIRUN, with_log_configuration=False)
-        jobs = plan(config, config_name)
+        jobs = plan(config, config_name, mine)
         folder = Path(config.hydra.sweep.dir).absolute()
     commit, diff = provenance()
     record = {"command": shlex.join(sys.argv), "commit": commit, "jobs": jobs}
+    files = [] if mine is None else sorted(mine.rglob("*.yaml"))  # before the sweep's folder, which may be in there
+    arguments = [f"hydra.sweep.dir='{folder}'", *globs(config, mine).values()]
     try:
         for name in ("code", "logs", "ends"):
             (folder / name).mkdir(parents=True)
         write_text(folder / "jobs.json", json.dumps(record, indent=2) + "\n")
         copy_code(folder / "code", commit, diff)
+        if mine is not None:
+            for file in files:
+                target = folder / "config_dir" / file.relative_to(mine)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(file, target)
+            arguments += ["--config-dir", str(folder / "config_dir")]  # the last one of a command line counts
     except OSError as error:
         raise ConfigError(f"out_dir: {error}") from error
     print(f"{len(jobs)} job(s), kept in {config.hydra.sweep.dir}", flush=True)
-    return folder
+    return folder, arguments
+
+
+def search_path(mine: Path | None) -> list[str]:
+    """The override that makes Hydra find the configs of a `--config-dir`."""
+    return [] if mine is None else [f"hydra.searchpath=['file://{mine}']"]
 
 
 def launch(start: Callable[[Any], Any], program: Sequence[str]) -> None:
@@ -125,6 +154,9 @@ def launch(start: Callable[[Any], Any], program: Sequence[str]) -> None:
     from submitit.core.utils import UncompletedJobError
 
     logging.getLogger("submitit").setLevel(logging.ERROR)  # without accounting it warns at every look
+
+    mine = config_dir()
+    program = [*program, *(["--config-dir", str(mine)] if mine is not None else [])]
 
     def job(config: DictConfig) -> None:
         run_job(config, program)
@@ -152,8 +184,42 @@ def rows_of_ablation(name: str) -> list[list[str]]:
     return [[row[0].removeprefix("attention="), *row[1:]] for row in rows]
 
 
-def plan(config: DictConfig, config_name: str) -> list[dict[str, Any]]:
+def told(config: DictConfig) -> dict[str, Override]:
+    """The overrides of a sweep by their keys, the last of each: those of the config, then the command line's."""
+    swept = [f"{key}={value}" for key, value in (config.hydra.sweeper.params or {}).items()]
+    task: Any = OmegaConf.to_container(config.hydra.overrides.task, resolve=False)  # name='lr${optim.lr}' as it stands
+    return {one.get_key_element(): one for one in OverridesParser.create().parse_overrides([*swept, *task])}
+
+
+def globs(config: DictConfig, mine: Path | None) -> dict[str, str]:
+    """The overrides `group=glob(...)` of a sweep by their keys, as choices: `group=a,b`.
+
+    Hydra's own expansion would also take the schemas, and options of other scripts.
+
+    Raises:
+        ConfigError: on one that matches no option.
+    """
+    from vca.config.load import registered_schemas
+
+    roots, choices = [CODE / "configs", *([mine] if mine is not None else [])], {}
+    for key, override in told(config).items():
+        pattern: Any = override.value()
+        if isinstance(pattern, Glob):
+            group = override.key_or_group
+            there = options([root / group for root in roots], registered_schemas().get(group))
+            if not (names := pattern.filter(there)):
+                raise ConfigError(f"{key}=glob(): no option matches (there are {', '.join(there) or 'none'})")
+            choices[key] = f"{key}={','.join(names)}"
+    return choices
+
+
+def plan(config: DictConfig, config_name: str, mine: Path | None = None) -> list[dict[str, Any]]:
     """Every job of a sweep: its number, name, run directory and overrides.
+
+    Args:
+        config: of the sweep.
+        config_name: of the YAML file.
+        mine: the `--config-dir`.
 
     Raises:
         ConfigError: on a job that could not run, or two that would share a directory.
@@ -162,13 +228,12 @@ def plan(config: DictConfig, config_name: str) -> list[dict[str, Any]]:
 
     from vca.config.load import compose
 
-    swept = [f"{key}={value}" for key, value in (config.hydra.sweeper.params or {}).items()]
-    told: Any = OmegaConf.to_container(config.hydra.overrides.task, resolve=False)  # name='lr${optim.lr}' as it stands
-    overrides = OverridesParser.create().parse_overrides([*swept, *told])
+    chosen = {key: OverridesParser.create().parse_override(text) for key, text in globs(config, mine).items()}
+    overrides = list({**told(config), **chosen}.values())
     jobs: list[dict[str, Any]] = []
     for number, job in enumerate(BasicSweeper.split_arguments(overrides, None)[0]):
         try:
-            one = compose(config_name, job)
+            one = compose(config_name, [*job, *search_path(mine)])
         except ConfigError as error:
             raise ConfigError(f"{error} (job {number}: {' '.join(job)})") from error
         if one.out_dir != config.out_dir:
