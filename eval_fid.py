@@ -67,7 +67,7 @@ def run(config: EvalFidConfig) -> dict[str, Any]:
 
         def conclude() -> dict[str, Any]:
             check_unchanged(config, found)
-            metrics, settings = compare_sets(found, there, world.device)
+            metrics, settings = compare_sets(found, there, world.device, config.precision_recall_dtype)
             said = [*warnings, *([UNKNOWN] if made is None else [])]
             record = make_record(metrics, settings, found, there, extractor, made, said, config.batch_size, world)
             path = Path(config.out).expanduser() if config.out else record_path(folder, prefix, record)

@@ -155,7 +155,8 @@ def test_eval_fid_fewer_features_reports_sample_counts(samples, use, tmp_path, c
     said = capsys.readouterr().out
     assert f"Frechet distance (N = {DRAWN})" in said
     assert "kernel distance (N = 20)" in said
-    assert "precision (N = 20)" in said
+    assert "precision, 20 vs 20" in said
+    assert "score of the classifier not computed: samples" in " ".join(said.split())
     assert record["settings"]["neighbours"]["of"] == [20, 20]
     assert record["metrics"]["inception_score"] is None
 
@@ -191,6 +192,7 @@ def test_eval_fid_adm_file_uses_stored_statistics(samples, use, tmp_path):
         for name in ("stored", "compressed")
     ]
     assert records[0]["metrics"] == records[1]["metrics"]
+    assert "kernel" in records[0]["settings"]["missing"]
     figures = records[0]["metrics"]
     extractor = load_extractor(FileConfig(source=use[1].split("=", 1)[1]), ONE, rebuild)
     mine = measure(NpzImages(samples / "samples.npz", "samples"), extractor, ONE, 32, DRAWN, talk=False)

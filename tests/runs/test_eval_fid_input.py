@@ -207,6 +207,10 @@ def test_eval_fid_bad_reference_refused(case, use, samples, tmp_path, monkeypatc
             "must be a Python file, got",
         ),
         ("samples=SET reference=data:test data=digits", "extractor.weights: weights-inception-2015-12-05-6726825d.pth"),
+        (
+            "samples=SET reference=data:test data=digits precision_recall_dtype=half",
+            "precision_recall_dtype must be float64 or float16, got 'half'",
+        ),
         ("samples=SET reference=data:test data=digits feature=3", "unknown key 'feature'; did you mean 'features'"),
         (
             "samples=SET reference=STATISTICS picture=true USE",
