@@ -13,7 +13,7 @@ from PIL import Image
 import eval_fid
 from models import rebuild
 from tests.processes import run_script
-from tests.support import DRAWN, EXTRACTOR, one_line
+from tests.support import DRAWN, EXTRACTOR, one_line, write_png16
 from vca.config import compose
 from vca.evaluation.extractor import FileConfig, load_extractor
 from vca.evaluation.features import measure
@@ -74,6 +74,12 @@ def transparent(folder: Path) -> Path:
     return folder
 
 
+def sixteen_bits_rgb(folder: Path) -> Path:
+    some(folder, mode="RGB")
+    write_png16(folder / "000003.png")
+    return folder
+
+
 def damaged_zip(folder: Path) -> Path:
     folder.mkdir()
     noise = np.random.default_rng(0).integers(0, 256, (DRAWN, 8, 8, 1), dtype=np.uint8)
@@ -119,6 +125,7 @@ BAD_SAMPLES = {
     "alpha": (lambda f: some(f, mode="RGBA"), r"000000.png has an alpha channel; save it as RGB"),
     "palette": (lambda f: some(f, mode="P"), r"000000.png has a palette; save it as RGB"),
     "16 bits": (lambda f: some(f, mode="I;16"), r"000000.png has mode I;16\S*; save it as 8-bit RGB"),
+    "16-bit RGB": (sixteen_bits_rgb, r"samples: \S+000003.png has 16 bits a channel; save it as 8-bit RGB"),
     "stray file": (lambda f: text(f, "readme.txt"), r"readme.txt is no PNG file; .* move it away"),
     "stray folder": (lambda f: png(some(f) / "more", "1.png").parent, r"more is no PNG file"),
     "stray image": (lambda f: png(some(f), "grid.png"), r"grid.png has no number, but 000000.png has"),
