@@ -115,7 +115,7 @@ def check_unchanged(config: EvalFidConfig, found: FeatureSet) -> None:
     """Raise `ConfigError` if the images are not those that `sample.py` wrote there."""
     manifest = manifest_of(config.samples) if config.samples is not None else None
     if manifest is not None and manifest["result"]["sha256"] != found.sha256:
-        raise ConfigError(f"samples: {config.samples} holds other images than sample.py wrote; draw them again")
+        raise ConfigError(f"samples: {config.samples} holds other images than sample.py wrote; its sample.py command, run again, names one")
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from vca.config import compose
 from vca.evaluation.extractor import FileConfig, load_extractor
 from vca.evaluation.features import measure
 from vca.evaluation.images import NpzImages
+from vca.evaluation.statistics_file import StatisticsFile
 from vca.runtime.distributed import World
 from vca.runtime.errors import ConfigError, NonFiniteError
 
@@ -154,6 +155,26 @@ BAD_REFERENCES = {
     ),
     "covariance": (lambda f: npz(f, mu=np.zeros(8), sigma=np.eye(7)), r"mu must be \(D,\) .* got \(8,\) and \(7, 7\)"),
     "NaN": (lambda f: npz(f, mu=np.zeros(8) * np.nan, sigma=np.eye(8)), r"mu or sigma is NaN or infinite"),
+    "infinite": (
+        lambda f: npz(f, mu=np.zeros(8), sigma=np.diag([np.inf] * 8)),
+        r"file.npz: mu or sigma is NaN or infinite; make the file again$",
+    ),
+    "not symmetric": (
+        lambda f: npz(f, mu=np.zeros(8), sigma=np.eye(8) + 0.1 * np.eye(8, k=1)),
+        r"file.npz: sigma must be symmetric, but entries \(0, 1\) and \(1, 0\) differ by 0.1; make the file again$",
+    ),
+    "negative eigenvalue": (
+        lambda f: npz(f, mu=np.zeros(8), sigma=np.diag([*range(1, 8), -0.01])),
+        r"file.npz: sigma must have no negative eigenvalue, got -0.01 \(the largest is 7\); make the file again$",
+    ),
+    "negative eigenvalue of spatial features": (
+        lambda f: npz(f, mu_s=np.zeros(9), sigma_s=-np.eye(9), **STATISTICS),
+        r"file.npz: sigma_s must have no negative eigenvalue, got -1 ",
+    ),
+    "features": (
+        lambda f: npz(f, features=np.zeros((9, 7)), **STATISTICS),
+        r"file.npz: features must be finite and \(n, 8\), got \(9, 7\); make the file again$",
+    ),
     "no sigma": (lambda f: npz(f, mu=np.zeros(8)), r"file.npz has no array 'sigma', but mu$"),
     "no mu": (lambda f: npz(f, sigma=np.eye(8)), r"file.npz has no array 'mu', but sigma$"),
     "spatial": (
@@ -187,6 +208,15 @@ def test_eval_fid_bad_reference_refused(case, use, samples, tmp_path, monkeypatc
     arguments = [f"samples={samples}", f"reference={make(tmp_path / 'bad')}", *use, "device=cpu"]
     said = one_line("eval_fid", eval_fid.run, arguments, monkeypatch, capsys)
     assert re.search(message, said.strip()), said
+
+
+def test_statistics_file_rounded_covariance_accepted(tmp_path):
+    """Of fewer images than features, and computed and stored in float32: eigenvalues below zero by rounding."""
+    rows = np.random.default_rng(0).standard_normal((20, 64)).astype(np.float32)
+    sigma = np.cov(rows.T, dtype=np.float32)
+    assert np.linalg.eigvalsh(sigma.astype(np.float64))[0] < 0
+    file = npz(tmp_path / "f", mu=rows.mean(axis=0), sigma=sigma)
+    assert np.array_equal(StatisticsFile(file, "reference").pool.covariance, sigma.astype(np.float64))
 
 
 @pytest.mark.parametrize(

@@ -132,6 +132,35 @@ def test_sample_script_set_extended_but_not_changed(generator_run, tmp_path):
         draw(tmp_path / "c", f"run={generator_run}", "count=2")
 
 
+@pytest.mark.parametrize("count", [4, 6], ids=["again", "extended"])
+def test_sample_script_changed_image_refused(generator_run, tmp_path, count):
+    """An image that was changed after its set was signed, here by one of its neighbours, is not signed again."""
+    draw(tmp_path, f"run={generator_run}", "count=4")
+    signed = (tmp_path / "manifest.json").read_text()
+    whole = (tmp_path / "images" / "000002.png").read_bytes()
+    shutil.copy(tmp_path / "images" / "000001.png", tmp_path / "images" / "000002.png")
+    message = r"^\S+000002.png was changed after the set was complete; delete it and start again$"
+    for _ in range(2):
+        with pytest.raises(ConfigError, match=message):
+            draw(tmp_path, f"run={generator_run}", f"count={count}", "npz=true", "grid=true")
+    assert (tmp_path / "manifest.json").read_text() == signed
+    assert not list(tmp_path.glob("*.npz")) + list(tmp_path.glob("*.png")) + list(tmp_path.glob("*.tmp"))
+    (tmp_path / "images" / "000002.png").unlink()
+    draw(tmp_path, f"run={generator_run}", f"count={count}")
+    assert (tmp_path / "images" / "000002.png").read_bytes() == whole
+
+
+def test_sample_script_changed_image_without_digests_refused(generator_run, tmp_path):
+    """A set of an earlier version has no digests.txt: its manifest alone shows that an image was changed."""
+    draw(tmp_path, f"run={generator_run}", "count=4")
+    (tmp_path / "digests.txt").unlink()
+    draw(tmp_path, f"run={generator_run}", "count=5")
+    (tmp_path / "digests.txt").write_text("damaged")
+    shutil.copy(tmp_path / "images" / "000001.png", tmp_path / "images" / "000002.png")
+    with pytest.raises(ConfigError, match=r"images holds other images than the manifest names; choose another folder"):
+        draw(tmp_path, f"run={generator_run}", "count=5")
+
+
 def test_sample_script_seed_step_weights_change_images(generator_run, tmp_path):
     digests = set()
     for index, other in enumerate(("seed=0", "seed=1", "weights=raw", "step=1", "labels=[3,4]")):
