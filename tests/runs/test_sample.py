@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from models import build_model
 from tests.processes import ROOT, run_script
 from tests.support import SMALL_DIT, one_line, start_and_kill
 from vca.config import compose, read_protocol
-from vca.generation import generator
+from vca.generation import generator, sample_set
 from vca.generation.autoencoder import load_autoencoder
 from vca.generation.sample_set import SampleSet
 from vca.generation.sampling import label_of
@@ -107,6 +108,24 @@ def test_sample_script_writes_images_npz_and_grid(generator_run, tmp_path):
     assert manifest["sampler"]["method"] == "ddpm"
     assert manifest["model"]["hidden_size"] == 16
     assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_sample_set_finish_reports_progress(generator_run, tmp_path, monkeypatch):
+    """The last pass over a large set takes minutes, one image after the other."""
+    bars = []
+
+    class Bar(nullcontext):
+        def __init__(self, total, unit, show):
+            super().__init__(self)
+            self.total, self.n, self.show = total, 0, show
+            bars.append(self)
+
+        def update(self, more=1):
+            self.n += more
+
+    monkeypatch.setattr(sample_set, "progress_bar", Bar)
+    draw(tmp_path, f"run={generator_run}", "count=5")
+    assert [(bar.total, bar.n, bar.show) for bar in bars] == [(5, 5, True)]
 
 
 def test_sample_script_set_extended_but_not_changed(generator_run, tmp_path):

@@ -90,16 +90,17 @@ class StatisticsFile:
         shapes = f"{mean.shape} and {covariance.shape}"
         fit = mean.ndim == 1 and len(mean) > 0 and covariance.shape == (len(mean), len(mean))
         self.require(fit, f"{mean_name} must be (D,) and {covariance_name} (D, D), got {shapes}")
-        finite = np.isfinite(mean).all() and np.isfinite(covariance).all()
+        finite = bool(np.isfinite(mean).all() and np.isfinite(covariance).all())
         self.require(finite, f"{mean_name} or {covariance_name} is NaN or infinite")
         gaps = np.abs(covariance - covariance.T)
-        row, column = np.unravel_index(gaps.argmax(), gaps.shape)
+        row, column = divmod(int(gaps.argmax()), len(mean))
         where = f"entries ({row}, {column}) and ({column}, {row}) differ by {gaps[row, column]:.4g}"
-        symmetric = gaps[row, column] <= ROUNDING * np.abs(covariance).max()
+        symmetric = bool(gaps[row, column] <= ROUNDING * np.abs(covariance).max())
         self.require(symmetric, f"{covariance_name} must be symmetric, but {where}")
         values = np.linalg.eigvalsh((covariance + covariance.T) / 2)
-        rule = f"{covariance_name} must have no negative eigenvalue, got {values[0]:.4g} (the largest is {values[-1]:.4g})"
-        self.require(values[0] >= -ROUNDING * values[-1], rule)
+        least, most = float(values[0]), float(values[-1])
+        problem = f"{covariance_name} must have no negative eigenvalue, got {least:.4g} (the largest is {most:.4g})"
+        self.require(least >= -ROUNDING * most, problem)
         return Moments(mean, covariance)
 
     def require(self, condition: bool, problem: str) -> None:
