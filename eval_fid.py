@@ -10,6 +10,7 @@
 `samples` they are drawn as `sample.py` draws them, and not written. The figures are the same on any number of ranks.
 """
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,10 @@ register_schemas(
 def run(config: EvalFidConfig) -> dict[str, Any]:
     """Measure, print a table, write the record and return it."""
     with distributed.start(config.device.value, DAY, key="device") as world:
+        start = time.monotonic()
+        if world.is_main:
+            place = config.samples or config.run or config.checkpoint
+            print(f"opening samples {place} and reference {config.reference}", flush=True)
         reference = open_source(config.reference, "reference", config.data, reference=True)
         samples, made = open_samples(config, world)
         extractor = load_extractor(config.extractor, world, rebuild)
@@ -58,6 +63,9 @@ def run(config: EvalFidConfig) -> dict[str, Any]:
         check(at_hand or not config.picture, "picture", "false where statistics stand for images", config.picture)
         folder, prefix = place_of_record(config)
         world.from_main(lambda: check_writable(folder / "record"))
+        if world.is_main:
+            kind = "statistics" if reference.count is None else f"{reference.count} reference images"
+            print(f"opened {samples.count} samples and {kind} in {time.monotonic() - start:.1f} s", flush=True)
 
         found = read_features(samples, extractor, world, config.batch_size, config.features)
         there = read_features(reference, extractor, world, config.batch_size, config.features)
@@ -67,7 +75,8 @@ def run(config: EvalFidConfig) -> dict[str, Any]:
 
         def conclude() -> dict[str, Any]:
             check_unchanged(config, found)
-            metrics, settings = compare_sets(found, there, world.device)
+            print("computing the figures", flush=True)
+            metrics, settings = compare_sets(found, there, world.device, config.precision_recall_dtype)
             said = [*warnings, *([UNKNOWN] if made is None else [])]
             record = make_record(metrics, settings, found, there, extractor, made, said, config.batch_size, world)
             path = Path(config.out).expanduser() if config.out else record_path(folder, prefix, record)
@@ -115,7 +124,8 @@ def check_unchanged(config: EvalFidConfig, found: FeatureSet) -> None:
     """Raise `ConfigError` if the images are not those that `sample.py` wrote there."""
     manifest = manifest_of(config.samples) if config.samples is not None else None
     if manifest is not None and manifest["result"]["sha256"] != found.sha256:
-        raise ConfigError(f"samples: {config.samples} holds other images than sample.py wrote; draw them again")
+        changed = f"samples: {config.samples} holds other images than sample.py wrote"
+        raise ConfigError(f"{changed}; run its sample.py command again, which names a changed one")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,13 @@
 """What tests share: small configs that run in seconds, reading a run's files, exact comparison, kills."""
 
 import json
+import struct
 import sys
+import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -60,6 +63,14 @@ def load_extractor(weights):
     return Blocks()
 """
 DRAWN = 40  # images of the fixture `samples`
+
+
+def write_png16(path: Path, size: int = 8) -> None:
+    """An RGB PNG of 16 bits a channel, which Pillow opens as mode RGB and cannot write."""
+    raw = b"".join(b"\0" + np.arange(3 * size, dtype=">u2").tobytes() for _ in range(size))  # each row: filter 0
+    chunks = {b"IHDR": struct.pack(">IIBBBBB", size, size, 16, 2, 0, 0, 0), b"IDAT": zlib.compress(raw), b"IEND": b""}
+    parts = [struct.pack(">I", len(d)) + k + d + struct.pack(">I", zlib.crc32(k + d)) for k, d in chunks.items()]
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
 
 
 def metrics(folder: Path) -> list[dict]:

@@ -15,6 +15,7 @@ from PIL import Image
 import train_cls
 from tests.data.test_loader import write_image_folder
 from tests.processes import run_command, run_script
+from tests.support import write_png16
 from vca.config import compose
 from vca.data import load_dataset
 from vca.data.config import DataConfig
@@ -45,6 +46,11 @@ def truncate(root):
 def sixteen_bits(root):
     (root / "val" / "dog" / "1.jpg").unlink()
     Image.fromarray(np.full((30, 30), 40_000, dtype=np.uint16)).save(root / "val" / "dog" / "deep.png")
+
+
+def sixteen_bits_rgb(root):
+    (root / "train" / "dog" / "1.jpg").unlink()
+    write_png16(root / "train" / "dog" / "deep.png")
 
 
 def dangling_link(root):
@@ -81,6 +87,10 @@ BROKEN = {
     "16-bit grey": (
         sixteen_bits,
         r"val/dog/deep.png: has more than 8 bits a pixel .*values up to 40000\); it would be clipped",
+    ),
+    "16-bit RGB": (
+        sixteen_bits_rgb,
+        r"train/dog/deep.png: has 16 bits a channel, and half of them would be lost; convert it to 8 bits$",
     ),
 }
 NOTED = {

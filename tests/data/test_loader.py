@@ -6,11 +6,14 @@ import torch
 from PIL import Image
 
 import train_cls  # noqa: F401 - registers the schemas
+from tests.support import write_png16
 from vca.config import compose
 from vca.data import load_dataset
 from vca.data.augment import AugmentConfig, BatchMixer, eval_transform, train_transform
 from vca.data.loader import Address, AddressedImages, MicroBatches, TrainOrder, eval_loader, train_loader
+from vca.evaluation.images import DatasetImages
 from vca.runtime.distributed import World
+from vca.runtime.errors import ConfigError
 from vca.runtime.seeding import derive_seed, seed_everything
 
 CPU = torch.device("cpu")
@@ -198,3 +201,18 @@ def test_seeding_deterministic_and_distinct_per_address():
     drawn = (torch.rand(1), np.random.rand())
     seed_everything(5, "x")
     assert drawn == (torch.rand(1), np.random.rand())
+
+
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.process)])
+def test_load_imagefolder_16_bit_rgb_refused_when_read(tmp_path, workers):
+    """The check before a run reads only a sample of a large data set: reading one later names it too."""
+    write_image_folder(tmp_path)
+    write_png16(tmp_path / "train" / "cat" / "deep.png")
+    _, images = digits("data=imagefolder", f"data.root={tmp_path}", "data.num_classes=2")
+    assert images[0][0].mode == "RGB"
+    number = next(index for index, (path, _) in enumerate(images.samples) if path.endswith("deep.png"))
+    rule = r"cat/deep.png: has 16 bits a channel, and half of them would be lost; convert it to 8 bits"
+    with pytest.raises(ConfigError, match=rule):
+        list(eval_loader(images, lambda image: torch.zeros(1), world(), 4, workers))
+    with pytest.raises(ConfigError, match=rf"^\S+{rule}$"):
+        DatasetImages(images, 8, 3, "photos", "reference").read([number])

@@ -11,6 +11,7 @@ from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 
 from tests.evaluation.inception import theirs, write_random_weights
+from vca.evaluation import kernel
 from vca.evaluation.extractor import INCEPTION_SHA256, InceptionConfig, load_extractor
 from vca.evaluation.features import FeatureSet, Moments
 from vca.evaluation.frechet import frechet_distance
@@ -106,6 +107,37 @@ def test_precision_recall_equals_hand_calculation():
     assert precision_recall(same, same) == (1, 1)
 
 
+def adm_precision_recall(generated, real, neighbours=3):
+    """ADM's figures: every operation in float16 on features as they are, a product summed in float32."""
+
+    def distances(x, y):
+        x, y = x.astype(np.float16), y.astype(np.float16)
+        norms = [np.square(rows).astype(np.float32).sum(axis=1).astype(np.float16) for rows in (x, y)]
+        products = (x.astype(np.float32) @ y.astype(np.float32).T).astype(np.float16)
+        found = norms[0][:, None] - np.float16(2) * products + norms[1][None]
+        assert found.dtype == np.float16
+        return np.maximum(found, 0).astype(np.float32)
+
+    def share(points, manifold):
+        radii = np.sort(distances(manifold, manifold), axis=1)[:, neighbours]
+        return (distances(points, manifold) <= radii).any(axis=1).mean()
+
+    return share(generated, real), share(real, generated)
+
+
+def test_precision_recall_float16_equals_adm():
+    """Features as large as Inception's: float16 keeps fewer distances apart, so that more points are inside."""
+    rng = np.random.default_rng(0)
+    scale = np.exp(rng.standard_normal(2048)) * 0.2
+    generated, real = (np.abs(rng.standard_normal((n, 2048)) * scale).astype(np.float32) for n in (700, 600))
+    exact, half = (precision_recall(generated, real, dtype=dtype) for dtype in ("float64", "float16"))
+    assert half == pytest.approx(adm_precision_recall(generated, real), abs=0.002)
+    assert half.precision > exact.precision
+    assert half.recall > exact.recall
+    large = 300 * generated  # whose squares overflow float16: ADM takes float32
+    assert precision_recall(large, 300 * real, dtype="float16") == pytest.approx(exact, abs=0.002)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -132,16 +164,58 @@ def feature_set(rows, **more):
 
 
 def test_compare_sets_missing_features_not_reported(features):
-    """Statistics alone give the distance alone; ADM's reference images serve precision and recall, and no KID."""
+    """Statistics alone give the distance alone, and each other figure has its reason; ADM's reference images serve
+    precision and recall, and no KID."""
     metrics, settings = compare_sets(feature_set(features[0]), feature_set(features[1]))
     assert metrics == Metrics(metrics.frechet)
+    missing = settings.pop("missing")
     assert settings == {"kid": None, "inception_score_split": None, "neighbours": None}
+    assert missing == {
+        "spatial_frechet": "samples a set has no spatial features",
+        "kernel": "samples a set has statistics only, no features of single images",
+        "precision": "samples a set has statistics only, no features of single images",
+        "inception_score": "samples a set has no logits of every image",
+    }
+    shown = labelled(metrics, {**settings, "missing": missing}, 700, True)
+    assert shown["sFID"] == "not computed: samples a set has no spatial features"
+    assert shown["precision, recall"] == "not computed: " + missing["precision"]
+    assert set(shown) == {"FID (N = 700)", "sFID", "KID", "Inception Score", "precision, recall"}
     sides = [feature_set(rows, features=rows.astype(np.float32)) for rows in features]
     sides[1].neighbours_only = True
     metrics, settings = compare_sets(*sides)
     assert metrics.kernel is None
     assert metrics.precision is not None
-    assert settings["neighbours"] == {"k": 3, "of": [700, 600]}
+    assert settings["neighbours"] == {"k": 3, "of": [700, 600], "dtype": "float64"}
+    assert settings["missing"]["kernel"] == "the images of a set are the reference of precision and recall only"
+    assert "precision" not in settings["missing"]
+    few = feature_set(features[1], features=features[1][:3])
+    metrics, settings = compare_sets(sides[0], few)
+    assert metrics.precision is None
+    assert settings["missing"]["precision"] == "reference a set has features of 3 images"
+
+
+def test_compare_sets_kid_of_whole_set_has_no_spread(features, monkeypatch):
+    """100 subsets that are all the set are one."""
+    computed = []
+    once = kernel.squared_discrepancy
+    monkeypatch.setattr(kernel, "squared_discrepancy", lambda x, y: computed.append(len(x)) or once(x, y))
+    sides = [feature_set(rows, features=rows[:600]) for rows in features]
+    metrics, settings = compare_sets(*sides)
+    assert computed == [600]
+    assert metrics.kernel == pytest.approx(once(features[0][:600], features[1]), rel=1e-9)
+    assert metrics.kernel_std is None
+    assert settings["kid"] == {"subsets": 1, "subset_size": 600, "seed": 2020, "of": [600, 600]}
+    assert labelled(metrics, settings, 600, True)["KID (N = 600)"] == f"{metrics.kernel:.4g}"
+
+
+def test_metrics_labels_state_reference_count():
+    neighbours = {"k": 3, "of": [50_000, 10_000], "dtype": "float64"}
+    metrics = Metrics(1.0, precision=0.5, recall=0.25)
+    shown = labelled(metrics, {"neighbours": neighbours, "missing": {}}, 50_000, True)
+    assert (shown["precision, 50K vs 10K"], shown["recall, 50K vs 10K"]) == ("0.5000", "0.2500")
+    neighbours = {"k": 3, "of": [49_999, 10_000], "dtype": "float16"}
+    shown = labelled(metrics, {"neighbours": neighbours, "missing": {}}, 50_000, True)
+    assert "precision, 49,999 vs 10K, float16" in shown
 
 
 @pytest.mark.parametrize(
@@ -154,7 +228,7 @@ def test_compare_sets_missing_features_not_reported(features):
     ],
 )
 def test_metrics_labels_state_sample_count(count, published, name):
-    assert next(iter(labelled(Metrics(12.345), {}, count, published).items())) == (name, "12.35")
+    assert next(iter(labelled(Metrics(12.345), {"missing": {}}, count, published).items())) == (name, "12.35")
 
 
 @pytest.fixture(scope="session")

@@ -72,6 +72,21 @@ def test_sample_ddpm_and_ddim_equal_original():
     assert ddpm.evaluations == ddim.evaluations == 25
 
 
+def test_respaced_steps_every_count_accumulates_stride():
+    """DiT adds the stride up in float64 and rounds each sum: 278 of the counts differ from rounding a product."""
+    differ = 0
+    for count in range(1, 1001):
+        stride = 999 / max(1, count - 1)
+        sums = np.rint(np.cumsum(np.r_[0.0, np.full(count - 1, stride)])).astype(int).tolist()
+        assert respaced_steps(1000, count) == sums, count
+        assert len(set(sums)) == count
+        assert sums[-1] == (999 if count > 1 else 0)
+        differ += sums != [round(index * stride) for index in range(count)]
+        if count in (50, 100, 250, 1000):
+            assert sums == [round(index * stride) for index in range(count)]
+    assert differ == 278
+
+
 def test_respaced_steps_valid_and_invalid_counts():
     assert respaced_steps(1000, 1) == [0]
     assert respaced_steps(10, 10) == list(range(10))

@@ -147,6 +147,25 @@ def test_chosen_numbers_deterministic_over_all_classes():
     assert {number % 10 for number in chosen} == set(range(10))
 
 
+def test_eval_fid_reports_progress(samples, use, tmp_path):
+    """What it does and how long each part took, on one rank, before the figures."""
+    command = [f"samples={samples}", "data=digits", "reference=data:test", *use, "device=cpu", f"out={tmp_path}/a.json"]
+    done = run_script("eval_fid.py", *command, ranks=2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    seconds = r"in \d+\.\d s"
+    stages = [
+        rf"opening samples {re.escape(str(samples))} and reference data:test",
+        rf"opened {DRAWN} samples and 359 reference images {seconds}",
+        rf"\S+: features of {DRAWN} images {seconds}",
+        rf"digits \(data:test\): features of 359 images {seconds}",
+        "computing the figures",
+    ]
+    lines = done.stdout.splitlines()
+    for line, pattern in zip(lines, stages, strict=False):
+        assert re.fullmatch(pattern, line), (pattern, lines)
+    assert lines[len(stages)].startswith("Frechet distance")
+
+
 def test_eval_fid_fewer_features_reports_sample_counts(samples, use, tmp_path, capsys):
     """With fewer features kept, only the distance is of all samples; the score, which needs all, is left out."""
     record = evaluate(
@@ -155,7 +174,8 @@ def test_eval_fid_fewer_features_reports_sample_counts(samples, use, tmp_path, c
     said = capsys.readouterr().out
     assert f"Frechet distance (N = {DRAWN})" in said
     assert "kernel distance (N = 20)" in said
-    assert "precision (N = 20)" in said
+    assert "precision, 20 vs 20" in said
+    assert "score of the classifier not computed: samples" in " ".join(said.split())
     assert record["settings"]["neighbours"]["of"] == [20, 20]
     assert record["metrics"]["inception_score"] is None
 
@@ -191,6 +211,7 @@ def test_eval_fid_adm_file_uses_stored_statistics(samples, use, tmp_path):
         for name in ("stored", "compressed")
     ]
     assert records[0]["metrics"] == records[1]["metrics"]
+    assert "kernel" in records[0]["settings"]["missing"]
     figures = records[0]["metrics"]
     extractor = load_extractor(FileConfig(source=use[1].split("=", 1)[1]), ONE, rebuild)
     mine = measure(NpzImages(samples / "samples.npz", "samples"), extractor, ONE, 32, DRAWN, talk=False)

@@ -13,11 +13,12 @@ from PIL import Image
 import eval_fid
 from models import rebuild
 from tests.processes import run_script
-from tests.support import DRAWN, EXTRACTOR, one_line
+from tests.support import DRAWN, EXTRACTOR, one_line, write_png16
 from vca.config import compose
 from vca.evaluation.extractor import FileConfig, load_extractor
 from vca.evaluation.features import measure
 from vca.evaluation.images import NpzImages
+from vca.evaluation.statistics_file import StatisticsFile
 from vca.runtime.distributed import World
 from vca.runtime.errors import ConfigError, NonFiniteError
 
@@ -74,6 +75,12 @@ def transparent(folder: Path) -> Path:
     return folder
 
 
+def sixteen_bits_rgb(folder: Path) -> Path:
+    some(folder, mode="RGB")
+    write_png16(folder / "000003.png")
+    return folder
+
+
 def damaged_zip(folder: Path) -> Path:
     folder.mkdir()
     noise = np.random.default_rng(0).integers(0, 256, (DRAWN, 8, 8, 1), dtype=np.uint8)
@@ -119,6 +126,7 @@ BAD_SAMPLES = {
     "alpha": (lambda f: some(f, mode="RGBA"), r"000000.png has an alpha channel; save it as RGB"),
     "palette": (lambda f: some(f, mode="P"), r"000000.png has a palette; save it as RGB"),
     "16 bits": (lambda f: some(f, mode="I;16"), r"000000.png has mode I;16\S*; save it as 8-bit RGB"),
+    "16-bit RGB": (sixteen_bits_rgb, r"samples: \S+000003.png has 16 bits a channel; save it as 8-bit RGB"),
     "stray file": (lambda f: text(f, "readme.txt"), r"readme.txt is no PNG file; .* move it away"),
     "stray folder": (lambda f: png(some(f) / "more", "1.png").parent, r"more is no PNG file"),
     "stray image": (lambda f: png(some(f), "grid.png"), r"grid.png has no number, but 000000.png has"),
@@ -147,6 +155,26 @@ BAD_REFERENCES = {
     ),
     "covariance": (lambda f: npz(f, mu=np.zeros(8), sigma=np.eye(7)), r"mu must be \(D,\) .* got \(8,\) and \(7, 7\)"),
     "NaN": (lambda f: npz(f, mu=np.zeros(8) * np.nan, sigma=np.eye(8)), r"mu or sigma is NaN or infinite"),
+    "infinite": (
+        lambda f: npz(f, mu=np.zeros(8), sigma=np.diag([np.inf] * 8)),
+        r"file.npz: mu or sigma is NaN or infinite; make the file again$",
+    ),
+    "not symmetric": (
+        lambda f: npz(f, mu=np.zeros(8), sigma=np.eye(8) + 0.1 * np.eye(8, k=1)),
+        r"file.npz: sigma must be symmetric, but entries \(0, 1\) and \(1, 0\) differ by 0.1; make the file again$",
+    ),
+    "negative eigenvalue": (
+        lambda f: npz(f, mu=np.zeros(8), sigma=np.diag([*range(1, 8), -0.01])),
+        r"file.npz: sigma must have no negative eigenvalue, got -0.01 \(the largest is 7\); make the file again$",
+    ),
+    "negative eigenvalue of spatial features": (
+        lambda f: npz(f, mu_s=np.zeros(9), sigma_s=-np.eye(9), **STATISTICS),
+        r"file.npz: sigma_s must have no negative eigenvalue, got -1 ",
+    ),
+    "features": (
+        lambda f: npz(f, features=np.zeros((9, 7)), **STATISTICS),
+        r"file.npz: features must be finite and \(n, 8\), got \(9, 7\); make the file again$",
+    ),
     "no sigma": (lambda f: npz(f, mu=np.zeros(8)), r"file.npz has no array 'sigma', but mu$"),
     "no mu": (lambda f: npz(f, sigma=np.eye(8)), r"file.npz has no array 'mu', but sigma$"),
     "spatial": (
@@ -182,6 +210,15 @@ def test_eval_fid_bad_reference_refused(case, use, samples, tmp_path, monkeypatc
     assert re.search(message, said.strip()), said
 
 
+def test_statistics_file_rounded_covariance_accepted(tmp_path):
+    """Of fewer images than features, and computed and stored in float32: eigenvalues below zero by rounding."""
+    rows = np.random.default_rng(0).standard_normal((20, 64)).astype(np.float32)
+    sigma = np.cov(rows.T, dtype=np.float32)
+    assert np.linalg.eigvalsh(sigma.astype(np.float64))[0] < 0
+    file = npz(tmp_path / "f", mu=rows.mean(axis=0), sigma=sigma)
+    assert np.array_equal(StatisticsFile(file, "reference").pool.covariance, sigma.astype(np.float64))
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -207,6 +244,10 @@ def test_eval_fid_bad_reference_refused(case, use, samples, tmp_path, monkeypatc
             "must be a Python file, got",
         ),
         ("samples=SET reference=data:test data=digits", "extractor.weights: weights-inception-2015-12-05-6726825d.pth"),
+        (
+            "samples=SET reference=data:test data=digits precision_recall_dtype=half",
+            "precision_recall_dtype must be float64 or float16, got 'half'",
+        ),
         ("samples=SET reference=data:test data=digits feature=3", "unknown key 'feature'; did you mean 'features'"),
         (
             "samples=SET reference=STATISTICS picture=true USE",

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from models import build_model
 from tests.processes import ROOT, run_script
 from tests.support import SMALL_DIT, one_line, start_and_kill
 from vca.config import compose, read_protocol
-from vca.generation import generator
+from vca.generation import generator, sample_set
 from vca.generation.autoencoder import load_autoencoder
 from vca.generation.sample_set import SampleSet
 from vca.generation.sampling import label_of
@@ -109,6 +110,24 @@ def test_sample_script_writes_images_npz_and_grid(generator_run, tmp_path):
     assert not list(tmp_path.glob("*.tmp"))
 
 
+def test_sample_set_finish_reports_progress(generator_run, tmp_path, monkeypatch):
+    """The last pass over a large set takes minutes, one image after the other."""
+    bars = []
+
+    class Bar(nullcontext):
+        def __init__(self, total, unit, show):
+            super().__init__(self)
+            self.total, self.n, self.show = total, 0, show
+            bars.append(self)
+
+        def update(self, more=1):
+            self.n += more
+
+    monkeypatch.setattr(sample_set, "progress_bar", Bar)
+    draw(tmp_path, f"run={generator_run}", "count=5")
+    assert [(bar.total, bar.n, bar.show) for bar in bars] == [(5, 5, True)]
+
+
 def test_sample_script_set_extended_but_not_changed(generator_run, tmp_path):
     few, _ = draw(tmp_path / "a", f"run={generator_run}", "count=5")
     more, _ = draw(tmp_path / "a", f"run={generator_run}", "count=8")
@@ -130,6 +149,35 @@ def test_sample_script_set_extended_but_not_changed(generator_run, tmp_path):
     (tmp_path / "c" / "images").mkdir(parents=True)
     with pytest.raises(ConfigError, match="is no set of samples, and holds other files, such as images"):
         draw(tmp_path / "c", f"run={generator_run}", "count=2")
+
+
+@pytest.mark.parametrize("count", [4, 6], ids=["again", "extended"])
+def test_sample_script_changed_image_refused(generator_run, tmp_path, count):
+    """An image that was changed after its set was signed, here by one of its neighbours, is not signed again."""
+    draw(tmp_path, f"run={generator_run}", "count=4")
+    signed = (tmp_path / "manifest.json").read_text()
+    whole = (tmp_path / "images" / "000002.png").read_bytes()
+    shutil.copy(tmp_path / "images" / "000001.png", tmp_path / "images" / "000002.png")
+    message = r"^\S+000002.png was changed after the set was complete; delete it and start again$"
+    for _ in range(2):
+        with pytest.raises(ConfigError, match=message):
+            draw(tmp_path, f"run={generator_run}", f"count={count}", "npz=true", "grid=true")
+    assert (tmp_path / "manifest.json").read_text() == signed
+    assert not list(tmp_path.glob("*.npz")) + list(tmp_path.glob("*.png")) + list(tmp_path.glob("*.tmp"))
+    (tmp_path / "images" / "000002.png").unlink()
+    draw(tmp_path, f"run={generator_run}", f"count={count}")
+    assert (tmp_path / "images" / "000002.png").read_bytes() == whole
+
+
+def test_sample_script_changed_image_without_digests_refused(generator_run, tmp_path):
+    """A set of an earlier version has no digests.txt: its manifest alone shows that an image was changed."""
+    draw(tmp_path, f"run={generator_run}", "count=4")
+    (tmp_path / "digests.txt").unlink()
+    draw(tmp_path, f"run={generator_run}", "count=5")
+    (tmp_path / "digests.txt").write_text("damaged")
+    shutil.copy(tmp_path / "images" / "000001.png", tmp_path / "images" / "000002.png")
+    with pytest.raises(ConfigError, match=r"images holds other images than the manifest names; choose another folder"):
+        draw(tmp_path, f"run={generator_run}", "count=5")
 
 
 def test_sample_script_seed_step_weights_change_images(generator_run, tmp_path):

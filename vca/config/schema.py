@@ -279,6 +279,7 @@ class EvalFidConfig(GeneratorConfig):
         features: of how many images of each set, chosen at random, features are kept, for KID, precision and recall.
         allow_few: evaluate fewer images than there are features, too.
         out: file of the record; null puts it in the set or the run that it is about, or beside the samples.
+        precision_recall_dtype: of the distances of precision and recall: `float64`, or `float16` as ADM computes them.
         picture: beside the record, draw the samples that are farthest from the reference and nearest to it.
     """
 
@@ -290,6 +291,7 @@ class EvalFidConfig(GeneratorConfig):
     features: int = 50_000
     allow_few: bool = False
     out: str | None = None
+    precision_recall_dtype: str = "float64"
     picture: bool = False
 
     def __post_init__(self) -> None:
@@ -298,6 +300,8 @@ class EvalFidConfig(GeneratorConfig):
         super().__post_init__()
         check(self.count is None or self.count >= 2, "count", ">= 2 or null", self.count)
         check(self.features >= 2, "features", ">= 2", self.features)
+        dtype = self.precision_recall_dtype
+        check(dtype in ("float64", "float16"), "precision_recall_dtype", "float64 or float16", dtype)
         if self.samples is not None:
             for key in ("protocol", "decoder"):
                 check(getattr(self, key) is None, key, "null with samples", getattr(self, key))

@@ -17,6 +17,7 @@ from typing import Any
 from PIL import Image, UnidentifiedImageError
 
 from vca.data.config import DataConfig
+from vca.data.imagefolder import is_16_bit_color
 from vca.runtime.distributed import World
 from vca.runtime.errors import ConfigError
 
@@ -132,7 +133,8 @@ def examine_image(path: str) -> list[Finding]:
             return [Finding(path, "is empty", "copy it again", True)]
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            with Image.open(path) as image:
+            with open(path, "rb") as content, Image.open(content) as image:
+                deep = is_16_bit_color(content)
                 # All of the file is decoded, but only few of its pixels are made.
                 image.draft("RGB", (max(1, image.width // 8), max(1, image.height // 8)))
                 image.load()
@@ -151,6 +153,9 @@ def examine_image(path: str) -> list[Finding]:
     if mode == "F" or highest > 255:
         problem = f"has more than 8 bits a pixel (mode {mode}, values up to {highest:g})"
         findings.append(Finding(path, problem, "it would be clipped to black or white; convert it to 8 bits", True))
+    if deep:
+        problem = "has 16 bits a channel, and half of them would be lost"
+        findings.append(Finding(path, problem, "convert it to 8 bits", True))
     if mode == "CMYK":
         findings.append(Finding(path, "is CMYK", "harmless; it is read as RGB without its colour profile", False))
     return findings

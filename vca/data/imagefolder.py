@@ -2,7 +2,9 @@
 
 import os
 from pathlib import Path
+from typing import BinaryIO
 
+from PIL import Image
 from torch.utils.data import Dataset
 
 from vca.data.config import DataConfig
@@ -48,6 +50,30 @@ def load_imagefolder(config: DataConfig, train: bool) -> Dataset:
         )
     split = "train" if train else "val"
     try:
-        return ImageFolder(str(root / split))
+        return ImageFolder(str(root / split), loader=read_rgb)
     except FileNotFoundError as error:  # a class without an image
         raise ConfigError(f"data.root={config.root}: {split}/: {error}") from error
+
+
+def read_rgb(path: str) -> Image.Image:
+    """An image file as RGB.
+
+    Raises:
+        ConfigError: if it has 16 bits a channel, of which Pillow would drop half without a word.
+    """
+    with open(path, "rb") as file:
+        if is_16_bit_color(file):
+            raise ConfigError(f"{path}: has 16 bits a channel, and half of them would be lost; convert it to 8 bits")
+        return Image.open(file).convert("RGB")
+
+
+def is_16_bit_color(file: BinaryIO) -> bool:
+    """Whether a file is a PNG of 16 bits a channel; grey ones, which Pillow opens with a mode of their own, left out.
+
+    Pillow opens the others as mode `RGB`, like those of 8 bits: bit depth and colour type are read from the header.
+    """
+    position = file.tell()
+    file.seek(0)
+    header = file.read(26)
+    file.seek(position)
+    return header[:8] == b"\x89PNG\r\n\x1a\n" and header[24:25] == b"\x10" and header[25:26] != b"\0"

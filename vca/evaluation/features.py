@@ -6,6 +6,7 @@ depends on how many ranks share the work. Only features travel, and only to rank
 Shape letters: N images, n of which features are kept, D features, S spatial features, K classes.
 """
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -67,7 +68,7 @@ def measure(
         world: this process; all ranks call this alike.
         batch_size: images of a block.
         keep: of how many images features are kept; logits are kept only of all.
-        talk: show a progress bar on rank 0.
+        talk: show a progress bar on rank 0, and print how long it took.
 
     Returns:
         The set. `features`, `logits` and `sha256` are there on rank 0 alone.
@@ -82,6 +83,7 @@ def measure(
     digests: dict[int, bytes] = {}
     rows: dict[int, dict[str, np.ndarray]] = {}  # of each block, by its first number
     blocks = [range(start, min(start + batch_size, images.count)) for start in range(0, images.count, batch_size)]
+    start = time.monotonic()
     error: Exception | None = None
     try:
         with progress_bar(images.count, "img", talk and world.is_main) as bar:
@@ -97,6 +99,9 @@ def measure(
     except (ConfigError, NonFiniteError) as caught:
         error = caught
     world.raise_first(error)  # the ranks part here together or not at all
+    if talk and world.is_main:
+        took = time.monotonic() - start
+        print(f"{images.source}: features of {images.count} images in {took:.1f} s", flush=True)
     found_moments = {name: Moments(*part.reduce(world).mean_and_covariance()) for name, part in moments.items()}
     digests, rows = (merge(world.gather(part)) for part in (digests, rows))
     in_order = [rows[number] for number in sorted(rows)]

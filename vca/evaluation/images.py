@@ -21,6 +21,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from vca.data.augment import AdmCrop
+from vca.data.imagefolder import is_16_bit_color
 from vca.runtime.errors import ConfigError
 
 THREADS = min(8, os.cpu_count() or 1)  # that decode images; PIL lets them run side by side
@@ -99,7 +100,8 @@ class PngFolder(Images):
     def shape_of(self, file: Path) -> tuple[int, int, int]:
         """What the header says."""
         try:
-            with Image.open(file) as image:
+            with open(file, "rb") as content, Image.open(content) as image:
+                deep = is_16_bit_color(content)
                 kind, mode, (width, height) = image.format, image.mode, image.size
                 mode = f"{mode} with transparency" if "transparency" in image.info else mode
         except UnidentifiedImageError as error:
@@ -111,6 +113,8 @@ class PngFolder(Images):
         if mode not in MODES:
             problem = REMEDIES.get(mode, f"has mode {mode}; save it as 8-bit RGB")
             raise ConfigError(f"{self.key}: {file} {problem}")
+        if deep:
+            raise ConfigError(f"{self.key}: {file} has 16 bits a channel; save it as 8-bit RGB")
         return height, width, MODES[mode]
 
 
@@ -240,6 +244,8 @@ class DatasetImages(Images):
         """`(H, W, C)`."""
         try:
             image, _ = self.dataset[number]
+        except ConfigError:
+            raise
         except (OSError, SyntaxError, ValueError) as error:
             file = getattr(self.dataset, "samples", {number: (f"number {number}",)})[number][0]
             raise ConfigError(f"{self.key}: {file} cannot be decoded ({error}); copy it again") from error

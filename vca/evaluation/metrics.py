@@ -23,7 +23,7 @@ class Metrics:
     Attributes:
         frechet: distance of the pooled features: of Inception's it is the FID.
         spatial_frechet: of the spatial ones: sFID.
-        kernel, kernel_std: KID over its subsets.
+        kernel, kernel_std: KID over its subsets; a single subset has no spread.
         inception_score, inception_score_std: over its splits.
         precision, recall: from 0 to 1.
     """
@@ -39,11 +39,15 @@ class Metrics:
 
 
 def compare_sets(
-    samples: FeatureSet, reference: FeatureSet, device: torch.device | str = "cpu"
+    samples: FeatureSet, reference: FeatureSet, device: torch.device | str = "cpu", dtype: str = "float64"
 ) -> tuple[Metrics, dict[str, Any]]:
-    """The figures, and the settings that they depend on besides the two sets."""
+    """The figures, and the settings that they depend on besides the two sets.
+
+    `dtype` is that of the distances of precision and recall. The setting `missing` says why a figure is None.
+    """
     metrics = Metrics(frechet_distance(*samples.pool, *reference.pool))
     settings: dict[str, Any] = {"kid": None, "inception_score_split": None, "neighbours": None}
+    settings["missing"] = why_missing(samples, reference)
     if samples.spatial is not None and reference.spatial is not None:
         metrics.spatial_frechet = frechet_distance(*samples.spatial, *reference.spatial)
     if samples.logits is not None:
@@ -53,13 +57,35 @@ def compare_sets(
         x, y = samples.features, reference.features
         least = min(len(x), len(y))
         if not reference.neighbours_only and least >= 2:
-            settings["kid"] = {**KID, "subset_size": min(KID["subset_size"], least), "of": [len(x), len(y)]}
-            of = {key: settings["kid"][key] for key in KID}
-            metrics.kernel, metrics.kernel_std = kernel_distance(x, y, **of)
+            size = min(KID["subset_size"], least)
+            whole = size == len(x) == len(y)  # every subset is the same
+            of = {**KID, "subsets": 1 if whole else KID["subsets"], "subset_size": size}
+            settings["kid"] = {**of, "of": [len(x), len(y)]}
+            metrics.kernel, spread = kernel_distance(x, y, **of)
+            metrics.kernel_std = None if whole else spread
         if least > NEIGHBOURS:
-            settings["neighbours"] = {"k": NEIGHBOURS, "of": [len(x), len(y)]}
-            metrics.precision, metrics.recall = precision_recall(x, y, NEIGHBOURS, device)
+            settings["neighbours"] = {"k": NEIGHBOURS, "of": [len(x), len(y)], "dtype": dtype}
+            metrics.precision, metrics.recall = precision_recall(x, y, NEIGHBOURS, device, dtype)
     return metrics, settings
+
+
+def why_missing(samples: FeatureSet, reference: FeatureSet) -> dict[str, str]:
+    """For each figure that `compare_sets` cannot compute, the reason."""
+    sides = {"samples": samples, "reference": reference}
+    missing: dict[str, str] = {}
+    for key, side in sides.items():
+        if side.spatial is None:
+            missing.setdefault("spatial_frechet", f"{key} {side.source} has no spatial features")
+        kept = 0 if side.features is None else len(side.features)
+        has = "statistics only, no features of single images" if side.features is None else f"features of {kept} images"
+        for name, least in (("kernel", 2), ("precision", NEIGHBOURS + 1)):
+            if kept < least:
+                missing.setdefault(name, f"{key} {side.source} has {has}")
+    if reference.neighbours_only:
+        missing.setdefault("kernel", f"the images of {reference.source} are the reference of precision and recall only")
+    if samples.logits is None:
+        missing["inception_score"] = f"samples {samples.source} has no logits of every image"
+    return missing
 
 
 def labelled(metrics: Metrics, settings: dict[str, Any], count: int, published: bool) -> dict[str, str]:
@@ -77,17 +103,26 @@ def labelled(metrics: Metrics, settings: dict[str, Any], count: int, published: 
     if metrics.spatial_frechet is not None:
         shown[f"{names[1]}{size_of(count)}"] = f"{metrics.spatial_frechet:.4g}"
     if metrics.kernel is not None:
-        kept = size_of(settings["kid"]["of"][0])
-        shown[f"{names[2]}{kept}"] = f"{metrics.kernel:.4g} +- {metrics.kernel_std:.2g}"
+        spread = "" if metrics.kernel_std is None else f" +- {metrics.kernel_std:.2g}"
+        shown[f"{names[2]}{size_of(settings['kid']['of'][0])}"] = f"{metrics.kernel:.4g}{spread}"
     if metrics.inception_score is not None:
         spread = f" +- {metrics.inception_score_std:.2g}" if count > SPLIT else ""
         shown[f"{names[3]}{size_of(count)}"] = f"{metrics.inception_score:.4g}{spread}"
     if metrics.precision is not None:
-        kept = size_of(settings["neighbours"]["of"][0])
-        shown[f"precision{kept}"], shown[f"recall{kept}"] = f"{metrics.precision:.4f}", f"{metrics.recall:.4f}"
+        of = " vs ".join(map(short, settings["neighbours"]["of"]))
+        of += ", float16" if settings["neighbours"]["dtype"] == "float16" else ""
+        shown[f"precision, {of}"], shown[f"recall, {of}"] = f"{metrics.precision:.4f}", f"{metrics.recall:.4f}"
+    absent = {"spatial_frechet": names[1], "kernel": names[2], "inception_score": names[3]}
+    for figure, reason in settings["missing"].items():
+        shown[absent.get(figure, "precision, recall")] = f"not computed: {reason}"
     return shown
 
 
 def size_of(count: int) -> str:
     """`-50K`, or ` (N = 49,999)`."""
-    return f"-{count // 1000}K" if count % 1000 == 0 else f" (N = {count:,})"
+    return f"-{short(count)}" if count % 1000 == 0 else f" (N = {short(count)})"
+
+
+def short(count: int) -> str:
+    """`50K`, or `49,999`."""
+    return f"{count // 1000}K" if count % 1000 == 0 else f"{count:,}"

@@ -22,6 +22,8 @@ from vca.runtime.errors import ConfigError
 from vca.runtime.files import write_bytes
 from vca.runtime.rundir import compare
 
+ROUNDING = 1e-6  # of the largest entry or eigenvalue: what a covariance computed in float32 may be off
+
 
 class StatisticsFile:
     """Statistics that were made before, read and checked.
@@ -32,7 +34,8 @@ class StatisticsFile:
         images: ADM's `arr_0`, if it is there.
 
     Raises:
-        ConfigError: if the file is damaged, mean and covariance do not fit each other, or are not finite.
+        ConfigError: if the file is damaged; mean, covariance and features do not fit each other or are not finite; or a
+            covariance is not symmetric or has a negative eigenvalue, which makes a distance below zero.
     """
 
     def __init__(self, file: Path, key: str) -> None:
@@ -47,6 +50,10 @@ class StatisticsFile:
         self.pool = self.moments("mu", "sigma")
         self.spatial = self.moments("mu_s", "sigma_s") if "mu_s" in there else None
         self.kept = read_member(file, "features", key) if "features" in there else None
+        if self.kept is not None:
+            wide = len(self.pool.mean)
+            fits = self.kept.ndim == 2 and self.kept.shape[1] == wide and np.isfinite(self.kept).all()
+            self.require(fits, f"features must be finite and (n, {wide}), got {self.kept.shape}")
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -80,14 +87,26 @@ class StatisticsFile:
         mean, covariance = (
             read_member(self.file, name, self.key).astype(np.float64) for name in (mean_name, covariance_name)
         )
-        if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
-            raise ConfigError(
-                f"{self.key}: {self.file}: {mean_name} must be (D,) and {covariance_name} (D, D), got {mean.shape} and "
-                f"{covariance.shape}"
-            )
-        if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
-            raise ConfigError(f"{self.key}: {self.file}: {mean_name} or {covariance_name} is NaN or infinite")
+        shapes = f"{mean.shape} and {covariance.shape}"
+        fit = mean.ndim == 1 and len(mean) > 0 and covariance.shape == (len(mean), len(mean))
+        self.require(fit, f"{mean_name} must be (D,) and {covariance_name} (D, D), got {shapes}")
+        finite = bool(np.isfinite(mean).all() and np.isfinite(covariance).all())
+        self.require(finite, f"{mean_name} or {covariance_name} is NaN or infinite")
+        gaps = np.abs(covariance - covariance.T)
+        row, column = divmod(int(gaps.argmax()), len(mean))
+        where = f"entries ({row}, {column}) and ({column}, {row}) differ by {gaps[row, column]:.4g}"
+        symmetric = bool(gaps[row, column] <= ROUNDING * np.abs(covariance).max())
+        self.require(symmetric, f"{covariance_name} must be symmetric, but {where}")
+        values = np.linalg.eigvalsh((covariance + covariance.T) / 2)
+        least, most = float(values[0]), float(values[-1])
+        problem = f"{covariance_name} must have no negative eigenvalue, got {least:.4g} (the largest is {most:.4g})"
+        self.require(least >= -ROUNDING * most, problem)
         return Moments(mean, covariance)
+
+    def require(self, condition: bool, problem: str) -> None:
+        """Raise `ConfigError` with the problem unless `condition` holds."""
+        if not condition:
+            raise ConfigError(f"{self.key}: {self.file}: {problem}; make the file again")
 
 
 def read_about(file: Path, key: str) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
     images/000000.png    with its label and its number of function evaluations as PNG text
     manifest.json        everything that the pixels depend on; once the set is complete, its `result`
+    digests.txt          once the set is complete: the digest of each image in order, a line each
     samples.npz          on demand: `arr_0` (count, H, W, I) uint8, as ADM's evaluator takes it
     grid.png             on demand: the first samples
 
@@ -28,6 +29,7 @@ from vca.generation.sampling import save_grid
 from vca.runtime.digest import image_sha256, images_sha256
 from vca.runtime.errors import ConfigError
 from vca.runtime.files import write_bytes, write_text
+from vca.runtime.logging import progress_bar
 from vca.runtime.rundir import compare
 
 SHOWN = 100  # samples in grid.png
@@ -40,6 +42,7 @@ class SampleSet:
 
     def __init__(self, path: Path) -> None:
         self.path, self.images, self.manifest_file = path, path / "images", path / "manifest.json"
+        self.digests_file = path / "digests.txt"
 
     def open(self, manifest: dict[str, Any], count: int, block: int) -> list[range]:
         """Begin the set, or enter it again; it may have grown since. Returns `missing_blocks(count, block)`.
@@ -127,18 +130,33 @@ class SampleSet:
         Returns:
             `count`; `sha256` of the images in order; `evaluations` a sample, `{"mean", "min", "max"}`; `classes`, how
             many there are of each label.
+
+        Raises:
+            ConfigError: if an image is not what it was when the set was complete before; names it.
         """
-        digests, evaluations, labels = [], [], []
+        digests: list[bytes] = []
+        evaluations, labels = [], []
         shown: list[torch.Tensor] = []
-        with NpzWriter(self.path / "samples.npz" if npz else None, count) as writer:
-            for sample in self.read_all(count):
+        before = self.read_manifest().get("result")
+        signed = self.read_digests(before) if before else []
+        with (
+            NpzWriter(self.path / "samples.npz" if npz else None, count) as writer,
+            progress_bar(count, "img", show=True) as bar,
+        ):
+            for index, sample in enumerate(self.read_all(count)):
                 content = sample.pixels.tobytes()
                 digests.append(image_sha256(sample.pixels))
+                if index < len(signed) and digests[index] != signed[index]:
+                    changed = f"{self.image_path(index)} was changed after the set was complete"
+                    raise ConfigError(f"{changed}; delete it and start again")
+                bar.update()
                 writer.write(sample.pixels, content)
                 evaluations.append(sample.evaluations)
                 labels.append(sample.label)
                 if len(shown) < SHOWN:
                     shown.append(torch.from_numpy(sample.pixels.copy()).permute(2, 0, 1))
+            if before and before["count"] <= count and images_sha256(digests[: before["count"]]) != before["sha256"]:
+                raise ConfigError(f"{self.images} holds other images than the manifest names; choose another folder")
         if grid:
             zoom = max(1, 48 // shown[0].shape[1])
             save_grid(torch.stack(shown), self.path / "grid.png", 10, labels[: len(shown)], zoom)
@@ -148,8 +166,17 @@ class SampleSet:
             "evaluations": spread(evaluations),
             "classes": {str(label): count for label, count in sorted(Counter(labels).items())},
         }
+        write_text(self.digests_file, "".join(f"{digest.hex()}\n" for digest in digests))
         write_text(self.manifest_file, json.dumps({**self.read_manifest(), "result": result}, indent=2) + "\n")
         return result
+
+    def read_digests(self, result: dict[str, Any]) -> list[bytes]:
+        """Digests of the images when the manifest got its `result`; none if the file does not fit it."""
+        try:
+            digests = [bytes.fromhex(line) for line in self.digests_file.read_text().split()[: result["count"]]]
+        except (OSError, ValueError):
+            return []
+        return digests if images_sha256(digests) == result["sha256"] else []
 
 
 class NpzWriter:
@@ -183,3 +210,5 @@ class NpzWriter:
         self.archive.close()
         if error[0] is None:
             os.replace(self.path.with_suffix(".tmp"), self.path)
+        else:
+            self.path.with_suffix(".tmp").unlink()
