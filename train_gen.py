@@ -20,7 +20,7 @@ import torch
 from models import GENERATORS, build_model, rebuild
 from vca.attention import ATTENTIONS, backend_of
 from vca.config import TrainGenConfig, command_line, register_schemas
-from vca.data import load_dataset
+from vca.data import identify_files, load_dataset
 from vca.data.augment import train_transform
 from vca.data.doctor import check_before_training
 from vca.data.latents import LatentCache, RandomVersion
@@ -70,7 +70,8 @@ def run(config: TrainGenConfig) -> dict[str, float]:
         if cached := isinstance(images, LatentCache):
             images.check(autoencoder.identity(), config.augment)
         cache = asdict(images.manifest) if cached else None
-        record = {**plain(config), "inputs": {"autoencoder": autoencoder.identity(), "cache": cache}}
+        inputs = {"autoencoder": autoencoder.identity(), "cache": cache}
+        record = {**plain(config), "inputs": inputs, **identify_files(world, train=images)}
         folder.check(record)
         seed_torch(config.seed, "model")
         with config_errors():

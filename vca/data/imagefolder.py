@@ -1,11 +1,16 @@
 """Images in class folders, as ImageNet is laid out: `root/train/<class>/*.jpg` and `root/val/<class>/*.jpg`."""
 
+import hashlib
 import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from torch.utils.data import Dataset
 
 from vca.data.config import DataConfig
+from vca.data.doctor import examine_image
 from vca.runtime.errors import ConfigError
 
 SPLITS = ("train", "val")
@@ -51,3 +56,32 @@ def load_imagefolder(config: DataConfig, train: bool) -> Dataset:
         return ImageFolder(str(root / split))
     except FileNotFoundError as error:  # a class without an image
         raise ConfigError(f"data.root={config.root}: {split}/: {error}") from error
+
+
+def files_identity(images: Any) -> dict[str, Any] | None:
+    """Number, bytes and a sha256 of the paths and sizes, in order, of an image folder's files; None for other data.
+
+    Raises:
+        ConfigError: if a file is gone.
+    """
+    if not hasattr(images, "samples"):
+        return None
+    paths, prefix = [path for path, _ in images.samples], f"{images.root}/"
+    shares = [paths[start : start + 4096] for start in range(0, len(paths), 4096)]
+    with ThreadPoolExecutor(16) as threads:  # a network file system answers many questions at once
+        sizes = [size for share in threads.map(file_sizes, shares) for size in share]
+    digest = hashlib.sha256()
+    for path, size in zip(paths, sizes, strict=True):
+        digest.update(os.fsencode(path.removeprefix(prefix)) + b"\0%d\0" % size)
+    return {"files": len(paths), "bytes": sum(sizes), "sha256": digest.hexdigest()}
+
+
+def file_sizes(paths: Sequence[str]) -> list[int]:
+    """Bytes of each file."""
+    sizes = []
+    for path in paths:
+        try:
+            sizes.append(Path(path).stat().st_size)
+        except OSError as error:
+            raise ConfigError("; ".join(map(str, examine_image(path))) or str(error)) from error
+    return sizes

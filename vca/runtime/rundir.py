@@ -1,6 +1,7 @@
 """One directory a run: what was asked for, what it ran on, what it measured, and its checkpoints.
 
-config.json       the resolved config, and of a generator the autoencoder and latent cache; others are refused
+config.json       the resolved config, what identifies the files of an image folder, and of a generator the autoencoder
+                  and latent cache; others are refused
 launches.jsonl    a line a start: command, commit, versions, machine, ranks, first step
 uncommitted.diff  what the checkout held beside its commit, at the last start
 metrics.jsonl     a line a report; the truth, of which wandb and curves.png are copies
@@ -40,6 +41,7 @@ FREE_KEYS = (
     "out_dir",
     "data.check_seconds",
     "data.root",
+    "data_files",  # compared by themselves
     "sampled_classes",
     "sampler",
     "samples_per_class",
@@ -65,18 +67,26 @@ class RunDirectory:
         self.locked: Any = None
 
     def check(self, config: dict[str, Any]) -> None:
-        """Raise `ConfigError` if the directory belongs to a run with another config; names what differs."""
+        """Raise `ConfigError` if the directory belongs to a run with another config or other data; names what differs.
+
+        Only a run and a config that both name their `data_files` are compared in them.
+        """
         if not (self.path / "config.json").exists():
             return
         try:
             saved = read_config(self.path)
         except ConfigError as error:
             raise ConfigError(f"{error}; remove it to resume this run with the config of this command") from error
-        differences = compare(saved, config, FREE_KEYS)
-        if differences:
+        if differences := compare(saved, config, FREE_KEYS):
             raise ConfigError(
                 f"{self.path} holds a run with another config ({'; '.join(differences)}); "
                 f"choose another name=... or remove the folder"
+            )
+        there, here = saved.get("data_files"), config.get("data_files")
+        if there and here and (differences := compare(there, here, key="data_files")):
+            raise ConfigError(
+                f"data.root={config['data']['root']}: the files changed since the run {self.path} was started "
+                f"({'; '.join(differences)}); restore them, or choose another name=..."
             )
 
     def begin(self, config: dict[str, Any], world: World, step: int) -> None:
