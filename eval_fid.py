@@ -29,6 +29,7 @@ from vca.generation.generator import DrawnSet, spread
 from vca.generation.objective import OBJECTIVES
 from vca.runtime import distributed
 from vca.runtime.errors import ConfigError, check
+from vca.runtime.rundir import check_ranks_agree
 from vca.training.restore import load_generator
 
 DAY = 24 * 60.0  # minutes that ranks wait for each other: the slowest has the last word
@@ -50,6 +51,7 @@ register_schemas(
 def run(config: EvalFidConfig) -> dict[str, Any]:
     """Measure, print a table, write the record and return it."""
     with distributed.start(config.device.value, DAY, key="device") as world:
+        check_ranks_agree(world, config)
         reference = open_source(config.reference, "reference", config.data, reference=True)
         samples, made = open_samples(config, world)
         extractor = load_extractor(config.extractor, world, rebuild)

@@ -25,7 +25,7 @@ from vca.evaluation.accuracy import evaluate
 from vca.runtime import distributed
 from vca.runtime.compute import set_precision
 from vca.runtime.errors import ConfigError, check, config_errors
-from vca.runtime.rundir import RunDirectory, plain
+from vca.runtime.rundir import RunDirectory, check_ranks_agree, plain
 from vca.runtime.seeding import seed_torch
 from vca.training.checkpoint import list_checkpoints
 from vca.training.classification import ClassificationLoss
@@ -46,6 +46,7 @@ def run(config: TrainClsConfig) -> dict[str, float]:
     """Train, or go on training, and return the last evaluation: `val/top1`, with EMA also `ema/top1`, ..."""
     trainer = config.trainer
     with distributed.start(trainer.device.value, trainer.timeout_minutes) as world:
+        check_ranks_agree(world, config)
         set_precision(trainer.precision, trainer.deterministic)
         folder = RunDirectory(Path(config.out_dir) / config.name)
         micro_batch, accumulation = trainer.micro_batch_on(world.size)

@@ -37,7 +37,7 @@ from vca.generation.sampling import check_sampler, draw_samples, save_grid, to_u
 from vca.runtime import distributed
 from vca.runtime.compute import Precision, set_precision
 from vca.runtime.errors import NonFiniteError, config_errors
-from vca.runtime.rundir import RunDirectory, plain
+from vca.runtime.rundir import RunDirectory, check_ranks_agree, plain
 from vca.runtime.seeding import seed_torch
 from vca.training.generation import GenerationLoss
 from vca.training.run import TrainingRun
@@ -59,6 +59,7 @@ def run(config: TrainGenConfig) -> dict[str, float]:
     """Train, or go on training, and return the last training loss as `loss`."""
     trainer = config.trainer
     with distributed.start(trainer.device.value, trainer.timeout_minutes) as world:
+        check_ranks_agree(world, config)
         set_precision(trainer.precision, trainer.deterministic)
         folder = RunDirectory(Path(config.out_dir) / config.name)
         micro_batch, accumulation = trainer.micro_batch_on(world.size)

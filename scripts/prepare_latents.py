@@ -31,6 +31,7 @@ from vca.generation.autoencoder import AUTOENCODERS, Autoencoder, load_autoencod
 from vca.runtime import distributed
 from vca.runtime.errors import ConfigError, check
 from vca.runtime.logging import progress_bar
+from vca.runtime.rundir import check_ranks_agree
 
 WEEK = 7 * 24 * 60.0  # minutes that ranks wait for each other: the slowest has the last word
 
@@ -40,6 +41,7 @@ register_schemas(root={"prepare_latents": PrepareLatentsConfig}, groups={"autoen
 def run(config: PrepareLatentsConfig) -> Manifest:
     """Make the cache, or what is missing of it, and return its manifest."""
     with distributed.start(config.device.value, WEEK, key="device") as world:
+        check_ranks_agree(world, config)
         images: Any = load_dataset(config.data, train=True)
         check(hasattr(images, "samples"), "data", "an image folder", config.data.name)
         autoencoder = load_autoencoder(config.autoencoder, world.device)

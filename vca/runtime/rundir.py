@@ -28,7 +28,7 @@ import torch
 from vca.runtime.distributed import World
 from vca.runtime.errors import ConfigError
 from vca.runtime.files import append_line, write_bytes, write_text
-from vca.runtime.provenance import provenance
+from vca.runtime.provenance import code_sha256, provenance
 
 # Keys that may differ between two starts of one run: they change where and how it runs, not what it computes.
 FREE_KEYS = (
@@ -221,3 +221,24 @@ def compare(there: Any, here: Any, free: Collection[str] = (), key: str = "") ->
             differences += compare(there.get(name), here.get(name), free, path)
         return differences
     return [] if there == here else [f"{key}: {there!r} there, {here!r} here"]
+
+
+def check_ranks_agree(world: World, config: Any) -> None:
+    """Raise `ConfigError` on every rank unless all ranks have the config, and run the code, of rank 0.
+
+    Args:
+        world: this process.
+        config: dataclass of a root script.
+    """
+    if world.size == 1:
+        return
+    mine = {"config": plain(config), "code": code_sha256()}
+    found = world.broadcast(world.gather(compare(world.broadcast(mine), mine)))
+    if different := [rank for rank, differences in enumerate(found) if differences]:
+        differences = found[different[0]]
+        more = f"; and {len(differences) - 5} more" if len(differences) > 5 else ""
+        who = f"rank {different[0]} differs" if len(different) == 1 else f"ranks {different} differ"
+        raise ConfigError(
+            f"ranks must agree in config and code; {who} from rank 0 ({'; '.join(differences[:5])}{more}); "
+            f"start all ranks by the same command, from the same code"
+        )
