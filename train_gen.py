@@ -11,7 +11,6 @@ interrupted, to the bit. `--cfg job --resolve` prints the whole config.
 """
 
 import math
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +69,7 @@ def run(config: TrainGenConfig) -> dict[str, float]:
         autoencoder = load_autoencoder(config.autoencoder, world.device)
         if cached := isinstance(images, LatentCache):
             images.check(autoencoder.identity(), config.augment)
-        cache = asdict(images.manifest) if cached else None
+        cache = images.manifest.identity() if cached else None
         inputs = {"autoencoder": autoencoder.identity(), "cache": cache}
         record = {**plain(config), "inputs": inputs, **identify_files(world, train=images)}
         folder.check(record)
