@@ -1,5 +1,6 @@
 """Errors that are the user's to mend: one line that names key, value and remedy, no traceback."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -20,6 +21,17 @@ def check(condition: bool, key: str, rule: str, value: object) -> None:
     """Raise `ConfigError("<key> must be <rule>, got <value>")` unless `condition` holds."""
     if not condition:
         raise ConfigError(f"{key} must be {rule}, got {value!r}")
+
+
+def check_path(key: str, path: str) -> None:
+    """Raise `ConfigError` unless a file or folder can have that path, and names derived from it too.
+
+    A file name has at most 255 bytes; what is derived from the name of a run, such as a log, adds to it. A NUL cannot be
+    part of a path, and a line break breaks every log that names it.
+    """
+    check(all(ord(letter) >= 32 and letter != "\x7f" for letter in path), key, "without control characters", path)
+    longest = max(len(os.fsencode(part)) for part in path.split("/"))
+    check(longest <= 200, key, "made of names of at most 200 bytes", f"{longest} bytes in {path}")
 
 
 @contextmanager
