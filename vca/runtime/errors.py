@@ -26,8 +26,8 @@ def check(condition: bool, key: str, rule: str, value: object) -> None:
 def check_path(key: str, path: str) -> None:
     """Raise `ConfigError` unless a file or folder can have that path, and names derived from it too.
 
-    A file name has at most 255 bytes; what is derived from the name of a run, such as a log, adds to it. A NUL cannot be
-    part of a path, and a line break breaks every log that names it.
+    A file name has at most 255 bytes; what is derived from the name of a run, such as a log, adds to it. A path cannot
+    contain a NUL, and a line break breaks every log that names it.
     """
     check(all(ord(letter) >= 32 and letter != "\x7f" for letter in path), key, "without control characters", path)
     longest = max(len(os.fsencode(part)) for part in path.split("/"))

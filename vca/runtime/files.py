@@ -93,8 +93,8 @@ def why_unreadable(error: Exception) -> str:
         return f"loading it would run {blocked[1]}; do not use it"
     if unsupported := re.search(r"Unsupported global: GLOBAL (\S+)", str(error)):
         return (
-            f"it holds a {unsupported[1]}, which is not loaded from a file; keep its weights alone, where you trust it: "
-            f"torch.save(torch.load(FILE, weights_only=False)['model'], NEW)"
+            f"it holds a {unsupported[1]}, which is not loaded from a file; keep its weights alone, where you trust "
+            f"it: torch.save(torch.load(FILE, weights_only=False)['model'], NEW)"
         )
     if "TorchScript" in str(error):
         return "it is a TorchScript archive; save its state_dict() instead"

@@ -57,6 +57,11 @@ FREE_KEYS = (
 )
 
 
+# A string of these keys that comes from the environment is stored as its reference, since it may be a secret. Values of
+# the other keys change what is computed: they are stored, and compared at resume.
+REFERENCE_KEYS = (*FREE_KEYS, "trainer.init_from")
+
+
 class RunDirectory:
     """The files of a run. Rank 0 writes, and only through this class."""
 
@@ -199,8 +204,26 @@ def read_config(run: Path) -> dict[str, Any]:
     return config
 
 
+class FromEnvironment(str):
+    """A string of a config that environment variables decide; `plain` gives its `reference`, as it may be a secret.
+
+    Attributes:
+        reference: what the config says instead of the value, such as `${oc.env:TOKEN}`.
+    """
+
+    reference: str
+
+    def __new__(cls, value: str, reference: str = "") -> "FromEnvironment":
+        """Attach the reference to a value."""
+        self = super().__new__(cls, value)
+        self.reference = reference
+        return self
+
+
 def plain(value: Any) -> Any:
     """A config dataclass as plain values: dicts, lists, numbers, strings; enums by their value."""
+    if isinstance(value, FromEnvironment):
+        return value.reference
     if dataclasses.is_dataclass(value):
         return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, Enum):
