@@ -80,6 +80,7 @@ def test_secret_from_environment_stored_as_reference(tmp_path):
     assert again.returncode == 0, again.stderr[-3000:]
 
 
+@pytest.mark.process
 def test_environment_value_of_result_key_is_compared(tmp_path, monkeypatch):
     """A learning rate from the environment is stored as a number, so that another one is refused at resume."""
     options = [*TINY, "trainer.steps=1", "optim.lr=${oc.env:LR}", "wandb.entity=${oc.env:LR}", f"out_dir={tmp_path}"]

@@ -27,7 +27,7 @@ from vca.attention import describe
 from vca.config import sweep
 from vca.config.help import help_text, options
 from vca.runtime.distributed import is_main_process
-from vca.runtime.errors import ConfigError, NonFiniteError, PreemptedError, check, config_errors
+from vca.runtime.errors import ConfigError, NonFiniteError, PreemptedError, check, config_errors, known_cause
 from vca.runtime.rundir import REFERENCE_KEYS, FromEnvironment
 from vca.runtime.signals import EXIT_PREEMPTED
 
@@ -151,11 +151,15 @@ def mistakes_in_one_line() -> Iterator[None]:
         fail(f"stopped: {error}", EXIT_NON_FINITE)
     except PreemptedError as error:
         fail(f"stopped: {error}", EXIT_PREEMPTED)
+    except Exception as error:
+        if (cause := known_cause(error)) is None:
+            raise
+        fail(f"stopped: {cause}", 1, alike=False)
 
 
-def fail(line: str, code: int) -> None:
+def fail(line: str, code: int, alike: bool = True) -> None:
     """Print a line to stderr and exit. Where all ranks fail alike, torchrun ends the others while they wait."""
-    if not is_main_process():
+    if alike and not is_main_process():
         time.sleep(3.0)
     print(line, file=sys.stderr, flush=True)
     sys.exit(code)
