@@ -30,6 +30,7 @@ from vca.generation.generator import DrawnSet, spread
 from vca.generation.objective import OBJECTIVES
 from vca.runtime import distributed
 from vca.runtime.errors import ConfigError, check
+from vca.runtime.rundir import check_ranks_agree
 from vca.training.restore import load_generator
 
 DAY = 24 * 60.0  # minutes that ranks wait for each other: the slowest has the last word
@@ -55,6 +56,7 @@ def run(config: EvalFidConfig) -> dict[str, Any]:
         if world.is_main:
             place = config.samples or config.run or config.checkpoint
             print(f"opening samples {place} and reference {config.reference}", flush=True)
+        check_ranks_agree(world, config)
         reference = open_source(config.reference, "reference", config.data, reference=True)
         samples, made = open_samples(config, world)
         extractor = load_extractor(config.extractor, world, rebuild)

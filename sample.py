@@ -21,6 +21,7 @@ from vca.generation.objective import OBJECTIVES
 from vca.generation.sample_set import SampleSet
 from vca.runtime import distributed
 from vca.runtime.logging import progress_bar
+from vca.runtime.rundir import check_ranks_agree
 from vca.training.restore import load_generator
 
 DAY = 24 * 60.0  # minutes that ranks wait for each other: the slowest has the last word
@@ -39,6 +40,7 @@ register_schemas(
 def run(config: SampleConfig) -> dict[str, Any]:
     """Draw what is missing of the set, and return the `result` of its manifest."""
     with distributed.start(config.device.value, DAY, key="device") as world:
+        check_ranks_agree(world, config)
         configs = read_generator(config, GENERATORS)
         generator = load_generator(
             configs, build_model, world, config.weights, config.run, config.step, config.checkpoint

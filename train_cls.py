@@ -17,7 +17,7 @@ from torch import Tensor
 from models import CLASSIFIERS, build_model
 from vca.attention import ATTENTIONS, backend_of
 from vca.config import TrainClsConfig, command_line, register_schemas
-from vca.data import load_dataset
+from vca.data import identify_files, load_dataset
 from vca.data.augment import BatchMixer, eval_transform, train_transform
 from vca.data.doctor import check_before_training
 from vca.data.loader import MicroBatches, TrainOrder, eval_loader, train_loader
@@ -25,7 +25,7 @@ from vca.evaluation.accuracy import evaluate
 from vca.runtime import distributed
 from vca.runtime.compute import set_precision
 from vca.runtime.errors import ConfigError, check, config_errors
-from vca.runtime.rundir import RunDirectory, plain
+from vca.runtime.rundir import RunDirectory, check_ranks_agree, plain
 from vca.runtime.seeding import seed_torch
 from vca.training.checkpoint import list_checkpoints
 from vca.training.classification import ClassificationLoss
@@ -46,15 +46,19 @@ def run(config: TrainClsConfig) -> dict[str, float]:
     """Train, or go on training, and return the last evaluation: `val/top1`, with EMA also `ema/top1`, ..."""
     trainer = config.trainer
     with distributed.start(trainer.device.value, trainer.timeout_minutes) as world:
+        check_ranks_agree(world, config)
         set_precision(trainer.precision, trainer.deterministic)
         folder = RunDirectory(Path(config.out_dir) / config.name)
-        folder.check(plain(config))
         micro_batch, accumulation = trainer.micro_batch_on(world.size)
         if config.augment.mixes:
             key = "trainer.micro_batch (if null, trainer.global_batch / ranks)"
             check(micro_batch % 2 == 0, key, "even for Mixup and CutMix, which mix images in pairs", micro_batch)
 
         val_images, images = load_dataset(config.data, train=False), load_dataset(config.data, train=True)
+        # An evaluation may look at other images than the run was trained on.
+        files = {} if trainer.eval_only else identify_files(world, train=images, val=val_images)
+        record = {**plain(config), **files}
+        folder.check(record)
         seed_torch(config.seed, "model")
         with config_errors():
             model = build_model(config.model, config.attention)
@@ -80,7 +84,7 @@ def run(config: TrainClsConfig) -> dict[str, float]:
         batch_bytes = micro_batch * config.data.image_bytes
         check_before_training(config.data, [images, val_images], trainer.workers, batch_bytes, world)
 
-        with training.open(config.name, plain(config), config.wandb):
+        with training.open(config.name, record, config.wandb):
             data = f"{config.data.name}: {len(images)} training and {len(val_images)} evaluation images"
             training.introduce(config.name, f"{config.model.name} with {attention}", data)
             if started_from is not None:

@@ -11,7 +11,6 @@ interrupted, to the bit. `--cfg job --resolve` prints the whole config.
 """
 
 import math
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ import torch
 from models import GENERATORS, build_model, rebuild
 from vca.attention import ATTENTIONS, backend_of
 from vca.config import TrainGenConfig, command_line, register_schemas
-from vca.data import load_dataset
+from vca.data import identify_files, load_dataset
 from vca.data.augment import train_transform
 from vca.data.doctor import check_before_training
 from vca.data.latents import LatentCache, RandomVersion
@@ -37,7 +36,7 @@ from vca.generation.sampling import check_sampler, draw_samples, save_grid, to_u
 from vca.runtime import distributed
 from vca.runtime.compute import Precision, set_precision
 from vca.runtime.errors import NonFiniteError, config_errors
-from vca.runtime.rundir import RunDirectory, plain
+from vca.runtime.rundir import RunDirectory, check_ranks_agree, plain
 from vca.runtime.seeding import seed_torch
 from vca.training.generation import GenerationLoss
 from vca.training.run import TrainingRun
@@ -59,6 +58,7 @@ def run(config: TrainGenConfig) -> dict[str, float]:
     """Train, or go on training, and return the last training loss as `loss`."""
     trainer = config.trainer
     with distributed.start(trainer.device.value, trainer.timeout_minutes) as world:
+        check_ranks_agree(world, config)
         set_precision(trainer.precision, trainer.deterministic)
         folder = RunDirectory(Path(config.out_dir) / config.name)
         micro_batch, accumulation = trainer.micro_batch_on(world.size)
@@ -69,8 +69,9 @@ def run(config: TrainGenConfig) -> dict[str, float]:
         autoencoder = load_autoencoder(config.autoencoder, world.device)
         if cached := isinstance(images, LatentCache):
             images.check(autoencoder.identity(), config.augment)
-        cache = asdict(images.manifest) if cached else None
-        record = {**plain(config), "inputs": {"autoencoder": autoencoder.identity(), "cache": cache}}
+        cache = images.manifest.identity() if cached else None
+        inputs = {"autoencoder": autoencoder.identity(), "cache": cache}
+        record = {**plain(config), "inputs": inputs, **identify_files(world, train=images)}
         folder.check(record)
         seed_torch(config.seed, "model")
         with config_errors():

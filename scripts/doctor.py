@@ -2,6 +2,7 @@
 
     python scripts/doctor.py data=imagefolder data.root=/data/imagenet
     python scripts/doctor.py data.root=/data/imagenet data.check_seconds=3600      every file of a large set
+    python scripts/doctor.py data=latents data.root=/data/latents data.check_seconds=3600   the sha256 of every file
     python scripts/doctor.py --cluster                            this machine: its GPUs, or two CPU ranks
     python scripts/doctor.py --cluster experiment=table1/deit_tiny_vca data.root=/data/imagenet out_dir=/scratch/runs
     python scripts/doctor.py --cluster -m cluster=slurm cluster.nodes=2 cluster.partition=gpu ...      on the nodes
@@ -37,7 +38,7 @@ from models import build_model
 from vca.config import DoctorConfig, TrainClsConfig, command_line, compose, mistakes_in_one_line, register_schemas
 from vca.data import load_dataset
 from vca.data.config import DataConfig
-from vca.data.doctor import examine, image_files
+from vca.data.doctor import Examination, examine, examine_datasets
 from vca.runtime import distributed
 from vca.runtime.errors import ConfigError
 from vca.runtime.launch import torchrun
@@ -62,10 +63,9 @@ TEN_UPDATES = (
 
 def run(config: DoctorConfig) -> None:
     """Examine both splits and print what was found; `ConfigError` if a training cannot use them."""
-    problems, files = examine_folders(config.data)
+    problems, result = examine_data(config.data)
     for problem in problems:
         print(f"error: {problem}")
-    result = examine(files, config.data.check_seconds)
     for finding in result.findings:
         print(f"{'error' if finding.fatal else 'note'}: {finding}")
     print(result)
@@ -73,23 +73,29 @@ def run(config: DoctorConfig) -> None:
         raise ConfigError(f"data.root={config.data.root}: {errors} error{'s' if errors > 1 else ''}")
 
 
-def examine_folders(data: DataConfig) -> tuple[list[str], list[str]]:
-    """What is wrong with the folders, and the image files: those of the data set, or if it is none, all there are."""
-    datasets, problems = [], []
-    for split in ("train", "val"):
+def examine_data(data: DataConfig) -> tuple[list[str], Examination]:
+    """What is wrong with the folders, and in the files: those of the data set, or if it is none, all images there are.
+
+    A latent cache has a training split alone.
+    """
+    datasets, problems = {}, []
+    for split in ("train",) if data.name == "latents" else ("train", "val"):
         try:
-            datasets.append(load_dataset(data, train=split == "train"))
+            datasets[split] = load_dataset(data, train=split == "train")
         except ConfigError as error:
             problems.append(str(error))
     if not problems:
-        print(f"{data.name}: {len(datasets[0])} training and {len(datasets[1])} evaluation images")
-        return [], image_files(datasets)
+        kinds = {"train": "training", "val": "evaluation"}
+        counts = " and ".join(f"{len(dataset)} {kinds[split]}" for split, dataset in datasets.items())
+        print(f"{data.name}: {counts} images")
+        return [], examine_datasets(datasets.values(), data.check_seconds)
 
     from torchvision.datasets.folder import IMG_EXTENSIONS
 
     folders = [Path(data.root or "") / split for split in ("train", "val")] if data.root else []
-    files = (path for folder in folders for path in folder.rglob("*"))
-    return list(dict.fromkeys(problems)), [str(path) for path in files if path.suffix.lower() in IMG_EXTENSIONS]
+    paths = (path for folder in folders for path in folder.rglob("*"))
+    files = [str(path) for path in paths if path.suffix.lower() in IMG_EXTENSIONS]
+    return list(dict.fromkeys(problems)), examine(files, data.check_seconds)
 
 
 def check_cluster(config: TrainClsConfig) -> None:

@@ -21,12 +21,13 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from models import CLASSIFIERS
 from models.timm_registry import load_sizes, pretrained_cfg, timm_name
 from vca.attention import VCAConfig
 from vca.runtime.errors import ConfigError
+from vca.runtime.files import write_bytes
 from vca.runtime.rundir import plain, read_config
 from vca.training.checkpoint import load_latest
 
@@ -77,7 +78,8 @@ def export(run: Path, weights: str | None, out: Path) -> str:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"--out: {out} cannot be made: {error.strerror}") from error
-    save_file({name: tensor.contiguous() for name, tensor in parameters.items()}, out / "model.safetensors")
+    content = save({name: tensor.contiguous() for name, tensor in parameters.items()})
+    write_bytes(out / "model.safetensors", content)  # save_file would leave a file that only its owner reads
     (out / "config.json").write_text(json.dumps(description, indent=2) + "\n")
     return f"{out}: {description['architecture']}, {weights} weights of step {saved['step']}"
 

@@ -25,12 +25,14 @@ from vca.config import PrepareLatentsConfig, command_line, register_schemas
 from vca.data import load_dataset
 from vca.data.augment import AugmentConfig, Crop, train_transform
 from vca.data.doctor import check_before_training
-from vca.data.latents import CROP, LatentCache, Manifest, paths_sha256, save_array, shard_is_whole, shard_path
+from vca.data.imagefolder import files_identity
+from vca.data.latents import CROP, LatentCache, Manifest, file_is_made, save_array, shard_path
 from vca.data.loader import EvalImages
 from vca.generation.autoencoder import AUTOENCODERS, Autoencoder, load_autoencoder
 from vca.runtime import distributed
 from vca.runtime.errors import ConfigError, check
 from vca.runtime.logging import progress_bar
+from vca.runtime.rundir import check_ranks_agree
 from vca.runtime.signals import start_worker
 
 WEEK = 7 * 24 * 60.0  # minutes that ranks wait for each other: the slowest has the last word
@@ -41,10 +43,12 @@ register_schemas(root={"prepare_latents": PrepareLatentsConfig}, groups={"autoen
 def run(config: PrepareLatentsConfig) -> Manifest:
     """Make the cache, or what is missing of it, and return its manifest."""
     with distributed.start(config.device.value, WEEK, key="device") as world:
+        check_ranks_agree(world, config)
         images: Any = load_dataset(config.data, train=True)
         check(hasattr(images, "samples"), "data", "an image folder", config.data.name)
         autoencoder = load_autoencoder(config.autoencoder, world.device)
-        folder, manifest = Path(config.out), describe(config, images, autoencoder)
+        files: Any = world.from_main(lambda: files_identity(images))
+        folder, manifest = Path(config.out), describe(config, images, files["sha256"], autoencoder)
         check_before_training(config.data, [images], config.workers, config.batch_size * config.data.image_bytes, world)
         labels = np.array([label for _, label in images.samples], dtype=np.int64)
         missing = world.from_main(lambda: begin(folder, manifest, labels))
@@ -56,6 +60,7 @@ def run(config: PrepareLatentsConfig) -> Manifest:
                 bar.update(len(latents))
         world.barrier()
         if world.is_main:
+            manifest.finish(folder)
             LatentCache(folder)
             gib = manifest.images * np.prod(manifest.shape) * np.dtype(manifest.dtype).itemsize / 2**30
             print(f"{folder}: {manifest.images} images as {manifest.shape} {manifest.dtype}, {gib:.2f} GiB", flush=True)
@@ -63,22 +68,23 @@ def run(config: PrepareLatentsConfig) -> Manifest:
 
 
 def begin(folder: Path, manifest: Manifest, labels: np.ndarray) -> list[int]:
-    """Write manifest and labels; the files that are still to be made."""
-    manifest.write(folder)
+    """Write manifest and labels; the files of latents that are missing or damaged."""
+    made = manifest.begin(folder).files
     save_array(folder / "labels.npy", labels)
-    missing = [shard for shard in range(manifest.shards) if not shard_is_whole(folder, manifest, shard)]
+    paths = [shard_path(folder, shard) for shard in range(manifest.shards)]
+    missing = [shard for shard, path in enumerate(paths) if not file_is_made(path, made.get(path.name))]
     print(f"{folder}: {len(missing)} of {manifest.shards} files to make", flush=True)
     return missing
 
 
-def describe(config: PrepareLatentsConfig, images: Any, autoencoder: Autoencoder) -> Manifest:
+def describe(config: PrepareLatentsConfig, images: Any, files_sha256: str, autoencoder: Autoencoder) -> Manifest:
     """The manifest of the cache to be made; the shape of a latent is found out by encoding an empty image."""
-    size, root = config.data.img_size, Path(images.root)
+    size = config.data.img_size
     moments = encode(autoencoder, torch.zeros(1, 3, size, size), config.flips)
     return Manifest(
         images=len(images),
         classes=list(images.classes),
-        files_sha256=paths_sha256(str(Path(path).relative_to(root)) for path, _ in images.samples),
+        files_sha256=files_sha256,
         img_size=size,
         crop=CROP,
         autoencoder=autoencoder.identity(),

@@ -24,6 +24,7 @@ from vca.evaluation.sources import open_source
 from vca.evaluation.statistics_file import StatisticsFile, save_statistics
 from vca.runtime import distributed
 from vca.runtime.errors import ConfigError
+from vca.runtime.rundir import check_ranks_agree
 
 DAY = 24 * 60.0  # minutes that ranks wait for each other: the slowest has the last word
 
@@ -33,6 +34,7 @@ register_schemas(root={"reference_stats": ReferenceStatsConfig}, groups={"extrac
 def run(config: ReferenceStatsConfig) -> Any:
     """Look at all images and write the file."""
     with distributed.start(config.device.value, DAY, key="device") as world:
+        check_ranks_agree(world, config)
         extractor, out = load_extractor(config.extractor, world, rebuild), Path(config.out)
         images = open_source(config.images, "images", config.data, reference=True)
         if isinstance(images, StatisticsFile):

@@ -6,9 +6,11 @@ import sys
 
 import pytest
 
+import eval_fid  # noqa: F401 - registers its schema
 import sample  # noqa: F401 - registers its schema
 import train_cls
 import train_gen
+from scripts import prepare_latents, reference_stats  # noqa: F401 - register their schemas
 from tests.processes import ROOT, run_command, run_script, torchrun
 from tests.support import one_line
 from vca.config import command_line, compose
@@ -133,7 +135,7 @@ WRONG = {
     "nonsense": r"nonsense",
     "data.mean=0.5": r"data.mean must be a list such as \[1, 2\], got a float",
     "attention.local_branch=maybe": r"attention.local_branch must be true or false, got 'maybe'",
-    "attention.name=softmax": r"attention.name 'softmax' goes with SoftmaxConfig, got VCAConfig",
+    "attention.name=softmax name=short": r"attention.name 'softmax' goes with SoftmaxConfig, got VCAConfig",
     "model.num_classes=5": r"model.num_classes must be data.num_classes, 10, got 5",
     "data.num_classes=20": r"data.num_classes must be 10 for digits, got 20",
     "data.in_chans=3 data.mean=[0,0,0] data.std=[1,1,1]": r"data.in_chans must be 1 for digits, got 3",
@@ -168,6 +170,39 @@ def test_config_wrong_train_cls_input_one_line_error(line, tmp_path, monkeypatch
     said = one_line("train_cls", train_cls.run, [*out, *line.split()], monkeypatch, capsys)
     assert re.search(WRONG[line], said), said
     assert not list(tmp_path.iterdir()), "something was written"
+
+
+LONG = "é" * 101  # 202 bytes
+WRONG_PATHS = [
+    ("train_cls", "name", "a\nb", r"name must be without control characters, got 'a\\nb'"),
+    ("train_cls", "name", "a\0b", r"name must be without control characters, got 'a\\x00b'"),
+    ("train_cls", "name", LONG, r"name must be made of names of at most 200 bytes, got '202 bytes in é+'"),
+    (
+        "train_cls",
+        "out_dir",
+        f"runs/{LONG}/x",
+        r"out_dir must be made of names of at most 200 bytes, got '202 bytes in",
+    ),
+    ("train_gen", "name", LONG, r"name must be made of names of at most 200 bytes, got '202 bytes in"),
+    ("sample", "out", "a\rb", r"out must be without control characters, got 'a\\rb'"),
+    ("prepare_latents", "out", LONG, r"out must be made of names of at most 200 bytes, got '202 bytes in"),
+    ("eval_fid", "out", LONG, r"out must be made of names of at most 200 bytes, got '202 bytes in"),
+    ("reference_stats", "out", "a\0.npz", r"out must be without control characters, got 'a\\x00.npz'"),
+]
+
+
+@pytest.mark.parametrize(("script", "key", "path", "message"), WRONG_PATHS)
+def test_config_name_that_no_file_can_have_refused(script, key, path, message):
+    """On the command line and from a file, before anything is written."""
+    more = {"sample": ["run=r"], "eval_fid": ["run=r", "reference=data:test"]}.get(script, [])
+    with pytest.raises(ConfigError, match=message) as error:
+        compose(script, [f"{key}='{path}'", *more])
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["a" * 200, "é" * 100, "lr=0.1 seed 0"])
+def test_config_name_that_a_file_can_have_accepted(name):
+    assert compose("train_cls", [f"name='{name}'"]).name == name
 
 
 # The same for train_gen.py.

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from secrets import token_hex
 
 import hydra
 import pytest
@@ -23,6 +24,7 @@ from vca.config import sweep as sweeps
 from vca.config.load import CONFIGS
 from vca.config.sweep import ablations, last_words, plan, rows_of_ablation, wait_for_jobs
 from vca.evaluation.sweep_table import sweep_table
+from vca.runtime.errors import ConfigError
 from vca.training.checkpoint import list_checkpoints
 
 ATTENTION_FILES = sorted(path.stem for path in (CONFIGS / "attention").glob("*.yaml"))
@@ -62,6 +64,37 @@ def test_sweep_failing_job_named_others_tabulated(tmp_path):
 
 
 @pytest.mark.process
+def test_secret_from_environment_stored_as_reference(tmp_path):
+    """No file of a sweep and its run holds the value, and the run resumes where it has changed."""
+    secret = token_hex()  # not written here, as a diff of this file is stored too
+    options = ["wandb.entity=${oc.env:TOKEN}", "wandb.project=of-${wandb.entity}", "trainer.steps=2"]
+    command = [sys.executable, "train_cls.py", "-m", *TINY, *options, "name=run", f"out_dir={tmp_path}/out"]
+    done = run_command(*command, TOKEN=secret)
+    assert done.returncode == 0, done.stderr[-3000:]
+    files = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    assert len(files) > 100  # with the copy of the code
+    assert [path for path in files if secret.encode() in path.read_bytes()] == []
+    config = json.loads((tmp_path / "out" / "run" / "config.json").read_text())
+    assert (config["wandb"]["entity"], config["wandb"]["project"]) == ("${oc.env:TOKEN}", "of-${wandb.entity}")
+    again = run_script("train_cls.py", *command[3:], env={"TOKEN": "another"})
+    assert again.returncode == 0, again.stderr[-3000:]
+
+
+@pytest.mark.process
+def test_environment_value_of_result_key_is_compared(tmp_path, monkeypatch):
+    """A learning rate from the environment is stored as a number, so that another one is refused at resume."""
+    options = [*TINY, "trainer.steps=1", "optim.lr=${oc.env:LR}", "wandb.entity=${oc.env:LR}", f"out_dir={tmp_path}"]
+    monkeypatch.setenv("LR", "0.01")
+    config = compose("train_cls", [*options, "name=run"])
+    assert (config.optim.lr, config.wandb.entity) == (0.01, "0.01")
+    train_cls.run(config)
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["optim"]["lr"] == 0.01
+    monkeypatch.setenv("LR", "0.02")
+    with pytest.raises(ConfigError, match=r"optim.lr: 0.01 there, 0.02 here\)"):
+        train_cls.run(compose("train_cls", [*options, "name=run"]))
+
+
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("overrides", "line"),
     [
@@ -77,6 +110,7 @@ def test_sweep_failing_job_named_others_tabulated(tmp_path):
         (["optim.lr=glob(*)"], r"optim.lr=glob\(\): no option matches"),
         (["--config-dir=/nowhere"], r"--config-dir must be a folder, got '/nowhere'"),
         (["hydra.run.dir=/x"], r"hydra.run.dir has no effect; set out_dir and name instead"),
+        (["cluster=slurm", "cluster.setup=['export A=${oc.env:HOME}']"], r"read it: \$NAME"),
         (["cluster.nodse=2"], r"unknown key 'cluster.nodse'; did you mean 'cluster.nodes'\?"),
     ],
     ids=lambda value: value[-1] if isinstance(value, list) else None,

@@ -1,6 +1,7 @@
 """Autoencoders and the latent cache: a batch from the cache is the batch of the images, and a cache cannot lie."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -10,13 +11,13 @@ import torch
 from PIL import Image
 
 import train_gen
-from scripts import prepare_latents
+from scripts import doctor, prepare_latents
 from tests.processes import ROOT, run_script
 from tests.support import SHARED, SMALL_DIT, assert_resume_exact, assert_same, start_and_kill
 from vca.config import compose
 from vca.data import load_dataset
 from vca.data.augment import AdmCrop, train_transform
-from vca.data.latents import LatentCache, RandomVersion, read_manifest
+from vca.data.latents import LatentCache, RandomVersion, read_manifest, save_array
 from vca.data.loader import MicroBatches, TrainOrder, train_loader
 from vca.generation.autoencoder import Autoencoder, AutoencoderConfig, load_autoencoder
 from vca.generation.objective import build_objective
@@ -309,7 +310,7 @@ def test_latent_cache_mismatched_or_truncated_refused(photos, vaes, cache, tmp_p
         (cache, "autoencoder.scale=1.0", r"autoencoder.scale: 0.18215 there, 1.0 here"),
         (short, "", "is not complete: 1 of 4 files are missing or cut short, such as shard_00002.npy"),
         (fewer, "", "is not complete: 2 of 5 files"),
-        (labels, "", "labels must be 31, got 30"),
+        (labels, "", "1 of 5 files are not those of its manifest, such as labels.npy; run scripts/prepare_latents.py"),
         (changed(cache, tmp_path, "crop", crop="adm-0"), "", "crop must be 'adm-1', as it is made now, got 'adm-0'"),
         (photos, "", "data.root must be a latent cache, a folder with manifest.json"),
         (cache, "data.img_size=64", "data.img_size must be 32, as the latents in"),
@@ -323,6 +324,130 @@ def test_latent_cache_mismatched_or_truncated_refused(photos, vaes, cache, tmp_p
         with pytest.raises(ConfigError, match=message) as error:
             list(batches_of(compose("train_gen", chosen), 1))
         assert "\n" not in str(error.value)
+
+
+def flip(path, place):
+    content = bytearray(path.read_bytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+
+
+def lengthen(folder):
+    path = folder / "shard_00003.npy"
+    path.write_bytes(path.read_bytes() + b"0")
+
+
+def swap(folder, one=0, other=1):
+    paths = [folder / f"shard_{shard:05d}.npy" for shard in (one, other)]
+    contents = [path.read_bytes() for path in paths]
+    for path, content in zip(paths, reversed(contents), strict=True):
+        path.write_bytes(content)
+
+
+def move_labels(folder):
+    """Labels that no class has, in a file whose sha256 is right."""
+    save_array(folder / "labels.npy", np.arange(31))
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"]["labels.npy"] = json.loads((folder / "labels.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def rewrite(**fields):
+    def change(folder):
+        manifest = json.loads((folder / "manifest.json").read_text())
+        for key, value in fields.items():
+            manifest.pop(key)
+            if value is not None:
+                manifest[key] = value
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+
+    return change
+
+
+NOT_OF_MANIFEST = (
+    "{}: {} of 5 files are not those of its manifest, such as {}; run scripts/prepare_latents.py again, which"
+)
+DAMAGED_CACHES = {
+    "swapped": (swap, NOT_OF_MANIFEST.format(".*", 2, "shard_00000.npy")),
+    "flipped": (
+        lambda folder: flip(folder / "shard_00002.npy", 200),
+        NOT_OF_MANIFEST.format(".*", 1, "shard_00002.npy"),
+    ),
+    "flipped label": (lambda folder: flip(folder / "labels.npy", -8), NOT_OF_MANIFEST.format(".*", 1, "labels.npy")),
+    "longer": (lengthen, "1 of 4 files are missing or cut short"),
+    "labels out of range": (move_labels, r"labels.npy: labels must be from 0 to 2, got \(0, 30\)"),
+    "no files": (
+        rewrite(files={}),
+        "is not complete: its manifest has no sha256 of all its files; run scripts/prepare",
+    ),
+    "older": (
+        rewrite(files=None),
+        r"has no sha256 of the files, an older version made it; make the cache again in ano",
+    ),
+    "no images": (
+        rewrite(images=0),
+        "manifest.json is damaged: images is 0; restore it, or run scripts/prepare_latents",
+    ),
+    "no shape": (rewrite(shape=[2, 8]), r"manifest.json is damaged: shape is \[2, 8\]"),
+    "no digest": (rewrite(files={"labels.npy": "0"}), r"manifest.json is damaged: files is"),
+    "no json": (
+        lambda folder: (folder / "manifest.json").write_bytes(b"\0" * 64),
+        "is not the manifest of a latent cache",
+    ),
+    "a list": (lambda folder: (folder / "manifest.json").write_text("[]"), "is not the manifest of a latent cache"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED_CACHES)
+def test_latent_cache_damaged_refused_at_start(cache, tmp_path, damage):
+    """The start of a run and `doctor.py` refuse it by one line, without reading it whole."""
+    folder = shutil.copytree(cache, tmp_path / "cache")
+    change, message = DAMAGED_CACHES[damage]
+    change(folder)
+    with pytest.raises(ConfigError, match=message) as error:
+        LatentCache(folder)
+    assert "\n" not in str(error.value)
+    options = ["data=latents", f"data.root={folder}", "data.img_size=32", "data.num_classes=3", "data.check_seconds=0"]
+    with pytest.raises(ConfigError, match=r"1 error"):
+        doctor.run(compose("doctor", options))
+
+
+def test_latent_cache_flipped_bit_found_by_full_check(photos, quick, tmp_path, monkeypatch, capsys):
+    """Behind the first bytes of a file: `data.check_seconds` decides how much is read; the next prepare mends it."""
+    monkeypatch.setattr("vca.data.latents.START", 200)
+    folder = tmp_path / "cache"
+    prepared(photos, quick, folder)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    data = ["data=latents", f"data.root={folder}", "data.img_size=32", "data.num_classes=3"]
+    doctor.run(compose("doctor", data))
+    assert "read all 4 files of latents" in capsys.readouterr().out
+    flip(folder / "shard_00001.npy", -1)
+    LatentCache(folder)
+    line = f"{folder}/shard_00001.npy: is not the file of the manifest (sha256); run scripts/prepare_latents.py again"
+    with pytest.raises(ConfigError, match="1 error"):
+        doctor.run(compose("doctor", data))
+    assert f"error: {line}" in capsys.readouterr().out
+    run = [*options(quick), *NETWORK, *data, f"out_dir={tmp_path}", "trainer.steps=1", "trainer.global_batch=4"]
+    with pytest.raises(ConfigError, match=re.escape(line)):
+        train_gen.run(compose("train_gen", [*run, "data.check_seconds=5"]))
+    prepared(photos, quick, folder)
+    assert "1 of 4 files to make" in capsys.readouterr().out
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_prepare_latents_changed_images_refused(photos, quick, tmp_path, whole):
+    """Whether the cache is finished or not."""
+    mine = shutil.copytree(photos, tmp_path / "photos")
+    folder = tmp_path / "cache"
+    prepared(mine, quick, folder)
+    if not whole:
+        (folder / "shard_00001.npy").unlink()
+    before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    Image.new("RGB", (40, 40)).save(mine / "train" / "bee" / "03.png")
+    with pytest.raises(ConfigError, match=r"^data.root: the images changed since .*cache was begun \(files_sha256"):
+        prepared(mine, quick, folder)
+    assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
 
 
 def test_prepare_latents_wrong_options_refused(photos, vaes, cache, tmp_path):
@@ -410,7 +535,7 @@ def test_resume_with_other_latents_refused(photos, quick, quick_cache, tmp_path)
 
     first = go(quick_cache)
     assert go(moved, Path(elsewhere)) == first
-    with pytest.raises(ConfigError, match=r"another config \(inputs.cache.shard_size: 8 there, 4 here\)"):
+    with pytest.raises(ConfigError, match=r"another config \(inputs.cache.files: '\w+' there.*shard_size: 8 there"):
         go(other)
     Path(elsewhere).write_text(QUICK + "# changed\n")
     with pytest.raises(ConfigError, match=r"was made with another autoencoder \(autoencoder.sha256"):

@@ -1,6 +1,7 @@
 """Real processes under torchrun and gloo: ranks, gradients, evaluation, one directory, and NaN on one of them."""
 
 import json
+import shutil
 import socket
 import subprocess
 import sys
@@ -8,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from tests.processes import ROOT, environment, run_script
+from tests.processes import ROOT, environment, run_command, run_script, torchrun
 from tests.support import TINY, metrics
 
 pytestmark = pytest.mark.process
@@ -152,3 +153,54 @@ def test_nan_on_one_rank_stops_all(tmp_path):
     assert [record["step"] for record in metrics(folder)] == [1, 2, 3, 4, 5]
     saved = sorted(path.name for path in (folder / "checkpoints").iterdir())
     assert saved == ["step_00000002.pt", "step_00000004.pt"]
+
+
+# Rank 1 is started by another command line, or from another checkout.
+OTHER_RANK = """
+import os, runpy, sys
+code, *more = sys.argv[1].split()
+del sys.argv[1]
+if os.environ["RANK"] == "1":
+    sys.argv += more
+    sys.path.insert(0, code)
+else:
+    code = "ROOT"
+runpy.run_path(f"{code}/train_cls.py", run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize(
+    ("more", "edited", "differs"),
+    [
+        (
+            "optim.lr=0.5 trainer.micro_batch=30",
+            None,
+            "config.optim.lr: 0.001 there, 0.5 here; config.trainer.micro_batch: None there, 30 here",
+        ),
+        ("", "models/deit.py", "code.models/deit.py: "),
+    ],
+    ids=["config", "code"],
+)
+def test_ranks_with_other_config_or_code_refused(tmp_path, more, edited, differs):
+    """By a real torchrun: one line on stderr, nothing is trained."""
+    code = ROOT
+    if edited is not None:
+        code = tmp_path / "code"
+        for part in ("configs", "models", "vca"):
+            shutil.copytree(ROOT / part, code / part, ignore=shutil.ignore_patterns("__pycache__"))
+        for script in ROOT.glob("*.py"):
+            shutil.copy(script, code)
+        with open(code / edited, "a") as file:
+            file.write("# edited\n")
+    script = tmp_path / "other_rank.py"
+    script.write_text(OTHER_RANK.replace("ROOT", str(ROOT)))
+    options = [f"out_dir={tmp_path}/out", "name=run", *TINY, "trainer.steps=3"]
+    done = run_command(*torchrun(2), str(script), f"{code} {more}", *options)
+    assert done.returncode != 0
+    lines = [line for line in done.stderr.splitlines() if line.startswith("config error:")]
+    assert len(lines) == 1, done.stderr[-3000:]
+    assert lines[0].startswith(
+        f"config error: ranks must agree in config and code; rank 1 differs from rank 0 ({differs}"
+    )
+    assert lines[0].endswith("); start all ranks by the same command, from the same code")
+    assert not (tmp_path / "out").exists()

@@ -2,6 +2,8 @@
 
 import argparse
 import json
+import os
+import pickle
 import shutil
 from fractions import Fraction
 
@@ -156,6 +158,13 @@ def test_read_weights_every_file_format(tmp_path):
     assert strip_wrappers("submodule.weight") == "submodule.weight"
 
 
+class Harmful:
+    """What a pickle can do."""
+
+    def __reduce__(self):
+        return os.system, ("true",)
+
+
 def test_read_weights_unusable_file_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"trainer.init_from must be a file, got '.*nowhere.pth'"):
         read_weights(tmp_path / "nowhere.pth")
@@ -166,8 +175,24 @@ def test_read_weights_unusable_file_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"text.safetensors' is not a readable checkpoint"):
         read_weights(tmp_path / "text.safetensors")
     torch.save({"model": {}, "config": Fraction(1, 2)}, tmp_path / "object.pth")
-    with pytest.raises(ConfigError, match=r"object.pth' holds a fractions.Fraction, which is not loaded.*torch.save"):
+    with pytest.raises(
+        ConfigError, match=r"checkpoint: it holds a fractions.Fraction, which is not loaded.*torch.save"
+    ):
         read_weights(tmp_path / "object.pth")
+    torch.jit.script(torch.nn.Linear(2, 2)).save(tmp_path / "script.pth")
+    torch.save({"model": Harmful()}, tmp_path / "harmful.pth")
+    (tmp_path / "pickle.pth").write_bytes(pickle.dumps({"model": 1}, protocol=4))
+    for name, reason in (
+        ("text", "it is cut short, damaged, or not a file of torch.save"),
+        ("pickle", "it is cut short, damaged, or not a file of torch.save"),
+        ("script", r"it is a TorchScript archive; save its state_dict\(\) instead"),
+        ("harmful", "loading it would run .*system; do not use it"),
+    ):
+        with pytest.raises(
+            ConfigError, match=f"trainer.init_from: '.*{name}.pth' is not a readable .*: {reason}$"
+        ) as e:
+            read_weights(tmp_path / f"{name}.pth")
+        assert "weights_only" not in str(e.value)
     torch.save({"epoch": 3}, tmp_path / "empty.pth")
     with pytest.raises(ConfigError, match="holds no parameters by name"):
         read_weights(tmp_path / "empty.pth")
@@ -259,6 +284,21 @@ def test_export_loads_in_timm(tmp_path, attention, weights):
         assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
     report = init_from(one, out / "model.safetensors")
     assert (report.left, report.new) == ({}, [])
+
+
+@pytest.mark.process
+def test_written_files_have_mode_of_umask(tmp_path):
+    """A group that shares a folder can read a run and its export."""
+    before = os.umask(0o027)
+    try:
+        run(tmp_path / "out", "name=run", "trainer.ema_decay=0.5")
+        export(tmp_path / "out" / "run", None, tmp_path / "out" / "exported")
+    finally:
+        os.umask(before)
+    paths = list((tmp_path / "out").rglob("*"))
+    modes = {str(path.name): oct(path.stat().st_mode & 0o777) for path in paths}
+    assert "model.safetensors" in modes
+    assert modes == {path.name: "0o750" if path.is_dir() else "0o640" for path in paths}
 
 
 @pytest.mark.process

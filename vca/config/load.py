@@ -20,14 +20,15 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from vca.attention import describe
 from vca.config import sweep
 from vca.config.help import help_text, options
 from vca.runtime.distributed import is_main_process
-from vca.runtime.errors import ConfigError, NonFiniteError, PreemptedError, check, config_errors
+from vca.runtime.errors import ConfigError, NonFiniteError, PreemptedError, check, config_errors, known_cause
+from vca.runtime.rundir import REFERENCE_KEYS, FromEnvironment
 from vca.runtime.signals import EXIT_PREEMPTED
 
 Registry = Mapping[str, tuple[type, Any]]  # name -> (config dataclass, what is built from it)
@@ -167,11 +168,15 @@ def mistakes_in_one_line() -> Iterator[None]:
         fail(f"stopped: {error}", EXIT_NON_FINITE)
     except PreemptedError as error:
         fail(f"stopped: {error}", EXIT_PREEMPTED)
+    except Exception as error:
+        if (cause := known_cause(error)) is None:
+            raise
+        fail(f"stopped: {cause}", 1, alike=False)
 
 
-def fail(line: str, code: int) -> None:
+def fail(line: str, code: int, alike: bool = True) -> None:
     """Print a line to stderr and exit. Where all ranks fail alike, torchrun ends the others while they wait."""
-    if not is_main_process():
+    if alike and not is_main_process():
         time.sleep(3.0)
     print(line, file=sys.stderr, flush=True)
     sys.exit(code)
@@ -192,9 +197,50 @@ def to_dataclass(config: DictConfig) -> Any:
         raise ConfigError(f"{key} has no value; give it one: {key}=...")
     with config_errors():
         try:
-            return OmegaConf.to_object(config)
+            values: Any = OmegaConf.to_object(config)
         except OmegaConfBaseException as error:
             raise ConfigError(explain(error)) from error
+    return keep_references(config, config, values)
+
+
+def keep_references(config: DictConfig, node: Any, value: Any, key: str = "", kept: bool = False) -> Any:
+    """A value whose strings are `FromEnvironment`, below `REFERENCE_KEYS`, where environment variables decide them.
+
+    Args:
+        config: as composed, its interpolations not resolved.
+        node: of `config`, from which the value was made.
+        value: dataclasses are changed in place.
+        key: of the node.
+        kept: whether the node is below one of those keys.
+    """
+    kept = kept or key in REFERENCE_KEYS
+    if dataclasses.is_dataclass(value) and isinstance(node, DictConfig):
+        for name in (field.name for field in dataclasses.fields(value)):
+            old, child = getattr(value, name), node._get_node(name)
+            new = keep_references(config, child, old, f"{key}.{name}" if key else name, kept)
+            if new is not old:
+                setattr(value, name, new)
+    elif isinstance(value, list) and isinstance(node, ListConfig):
+        value[:] = [keep_references(config, node._get_node(i), one, key, kept) for i, one in enumerate(value)]
+    elif kept and type(value) is str and reads_environment(config, node):
+        return FromEnvironment(value, node._value())
+    return value
+
+
+def reads_environment(config: DictConfig, node: Any) -> bool:
+    """Whether the text of a node has `${oc.env:...}`, or refers to a key whose text has it."""
+    text = str(node._value() if node is not None else None)
+    keys = re.findall(r"\$\{([\w.]+)\}", text)
+    relative = "${." in text  # not followed
+    return relative or "oc.env" in text or any(reads_environment(config, node_of(config, key)) for key in keys)
+
+
+def node_of(config: DictConfig, key: str) -> Any:
+    """The node of a full key, not resolved."""
+    node: Any = config
+    for name in key.split("."):
+        node = node._get_node(name) if isinstance(node, DictConfig) else None
+    return node
 
 
 def from_registry(registry: Registry, values: Mapping[str, Any], key: str = "name") -> Any:

@@ -11,7 +11,7 @@ from vca.data.config import DataConfig
 from vca.generation.autoencoder import AutoencoderConfig
 from vca.generation.objective import SamplerConfig
 from vca.runtime.compute import Device, Precision
-from vca.runtime.errors import check
+from vca.runtime.errors import check, check_path
 from vca.runtime.launch import ClusterConfig
 from vca.runtime.logging import WandbConfig
 from vca.training.config import TrainerConfig
@@ -44,6 +44,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check(self.name not in ("", ".", "..") and "/" not in self.name, "name", "a folder name", self.name)
+        for key in ("name", "out_dir"):
+            check_path(key, getattr(self, key))
         check(0 <= self.seed < 2**63, "seed", ">= 0 and below 2^63", self.seed)
         optim, trainer = self.optim, self.trainer
         if trainer.steps is None and optim.cooldown_epochs:
@@ -182,6 +184,7 @@ class PrepareLatentsConfig:
     workers: int = 4
 
     def __post_init__(self) -> None:
+        check_path("out", self.out)
         self.data = in_pixel_range(self.data, self.autoencoder)
         check(self.data.name != "latents", "data", "images", self.data.name)
         check(self.autoencoder.name != "none", "autoencoder", "one, such as sd_vae", self.autoencoder.name)
@@ -262,6 +265,7 @@ class SampleConfig(GeneratorConfig):
         rule = "given, and not both: run=outputs/RUN, or checkpoint=FILE with its model=... and so on"
         check(one, "run or checkpoint", rule, (self.run, self.checkpoint))
         super().__post_init__()
+        check_path("out", self.out)
         check(self.count >= 1, "count", ">= 1", self.count)
 
 
@@ -298,6 +302,7 @@ class EvalFidConfig(GeneratorConfig):
         given = [key for key in ("samples", "run", "checkpoint") if getattr(self, key) is not None]
         check(len(given) == 1, "samples, run or checkpoint", "given, one of them", given or None)
         super().__post_init__()
+        check_path("out", self.out or "")
         check(self.count is None or self.count >= 2, "count", ">= 2 or null", self.count)
         check(self.features >= 2, "features", ">= 2", self.features)
         dtype = self.precision_recall_dtype
@@ -332,6 +337,7 @@ class ReferenceStatsConfig:
     device: Device = Device.auto
 
     def __post_init__(self) -> None:
+        check_path("out", self.out)
         check(self.out.endswith(".npz"), "out", "a file name that ends in .npz", self.out)
         for key in ("features", "batch_size"):
             check(getattr(self, key) >= 1, key, ">= 1", getattr(self, key))

@@ -43,6 +43,7 @@ from vca.runtime.errors import ConfigError
 from vca.runtime.files import write_text
 from vca.runtime.launch import ATTEMPT, run_and_survive, torchrun
 from vca.runtime.provenance import CODE, COMMIT, DIFF, PARTS, provenance
+from vca.runtime.rundir import FromEnvironment
 
 LAUNCHER = "VCA_SWEEP_LAUNCHER"  # in the environment of the copy that hands the jobs to Hydra's launcher
 POLL = 10.0  # seconds between two questions to SLURM
@@ -238,6 +239,12 @@ def plan(config: DictConfig, config_name: str, mine: Path | None = None) -> list
             raise ConfigError(f"{error} (job {number}: {' '.join(job)})") from error
         if one.out_dir != config.out_dir:
             raise ConfigError("out_dir may not be swept, it holds the sweep itself; put what you sweep into the name")
+        for line in (*one.cluster.setup, *one.cluster.sbatch):
+            if isinstance(line, FromEnvironment):
+                raise ConfigError(
+                    f"cluster.setup and cluster.sbatch must not read the environment, SLURM's script would hold the "
+                    f"value, got '{line.reference}'; let the shell of the job read it: $NAME"
+                )
         run = str(Path(one.out_dir, one.name).absolute())
         for other in jobs:
             if other["run"] == run:

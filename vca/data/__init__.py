@@ -6,8 +6,9 @@ from typing import Any
 from vca.data.cifar10 import load_cifar10
 from vca.data.config import DataConfig
 from vca.data.digits import load_digits_images
-from vca.data.imagefolder import load_imagefolder
+from vca.data.imagefolder import files_identity, load_imagefolder
 from vca.data.latents import load_latents
+from vca.runtime.distributed import World
 from vca.runtime.errors import check
 
 # name -> loader of a split: (config, train) -> data set of (PIL image, label); of `latents`: (moments, label)
@@ -23,3 +24,9 @@ def load_dataset(config: DataConfig, train: bool) -> Any:
     """The training or the evaluation split as a data set of `(PIL image, label)`."""
     check(config.name in DATASETS, "data.name", f"one of {sorted(DATASETS)}", config.name)
     return DATASETS[config.name](config, train)
+
+
+def identify_files(world: World, **splits: Any) -> dict[str, Any]:
+    """`{"data_files": {split: identity}}` of image folders, for the record of a run; `{}` for other data."""
+    found = world.from_main(lambda: {name: files_identity(images) for name, images in splits.items()})
+    return {"data_files": found} if all(found.values()) else {}

@@ -1,7 +1,8 @@
 """The check of a data set's files before a training reads them for days.
 
-Images are visited in a random order until a time is spent, so that a set of thousands is read whole and one of a
-million is sampled. What stops a training, or would spoil it, is an error; what is only worth knowing is a note.
+Images, or the files of a latent cache, are visited in a random order until a time is spent, so that a set of thousands
+is read whole and one of a million is sampled. What stops a training, or would spoil it, is an error; what is only worth
+knowing is a note.
 """
 
 import os
@@ -9,15 +10,16 @@ import random
 import shutil
 import time
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from PIL import Image, UnidentifiedImageError
 
 from vca.data.config import DataConfig
-from vca.data.imagefolder import is_16_bit_color
+from vca.data.latents import AGAIN, LatentCache
 from vca.runtime.distributed import World
 from vca.runtime.errors import ConfigError
 
@@ -39,12 +41,13 @@ class Finding:
 
 @dataclass
 class Examination:
-    """What was found in how many images of how many, in how many seconds."""
+    """What was found in how many images (or files of latents) of how many, in how many seconds."""
 
     findings: list[Finding]
     checked: int
     images: int
     seconds: float
+    unit: str = "images"
 
     @property
     def errors(self) -> list[Finding]:
@@ -54,7 +57,9 @@ class Examination:
     def __str__(self) -> str:
         part = "all" if self.checked == self.images else f"{self.checked} of"
         notes = len(self.findings) - len(self.errors)
-        return f"read {part} {self.images} images in {self.seconds:.1f} s: {len(self.errors)} errors, {notes} notes"
+        return (
+            f"read {part} {self.images} {self.unit} in {self.seconds:.1f} s: {len(self.errors)} errors, {notes} notes"
+        )
 
 
 def image_files(datasets: Iterable[Any]) -> list[str]:
@@ -62,23 +67,48 @@ def image_files(datasets: Iterable[Any]) -> list[str]:
     return [path for dataset in datasets for path, _ in getattr(dataset, "samples", ())]
 
 
-def examine(paths: Iterable[str], seconds: float) -> Examination:
-    """Read image files in a random order, for at most so many seconds."""
+def examine(
+    paths: Iterable[str],
+    seconds: float,
+    examine_file: Callable[[str], list[Finding]] | None = None,
+    unit: str = "images",
+) -> Examination:
+    """Read files in a random order, for at most so many seconds.
+
+    Args:
+        paths: of image files, or others.
+        seconds: after which no further file is read.
+        examine_file: `examine_image` if it is None.
+        unit: what the files are called.
+    """
     paths = list(paths)
     random.Random(0).shuffle(paths)
     start, findings, checked = time.perf_counter(), [], 0
     for path in paths:
         if time.perf_counter() - start >= seconds:
             break
-        findings += examine_image(path)
+        findings += (examine_file or examine_image)(path)
         checked += 1
-    return Examination(findings, checked, len(paths), time.perf_counter() - start)
+    return Examination(findings, checked, len(paths), time.perf_counter() - start, unit)
+
+
+def examine_datasets(datasets: Iterable[Any], seconds: float) -> Examination:
+    """Read the image files of data sets, or compare those of a latent cache with their sha256, for so many seconds."""
+    datasets = list(datasets)
+    if isinstance(datasets[0], LatentCache):
+        return examine(datasets[0].paths(), seconds, partial(examine_latents, datasets[0]), "files of latents")
+    return examine(image_files(datasets), seconds)
+
+
+def examine_latents(cache: LatentCache, path: str) -> list[Finding]:
+    """What is wrong with one file of a latent cache."""
+    return [] if cache.is_intact(path) else [Finding(path, "is not the file of the manifest (sha256)", AGAIN, True)]
 
 
 def check_before_training(
     data: DataConfig, datasets: Iterable[Any], workers: int, batch_bytes: int, world: World
 ) -> None:
-    """Read image files for `data.check_seconds` on one rank, and print what is found.
+    """Read files for `data.check_seconds` on one rank, and print what is found.
 
     Args:
         data: config of the data.
@@ -90,7 +120,7 @@ def check_before_training(
     Raises:
         ConfigError: on every rank, if a training cannot use what was found.
     """
-    result = world.broadcast(examine(image_files(datasets), data.check_seconds) if world.is_main else None)
+    result = world.broadcast(examine_datasets(datasets, data.check_seconds) if world.is_main else None)
     if result.errors:
         more = f" ({len(result.errors)} such files; scripts/doctor.py lists them)" if len(result.errors) > 1 else ""
         raise ConfigError(f"{result.errors[0]}{more}")
@@ -168,3 +198,15 @@ def read_exif(image: Image.Image) -> str | None:
     except Exception as error:  # PIL lets through whatever its parser of untrusted bytes ran into
         return f"{type(error).__name__}: {error}"
     return None
+
+
+def is_16_bit_color(file: BinaryIO) -> bool:
+    """Whether a file is a PNG of 16 bits a channel; grey ones, which Pillow opens with a mode of their own, left out.
+
+    Pillow opens the others as mode `RGB`, like those of 8 bits: bit depth and colour type are read from the header.
+    """
+    position = file.tell()
+    file.seek(0)
+    header = file.read(26)
+    file.seek(position)
+    return header[:8] == b"\x89PNG\r\n\x1a\n" and header[24:25] == b"\x10" and header[25:26] != b"\0"

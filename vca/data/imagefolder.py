@@ -1,13 +1,17 @@
 """Images in class folders, as ImageNet is laid out: `root/train/<class>/*.jpg` and `root/val/<class>/*.jpg`."""
 
+import hashlib
 import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any
 
 from PIL import Image
 from torch.utils.data import Dataset
 
 from vca.data.config import DataConfig
+from vca.data.doctor import examine_image, is_16_bit_color
 from vca.runtime.errors import ConfigError
 
 SPLITS = ("train", "val")
@@ -67,13 +71,30 @@ def read_rgb(path: str) -> Image.Image:
         return Image.open(file).convert("RGB")
 
 
-def is_16_bit_color(file: BinaryIO) -> bool:
-    """Whether a file is a PNG of 16 bits a channel; grey ones, which Pillow opens with a mode of their own, left out.
+def files_identity(images: Any) -> dict[str, Any] | None:
+    """Number, bytes and a sha256 of the paths and sizes, in order, of an image folder's files; None for other data.
 
-    Pillow opens the others as mode `RGB`, like those of 8 bits: bit depth and colour type are read from the header.
+    Raises:
+        ConfigError: if a file is gone.
     """
-    position = file.tell()
-    file.seek(0)
-    header = file.read(26)
-    file.seek(position)
-    return header[:8] == b"\x89PNG\r\n\x1a\n" and header[24:25] == b"\x10" and header[25:26] != b"\0"
+    if not hasattr(images, "samples"):
+        return None
+    paths, prefix = [path for path, _ in images.samples], f"{images.root}/"
+    shares = [paths[start : start + 4096] for start in range(0, len(paths), 4096)]
+    with ThreadPoolExecutor(16) as threads:  # a network file system answers many questions at once
+        sizes = [size for share in threads.map(file_sizes, shares) for size in share]
+    digest = hashlib.sha256()
+    for path, size in zip(paths, sizes, strict=True):
+        digest.update(os.fsencode(path.removeprefix(prefix)) + b"\0%d\0" % size)
+    return {"files": len(paths), "bytes": sum(sizes), "sha256": digest.hexdigest()}
+
+
+def file_sizes(paths: Sequence[str]) -> list[int]:
+    """Bytes of each file."""
+    sizes = []
+    for path in paths:
+        try:
+            sizes.append(Path(path).stat().st_size)
+        except OSError as error:
+            raise ConfigError("; ".join(map(str, examine_image(path))) or str(error)) from error
+    return sizes

@@ -3,6 +3,7 @@
     manifest.json      see `Manifest`
     labels.npy         (images,) int64
     shard_00000.npy    (shard_size, V, K, h, w): V versions of an image (as it is, and flipped), K channels of moments
+    shard_00000.json   sha256 of a file that is made; the manifest holds it once all are made
 
 `scripts/prepare_latents.py` writes it. Mean and standard deviation are kept apart, so that every epoch samples its own
 latents, and a flipped image is encoded by itself, because the latent of a flipped image is not a flipped latent. A
@@ -12,8 +13,7 @@ training on the cache therefore sees what a training on the images would, to the
 import hashlib
 import io
 import json
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +24,15 @@ from torch.utils.data import Dataset
 
 from vca.data.augment import AugmentConfig, Crop
 from vca.data.config import DataConfig
+from vca.runtime.digest import file_sha256
 from vca.runtime.errors import ConfigError, check
 from vca.runtime.files import write_bytes, write_text
 from vca.runtime.rundir import compare
 
+DTYPES = ("float32", "float16")
+START = 2**16  # bytes; a training reads no more of a file to know which one it is
+OF_IMAGES = ("images", "classes", "files_sha256")  # fields of the manifest that the image folder decides
+AGAIN = "run scripts/prepare_latents.py again, which makes what is missing or damaged"
 OPEN_FILES = 512  # that a process keeps open; the usual limit is 1024
 CROP = "adm-1"  # ADM's centre crop as this project makes it; a change of its pixels is another number
 
@@ -39,12 +44,13 @@ class Manifest:
     Attributes:
         images: how many.
         classes: names, in the order of their labels.
-        files_sha256: of the images' paths, relative to the folder, in their order.
+        files_sha256: of the images' paths, relative to the folder, and sizes, in their order.
         img_size, crop: how an image was cut.
         autoencoder: `Autoencoder.identity()`.
         shape: `[V, K, h, w]` of one image.
         dtype: `float32` or `float16`.
         shard_size: images a file; the last has the rest.
+        files: `digest` of each file by its name; empty until all are made.
     """
 
     images: int
@@ -56,6 +62,7 @@ class Manifest:
     shape: list[int]
     dtype: str
     shard_size: int
+    files: dict[str, dict[str, str]] = field(default_factory=dict)
 
     @property
     def shards(self) -> int:
@@ -66,20 +73,56 @@ class Manifest:
         """The images of a file."""
         return range(shard * self.shard_size, min((shard + 1) * self.shard_size, self.images))
 
+    @property
+    def names(self) -> list[str]:
+        """Names of the files of a whole cache."""
+        return ["labels.npy", *(shard_path(Path(), shard).name for shard in range(self.shards))]
+
+    def identity(self) -> dict[str, Any]:
+        """What a run on the cache records: the manifest with one sha256 for all files."""
+        return {**asdict(self), "files": hashlib.sha256(json.dumps(self.files, sort_keys=True).encode()).hexdigest()}
+
     def write(self, folder: Path) -> None:
-        """Write `manifest.json`; where another cache is, or has been begun, refuse.
+        """Write `manifest.json`.
 
         Raises:
-            ConfigError: if the folder holds the manifest of another cache; names what differs.
+            OSError: if it cannot be written.
+        """
+        write_text(folder / "manifest.json", json.dumps(asdict(self), indent=2) + "\n")
+
+    def begin(self, folder: Path) -> "Manifest":
+        """Write `manifest.json` where there is none; the one that is there, with the files that are made.
+
+        Raises:
+            ConfigError: if the folder holds the manifest of another cache, or one of images that have changed since;
+                names what differs.
         """
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ConfigError(f"out: {folder} cannot be made: {error.strerror}") from error
-        there = read_manifest(folder) if (folder / "manifest.json").exists() else self
-        if differences := compare(asdict(there), asdict(self)):
+        if not (folder / "manifest.json").exists():
+            self.write(folder)
+        there = read_manifest(folder)
+        differences = compare(asdict(there), asdict(self), free=["files"])
+        if differences and all(line.startswith(OF_IMAGES) for line in differences):
+            raise ConfigError(
+                f"data.root: the images changed since the cache {folder} was begun ({'; '.join(differences)}); "
+                f"restore them, or choose another out=..."
+            )
+        if differences:
             raise ConfigError(f"{folder} holds another cache ({'; '.join(differences)}); choose another folder")
-        write_text(folder / "manifest.json", json.dumps(asdict(self), indent=2) + "\n")
+        made = {
+            name: json.loads(path.read_text()) for name in self.names if (path := digest_path(folder / name)).exists()
+        }
+        return replace(there, files={**there.files, **made})
+
+    def finish(self, folder: Path) -> None:
+        """Put the digests of all files into `manifest.json`."""
+        paths = [digest_path(folder / name) for name in self.names]
+        replace(self, files=self.begin(folder).files).write(folder)
+        for path in paths:
+            path.unlink(missing_ok=True)
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -91,9 +134,38 @@ def read_manifest(folder: Path) -> Manifest:
     file = folder / "manifest.json"
     check(file.is_file(), "data.root", "a latent cache, a folder with manifest.json", str(folder))
     try:
-        return Manifest(**json.loads(file.read_text()))
+        content = json.loads(file.read_text())
+        manifest = Manifest(**content)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{file} is not the manifest of a latent cache: {error}") from error
+    if "files" not in content:
+        raise ConfigError(
+            f"{file} has no sha256 of the files, an older version made it; "
+            f"make the cache again in another folder: scripts/prepare_latents.py out=..."
+        )
+    if wrong := wrong_fields(manifest):
+        raise ConfigError(f"{file} is damaged: {wrong[0]} is {getattr(manifest, wrong[0])!r}; restore it, or {AGAIN}")
+    return manifest
+
+
+def wrong_fields(manifest: Manifest) -> list[str]:
+    """Fields of a manifest whose value is none that a cache can have."""
+
+    def counts(*values: Any) -> bool:
+        return all(type(value) is int and value >= 1 for value in values)
+
+    shape, files = manifest.shape, manifest.files
+    fits = {
+        **{name: counts(getattr(manifest, name)) for name in ("images", "img_size", "shard_size")},
+        **{name: isinstance(getattr(manifest, name), str) for name in ("files_sha256", "crop")},
+        "classes": isinstance(manifest.classes, list) and len(manifest.classes) >= 1,
+        "autoencoder": isinstance(manifest.autoencoder, dict),
+        "shape": isinstance(shape, list) and len(shape) == 4 and counts(*shape) and shape[0] <= 2,
+        "dtype": manifest.dtype in DTYPES,
+        "files": isinstance(files, dict)
+        and all(isinstance(one, dict) and set(one) == set(digest(b"")) for one in files.values()),
+    }
+    return [name for name, right in fits.items() if not right]
 
 
 def shard_path(folder: Path, shard: int) -> Path:
@@ -101,26 +173,48 @@ def shard_path(folder: Path, shard: int) -> Path:
     return folder / f"shard_{shard:05d}.npy"
 
 
+def digest_path(path: Path) -> Path:
+    """Where the digest of a file lies until the manifest has it."""
+    return path.with_suffix(".json")
+
+
+def digest(content: bytes | memoryview) -> dict[str, str]:
+    """sha256 of a file's content, and of its first bytes."""
+    return {
+        "sha256": hashlib.sha256(content).hexdigest(),
+        "start_sha256": hashlib.sha256(content[:START]).hexdigest(),
+    }
+
+
 def save_array(path: Path, array: np.ndarray) -> None:
-    """Write an array as a whole file."""
+    """Write an array as a whole file, and before it its digest."""
     content = io.BytesIO()
     np.save(content, array)
+    write_text(digest_path(path), json.dumps(digest(content.getbuffer())) + "\n")
     write_bytes(path, content.getbuffer())
+
+
+def file_is_made(path: Path, expected: dict[str, str] | None) -> bool:
+    """Whether a file is there and has that digest; reads all of it."""
+    return expected is not None and path.is_file() and file_sha256(path) == expected["sha256"]
+
+
+def start_sha256(path: Path) -> str:
+    """sha256 of a file's first bytes."""
+    with open(path, "rb") as file:
+        return hashlib.sha256(file.read(START)).hexdigest()
 
 
 def shard_is_whole(folder: Path, manifest: Manifest, shard: int) -> bool:
     """Whether a file is there, with the shape and size that the manifest says."""
     path = shard_path(folder, shard)
     try:
-        latents = np.load(path, mmap_mode="r")
+        latents: Any = np.load(path, mmap_mode="r")
+        size = path.stat().st_size
     except (OSError, ValueError, EOFError):
         return False
-    return latents.shape == (len(manifest.rows(shard)), *manifest.shape) and latents.dtype == manifest.dtype
-
-
-def paths_sha256(paths: Iterable[str]) -> str:
-    """Digest of a list of paths, which says which image has which number."""
-    return hashlib.sha256("\n".join(paths).encode()).hexdigest()
+    shape = (len(manifest.rows(shard)), *manifest.shape)
+    return latents.shape == shape and latents.dtype == manifest.dtype and size == latents.offset + latents.nbytes
 
 
 class LatentCache(Dataset):
@@ -140,16 +234,42 @@ class LatentCache(Dataset):
         if missing:
             raise ConfigError(
                 f"{folder} is not complete: {len(missing)} of {self.manifest.shards} files are missing or cut short, "
-                f"such as {shard_path(folder, missing[0]).name}; run scripts/prepare_latents.py again"
+                f"such as {shard_path(folder, missing[0]).name}; {AGAIN}"
             )
-        try:
-            self.labels = np.load(folder / "labels.npy")
-        except (OSError, ValueError, EOFError) as error:
-            raise ConfigError(f"{folder}/labels.npy cannot be read; run scripts/prepare_latents.py again") from error
-        check(
-            len(self.labels) == self.manifest.images, f"{folder}: labels", str(self.manifest.images), len(self.labels)
-        )
+        names, digests = self.manifest.names, self.manifest.files
+        if set(names) != set(digests):
+            raise ConfigError(f"{folder} is not complete: its manifest has no sha256 of all its files; {AGAIN}")
+        others = [name for name in names[1:] if start_sha256(folder / name) != digests[name]["start_sha256"]]
+        others += [name for name in names[:1] if not file_is_made(folder / name, digests[name])]
+        if others:
+            raise ConfigError(
+                f"{folder}: {len(others)} of {len(names)} files are not those of its manifest, such as {others[0]}; "
+                f"{AGAIN}"
+            )
+        self.labels = self.read_labels()
         self.files: dict[int, np.ndarray] = {}  # opened by each process for itself
+
+    def read_labels(self) -> np.ndarray:
+        """The labels `(images,)`."""
+        path, classes = self.folder / "labels.npy", len(self.manifest.classes)
+        try:
+            labels = np.load(path)
+        except (OSError, ValueError, EOFError) as error:
+            raise ConfigError(f"{path} cannot be read; {AGAIN}") from error
+        shape = (self.manifest.images,)
+        check(labels.shape == shape, f"{path}: shape", str(shape), labels.shape)
+        check(labels.dtype == np.int64, f"{path}: dtype", "int64", str(labels.dtype))
+        low, high = int(labels.min()), int(labels.max())
+        check(low >= 0 and high < classes, f"{path}: labels", f"from 0 to {classes - 1}", (low, high))
+        return labels
+
+    def paths(self) -> list[str]:
+        """The files of latents."""
+        return [str(self.folder / name) for name in self.manifest.names[1:]]
+
+    def is_intact(self, path: str) -> bool:
+        """Whether a file of latents has the sha256 of the manifest; reads all of it."""
+        return file_is_made(Path(path), self.manifest.files[Path(path).name])
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "files": {}}

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 
 from vca.runtime.distributed import World
+from vca.runtime.errors import ImageError
 from vca.runtime.seeding import derive_seed, seed_everything
 from vca.runtime.signals import start_worker
 
@@ -107,6 +108,21 @@ class MicroBatches(Sampler[list[Address]]):
                 yield addresses[0::2] + addresses[1::2][::-1]
 
 
+def read_image(images: Any, index: int) -> tuple[Any, int]:
+    """An image of a data set and its label.
+
+    Raises:
+        ImageError: if it cannot be read; names its file.
+    """
+    try:
+        return images[index]
+    except Exception as error:  # PIL's parsers of unknown bytes raise anything
+        files = getattr(images, "samples", None)
+        file = files[index][0] if files else f"image {index} of the data set"
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ImageError(f"{file} cannot be read ({reason}); restore it, then rerun the command to resume") from error
+
+
 class AddressedImages(Dataset):
     """Training images by address: everything random in the transform is seeded by `(seed, epoch, image, repeat)`."""
 
@@ -114,7 +130,7 @@ class AddressedImages(Dataset):
         self.images, self.transform, self.seed = images, transform, seed
 
     def __getitem__(self, address: Address) -> tuple[Tensor, int, int, int]:
-        picture, label = self.images[address.image]
+        picture, label = read_image(self.images, address.image)
         seed_everything(self.seed, "augment", *address)
         return self.transform(picture), label, address.image, derive_seed(*address)
 
@@ -129,7 +145,7 @@ class EvalImages(Dataset):
         return len(self.images)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        image, label = self.images[index]
+        image, label = read_image(self.images, index)
         return self.transform(image), label
 
 

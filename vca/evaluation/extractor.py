@@ -22,6 +22,7 @@ from vca.runtime.compute import Precision, computing
 from vca.runtime.digest import tensors_sha256
 from vca.runtime.distributed import World
 from vca.runtime.errors import ConfigError, check
+from vca.runtime.files import load_tensors
 from vca.runtime.plugin import describe_weights, load_function
 from vca.runtime.rundir import read_config
 from vca.training.checkpoint import checkpoint_path, load_latest_for_all, must_fit
@@ -184,7 +185,7 @@ def inception(config: InceptionConfig, world: World, rebuild: Any) -> Extractor:
             f"copy it again, or for other weights: extractor.sha256=null"
         )
     try:
-        torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)  # the network reads it without this
+        load_tensors(io.BytesIO(content))  # the network reads it without this
         with redirect_stdout(io.StringIO()):
             network = FeatureExtractorInceptionV3(
                 "inception", ["2048", "logits_unbiased"], feature_extractor_weights_path=io.BytesIO(content)

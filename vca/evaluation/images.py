@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from vca.data.augment import AdmCrop
-from vca.data.imagefolder import is_16_bit_color
+from vca.data.doctor import is_16_bit_color
 from vca.runtime.errors import ConfigError
 
 THREADS = min(8, os.cpu_count() or 1)  # that decode images; PIL lets them run side by side

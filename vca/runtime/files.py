@@ -1,10 +1,18 @@
-"""Writing files so that a kill or a crash leaves the old one or the new one, never a part."""
+"""Writing files so that a kill or a crash leaves the old one or the new one, never a part; reading tensors safely."""
 
 import errno
 import os
+import re
 import shutil
 from contextlib import suppress
 from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+
+class UnreadableError(RuntimeError):
+    """A file of tensors that cannot be read; one line that says why."""
 
 
 def write_bytes(path: Path, content: bytes | memoryview) -> None:
@@ -61,3 +69,33 @@ def space(needed: int, folder: Path) -> str:
 def write_text(path: Path, text: str) -> None:
     """`write_bytes` of a text."""
     write_bytes(path, text.encode())
+
+
+def load_tensors(file: Path | BinaryIO) -> Any:
+    """Read a file of `torch.save` to the CPU: tensors and plain values only (`weights_only=True`), no code is run.
+
+    Raises:
+        UnreadableError: if it is not such a file, is cut short or damaged, or holds anything else.
+        OSError: if it cannot be opened or read.
+    """
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # whatever the parser of unknown bytes ran into
+        reason = why_unreadable(error)
+    raise UnreadableError(reason)  # without torch's own text, which advises to run whatever the file holds
+
+
+def why_unreadable(error: Exception) -> str:
+    """What a failed `torch.load` means, in one line."""
+    if blocked := re.search(r"unsupported GLOBAL (\S+) whose module \S+ is blocked", str(error)):
+        return f"loading it would run {blocked[1]}; do not use it"
+    if unsupported := re.search(r"Unsupported global: GLOBAL (\S+)", str(error)):
+        return (
+            f"it holds a {unsupported[1]}, which is not loaded from a file; keep its weights alone, where you trust "
+            f"it: torch.save(torch.load(FILE, weights_only=False)['model'], NEW)"
+        )
+    if "TorchScript" in str(error):
+        return "it is a TorchScript archive; save its state_dict() instead"
+    return "it is cut short, damaged, or not a file of torch.save"

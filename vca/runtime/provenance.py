@@ -3,6 +3,8 @@
 import subprocess
 from pathlib import Path
 
+from vca.runtime.digest import file_sha256
+
 CODE = Path(__file__).parents[2]  # this checkout, or a copy of it
 PARTS = ("configs", "models", "scripts", "vca")  # what runs, beside the root scripts
 COMMIT, DIFF = "COMMIT", "uncommitted.diff"  # in a copy, beside the code
@@ -28,3 +30,9 @@ def git(*arguments: str) -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() if done.returncode in (0, differ) else None
+
+
+def code_sha256() -> dict[str, str]:
+    """sha256 of each Python file of `vca`, `models` and the root scripts by its path, the first 12 digits."""
+    files = [*CODE.glob("*.py"), *CODE.glob("vca/**/*.py"), *CODE.glob("models/**/*.py")]
+    return {str(path.relative_to(CODE)): file_sha256(path)[:12] for path in files}

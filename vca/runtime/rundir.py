@@ -1,6 +1,7 @@
 """One directory a run: what was asked for, what it ran on, what it measured, and its checkpoints.
 
-config.json       the resolved config, and of a generator the autoencoder and latent cache; others are refused
+config.json       the resolved config, what identifies the files of an image folder, and of a generator the autoencoder
+                  and latent cache; others are refused
 launches.jsonl    a line a start: command, commit, versions, machine, ranks, first step
 uncommitted.diff  what the checkout held beside its commit, at the last start
 metrics.jsonl     a line a report; the truth, of which wandb and curves.png are copies
@@ -27,7 +28,7 @@ import torch
 from vca.runtime.distributed import World
 from vca.runtime.errors import ConfigError
 from vca.runtime.files import append_line, write_bytes, write_text
-from vca.runtime.provenance import provenance
+from vca.runtime.provenance import code_sha256, provenance
 
 # Keys that may differ between two starts of one run: they change where and how it runs, not what it computes.
 FREE_KEYS = (
@@ -40,6 +41,7 @@ FREE_KEYS = (
     "out_dir",
     "data.check_seconds",
     "data.root",
+    "data_files",  # compared by themselves
     "sampled_classes",
     "sampler",
     "samples_per_class",
@@ -55,6 +57,11 @@ FREE_KEYS = (
 )
 
 
+# A string of these keys that comes from the environment is stored as its reference, since it may be a secret. Values of
+# the other keys change what is computed: they are stored, and compared at resume.
+REFERENCE_KEYS = (*FREE_KEYS, "trainer.init_from")
+
+
 class RunDirectory:
     """The files of a run. Rank 0 writes, and only through this class."""
 
@@ -65,18 +72,26 @@ class RunDirectory:
         self.locked: Any = None
 
     def check(self, config: dict[str, Any]) -> None:
-        """Raise `ConfigError` if the directory belongs to a run with another config; names what differs."""
+        """Raise `ConfigError` if the directory belongs to a run with another config or other data; names what differs.
+
+        Only a run and a config that both name their `data_files` are compared in them.
+        """
         if not (self.path / "config.json").exists():
             return
         try:
             saved = read_config(self.path)
         except ConfigError as error:
             raise ConfigError(f"{error}; remove it to resume this run with the config of this command") from error
-        differences = compare(saved, config, FREE_KEYS)
-        if differences:
+        if differences := compare(saved, config, FREE_KEYS):
             raise ConfigError(
                 f"{self.path} holds a run with another config ({'; '.join(differences)}); "
                 f"choose another name=... or remove the folder"
+            )
+        there, here = saved.get("data_files"), config.get("data_files")
+        if there and here and (differences := compare(there, here, key="data_files")):
+            raise ConfigError(
+                f"data.root={config['data']['root']}: the files changed since the run {self.path} was started "
+                f"({'; '.join(differences)}); restore them, or choose another name=..."
             )
 
     def begin(self, config: dict[str, Any], world: World, step: int) -> None:
@@ -189,8 +204,26 @@ def read_config(run: Path) -> dict[str, Any]:
     return config
 
 
+class FromEnvironment(str):
+    """A string of a config that environment variables decide; `plain` gives its `reference`, as it may be a secret.
+
+    Attributes:
+        reference: what the config says instead of the value, such as `${oc.env:TOKEN}`.
+    """
+
+    reference: str
+
+    def __new__(cls, value: str, reference: str = "") -> "FromEnvironment":
+        """Attach the reference to a value."""
+        self = super().__new__(cls, value)
+        self.reference = reference
+        return self
+
+
 def plain(value: Any) -> Any:
     """A config dataclass as plain values: dicts, lists, numbers, strings; enums by their value."""
+    if isinstance(value, FromEnvironment):
+        return value.reference
     if dataclasses.is_dataclass(value):
         return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, Enum):
@@ -211,3 +244,24 @@ def compare(there: Any, here: Any, free: Collection[str] = (), key: str = "") ->
             differences += compare(there.get(name), here.get(name), free, path)
         return differences
     return [] if there == here else [f"{key}: {there!r} there, {here!r} here"]
+
+
+def check_ranks_agree(world: World, config: Any) -> None:
+    """Raise `ConfigError` on every rank unless all ranks have the config, and run the code, of rank 0.
+
+    Args:
+        world: this process.
+        config: dataclass of a root script.
+    """
+    if world.size == 1:
+        return
+    mine = {"config": plain(config), "code": code_sha256()}
+    found = world.broadcast(world.gather(compare(world.broadcast(mine), mine)))
+    if different := [rank for rank, differences in enumerate(found) if differences]:
+        differences = found[different[0]]
+        more = f"; and {len(differences) - 5} more" if len(differences) > 5 else ""
+        who = f"rank {different[0]} differs" if len(different) == 1 else f"ranks {different} differ"
+        raise ConfigError(
+            f"ranks must agree in config and code; {who} from rank 0 ({'; '.join(differences[:5])}{more}); "
+            f"start all ranks by the same command, from the same code"
+        )

@@ -20,7 +20,7 @@ import torch
 
 from vca.runtime.distributed import World
 from vca.runtime.errors import ConfigError
-from vca.runtime.files import write_bytes
+from vca.runtime.files import load_tensors, write_bytes
 
 NAME = re.compile(r"step_(\d+)\.pt")
 KEYS = ("step", "model", "ema", "optimizer", "scaler", "consumed", "report")
@@ -83,7 +83,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
                 raise zipfile.BadZipFile(f"wrong checksum of {member}")
             if any(info.external_attr for info in archive.infolist()):  # torch reads a folder as uninitialized memory
                 raise zipfile.BadZipFile("a tensor is marked as a folder")
-        saved = torch.load(path, map_location="cpu", weights_only=True)
+        saved = load_tensors(path)
     except Exception as error:  # the parsers raise anything on unknown bytes, for example UnicodeDecodeError
         disk = isinstance(error, OSError) and error.errno not in (None, errno.EINVAL, *NOT_A_FILE)
         if disk or isinstance(error, MemoryError):

@@ -1,7 +1,6 @@
 """Starting from the weights of a file: what fits is taken, and what was taken, left and new is told."""
 
 import argparse
-import re
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from vca.runtime.errors import ConfigError
+from vca.runtime.files import load_tensors
 
 
 class InitWeights(Enum):
@@ -84,9 +84,10 @@ def read_weights(
         else:
             # The original repositories store their command line; a Namespace holds values and runs nothing.
             with torch.serialization.safe_globals([argparse.Namespace]):
-                content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever the parser of unknown bytes ran into
-        raise ConfigError(f"{key}: '{path}' {why_unreadable(error)}") from error
+                content = load_tensors(path)
+    except Exception as error:  # safetensors' parser of unknown bytes raises anything
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ConfigError(f"{key}: '{path}' is not a readable checkpoint: {reason}") from error
     keys = (*EMA_KEYS, *RAW_KEYS) if which is InitWeights.ema else (*RAW_KEYS, *EMA_KEYS)
     source = ""
     if isinstance(content, dict):
@@ -95,16 +96,6 @@ def read_weights(
     if not isinstance(content, dict) or not any(isinstance(value, Tensor) for value in content.values()):
         raise ConfigError(f"{key}: '{path}' holds no parameters by name")
     return {strip_wrappers(name): value for name, value in content.items() if isinstance(value, Tensor)}, source
-
-
-def why_unreadable(error: Exception) -> str:
-    """What a failed read means, in one line."""
-    if unsupported := re.search(r"Unsupported global: GLOBAL (\S+)", str(error)):
-        return (
-            f"holds a {unsupported[1]}, which is not loaded from a file; keep its weights alone, where you trust it: "
-            f"torch.save(torch.load(FILE, weights_only=False)['model'], NEW)"
-        )
-    return f"is not a readable checkpoint: {(str(error).splitlines() or [type(error).__name__])[0]}"
 
 
 def strip_wrappers(name: str) -> str:
