@@ -2,12 +2,15 @@
 
 import os
 import re
+import signal
+import time
 
 import pytest
 
 import train_cls
-from tests.processes import ROOT, run_script
-from tests.support import DRAWN, SMALL_DIT, TINY, assert_same, metrics, untimed
+from tests.data.test_loader import write_image_folder
+from tests.processes import ROOT, Launch, process_table, run_script
+from tests.support import DRAWN, SMALL_DIT, TINY, assert_same, last_step, metrics, untimed
 from vca.config import compose
 from vca.runtime.errors import NonFiniteError
 from vca.training.checkpoint import load_latest
@@ -58,6 +61,94 @@ def faulty(folder, script, target, body):
     path = folder / f"faulty_{script}"
     path.write_text(FAULTY.format(module=module, name=name, folder=folder, body=lines, script=ROOT / script))
     return path
+
+
+def truncate_image(launch, data):
+    file = data / "train" / "dog" / "1.jpg"
+    file.write_bytes(file.read_bytes()[:-300])
+    return f"stopped: {file} cannot be read (image file is truncated"
+
+
+def delete_image(launch, data):
+    file = data / "train" / "cat" / "2.jpg"
+    file.unlink()
+    return f"stopped: {file} cannot be read ([Errno 2] No such file"
+
+
+def kill_worker(launch, data):
+    os.kill(launch.members(-1)[-1], signal.SIGKILL)
+    return "stopped: a loader worker was killed "
+
+
+def block_checkpoints(launch, data):
+    folder = data.parent / "run" / "checkpoints"
+    folder.rename(data / "moved")
+    folder.write_text("")
+    return f"stopped: [Errno 17] File exists: '{folder}'"
+
+
+def kill_rank(launch, data):
+    os.kill(launch.processes[-1].pid, signal.SIGKILL)
+    return "stopped: another rank has ended or is out of reach ("
+
+
+def stop_rank(launch, data):
+    os.kill(launch.processes[-1].pid, signal.SIGSTOP)
+    return "stopped: another rank did not answer in time ("
+
+
+FAULTS = [
+    (fault, ranks) for fault in (truncate_image, delete_image, kill_worker, block_checkpoints) for ranks in (1, 2)
+]
+FAULTS += [(kill_rank, 2), (stop_rank, 2)]
+
+
+@pytest.mark.parametrize(("fault", "ranks"), FAULTS)
+def test_fault_with_workers_ends_run(tmp_path, fault, ranks):
+    """Within 20 seconds, with one line of the cause; no worker outlives its rank."""
+    data = tmp_path / "data"
+    write_image_folder(data)
+    options = ["data=imagefolder", f"data.root={data}", "data.num_classes=2", "data.check_seconds=0", "data.img_size=8"]
+    options += ["model=deit_mini", "augment=none", "trainer.steps=40000", "trainer.global_batch=4"]
+    options += ["trainer.workers=2", "trainer.checkpoint_every=20", "trainer.log_every=1", "trainer.device=cpu"]
+    options += ["trainer.eval_every=0", "trainer.timeout_minutes=0.1"]
+    launch = Launch("train_cls.py", *options, f"out_dir={tmp_path}", "name=run", ranks=ranks)
+    launch.wait_until(lambda: last_step(tmp_path / "run") >= 25)
+    members = [pid for rank in range(ranks) for pid in launch.members(rank)]
+    line = fault(launch, data)
+    stopped = launch.processes[-1] if fault is stop_rank else None
+    deadline = time.monotonic() + 20
+    while any(process.exitcode is None for process in launch.processes if process is not stopped):
+        assert launch.returncode is None or stopped  # which passes SIGTERM on, as torchrun does
+        assert time.monotonic() < deadline, launch.stderr[-3000:]
+        time.sleep(0.05)
+    if stopped:
+        launch.kill()
+    assert launch.wait(20) != 0
+    assert any(said.startswith(line) for said in launch.stderr.splitlines()), launch.stderr[-3000:]
+    assert "Traceback" not in launch.stderr
+    time.sleep(0.5)
+    assert not [pid for pid in members if any(process.pid == pid for process in process_table())]
+
+
+# A training in a mount namespace of its own, where shared memory holds less than the batches of its workers.
+SMALL_SHM = """
+import ctypes, runpy, subprocess
+assert ctypes.CDLL(None).unshare(0x20000) == 0  # CLONE_NEWNS
+subprocess.run(["mount", "--make-rprivate", "/"], check=True)
+subprocess.run(["mount", "-t", "tmpfs", "-o", "size=200k", "none", "/dev/shm"], check=True)
+runpy.run_path("{script}", run_name="__main__")
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs the right to mount")
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_fault_full_shared_memory_ends_run(tmp_path, ranks):
+    (tmp_path / "small.py").write_text(SMALL_SHM.format(script=ROOT / "train_cls.py"))
+    options = [*TINY, f"out_dir={tmp_path}", "name=run", "trainer.workers=2", "trainer.global_batch=1200"]
+    done = run_script(tmp_path / "small.py", *options, ranks=ranks, timeout=60)
+    assert done.returncode != 0
+    assert "stopped: a loader worker found /dev/shm full; give the container" in done.stderr, done.stderr[-3000:]
 
 
 EVALUATIONS = {

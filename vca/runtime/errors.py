@@ -44,13 +44,24 @@ def known_cause(error: Exception) -> str | None:
 
     A loader worker's error arrives as its traceback, whose last line is its message.
     """
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
+    text = str(error)
+    lines = [line.strip() for line in text.splitlines() if line.strip()] or [""]
     if isinstance(error, ImageError):
         return lines[-1].removeprefix(f"{ImageError.__module__}.{ImageError.__qualname__}: ")
-    text = str(error)
+    if isinstance(error, OSError) and error.filename is not None:
+        return text
+    if not isinstance(error, RuntimeError):
+        return None
+    if text.startswith("rank 0 failed: "):  # World.from_main
+        return lines[0]
+    if re.search("Bus error|shared memory|/torch_", text):
+        return "a loader worker found /dev/shm full; give the container a larger --shm-size, or take fewer workers"
+    if text.startswith("DataLoader worker"):
+        reason = re.search(r"signal: (\w+)", text)
+        how = f"by {reason[1]}" if reason else "from outside"
+        return f"a loader worker was killed {how}, as where memory runs out; rerun the command to resume"
     # torch's DistNetworkError, DistStoreError and so on are RuntimeErrors; gloo and NCCL also raise bare ones.
-    of_ranks = type(error).__name__.startswith("Dist") or re.search("gloo|by peer|NCCL", text)
-    if isinstance(error, RuntimeError) and of_ranks:
+    if type(error).__name__.startswith("Dist") or re.search("gloo|by peer|NCCL", text):
         what = "did not answer in time" if re.search("[Tt]imed out|timeout", text) else "has ended or is out of reach"
         said = re.sub(r"^\[\S+\] ", "", lines[0])[:200]  # without the place in torch's source
         return f"another rank {what} ({said}); its own output has the reason, rerun the command to resume"

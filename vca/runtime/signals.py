@@ -59,6 +59,13 @@ def end_workers() -> None:
 
     At exit Python sends SIGTERM to them and joins them. They ignore SIGTERM, so that would wait for ever.
     """
-    for child in multiprocessing.active_children():
-        if child.daemon:
-            child.kill()
+    workers = [child for child in multiprocessing.active_children() if child.daemon]
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if in_main_thread:  # torch's handler would raise an error for each worker that is killed
+        handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for worker in workers:
+        worker.kill()
+    for worker in workers:
+        worker.join()
+    if in_main_thread:
+        signal.signal(signal.SIGCHLD, handler)
