@@ -280,7 +280,8 @@ class DiT(nn.Module):
         null = torch.full_like(y, self.null_label)
         out = self(torch.cat((x, x)), torch.cat((t, t)), torch.cat((y, null)))
         channels = min(channels or self.config.in_channels, self.config.in_channels)
-        cond, uncond = out.chunk(2)  # 2 x (B, out_channels, height, width)
+        # Not by chunk, under which an export would take no other batch size.
+        cond, uncond = out.unflatten(0, (2, -1)).unbind()  # 2 x (B, out_channels, height, width)
         guided = uncond[:, :channels] + scale * (cond[:, :channels] - uncond[:, :channels])
         return torch.cat((guided, cond[:, channels:]), dim=1)
 

@@ -1,13 +1,18 @@
 """The core against its oracle: golden figures, values and all gradients at odd shapes, options, autocast."""
 
 import functools
+import io
 import json
 import re
+import warnings
 
 import numpy as np
 import pytest
 import torch
 import torch.utils.checkpoint
+from torch._dynamo.testing import CompileCounter
+from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tests.support import GOLDEN
 from vca import VCAConfig, VisualContrastAttention, visual_contrast_attention
@@ -257,6 +262,78 @@ def test_vca_module_compile_export_checkpoint_equal(name):
             torch.testing.assert_close(gradients(run), expected)
     exported = torch.export.export(module.eval(), (x.detach(),)).module()
     torch.testing.assert_close(exported(x.detach()), expected[0])
+
+
+@pytest.mark.process
+def test_vca_module_compile_one_graph_for_all_batch_sizes():
+    """Also for sizes whose eager Stage II is cut into more parts."""
+    module, counter = VisualContrastAttention(32, 2, (16, 16), (8, 8)), CompileCounter()
+    compiled = torch.compile(module, fullgraph=True, dynamic=True, backend=counter)
+    torch._dynamo.reset()
+    for batch in (2, 3, 5, 8, 12):
+        x = torch.randn(batch, 256, 32)
+        torch.testing.assert_close(compiled(x), module(x))
+    assert counter.frame_count == 1
+
+
+@pytest.mark.parametrize("name", ["vca", "stage2 plain", "joint softmax"])
+def test_vca_module_func_transforms_equal_autograd(name):
+    """`grad`, `vmap`, per-sample gradients, `jacrev`, `jvp` and forward-mode differentiation."""
+    torch.manual_seed(0)
+    module = build_attention(CONFIGS[name], 8, 2, (2, 3), (2, 2), num_prefix_tokens=1).double()
+    x, direction = (torch.randn(3, 7, 8, dtype=torch.float64) for _ in range(2))
+    parameters = dict(module.named_parameters())
+
+    def loss(parameters, x):
+        return torch.func.functional_call(module, parameters, (x,)).square().sum()
+
+    def gradients(x):
+        return dict(zip(parameters, torch.autograd.grad(module(x).square().sum(), parameters.values()), strict=True))
+
+    torch.testing.assert_close(torch.func.grad(loss)(parameters, x), gradients(x))
+    torch.testing.assert_close(torch.func.vmap(module)(x[:, None]), module(x)[:, None])
+    per_sample = torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, x[:, None])
+    for index in range(len(x)):
+        torch.testing.assert_close({key: g[index] for key, g in per_sample.items()}, gradients(x[index : index + 1]))
+
+    jacobian = torch.autograd.functional.jacobian(module, x)
+    torch.testing.assert_close(torch.func.jacrev(module)(x), jacobian)
+    along = torch.einsum("abcdef,def->abc", jacobian, direction)
+    torch.testing.assert_close(torch.func.jvp(module, (x,), (direction,))[1], along)
+    with forward_ad.dual_level():
+        torch.testing.assert_close(forward_ad.unpack_dual(module(forward_ad.make_dual(x, direction))).tangent, along)
+
+
+@pytest.mark.parametrize("name", ["vca", "stage2 plain", "joint softmax"])
+def test_vca_module_second_derivatives_equal_differences(name):
+    """By `create_graph=True` and by `torch.func`, along one direction."""
+    torch.manual_seed(0)
+    module = build_attention(CONFIGS[name], 8, 2, (2, 3), (2, 2), num_prefix_tokens=1).double()
+    x, direction = (torch.randn(2, 7, 8, dtype=torch.float64) for _ in range(2))
+
+    def slope(x):
+        return torch.autograd.grad(module(x).square().sum(), x, create_graph=True)[0]
+
+    step = 1e-5 * direction
+    expected = (slope((x + step).requires_grad_()) - slope((x - step).requires_grad_())) / 2e-5
+    x.requires_grad_()
+    with sdpa_kernel(SDPBackend.MATH):
+        twice = torch.autograd.grad(slope(x), x, direction)[0]
+    by_func = torch.func.jvp(torch.func.grad(lambda x: module(x).square().sum()), (x,), (direction,))[1]
+    torch.testing.assert_close(twice, expected, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(by_func, twice)
+
+
+@pytest.mark.parametrize("name", ["vca", "stage2 plain", "joint softmax"])
+def test_vca_module_trace_saved_serves_other_batch_sizes(name):
+    module, file = build_attention(CONFIGS[name], 16, 2, (4, 5), (2, 2)).eval(), io.BytesIO()
+    with warnings.catch_warnings():  # that shapes other than the batch are constants of the trace
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)
+        torch.jit.save(torch.jit.trace(module, torch.randn(3, 20, 16)), file)
+    traced = torch.jit.load(io.BytesIO(file.getvalue()))
+    for batch in (1, 3, 7):
+        x = torch.randn(batch, 20, 16)
+        torch.testing.assert_close(traced(x), module(x))
 
 
 def test_contrast_attention_wrong_options_refused():

@@ -232,6 +232,25 @@ def test_kernels_compile_export_checkpoint_equal_eager(name):
     close([exported.module()(x), *expected[1:]])
 
 
+def test_kernels_second_derivative_refused():
+    module, x = module_of(VCAConfig(), "triton"), torch.randn(1, 21, 64, device=DEVICE, requires_grad=True)
+    (grad,) = torch.autograd.grad(module(x).sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="the kernels of VCA have no second derivative"):
+        torch.autograd.grad(grad.square().sum(), x)
+
+
+def test_kernels_left_out_of_traces_onnx_and_transforms():
+    """Files load without Triton; `torch.func` is refused by name."""
+    module, x = module_of(VCAConfig(), "triton").eval(), torch.randn(2, 21, 64, device=DEVICE)
+    traced = torch.jit.trace(module, x)
+    assert "contrast_attention" not in str(traced.inlined_graph)
+    program = torch.onnx.export(module, (x,), dynamo=True, verbose=False)
+    assert "contrast_attention" not in str(program.model_proto.graph.node)
+    message = r"^attention.backend=triton does not serve torch.func .*; use attention.backend=auto$"
+    with pytest.raises(ValueError, match=message):
+        torch.func.vmap(module)(x[:, None])
+
+
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 def test_kernels_autocast_close_to_eager(dtype):
     """Half precision products, float32 parameters; q, k and v may also come in float32."""

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vca.attention.pooling import PooledAttention, PooledConfig
+from vca.attention.softmax import softmax_attention
 
 CELLS = 7  # a side of the coarse picture, as in the original
 
@@ -80,5 +81,5 @@ class AgentAttention(PooledAttention):
         agents = self.contrast_tokens(q, grid)  # (B, M, n, D)
         bias1 = self.bias1(grid).to(q.dtype) if self.bias1 is not None else None  # (M, n, N)
         bias2 = self.bias2(grid).transpose(1, 2).to(q.dtype) if self.bias2 is not None else None  # (M, N, n)
-        seen = F.scaled_dot_product_attention(agents, k, v, attn_mask=bias1)  # (B, M, n, D)
-        return F.scaled_dot_product_attention(q, agents, seen, attn_mask=bias2)  # (B, M, N, D)
+        seen = softmax_attention(agents, k, v, bias1)  # (B, M, n, D)
+        return softmax_attention(q, agents, seen, bias2)  # (B, M, N, D)

@@ -35,6 +35,7 @@ from vca.attention.base import choose
 from vca.attention.geometry import check_tokens
 from vca.attention.kernels import Backend, use_triton
 from vca.attention.pooling import PooledAttention, PooledConfig, Pooling, pool_queries
+from vca.attention.softmax import needs_plain_ops
 from vca.attention.stages import global_contrast, per_patch_differential
 
 
@@ -161,7 +162,8 @@ def visual_contrast_attention(
     norm1_weight, norm2_weight = norm1_weight.to(full), norm2_weight.to(full)
 
     # Contrast tokens. Nothing is pooled for embeddings alone, and the kernels take the average by themselves.
-    fused = use_triton(choose(Backend, backend, "backend"), q.device, q.dtype, q.shape[3], num_contrast)
+    backend = choose(Backend, backend, "backend")
+    fused = use_triton(backend, q.device, q.dtype, q.shape[3], num_contrast) and not without_kernels(backend)
     averaged_there = fused and choose(Pooling, pooling, "pooling") is Pooling.average and pool_weight is None
     t = None
     if any(content.pooled for content in used) and not averaged_there:
@@ -182,6 +184,22 @@ def visual_contrast_attention(
     norm1_weight, norm2_weight = (1 - lambda_init) * norm1_weight, (1 - lambda_init) * norm2_weight
     v_hat = global_contrast(tokens1, k, v, lambda1, norm1_weight, eps)  # (B, M, n, D)
     return per_patch_differential(q, tokens2, v_hat, lambda2, norm2_weight, joint, eps)  # (B, M, N, D)
+
+
+def without_kernels(backend: Backend) -> bool:
+    """Whether this call takes plain PyTorch on a GPU too: under a transform, or for a file that loads without Triton.
+
+    Raises:
+        ValueError: if it is under a transform, and the backend is `triton`.
+    """
+    transformed = needs_plain_ops()
+    if transformed and backend is Backend.triton:
+        raise ValueError(
+            "attention.backend=triton does not serve torch.func and forward-mode differentiation; "
+            "use attention.backend=auto"
+        )
+    to_onnx = torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()
+    return transformed or to_onnx or torch.jit.is_tracing()
 
 
 class Content(NamedTuple):

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from vca.attention.base import AttentionConfig, ProjectedAttention
 from vca.attention.contrast import Lambda, lambda_init_of_layer
+from vca.attention.softmax import softmax_attention
 from vca.attention.stages import difference
 
 
@@ -55,8 +56,8 @@ class DifferentialAttention(ProjectedAttention):
         """Attend with both halves and take the difference: three `(B, M, N, D)` to one."""
         full = torch.promote_types(q.dtype, torch.float32)
         (q1, q2), (k1, k2) = q.chunk(2, dim=-1), k.chunk(2, dim=-1)  # (B, M, N, D / 2)
-        positive = F.scaled_dot_product_attention(q1, k1, v).to(full)  # (B, M, N, D)
-        negative = F.scaled_dot_product_attention(q2, k2, v).to(full)  # (B, M, N, D)
+        positive = softmax_attention(q1, k1, v).to(full)  # (B, M, N, D)
+        negative = softmax_attention(q2, k2, v).to(full)  # (B, M, N, D)
         out = difference(positive, negative, self.lambda1())  # (B, M, N, D)
         weight = (1 - self.lambda_init) * self.norm1_weight.to(full)
         return F.rms_norm(out, (self.head_dim,), weight, 1e-5).to(q.dtype)

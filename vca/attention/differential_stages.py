@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from vca.attention.contrast import Lambda, lambda_init_of_layer
 from vca.attention.differential import check_halves
 from vca.attention.pooling import PooledAttention, PooledConfig
+from vca.attention.softmax import softmax_attention
 from vca.attention.stages import difference
 
 
@@ -59,8 +60,8 @@ class DifferentialStagesAttention(PooledAttention):
         t = self.contrast_tokens(q, grid)  # (B, M, n, D)
         (t1, t2), (q1, q2), (k1, k2) = (x.chunk(2, dim=-1) for x in (t, q, k))  # (B, M, n or N, D / 2)
 
-        positive = F.scaled_dot_product_attention(t1, k1, v).to(full)  # (B, M, n, D)
-        negative = F.scaled_dot_product_attention(t2, k2, v).to(full)  # (B, M, n, D)
+        positive = softmax_attention(t1, k1, v).to(full)  # (B, M, n, D)
+        negative = softmax_attention(t2, k2, v).to(full)  # (B, M, n, D)
         v_hat = self.norm(difference(positive, negative, self.lambda1()), self.norm1_weight)  # (B, M, n, D)
 
         scale = (self.head_dim // 2) ** -0.5

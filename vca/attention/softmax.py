@@ -9,10 +9,21 @@ Shape letters: B batch, N tokens, C channels, M heads, D = C / M head dim.
 
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vca.attention.base import AttentionConfig, ProjectedAttention
+
+
+def needs_plain_ops() -> bool:
+    """Whether `torch.func` or forward-mode differentiation is active, which take plain operations alone.
+
+    Fused attention has no forward-mode derivative, no second one and no batching rule; nor has a backward of our own.
+    """
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def softmax_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -22,6 +33,9 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = Non
     """
     if bias is not None:
         bias = bias.to(q.dtype)
+    if needs_plain_ops():
+        with sdpa_kernel(SDPBackend.MATH):
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
 
 

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from vca.attention.softmax import needs_plain_ops, softmax_attention
 
 
 def difference(positive: Tensor, negative: Tensor, weight: Tensor | float) -> Tensor:
@@ -36,7 +37,7 @@ def global_contrast(
         v^, `(B, M, n, D)`.
     """
     # One call serves both streams; every backend of SDPA keeps its softmax in float32, and rounds what it returns.
-    seen = F.scaled_dot_product_attention(tokens, k, v).to(norm_weight.dtype)  # (B, M, S n, D)
+    seen = softmax_attention(tokens, k, v).to(norm_weight.dtype)  # (B, M, S n, D)
     if lambda1 is not None:
         v_pos, v_neg = seen.chunk(2, dim=2)
         seen = difference(v_pos, v_neg, lambda1)  # (B, M, n, D)
@@ -47,6 +48,8 @@ def per_patch_differential(
     q: Tensor, tokens: Tensor, v_hat: Tensor, lambda2: Tensor | None, norm_weight: Tensor, joint: bool, eps: float
 ) -> Tensor:
     """Stage II: each token reads the contrast tokens by the difference of two streams.
+
+    Exports, traces and the transforms of `torch.func` take the input whole, in plain operations.
 
     Args:
         q: `(B, M, N, D)`.
@@ -60,7 +63,27 @@ def per_patch_differential(
     Returns:
         `(B, M, N, D)`, in the dtype of `q`.
     """
+    if torch.compiler.is_exporting() or torch.jit.is_tracing() or needs_plain_ops():
+        return plain_per_patch_differential(q, tokens, v_hat, lambda2, norm_weight, joint, eps)
     return PerPatchDifferential.apply(q, tokens, v_hat, lambda2, norm_weight, joint, eps)
+
+
+def plain_per_patch_differential(
+    q: Tensor, tokens: Tensor, v_hat: Tensor, lambda2: Tensor | None, norm_weight: Tensor, joint: bool, eps: float
+) -> Tensor:
+    """`per_patch_differential` in plain operations on the whole input; autograd saves its scores."""
+    scaled, values = tokens * q.shape[-1] ** -0.5, v_hat.to(q.dtype)
+    return read_contrast(q, scaled, values, lambda2, norm_weight, joint, eps).to(q.dtype)
+
+
+def read_contrast(
+    q: Tensor, scaled: Tensor, values: Tensor, lambda2: Tensor | None, norm_weight: Tensor, joint: bool, eps: float
+) -> Tensor:
+    """Stage II of these queries, in the dtype of `norm_weight`; `scaled` are the tokens times `D ** -0.5`."""
+    full = norm_weight.dtype
+    a = probabilities(q, scaled, 1 if lambda2 is None else 2, joint, full)  # (B, M, N, S, n)
+    read = (weights_of(a, lambda2).to(q.dtype) @ values).to(full)  # (B, M, N, D)
+    return F.rms_norm(read, (q.shape[-1],), norm_weight, eps)
 
 
 def probabilities(q: Tensor, tokens: Tensor, streams: int, joint: bool, dtype: torch.dtype) -> Tensor:
@@ -85,12 +108,13 @@ CPU_PART, GPU_PART = 2**18, 2**27
 
 def parts(q: Tensor, scores: int) -> Iterator[tuple[slice, slice]]:
     """Images and tokens in parts, `q[images, :, rows]`; a token of a head has that many `scores`."""
+    if torch.compiler.is_compiling():  # it fuses what the parts are for, and a loop would fix the batch size
+        yield slice(None), slice(None)
+        return
     batch, heads, tokens, _ = q.shape
     size = CPU_PART if q.device.type == "cpu" else GPU_PART
     images = max(1, min(batch, size // (heads * tokens * scores)))
     rows = max(1, min(tokens, size // (heads * scores))) if images == 1 else tokens
-    if torch.compiler.is_compiling():  # which fuses what the parts are for
-        images, rows = batch, tokens
     for image in range(0, batch, images):
         for row in range(0, tokens, rows):
             yield slice(image, image + images), slice(row, row + rows)
@@ -113,18 +137,17 @@ class PerPatchDifferential(torch.autograd.Function):
         """See `per_patch_differential`."""
         ctx.save_for_backward(q, tokens, v_hat, lambda2, norm_weight)
         ctx.joint, ctx.eps = joint, eps
-        streams, full, dim = 1 if lambda2 is None else 2, norm_weight.dtype, q.shape[-1]
-        scaled, values, out = tokens * dim**-0.5, v_hat.to(q.dtype), like_tokens(q)
+        scaled, values, out = tokens * q.shape[-1] ** -0.5, v_hat.to(q.dtype), like_tokens(q)
         for images, rows in parts(q, tokens.shape[2]):
-            a = probabilities(q[images, :, rows], scaled[images], streams, joint, full)  # (B, M, N, S, n)
-            read = (weights_of(a, lambda2).to(q.dtype) @ values[images]).to(full)  # (B, M, N, D)
-            out[images, :, rows] = F.rms_norm(read, (dim,), norm_weight, eps)
+            part = q[images, :, rows], scaled[images], values[images]
+            out[images, :, rows] = read_contrast(*part, lambda2, norm_weight, joint, eps)
         return out
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         """Gradients of the tensors, in the order of the arguments."""
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
+            return differentiable_gradients(ctx, grad_out)
         q, tokens, v_hat, lambda2, norm_weight = ctx.saved_tensors
         streams, half, full, scale = 1 if lambda2 is None else 2, q.dtype, norm_weight.dtype, q.shape[-1] ** -0.5
         scaled, values = tokens * scale, v_hat.to(half)
@@ -160,6 +183,18 @@ class PerPatchDifferential(torch.autograd.Function):
             grad_q[images, :, rows] = grad_scores @ scaled[images]
             grad_tokens[images] += (grad_scores.transpose(2, 3) @ q[images, :, rows]) * scale
         return grad_q, grad_tokens.to(half), grad_v_hat, grad_lambda2, grad_norm_weight, None, None
+
+
+def differentiable_gradients(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+    """What `PerPatchDifferential.backward` returns, by autograd, so that it can be differentiated again."""
+    # Views, since the tokens were made from q: the gradient of q itself would contain that of the tokens.
+    tensors: list[Any] = [None if x is None else x.view_as(x) for x in ctx.saved_tensors]
+    q, tokens, v_hat, lambda2, norm_weight = tensors
+    needed = ctx.needs_input_grad[: len(tensors)]
+    out = plain_per_patch_differential(q, tokens, v_hat, lambda2, norm_weight, ctx.joint, ctx.eps)
+    inputs = [x for x, wanted in zip(tensors, needed, strict=True) if wanted]
+    grads = iter(torch.autograd.grad(out, inputs, grad_out, create_graph=True))
+    return (*(next(grads) if wanted else None for wanted in needed), None, None)
 
 
 def like_tokens(q: Tensor) -> Tensor:

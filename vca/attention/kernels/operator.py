@@ -166,7 +166,15 @@ def differentiate(ctx: Any, grad: Tensor | None, *rest: None) -> tuple[Tensor | 
     return (*(None if x is None else g for g, x in zip(grads, tensors[3:], strict=True)), *no_gradients)
 
 
+def differentiate_twice(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    """Refuse: there is no kernel for it."""
+    raise RuntimeError(
+        "the kernels of VCA have no second derivative; use attention.backend=eager under sdpa_kernel(SDPBackend.MATH)"
+    )
+
+
 contrast_attention.register_autograd(differentiate, setup_context=setup_context)
+contrast_attention_backward.register_autograd(differentiate_twice)
 
 
 def fused_attention(
