@@ -290,10 +290,10 @@ def test_signal_seconds_bounds_time_to_save(tmp_path, save_seconds, saves):
 
 @pytest.mark.parametrize("name", ["SIGKILL", pytest.param("SIGSTOP", marks=pytest.mark.slow)])
 def test_resume_after_lost_rank_is_exact(tmp_path, name):
-    """A rank that dies, or stands still, holds the others up for `trainer.timeout_minutes` at most; torchrun starts all
-    of them again, and the end equals the unbroken run."""
+    """A rank that dies ends the others within seconds, one that hangs after `trainer.timeout_minutes`; torchrun starts
+    all of them again, and the end equals the unbroken run."""
     limit = 12.0  # seconds
-    options = [*TINY, f"out_dir={tmp_path}", "trainer.steps=100", "trainer.checkpoint_every=20"]
+    options = [*TINY, f"out_dir={tmp_path}", "trainer.steps=100", "trainer.checkpoint_every=20", "trainer.workers=2"]
     options += [f"trainer.timeout_minutes={limit / 60}", "data.check_seconds=1"]
     whole = run_script("train_cls.py", *options, "name=whole", ranks=3)
     assert whole.returncode == 0, whole.stderr[-3000:]
@@ -305,7 +305,8 @@ def test_resume_after_lost_rank_is_exact(tmp_path, name):
         os.kill(pid, getattr(signal, name))
     lost = time.monotonic()
     while any(Path(f"/proc/{pid}").exists() for pid in others):
-        assert time.monotonic() < lost + limit + 45  # torchrun gives the one that stands still half a minute
+        # torchrun gives the one that hangs half a minute
+        assert time.monotonic() < lost + (15 if name == "SIGKILL" else limit + 45)
         time.sleep(0.05)
     said = process.communicate(timeout=120)[0]
     assert process.returncode == 0, said[-3000:]
