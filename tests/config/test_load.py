@@ -150,7 +150,7 @@ WRONG = {
     "hydra.run.dir=somewhere": r"hydra.run.dir has no effect; set out_dir and name instead",
     "++hydra.sweep.subdir=x": r"hydra.sweep.subdir has no effect; set out_dir and name instead",
     "--config-dir=/nowhere": r"--config-dir must be a folder, got '/nowhere'",
-    "out_dir=/proc/nowhere": r"out_dir: /proc/nowhere/.* cannot be made: No such file or directory",
+    "out_dir=/proc/nowhere": r"out_dir: /proc/nowhere/.* cannot be written .*No such file or directory",
 }
 
 

@@ -218,7 +218,7 @@ def test_sweep_table_mean_over_seeds_and_excluded_runs(tmp_path):
         f"{twice}: the same config and seed as {runs[1]}, left out",
         f"{short}: not finished (step 2)",
         f"{unevaluated}: not finished (step 4)",
-        f"{foreign}: is no run of this project or is damaged (TypeError)",
+        f"{foreign}: is no run of this project or is damaged (ConfigError)",
         f"{tmp_path / 'none'}: not begun",
     ]
     other = finished_run(tmp_path / "other", num_classes=7, top1=30.0)

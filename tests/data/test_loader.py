@@ -13,7 +13,7 @@ from vca.data.augment import AugmentConfig, BatchMixer, eval_transform, train_tr
 from vca.data.loader import Address, AddressedImages, MicroBatches, TrainOrder, eval_loader, train_loader
 from vca.evaluation.images import DatasetImages
 from vca.runtime.distributed import World
-from vca.runtime.errors import ConfigError
+from vca.runtime.errors import ConfigError, ImageError
 from vca.runtime.seeding import derive_seed, seed_everything
 
 CPU = torch.device("cpu")
@@ -211,8 +211,8 @@ def test_load_imagefolder_16_bit_rgb_refused_when_read(tmp_path, workers):
     _, images = digits("data=imagefolder", f"data.root={tmp_path}", "data.num_classes=2")
     assert images[0][0].mode == "RGB"
     number = next(index for index, (path, _) in enumerate(images.samples) if path.endswith("deep.png"))
-    rule = r"cat/deep.png: has 16 bits a channel, and half of them would be lost; convert it to 8 bits"
-    with pytest.raises(ConfigError, match=rule):
+    problem = "has 16 bits a channel, and half of them would be lost; convert it to 8 bits"
+    with pytest.raises(ImageError, match=rf"cat/deep.png cannot be read \({problem}\)"):
         list(eval_loader(images, lambda image: torch.zeros(1), world(), 4, workers))
-    with pytest.raises(ConfigError, match=rf"^\S+{rule}$"):
+    with pytest.raises(ConfigError, match=rf"^\S+cat/deep.png: {problem}$"):
         DatasetImages(images, 8, 3, "photos", "reference").read([number])

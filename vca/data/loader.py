@@ -119,7 +119,7 @@ def read_image(images: Any, index: int) -> tuple[Any, int]:
     except Exception as error:  # PIL's parsers of unknown bytes raise anything
         files = getattr(images, "samples", None)
         file = files[index][0] if files else f"image {index} of the data set"
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = " ".join(str(error).removeprefix(f"{file}: ").split()) or type(error).__name__
         raise ImageError(f"{file} cannot be read ({reason}); restore it, then rerun the command to resume") from error
 
 
