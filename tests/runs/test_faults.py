@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import subprocess
 import time
 
 import pytest
@@ -288,10 +289,9 @@ return original(*arguments, **options)"""
     assert untimed(tmp_path / "run") == untimed(folder)
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_read_only_out_dir_refused(tmp_path):
-    tmp_path.chmod(0o500)
-    done = run_script("train_cls.py", *TINY, f"out_dir={tmp_path}", "name=run")
+def test_read_only_out_dir_refused(small_disk):
+    subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
+    done = run_script("train_cls.py", *TINY, f"out_dir={small_disk}", "name=run")
     assert done.returncode == 2
-    assert done.stderr.startswith(f"config error: out_dir: {tmp_path}/run cannot be written ([Errno 13] Permission")
+    assert done.stderr.startswith(f"config error: out_dir: {small_disk}/run cannot be written ([Errno 30] Read-only")
     assert done.stderr.count("\n") == 1
