@@ -16,20 +16,19 @@ from typing import Any
 
 from models import GENERATORS, build_model, rebuild
 from vca.attention import ATTENTIONS
-from vca.config import EvalFidConfig, check_protocol, command_line, drawn_set, read_generator, register_schemas
-from vca.evaluation.evaluate import check_comparable, read_features
+from vca.cli import command_line
+from vca.config import EvalFidConfig, check_protocol, drawn_set, read_generator, register_schemas
+from vca.evaluation.compare import check_comparable, compare_sets, labelled, read_features
 from vca.evaluation.extractor import EXTRACTORS, load_extractor
-from vca.evaluation.features import FeatureSet
-from vca.evaluation.images import Images
-from vca.evaluation.metrics import compare_sets, labelled
-from vca.evaluation.picture import draw_extremes
+from vca.evaluation.images import ImageSet
 from vca.evaluation.record import check_writable, make_record, record_path, write_record
-from vca.evaluation.sources import made_by, manifest_of, open_source
+from vca.evaluation.sources import check_unchanged, made_by, manifest_of, open_source
 from vca.generation.autoencoder import AUTOENCODERS
-from vca.generation.generator import DrawnSet, spread
 from vca.generation.objective import OBJECTIVES
+from vca.generation.pipeline import GeneratedImages, nfe_stats
+from vca.report.nearest_neighbours import plot_nearest_neighbours
 from vca.runtime import distributed
-from vca.runtime.errors import ConfigError, check
+from vca.runtime.errors import check
 from vca.runtime.rundir import check_ranks_agree
 from vca.training.restore import load_generator
 
@@ -61,7 +60,7 @@ def run(config: EvalFidConfig) -> dict[str, Any]:
         samples, made = open_samples(config, world)
         extractor = load_extractor(config.extractor, world, rebuild)
         warnings = check_comparable(samples, reference, extractor, config.allow_few)
-        at_hand = all(isinstance(source, (Images, DrawnSet)) for source in (samples, reference))
+        at_hand = all(isinstance(source, (ImageSet, GeneratedImages)) for source in (samples, reference))
         check(at_hand or not config.picture, "picture", "false where statistics stand for images", config.picture)
         folder, prefix = place_of_record(config)
         world.from_main(lambda: check_writable(folder / "record"))
@@ -71,12 +70,12 @@ def run(config: EvalFidConfig) -> dict[str, Any]:
 
         found = read_features(samples, extractor, world, config.batch_size, config.features)
         there = read_features(reference, extractor, world, config.batch_size, config.features)
-        if isinstance(samples, DrawnSet) and made is not None:
-            counts = [count for part in world.gather(samples.evaluations) for count in part]
-            made["evaluations"] = spread(counts) if world.is_main else None
+        if isinstance(samples, GeneratedImages) and made is not None:
+            counts = [count for part in world.gather(samples.nfe) for count in part]
+            made["nfe"] = nfe_stats(counts) if world.is_main else None
 
         def conclude() -> dict[str, Any]:
-            check_unchanged(config, found)
+            check_unchanged(config.samples, found)
             print("computing the figures", flush=True)
             metrics, settings = compare_sets(found, there, world.device, config.precision_recall_dtype)
             said = [*warnings, *([UNKNOWN] if made is None else [])]
@@ -87,7 +86,7 @@ def run(config: EvalFidConfig) -> dict[str, Any]:
                 print(f"{name:<40}{value}")
             print("\n".join([*(f"note: {line}" for line in said), f"record: {path}"]), flush=True)
             if config.picture:
-                draw_extremes(samples, reference, found, there, path.with_suffix(".png"))
+                plot_nearest_neighbours(samples, reference, found, there, path.with_suffix(".png"))
             return record
 
         return world.from_main(conclude)
@@ -120,14 +119,6 @@ def place_of_record(config: EvalFidConfig) -> tuple[Path, str]:
         return Path(), ""
     path = Path(place).expanduser().resolve()
     return (path, "") if (path / "manifest.json").is_file() else (path.parent, f"{path.stem}-")
-
-
-def check_unchanged(config: EvalFidConfig, found: FeatureSet) -> None:
-    """Raise `ConfigError` if the images are not those that `sample.py` wrote there."""
-    manifest = manifest_of(config.samples) if config.samples is not None else None
-    if manifest is not None and manifest["result"]["sha256"] != found.sha256:
-        changed = f"samples: {config.samples} holds other images than sample.py wrote"
-        raise ConfigError(f"{changed}; run its sample.py command again, which names a changed one")
 
 
 if __name__ == "__main__":

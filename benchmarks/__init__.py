@@ -1,1 +1,1 @@
-"""Timings that can be repeated; `scripts/benchmark.py` runs them, README.md says what they have shown."""
+"""Timings that can be repeated; `python -m benchmarks` runs them, README.md says what they have shown."""

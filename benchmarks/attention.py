@@ -24,7 +24,7 @@ class Shape(NamedTuple):
 
     grid: tuple[int, int]
     prefix: int
-    pool: tuple[int, int]
+    contrast_grid: tuple[int, int]
 
     @property
     def tokens(self) -> int:
@@ -105,7 +105,11 @@ def at_shape(shape: Shape, level: str, device: torch.device, budget: Budget) -> 
     }
     rows = []
     for name, function in usable.items():
-        row: dict[str, Any] = {"level": level, "tokens": shape.tokens, "contrast_tokens": shape.pool[0] * shape.pool[1]}
+        row: dict[str, Any] = {
+            "level": level,
+            "tokens": shape.tokens,
+            "contrast_tokens": shape.contrast_grid[0] * shape.contrast_grid[1],
+        }
         row |= {"name": name, "baseline": baseline, "batch": batch}
         module = function if isinstance(function, nn.Module) else None
         row["kept_bytes"] = kept_bytes(partial(forward, function), module)
@@ -153,7 +157,9 @@ def layers(shape: Shape, device: torch.device) -> dict[str, Callable[[Tensor], T
 
     def built(name: str, **options: Any) -> nn.Module:
         config = ATTENTIONS[name][0](**options)
-        return build_attention(config, WIDTH, HEADS, shape.grid, shape.pool, num_prefix_tokens=shape.prefix).to(device)
+        return build_attention(
+            config, WIDTH, HEADS, shape.grid, shape.contrast_grid, num_prefix_tokens=shape.prefix
+        ).to(device)
 
     found: dict[str, Callable[[Tensor], Tensor]] = {
         "timm Attention": Attention(WIDTH, HEADS, qkv_bias=True).to(device),
@@ -172,7 +178,7 @@ def cores(shape: Shape, device: torch.device) -> dict[str, Callable[[Tensor], Te
     """From a packed projection to what the output projection reads: every SDPA backend, and VCA."""
     from vca import visual_contrast_attention
 
-    num_contrast, dim = shape.pool[0] * shape.pool[1], WIDTH // HEADS
+    num_contrast, dim = shape.contrast_grid[0] * shape.contrast_grid[1], WIDTH // HEADS
 
     def parameter(*size: int) -> nn.Parameter:
         return nn.Parameter(torch.randn(size, device=device))
@@ -191,7 +197,7 @@ def cores(shape: Shape, device: torch.device) -> dict[str, Callable[[Tensor], Te
     def vca(backend: str, packed: Tensor) -> Tensor:
         q, k, v = heads(packed)
         given = (e_pos, e_neg, lambda1, lambda2, 0.2, norm1, norm2)
-        out = visual_contrast_attention(q, k, v, *given, shape.grid, shape.pool, shape.prefix, backend=backend)
+        out = visual_contrast_attention(q, k, v, *given, shape.grid, shape.contrast_grid, shape.prefix, backend=backend)
         return out.transpose(1, 2).flatten(2)
 
     found: dict[str, Callable[[Tensor], Tensor]] = {}

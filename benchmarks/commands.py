@@ -20,7 +20,7 @@ from benchmarks.timing import Budget, compare
 
 def benchmark_table1(root: Path, threads: int) -> list[dict]:
     """Each row of Table 1 by its own experiment file: 20 updates of 16 images, killed after the 12th and resumed."""
-    from vca.config.load import CONFIGS
+    from vca.config.composition import CONFIGS
 
     classes = sum(entry.is_dir() for entry in (root / "train").iterdir())
     rows = []
@@ -39,7 +39,7 @@ def benchmark_table1(root: Path, threads: int) -> list[dict]:
 
 def train_row(row: str, root: Path, classes: int, folder: Path, threads: int) -> dict[str, Any]:
     """Train one row in a process of its own, twice: to a `kill -9`, and from the last checkpoint to the end."""
-    options = ["trainer.steps=20", "trainer.global_batch=16", "trainer.log_every=1", "trainer.checkpoint_every=5"]
+    options = ["trainer.steps=20", "trainer.global_batch_size=16", "trainer.log_every=1", "trainer.checkpoint_every=5"]
     options += [
         f"data.root={root}",
         f"data.num_classes={classes}",
@@ -47,7 +47,7 @@ def train_row(row: str, root: Path, classes: int, folder: Path, threads: int) ->
         "name=row",
         "trainer.workers=0",
     ]
-    options += ["trainer.eval_every=0", "trainer.eval_batch=50", "trainer.device=cpu", "augment.repeats=1"]
+    options += ["trainer.eval_every=0", "trainer.eval_batch_size=50", "trainer.device=cpu", "augment.aug_repeats=1"]
     command = [sys.executable, "train_cls.py", f"experiment=table1/{row}", *options]
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
 

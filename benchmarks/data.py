@@ -24,7 +24,7 @@ def benchmark_data(root: Path, budget: Budget) -> list[dict]:
 
     classes = sum(entry.is_dir() for entry in (root / "train").iterdir())
     options = ["data=imagefolder", f"data.root={root}", f"data.num_classes={classes}", "recipe=deit_original"]
-    config = compose("train_cls", [*options, "augment.repeats=1"])
+    config = compose("train_cls", [*options, "augment.aug_repeats=1"])
     data, augment, batch, batches = config.data, config.augment, 16, 4
 
     images = load_dataset(data, train=True)
@@ -46,9 +46,9 @@ def benchmark_data(root: Path, budget: Budget) -> list[dict]:
         interpolation=augment.interpolation,
         mean=tuple(data.mean),
         std=tuple(data.std),
-        re_prob=augment.erase_prob,
-        re_mode=augment.erase_mode,
-        re_count=augment.erase_count,
+        re_prob=augment.re_prob,
+        re_mode=augment.re_mode,
+        re_count=augment.re_count,
         num_workers=0,
         pin_memory=False,
         persistent_workers=False,

@@ -35,7 +35,7 @@ def loop_row(device: torch.device, budget: Budget, name: str, model_config: Any,
     from vca.data.augment import AugmentConfig, BatchMixer
     from vca.data.loader import Batch
     from vca.runtime.distributed import World
-    from vca.runtime.logging import WandbConfig
+    from vca.runtime.metrics_log import WandbConfig
     from vca.runtime.rundir import RunDirectory
     from vca.training.classification import ClassificationLoss
     from vca.training.config import TrainerConfig
@@ -43,7 +43,7 @@ def loop_row(device: torch.device, budget: Budget, name: str, model_config: Any,
     from vca.training.run import TrainingRun
     from vca.training.step import TrainState
 
-    trainer = TrainerConfig(steps=1_000_000, global_batch=batch, ema_decay=0.99, log_every=20)
+    trainer = TrainerConfig(steps=1_000_000, global_batch_size=batch, ema_decay=0.99, log_every=20)
     optim = OptimConfig(lr=1e-3, clip_grad=1.0)
     state = TrainState(build_model(model_config, VCAConfig()), trainer, optim, World(0, 0, 1, device), 100)
     bare = copy.deepcopy(state.model)
@@ -65,11 +65,11 @@ def loop_row(device: torch.device, budget: Budget, name: str, model_config: Any,
 
         def trainer_loop() -> None:
             for cpu_batch in batches:
-                update = state.update([cpu_batch.to(device)], loss_of, 0)
+                update = state.train_step([cpu_batch.to(device)], loss_of, 0)
                 training.record(update, [cpu_batch])
 
         with training.open("benchmark", {}, WandbConfig()):
-            training.reporter.say = lambda line: None  # type: ignore[method-assign]
+            training.reporter.log = lambda line: None  # type: ignore[method-assign]
             times = compare(trainer_loop, bare_loop, budget, device)
     overhead, low, high = (100 * (times[key] - 1) for key in ("ratio", "low", "high"))
     print(

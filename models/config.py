@@ -69,7 +69,7 @@ class PyramidConfig(BackboneConfig):
         depths, num_heads: blocks and heads of each stage.
         attention_stages: the stages, from 1, in which a variant such as VCA takes the place of the backbone's own
             attention and sees the whole grid. The softmax baseline keeps the backbone's own everywhere.
-        contrast_grids: `[h, w]` of the contrast tokens of each stage, unless `attention.pool` names another.
+        contrast_grid: `[h, w]` of the contrast tokens of each stage, unless `attention.contrast_grid` names another.
     """
 
     patch_size: int = 4
@@ -77,10 +77,10 @@ class PyramidConfig(BackboneConfig):
     num_heads: list[int] = field(default_factory=lambda: [1, 2, 4, 8])
     qkv_bias: bool = True
     attention_stages: list[int] = field(default_factory=lambda: [1, 2, 3, 4])
-    contrast_grids: list[list[int]] = field(default_factory=lambda: [[3, 3], [4, 4], [7, 7], [7, 7]])
+    contrast_grid: list[list[int]] = field(default_factory=lambda: [[3, 3], [4, 4], [7, 7], [7, 7]])
 
     # Keys whose lists have one entry a stage.
-    per_stage: ClassVar[tuple[str, ...]] = ("num_heads", "contrast_grids")
+    per_stage: ClassVar[tuple[str, ...]] = ("num_heads", "contrast_grid")
 
     def __post_init__(self) -> None:
         self.check_positive("patch_size", "depths", "num_heads")
@@ -91,9 +91,9 @@ class PyramidConfig(BackboneConfig):
                 raise ValueError(f"model.{key} must have {stages} entries, one a stage, got {list(getattr(self, key))}")
         if not set(self.attention_stages) <= set(range(1, stages + 1)):
             raise ValueError(f"model.attention_stages must name stages from 1 to {stages}, got {self.attention_stages}")
-        for pair in self.contrast_grids:
+        for pair in self.contrast_grid:
             if not is_pair(pair):
-                raise ValueError(f"model.contrast_grids must be pairs of integers >= 1, got {pair}")
+                raise ValueError(f"model.contrast_grid must be pairs of integers >= 1, got {pair}")
         for stage, heads in enumerate(self.num_heads):
             if self.dim(stage) % heads:
                 raise ValueError(f"model.num_heads must divide the widths of the stages: {heads} and {self.dim(stage)}")

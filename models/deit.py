@@ -25,7 +25,7 @@ class DeiTConfig(BackboneConfig):
     """Size of a DeiT; names as in timm.
 
     Attributes:
-        contrast_grid: `[h, w]` of the contrast tokens, unless `attention.pool` names another.
+        contrast_grid: `[h, w]` of the contrast tokens, unless `attention.contrast_grid` names another.
     """
 
     family: str = "deit"
@@ -80,7 +80,7 @@ class DeiT(Backbone):
                 dim,
                 config.num_heads,
                 self.grid,
-                pool=(config.contrast_grid[0], config.contrast_grid[1]),
+                contrast_grid=(config.contrast_grid[0], config.contrast_grid[1]),
                 num_prefix_tokens=self.num_prefix_tokens,
                 layer_index=index,
                 qkv_bias=config.qkv_bias,

@@ -40,7 +40,7 @@ class DiTConfig:
         input_size: side of the latent or image, or `[height, width]`.
         class_dropout_prob: how often training replaces a label by the null label, `num_classes`.
         learn_sigma: twice as many output channels as input channels.
-        contrast_grid: `[h, w]` of the contrast tokens, unless `attention.pool` names another; null is half the token
+        contrast_grid: `[h, w]` of the contrast tokens, unless `attention.contrast_grid` names another; null is half the token
             grid in each direction, 8 at most: the paper's at 256 and at 512 px.
     """
 
@@ -188,7 +188,7 @@ class DiT(nn.Module):
         self.config = config
         dim, grid = config.hidden_size, config.grid
         self.grad_checkpointing = False
-        pool = config.contrast_grid or [min(max(1, side // 2), LARGEST_CONTRAST) for side in grid]
+        contrast_grid = config.contrast_grid or [min(max(1, side // 2), LARGEST_CONTRAST) for side in grid]
         self.x_embedder = PatchEmbedder(config.patch_size, config.in_channels, dim)
         self.t_embedder = TimestepEmbedder(dim)
         self.y_embedder = LabelEmbedder(config.num_classes, dim, null=config.class_dropout_prob > 0)
@@ -197,7 +197,9 @@ class DiT(nn.Module):
         self.blocks = nn.ModuleList(
             DiTBlock(
                 dim,
-                build_attention(attention, dim, config.num_heads, grid, (pool[0], pool[1]), layer_index=index),
+                build_attention(
+                    attention, dim, config.num_heads, grid, (contrast_grid[0], contrast_grid[1]), layer_index=index
+                ),
                 config.mlp_ratio,
             )
             for index in range(config.depth)
@@ -263,7 +265,7 @@ class DiT(nn.Module):
             return self.pos_embed
         return sincos_positions(self.config.hidden_size, grid).to(self.pos_embed)
 
-    def forward_with_guidance(self, x: Tensor, t: Tensor, y: Tensor, scale: float, channels: int | None = 3) -> Tensor:
+    def forward_with_cfg(self, x: Tensor, t: Tensor, y: Tensor, scale: float, channels: int | None = 3) -> Tensor:
         """Classifier-free guidance: `uncond + scale (cond - uncond)` in the first `channels`, `cond` in the others.
 
         Both are computed in one batch of 2 B. The original guides the first 3 channels of 4 "for exact reproducibility"

@@ -112,7 +112,7 @@ class Backbone(nn.Module):
 
     @property
     def global_pool(self) -> str:
-        """What `pool` does, by timm's name: `token` or `avg`."""
+        """What `contrast_grid` does, by timm's name: `token` or `avg`."""
         return "token" if self.num_prefix_tokens else "avg"
 
     def check_global_pool(self, global_pool: str | None) -> None:
@@ -134,13 +134,13 @@ class Backbone(nn.Module):
         """Images `(B, in_chans, height, width)` to normalised tokens `(B, N, C)`."""
         raise NotImplementedError
 
-    def pool(self, x: Tensor) -> Tensor:
+    def pool_tokens(self, x: Tensor) -> Tensor:
         """Tokens `(B, N, C)` to features `(B, C)`: the class token if there is one, or the mean."""
         return x[:, 0] if self.num_prefix_tokens else x.mean(dim=1)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Tokens `(B, N, C)` to logits `(B, K)`, or to the features `(B, C)` before them."""
-        x = self.pool(x)
+        x = self.pool_tokens(x)
         return x if pre_logits else self.head(x)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -79,7 +79,7 @@ class Pyramid(Backbone):
                 config.dim(stage),
                 config.num_heads[stage],
                 config.grid(stage),
-                (config.contrast_grids[stage][0], config.contrast_grids[stage][1]),
+                (config.contrast_grid[stage][0], config.contrast_grid[stage][1]),
                 num_prefix_tokens=num_prefix_tokens if stage == last else 0,
                 layer_index=sum(config.depths[:stage]) + block,
                 qkv_bias=config.qkv_bias,

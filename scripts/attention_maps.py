@@ -14,6 +14,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from vca.cli import exit_on_user_error
+
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
@@ -21,14 +23,14 @@ from torch import Tensor
 
 from models import rebuild
 from vca.attention.maps import listening, maps_of
-from vca.config import from_plain, mistakes_in_one_line
+from vca.config import from_plain
 from vca.data import load_dataset
 from vca.data.augment import eval_transform
 from vca.data.config import DataConfig
 from vca.runtime.distributed import World
 from vca.runtime.errors import ConfigError, config_errors
-from vca.runtime.rundir import compare, read_config
-from vca.training.init import InitWeights
+from vca.runtime.rundir import diff_configs, read_config
+from vca.training.pretrained import InitWeights
 from vca.training.restore import load_run
 
 Maps = list[dict[str, Tensor]]  # of each layer, by title
@@ -90,7 +92,7 @@ def maps_of_run(run: Path, images: Tensor, patch: tuple[int, int] | None) -> Map
 def maps_of_baseline(baseline: Path, run: Path, layers: Maps, images: Tensor, patch: tuple[int, int] | None) -> Maps:
     """Maps of MHSA to stand beside those of `run`, its layers: of the same images on the same grids."""
     data, other = ({**read_classifier_config(folder)["data"], **ANYWHERE} for folder in (run, baseline))
-    if differences := compare(other, data, key="data"):
+    if differences := diff_configs(other, data, key="data"):
         raise ConfigError(f"--baseline: {baseline} has other data than {run} ({'; '.join(differences)})")
     beside = maps_of_run(baseline, images, patch)
     for folder, maps, title in ((baseline, beside, "MHSA"), (run, layers, "VCA")):
@@ -157,7 +159,7 @@ def main() -> None:
     parser.add_argument("--root", help="data.root, if the data has moved")
     parser.add_argument("--out", type=Path, default=Path("attention_maps"), help="folder of the pictures")
     options = parser.parse_args()
-    with mistakes_in_one_line():
+    with exit_on_user_error():
         images = read_images(read_classifier_config(options.run), options.root, options.images)
         patch = tuple(options.patch) if options.patch else None
         layers = maps_of_run(options.run, images, patch)

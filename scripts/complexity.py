@@ -24,9 +24,9 @@ from models import CLASSIFIERS, build_model
 from models.config import BackboneConfig
 from models.timm_registry import load_sizes
 from vca.config import compose
-from vca.config.load import CONFIGS
-from vca.config.sweep import ablations, rows_of_ablation
+from vca.config.composition import CONFIGS
 from vca.evaluation.complexity import Complexity, count
+from vca.sweep.plan import ablations, rows_of_ablation
 
 # The models for small images as the experiments have them that RESULTS.md reports; the others on ImageNet.
 EXPERIMENTS = {"deit_mini": "cifar10", "dit_mini": "cifar10_dit"}

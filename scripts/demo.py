@@ -30,20 +30,20 @@ from vca.data import load_dataset
 from vca.data.config import DataConfig
 from vca.evaluation.extractor import ClassifierConfig, Extractor, load_extractor
 from vca.evaluation.features import measure
-from vca.evaluation.frechet import frechet_distance
-from vca.evaluation.images import DatasetImages, Images, NpzImages, PngFolder
-from vca.generation.sample_set import SampleSet
+from vca.evaluation.images import DatasetImages, ImageSet, NpzImages, PngFolder
+from vca.generation.sample_folder import SampleFolder
+from vca.metrics.fid import frechet_distance
 from vca.runtime.distributed import World
 from vca.runtime.rundir import RunDirectory
-from vca.training.curves import draw_curves
-from vca.training.init import InitWeights
+from vca.training.curves import plot_curves
+from vca.training.pretrained import InitWeights
 
 QUIET = ["trainer.eval_every=0", "trainer.log_every=220"]
 CLASSIFICATION = {name: [f"attention={name}", *QUIET] for name in ("vca", "softmax")}
 NETWORK = ["model.patch_size=2", "model.hidden_size=144", "optim=small", "optim.lr=2e-3", *QUIET]
 GENERATION = {
     "dit": [*NETWORK, "objective=diffusion", "sampler=ddim", "sampler.steps=20"],
-    "sit": [*NETWORK, "objective=interpolant", "sampler=ode", "sampler.steps=20"],
+    "sit": [*NETWORK, "objective=interpolant", "sampler=ode_heun", "sampler.steps=20"],
 }
 GUIDANCE = (1.0, 1.5)
 ONE = World(0, 0, 1, torch.device("cpu"))
@@ -61,12 +61,12 @@ def main() -> None:
     print("VCA on handwritten digits: two classifiers, two generators. Six to eight minutes on two CPU cores.")
     trainings = {"train_cls.py": CLASSIFICATION, "train_gen.py": GENERATION}
     for script, runs in trainings.items():
-        together(
+        compute_batch_size(
             {name: [script, f"name={name}", f"out_dir={out}", *own, *options.overrides] for name, own in runs.items()}
         )
     for guidance in GUIDANCE:
-        drawn = [f"count={options.samples}", "labels=balanced", "grid=true", f"sampler.guidance={guidance}"]
-        together(
+        drawn = [f"count={options.samples}", "labels=balanced", "grid=true", f"sampler.cfg_scale={guidance}"]
+        compute_batch_size(
             {
                 name: ["sample.py", f"run={out / name}", f"out={samples_of(out, name, guidance)}", *own[-2:], *drawn]
                 for name, own in GENERATION.items()
@@ -74,7 +74,7 @@ def main() -> None:
         )
 
     records = {name: RunDirectory(out / name).records() for name in CLASSIFICATION}
-    draw_curves(records, out / "curves.png")
+    plot_curves(records, out / "curves.png")
     print(f"\n{'classifier':<12}top-1 on the held-out digits")
     for name, lines in records.items():
         last = next(line for line in reversed(lines) if "val/top1" in line)
@@ -104,7 +104,7 @@ def describe(guidance: float) -> str:
     return "no guidance" if guidance == 1 else f"guidance {guidance}"
 
 
-def together(commands: dict[str, list[str]]) -> None:
+def compute_batch_size(commands: dict[str, list[str]]) -> None:
     """Run scripts at the same time, each on its share of the cores, and show what they print under their names."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     threads = str(max(1, cores // len(commands)))
@@ -142,7 +142,7 @@ def distances(extractor: Extractor, out: Path, count: int) -> dict[str, float]:
     np.savez(noise, arr_0=np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8))
     of_class = [[n for n, label in enumerate(training.labels) if label == k] for k in range(config.num_classes)]
     chosen = Subset(training, [n for numbers in of_class for n in numbers[: count // config.num_classes]])
-    sets: dict[str, Images] = {"training digits": DatasetImages(chosen, config.img_size, config.in_chans, "", "")}
+    sets: dict[str, ImageSet] = {"training digits": DatasetImages(chosen, config.img_size, config.in_chans, "", "")}
     for guidance in GUIDANCE:
         for name in GENERATION:
             folder = samples_of(out, name, guidance) / "images"
@@ -157,7 +157,7 @@ def distances(extractor: Extractor, out: Path, count: int) -> dict[str, float]:
 
 def read_classes(extractor: Extractor, samples: Path) -> float:
     """Percentage of the samples in a folder that a classifier takes for the class that was asked for."""
-    drawn = SampleSet(samples)
+    drawn = SampleFolder(samples)
     read = list(drawn.read_all(len(drawn.there())))
     logits = extractor(torch.from_numpy(np.stack([sample.pixels for sample in read])).permute(0, 3, 1, 2)).logits
     assert logits is not None

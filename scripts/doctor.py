@@ -1,6 +1,6 @@
 """Check a data set before training on it, or a cluster.
 
-    python scripts/doctor.py data=imagefolder data.root=/data/imagenet
+    python scripts/doctor.py data=imagenet data.root=/data/imagenet
     python scripts/doctor.py data.root=/data/imagenet data.check_seconds=3600      every file of a large set
     python scripts/doctor.py data=latents data.root=/data/latents data.check_seconds=3600   the sha256 of every file
     python scripts/doctor.py --cluster                            this machine: its GPUs, or two CPU ranks
@@ -28,6 +28,8 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
+from vca.cli import command_line, exit_on_user_error
+
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
@@ -35,14 +37,14 @@ from torch import Tensor
 
 import train_cls
 from models import build_model
-from vca.config import DoctorConfig, TrainClsConfig, command_line, compose, mistakes_in_one_line, register_schemas
+from vca.config import DoctorConfig, TrainClsConfig, compose, register_schemas
 from vca.data import load_dataset
 from vca.data.config import DataConfig
 from vca.data.doctor import Examination, examine, examine_datasets
 from vca.runtime import distributed
 from vca.runtime.errors import ConfigError
-from vca.runtime.launch import torchrun
-from vca.training import cluster
+from vca.sweep.job import torchrun
+from vca.training import cluster_check
 from vca.training.checkpoint import load_latest
 
 register_schemas(root={"doctor": DoctorConfig}, groups={})
@@ -106,7 +108,7 @@ def check_cluster(config: TrainClsConfig) -> None:
         parameters = sum(p.numel() for p in build_model(config.model, config.attention).parameters())
         out, keep, ema = Path(config.out_dir), trainer.keep_checkpoints, trainer.ema_decay is not None
         # Without a rank's batch the shared memory of a training cannot be reckoned.
-        batch_bytes = -(-trainer.global_batch // world.size) * config.data.image_bytes
+        batch_bytes = -(-trainer.global_batch_size // world.size) * config.data.image_bytes
 
         def load() -> list[Any]:
             return [load_dataset(config.data, train=train) for train in (True, False)]
@@ -117,24 +119,24 @@ def check_cluster(config: TrainClsConfig) -> None:
         def resume() -> str:
             folder = Path(world.from_main(lambda: tempfile.mkdtemp(dir=out, prefix="doctor-")))
             try:
-                return cluster.resume(world, ten_updates, folder)
+                return cluster_check.resume(world, ten_updates, folder)
             finally:
                 world.barrier()
                 if world.is_main:
                     shutil.rmtree(folder)
 
         checks: dict[str, Callable[[], str]] = {
-            "ranks": lambda: cluster.ranks_and_devices(world),
+            "ranks": lambda: cluster_check.ranks_and_devices(world),
             "rendezvous": lambda: f"all {world.size} ranks met in {met:.1f} s",
-            "all-reduce": lambda: cluster.all_reduce(world),
-            "bandwidth": lambda: cluster.bandwidth(world, parameters),
-            "speed": lambda: cluster.speed(world),
-            "bf16": lambda: cluster.bf16(world),
-            "data": lambda: cluster.data(world, load, config.data, trainer.workers, batch_bytes),
-            "disk": lambda: cluster.disk(world, out, parameters, keep, ema),
+            "all-reduce": lambda: cluster_check.all_reduce(world),
+            "bandwidth": lambda: cluster_check.bandwidth(world, parameters),
+            "speed": lambda: cluster_check.speed(world),
+            "bf16": lambda: cluster_check.bf16(world),
+            "data": lambda: cluster_check.data(world, load, config.data, trainer.workers, batch_bytes),
+            "disk": lambda: cluster_check.disk(world, out, parameters, keep, ema),
             "resume": resume,
         }
-        failed = [name for name, check in checks.items() if not cluster.report(name, check, world)]
+        failed = [name for name, check in checks.items() if not cluster_check.report(name, check, world)]
         if world.is_main:
             print(f"{time.perf_counter() - start:.0f} s in all", flush=True)
         if failed:
@@ -143,7 +145,7 @@ def check_cluster(config: TrainClsConfig) -> None:
 
 def train_ten_updates(folder: Path, device: str, ranks: int) -> dict[str, Tensor]:
     """Run, or go on with, a small training of ten updates that saves after five; its weights."""
-    batch = f"trainer.global_batch={-(-32 // ranks) * 2 * ranks}"  # Mixup wants an even share
+    batch = f"trainer.global_batch_size={-(-32 // ranks) * 2 * ranks}"  # Mixup wants an even share
     options = [*TEN_UPDATES, f"trainer.device={device}", batch, f"out_dir={folder}"]
     with redirect_stdout(io.StringIO()):
         train_cls.run(compose("train_cls", options))
@@ -167,7 +169,7 @@ def main() -> None:
     sys.argv.remove("--cluster")
     alone = "RANK" not in os.environ and not {"-m", "--multirun", "-h", "--help"} & set(sys.argv)
     if alone:
-        with mistakes_in_one_line():
+        with exit_on_user_error():
             compose("train_cls", [argument for argument in sys.argv[1:] if not argument.startswith("-")])
         ranks = torch.cuda.device_count() or 2
         command = torchrun(Path(__file__), ["--cluster", *sys.argv[1:]], 1, ranks, 0)

@@ -28,7 +28,7 @@ from models.timm_registry import load_sizes, pretrained_cfg, timm_name
 from vca.attention import VCAConfig
 from vca.runtime.errors import ConfigError
 from vca.runtime.files import write_bytes
-from vca.runtime.rundir import plain, read_config
+from vca.runtime.rundir import read_config, to_dict
 from vca.training.checkpoint import load_latest
 
 
@@ -43,7 +43,7 @@ def describe(config: dict[str, Any]) -> dict[str, Any]:
     size = sizes[model["name"]]
     usual = {**vars(CLASSIFIERS[size["family"]][0]()), **size}
     differs = {key: value for key, value in model.items() if value != usual[key]}
-    if attention != plain(VCAConfig()):
+    if attention != to_dict(VCAConfig()):
         differs["attention"] = attention
     data = config["data"]
     described = {

@@ -48,7 +48,7 @@ FAULTS = {
         "tests/generation",
     ),
     "plus_key": Fault(
-        "vca/config/load.py",
+        "vca/config/composition.py",
         "for key in extra_keys(config):",
         "for key in ():",
         "tests/config/test_load.py",
@@ -66,13 +66,13 @@ FAULTS = {
         "tests/training/test_checkpoint.py",
     ),
     "ddof": Fault(
-        "vca/evaluation/statistics.py",
+        "vca/evaluation/feature_stats.py",
         "/ (self.count - 1)",
         "/ self.count",
         "tests/evaluation",
     ),
     "statistics": Fault(
-        "vca/evaluation/statistics_file.py",
+        "vca/evaluation/stats_file.py",
         "if differences := compare(",
         "if differences := False and compare(",
         "tests/runs/test_eval_fid_input.py",

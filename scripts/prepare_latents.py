@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from vca.cli import command_line
+
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import numpy as np
@@ -21,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from vca.config import PrepareLatentsConfig, command_line, register_schemas
+from vca.config import PrepareLatentsConfig, register_schemas
 from vca.data import load_dataset
 from vca.data.augment import AugmentConfig, Crop, train_transform
 from vca.data.doctor import check_before_training
@@ -31,7 +33,7 @@ from vca.data.loader import EvalImages
 from vca.generation.autoencoder import AUTOENCODERS, Autoencoder, load_autoencoder
 from vca.runtime import distributed
 from vca.runtime.errors import ConfigError, check
-from vca.runtime.logging import progress_bar
+from vca.runtime.metrics_log import progress_bar
 from vca.runtime.rundir import check_ranks_agree
 from vca.runtime.signals import start_worker
 

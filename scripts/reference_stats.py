@@ -1,7 +1,7 @@
 """Make reference statistics for `eval_fid.py`, so that the reference images are looked at only once.
 
     python scripts/reference_stats.py data=cifar10 data.root=/data/cifar out=cifar10-train.npz
-    torchrun --nproc_per_node=8 scripts/reference_stats.py data=imagefolder data.root=/data/imagenet \\
+    torchrun --nproc_per_node=8 scripts/reference_stats.py data=imagenet data.root=/data/imagenet \\
         data.img_size=256 out=imagenet256-train.npz
     python scripts/reference_stats.py images=FOLDER out=mine.npz extractor=classifier extractor.run=outputs/RUN
 
@@ -13,15 +13,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from vca.cli import command_line
+
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from models import rebuild
-from vca.config import ReferenceStatsConfig, command_line, register_schemas
+from vca.config import ReferenceStatsConfig, register_schemas
 from vca.evaluation.extractor import EXTRACTORS, load_extractor
 from vca.evaluation.features import measure
 from vca.evaluation.record import check_writable
 from vca.evaluation.sources import open_source
-from vca.evaluation.statistics_file import StatisticsFile, save_statistics
+from vca.evaluation.stats_file import StatisticsFile, save_statistics
 from vca.runtime import distributed
 from vca.runtime.errors import ConfigError
 from vca.runtime.rundir import check_ranks_agree

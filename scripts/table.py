@@ -17,11 +17,13 @@ import argparse
 import sys
 from pathlib import Path
 
+from vca.cli import exit_on_user_error
+from vca.sweep.summary import tell
+
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from vca.config import mistakes_in_one_line, sweep
-from vca.evaluation.sweep_table import sweep_table
-from vca.evaluation.tables import TABLES, as_csv, as_markdown, gather, lines_of
+from vca.report.sweep_table import sweep_table
+from vca.report.tables import TABLES, as_csv, as_markdown, gather, lines_of
 from vca.runtime.errors import ConfigError, check
 from vca.runtime.files import write_text
 
@@ -45,11 +47,11 @@ def main() -> None:
     parser.add_argument("--weights", choices=("raw", "ema"), default="raw", help="of classifiers (default raw)")
     parser.add_argument("--sweep", action="store_true", help="a row for each config instead of the paper's tables")
     options = parser.parse_args()
-    with mistakes_in_one_line():
+    with exit_on_user_error():
         if options.sweep:
             check(options.out is None, "--out", "left out with --sweep, which prints", options.out)
             if [(folder / "jobs.json").exists() for folder in options.folders] == [True]:
-                sys.exit(sweep.tell(options.folders[0]))
+                sys.exit(tell(options.folders[0]))
             print(sweep_table(runs_below(options.folders)))
             return
         found = gather(options.folders, options.weights)

@@ -38,7 +38,7 @@ def check_allowed() -> None:
 def environment(**extra: str) -> dict[str, str]:
     """Environment of a subprocess: one thread, this checkout importable, no ranks."""
     inherited = {key: value for key, value in os.environ.items() if key not in OF_TORCHRUN}
-    fresh_store = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}  # of torchrun's restarts, see vca.runtime.launch
+    fresh_store = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}  # of torchrun's restarts, see vca.sweep.job
     return {**inherited, **fresh_store, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **extra}
 
 

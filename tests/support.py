@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tests.processes import ROOT, Launch, run_script
-from vca.config import command_line
+from vca.cli import command_line
 from vca.training.checkpoint import load_latest
 
 GOLDEN = ROOT / "tests" / "golden"
@@ -21,7 +21,7 @@ SHARED = ROOT.parent / "shared" / "data"  # real data, which a clone does not ha
 # A classification run of 24 steps with everything random switched on; about 12 steps are an epoch.
 TINY = (
     "trainer.steps=24",
-    "trainer.global_batch=120",
+    "trainer.global_batch_size=120",
     "trainer.device=cpu",
     "trainer.log_every=1",
     "trainer.eval_every=0",

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from graphlib import TopologicalSorter
 
 import pytest
 import yaml
@@ -14,37 +15,26 @@ from tests.processes import ROOT, environment, run_command
 STANDARD = set(sys.stdlib_module_names)
 SCIENTIFIC = {"torch", "torchvision", "timm", "numpy", "scipy", "PIL", "sklearn", "matplotlib", "safetensors"}
 
-# package -> what a module of it may import, at any level of the file
-ALLOWED = {
-    "vca/attention": {"torch", "vca.attention", "triton"},  # the last one in the kernels only
-    "vca/runtime": {"torch", "vca.runtime", "numpy", "tqdm", "wandb"},  # the last three inside functions only
-    "vca/data": SCIENTIFIC | {"vca.data", "vca.runtime"},
-    "vca/training": SCIENTIFIC | {"vca.training", "vca.data", "vca.generation", "vca.runtime"},
-    "vca/generation": {"torch", "numpy", "PIL", "torchdiffeq", "diffusers", "vca.generation", "vca.runtime"},
-    "vca/evaluation": SCIENTIFIC
-    | {
-        "torch_fidelity",
-        "vca.evaluation",
-        "vca.training",
-        "vca.generation",
-        "vca.data",
-        "vca.attention",
-        "vca.runtime",
-    },
-    "vca/config": {
-        "hydra",
-        "submitit",
-        "omegaconf",
-        "vca.config",
-        "vca.attention",
-        "vca.data",
-        "vca.generation",
-        "vca.runtime",
-        "vca.training",
-        "vca.evaluation",
-    },
-    "models": {"torch", "timm", "yaml", "vca.attention", "models"},
+# The packages of vca from the bottom up, and what each imports besides the ones before it. The first three import none.
+THIRD_PARTY = {
+    "attention": {"torch", "triton"},  # triton in the kernels only
+    "runtime": {"torch", "numpy", "tqdm", "wandb"},  # the last three inside functions only
+    "metrics": {"torch", "numpy", "scipy"},
+    "data": SCIENTIFIC,
+    "generation": {"torch", "numpy", "PIL", "torchdiffeq", "diffusers"},
+    "training": SCIENTIFIC,
+    "evaluation": SCIENTIFIC | {"torch_fidelity"},
+    "report": SCIENTIFIC,
+    "config": {"hydra", "omegaconf"},
+    "sweep": {"hydra", "omegaconf", "submitit"},
+    "cli": {"hydra", "omegaconf"},
 }
+ORDER = [f"vca.{name}" for name in THIRD_PARTY]
+ALLOWED = {
+    f"vca/{name}": packages | {f"vca.{name}"} | (set() if number < 3 else set(ORDER[:number]))
+    for number, (name, packages) in enumerate(THIRD_PARTY.items())
+}
+ALLOWED["models"] = {"torch", "timm", "yaml", "vca.attention", "models"}
 LAZY = {
     "submitit",
     "torchdiffeq",
@@ -65,19 +55,33 @@ def imports(path, top_level_only=False):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            yield node.module
+            inside = [f"{node.module}.{alias.name}" for alias in node.names]
+            yield from (name if is_module(name) else node.module for name in inside)
+
+
+def is_module(name):
+    """Whether a name is a module of this repository, and not something in one."""
+    path = ROOT.joinpath(*name.split("."))
+    return path.with_suffix(".py").is_file() or (path / "__init__.py").is_file()
 
 
 @pytest.mark.parametrize("package", ALLOWED)
 def test_imports_only_allowed_packages(package):
-    files = sorted((ROOT / package).rglob("*.py"))
-    assert files
+    files = sorted((ROOT / package).rglob("*.py")) or [ROOT / f"{package}.py"]
     for path in files:
         for name in imports(path):
             if name.split(".")[0] in STANDARD:
                 continue
             allowed = any(name == a or name.startswith(f"{a}.") for a in ALLOWED[package])
             assert allowed, f"{path}: {name}"
+
+
+def test_imports_no_cycle():
+    """Modules of vca and models, imports inside functions included."""
+    paths = [path for folder in ("vca", "models") for path in (ROOT / folder).rglob("*.py")]
+    names = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in paths}
+    graph = {name: set(imports(path)) & set(names) for name, path in names.items()}
+    TopologicalSorter(graph).prepare()  # raises CycleError
 
 
 def test_imports_no_root_script():
@@ -105,7 +109,7 @@ class Refuse:
 sys.meta_path.insert(0, Refuse())
 import torch
 from vca import VisualContrastAttention, replace_attention
-print(VisualContrastAttention(8, 2, (2, 2), pool=(1, 1))(torch.randn(1, 4, 8)).shape)
+print(VisualContrastAttention(8, 2, (2, 2), contrast_grid=(1, 1))(torch.randn(1, 4, 8)).shape)
 """
     done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

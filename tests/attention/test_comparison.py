@@ -39,7 +39,7 @@ def differential_stages_oracle(module, q, k, v, grid):
     """Both stages, one head at a time."""
     half, out = q.shape[-1] // 2, torch.empty_like(v)
     for b, m in every(q, k, v):
-        t = averaged(q[b, m, module.num_prefix_tokens :], grid, module.pool)
+        t = averaged(q[b, m, module.num_prefix_tokens :], grid, module.contrast_grid)
         halves = [(x[:, :half], x[:, half:]) for x in (q[b, m], k[b, m], t)]
         (q1, q2), (k1, k2), (t1, t2) = halves
         seen = torch.softmax(t1 @ k1.T / half**0.5, -1) @ v[b, m]
@@ -55,7 +55,7 @@ def differential_stages_oracle(module, q, k, v, grid):
 def agent_oracle(module, q, k, v, grid):
     """Agent Attention, one head and one bias at a time."""
     scale, out = q.shape[-1] ** -0.5, torch.empty_like(v)
-    prefix, agents = module.num_prefix_tokens, module.pool[0] * module.pool[1]
+    prefix, agents = module.num_prefix_tokens, module.contrast_grid[0] * module.contrast_grid[1]
 
     def bias(of, m):
         cells = torch.nn.functional.interpolate(of.cells, grid, mode="bilinear")[m]
@@ -70,7 +70,7 @@ def agent_oracle(module, q, k, v, grid):
         return table
 
     for b, m in every(q, k, v):
-        t = averaged(q[b, m, prefix:], grid, module.pool)
+        t = averaged(q[b, m, prefix:], grid, module.contrast_grid)
         seen = torch.softmax(t @ k[b, m].T * scale + bias(module.bias1, m), -1) @ v[b, m]
         out[b, m] = torch.softmax(q[b, m] @ t.T * scale + bias(module.bias2, m).T, -1) @ seen
     return out
@@ -92,14 +92,14 @@ def focused_linear_oracle(module, q, k, v, grid):
     return out
 
 
-def averaged(tokens, grid, pool):
+def averaged(tokens, grid, contrast_grid):
     """Adaptive average pooling of `(H W, D)`, bin by bin."""
     image = tokens.unflatten(0, grid)
     return torch.stack(
         [
             image[top:bottom, left:right].mean(dim=(0, 1))
-            for top, bottom in adaptive_bins(grid[0], pool[0])
-            for left, right in adaptive_bins(grid[1], pool[1])
+            for top, bottom in adaptive_bins(grid[0], contrast_grid[0])
+            for left, right in adaptive_bins(grid[1], contrast_grid[1])
         ]
     )
 

@@ -65,8 +65,8 @@ def random_arguments(shape, dtype=torch.float64, seed=0, batch=2):
 def test_contrast_attention_equals_golden_values(case, function):
     arrays, meta = golden(case)
     arguments = [arrays[name] for name in ARGUMENTS]
-    grid, pool = (meta["H"], meta["W"]), (meta["h"], meta["w"])
-    out = function(*arguments, grid, pool, meta["prefix_tokens"], meta["rms_eps"])
+    grid, contrast_grid = (meta["H"], meta["W"]), (meta["h"], meta["w"])
+    out = function(*arguments, grid, contrast_grid, meta["prefix_tokens"], meta["rms_eps"])
     torch.testing.assert_close(out, arrays["attention_out"], rtol=0, atol=1e-10)
 
 
@@ -75,9 +75,9 @@ def test_vca_module_equals_golden_values(case):
     """Lambda vectors, lambda_init of the layer and the local branch, as the module makes them."""
     arrays, meta = golden(case)
     heads, dim = arrays["q"].shape[1], arrays["q"].shape[3]
-    grid, pool = (meta["H"], meta["W"]), (meta["h"], meta["w"])
+    grid, contrast_grid = (meta["H"], meta["W"]), (meta["h"], meta["w"])
     layer, prefix = meta["layer_index"], meta["prefix_tokens"]
-    module = VisualContrastAttention(heads * dim, heads, grid, pool, prefix, layer).double()
+    module = VisualContrastAttention(heads * dim, heads, grid, contrast_grid, prefix, layer).double()
     with torch.no_grad():
         module.local.weight.copy_(arrays["dwc_weight"])
         module.local.bias.copy_(arrays["dwc_bias"])
@@ -366,19 +366,19 @@ def test_vca_module_embedding_streams_skip_pooling(monkeypatch):
 def test_pool_queries_equals_loops(grid):
     """Maximum and learned pooling against loops; the learned one begins as the average where that is exact."""
     torch.manual_seed(0)
-    q, pool, prefix = torch.randn(2, 2, 1 + grid[0] * grid[1], 3, dtype=torch.float64), (2, 2), 1
+    q, contrast_grid, prefix = torch.randn(2, 2, 1 + grid[0] * grid[1], 3, dtype=torch.float64), (2, 2), 1
     image = q[:, :, prefix:].unflatten(2, grid)
-    maximum = pool_queries(q, grid, pool, prefix, Pooling.maximum)
-    average = pool_queries(q, grid, pool, prefix)
+    maximum = pool_queries(q, grid, contrast_grid, prefix, Pooling.maximum)
+    average = pool_queries(q, grid, contrast_grid, prefix)
     cells = [(rows, columns) for rows in adaptive_bins(grid[0], 2) for columns in adaptive_bins(grid[1], 2)]
     for index, ((top, bottom), (left, right)) in enumerate(cells):
         cell = image[:, :, top:bottom, left:right]
         assert torch.equal(maximum[:, :, index], cell.amax(dim=(2, 3)))
         torch.testing.assert_close(average[:, :, index], cell.mean(dim=(2, 3)))
 
-    weight = VCAConfig(pooling="depthwise").pool_weight(6, grid, pool).double()
+    weight = VCAConfig(pooling="depthwise").pool_weight(6, grid, contrast_grid).double()
     assert weight.shape == (6, 1, grid[0] // 2, grid[1] // 2)
-    learned = pool_queries(q, grid, pool, prefix, Pooling.depthwise, weight)
+    learned = pool_queries(q, grid, contrast_grid, prefix, Pooling.depthwise, weight)
     if grid[0] % 2 == grid[1] % 2 == 0:
         torch.testing.assert_close(learned, average)
     weight = torch.randn_like(weight)
@@ -388,8 +388,10 @@ def test_pool_queries_equals_loops(grid):
             cell = image[:, :, top : top + height, left : left + width].permute(0, 1, 4, 2, 3).flatten(1, 2)
             step.append((cell * weight[:, 0]).sum((2, 3)))
     expected = torch.stack(step, -1).unflatten(2, (grid[0] // height, grid[1] // width))
-    expected = torch.nn.functional.adaptive_avg_pool2d(expected, pool).flatten(2).unflatten(1, (2, 3)).transpose(2, 3)
-    torch.testing.assert_close(pool_queries(q, grid, pool, prefix, Pooling.depthwise, weight), expected)
+    expected = (
+        torch.nn.functional.adaptive_avg_pool2d(expected, contrast_grid).flatten(2).unflatten(1, (2, 3)).transpose(2, 3)
+    )
+    torch.testing.assert_close(pool_queries(q, grid, contrast_grid, prefix, Pooling.depthwise, weight), expected)
 
 
 CONFIGS = {
@@ -397,12 +399,14 @@ CONFIGS = {
     "stage1 plain": VCAConfig(stage1="plain"),
     "stage2 plain": VCAConfig(stage2="plain"),
     "both plain": VCAConfig(stage1="plain", stage2="plain"),
-    "embedding only": VCAConfig(positive="embedding", negative="embedding"),
+    "embedding only": VCAConfig(positive_stream="embedding", negative_stream="embedding"),
     "no local branch": VCAConfig(local_branch=False),
     "joint softmax": VCAConfig(stage2_softmax="joint"),
     "maximum": VCAConfig(pooling="maximum"),
     "learned pooling": VCAConfig(pooling="depthwise"),
-    "learned pooling of no stream": VCAConfig(pooling="depthwise", positive="embedding", negative="embedding"),
+    "learned pooling of no stream": VCAConfig(
+        pooling="depthwise", positive_stream="embedding", negative_stream="embedding"
+    ),
     "softmax with local branch": ATTENTIONS["softmax"][0](local_branch=True),
     **{name: config() for name, (config, _) in ATTENTIONS.items() if name != "vca"},
 }
@@ -481,10 +485,13 @@ def test_vca_module_bfloat16_close_to_float32():
     ("build", "message"),
     [
         (lambda: VisualContrastAttention(30, 4, (2, 2)), "divide the width 30"),
-        (lambda: VCAConfig(pool=[7]), "attention.pool must be two integers >= 1, or such a pair a layer, got \\[7\\]"),
-        (lambda: VCAConfig(pool=[0, 2]), "attention.pool must be"),
+        (
+            lambda: VCAConfig(contrast_grid=[7]),
+            "attention.contrast_grid must be two integers >= 1, or such a pair a layer, got \\[7\\]",
+        ),
+        (lambda: VCAConfig(contrast_grid=[0, 2]), "attention.contrast_grid must be"),
         (lambda: VCAConfig(stage1="both"), r"attention.stage1 must be one of \['contrast', 'plain'\], got 'both'"),
-        (lambda: VCAConfig(pool=[[2, 2]]).pool_of_layer(1, (7, 7)), "names 1 layers"),
+        (lambda: VCAConfig(contrast_grid=[[2, 2]]).contrast_grid_of_layer(1, (7, 7)), "names 1 layers"),
         (lambda: VisualContrastAttention(8, 2, (3, 3))(torch.zeros(1, 10, 8)), "10 tokens do not fill grid 3 x 3"),
         (lambda: build_attention(ATTENTIONS["differential"][0](), 6, 2, (3, 3)), "head dim must be even.*got 3"),
         (lambda: build_attention(ATTENTIONS["differential_stages"][0](), 6, 2, (3, 3)), "head dim must be even"),
@@ -511,9 +518,9 @@ def test_attention_variants_wrong_arguments_refused(name):
     """The constructor, whether or not the variant uses what it is told, and the number of tokens."""
     config, module = ATTENTIONS[name]
     for arguments, message in [
-        ({"pool": (0, 2)}, "pool must be two integers >= 1, got (0, 2)"),
-        ({"pool": (-1, -1)}, "pool must be two integers >= 1, got (-1, -1)"),
-        ({"pool": 7}, "pool must be two integers >= 1, got 7"),
+        ({"contrast_grid": (0, 2)}, "contrast_grid must be two integers >= 1, got (0, 2)"),
+        ({"contrast_grid": (-1, -1)}, "contrast_grid must be two integers >= 1, got (-1, -1)"),
+        ({"contrast_grid": 7}, "contrast_grid must be two integers >= 1, got 7"),
         ({"grid": (3, 0)}, "grid must be two integers >= 1, got (3, 0)"),
         ({"num_prefix_tokens": -1}, "num_prefix_tokens must be >= 0, got -1"),
         ({"layer_index": -5}, "layer_index must be >= 0, got -5"),
@@ -543,6 +550,6 @@ def test_focused_linear_extreme_power_finite(power, value):
 
 
 def test_vca_config_pool_per_layer():
-    config = VCAConfig(pool=[[2, 2], [3, 1]])
+    config = VCAConfig(contrast_grid=[[2, 2], [3, 1]])
     modules = [build_attention(config, 8, 2, (6, 6), layer_index=index) for index in range(2)]
     assert [tuple(m.e_pos.shape) for m in modules] == [(2, 4, 4), (2, 3, 4)]

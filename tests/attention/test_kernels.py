@@ -166,9 +166,9 @@ def test_kernels_unusual_strides_equal_eager():
     expected = with_gradients(visual_contrast_attention, exact)
     assert_close(with_gradients(visual_contrast_attention, given, backend="triton"), expected, 1e-5)
     q, _, _, e_pos, e_neg, *rest = (x.detach() if isinstance(x, torch.Tensor) else x for x in given)
-    lambda1, lambda2, lambda_init, norm1, norm2, grid, pool, prefix = rest
+    lambda1, lambda2, lambda_init, norm1, norm2, grid, contrast_grid, prefix = rest
     t = torch.randn(2, 2, 32, 9, device=DEVICE).transpose(-1, -2)
-    options = (lambda_init, grid, pool, prefix, 1e-5, [True, True], False)
+    options = (lambda_init, grid, contrast_grid, prefix, 1e-5, [True, True], False)
     parameters = (e_pos, e_neg, lambda1, lambda2, norm1, norm2)
     found, wanted = (operator.contrast_attention(q, q, q, x, *parameters, *options)[0] for x in (t, t.contiguous()))
     assert torch.equal(found, wanted)
@@ -184,7 +184,7 @@ def test_kernels_operators_pass_opcheck():
     """Schema, fake tensors with the true strides, tracing."""
     for options in ({}, {"plain1": True, "plain2": True, "streams": ("pool", "pool")}):
         _, given, keywords = both(SHAPES[-1], options=options)
-        q, k, v, e_pos, e_neg, lambda1, lambda2, lambda_init, norm1, norm2, grid, pool, prefix = given
+        q, k, v, e_pos, e_neg, lambda1, lambda2, lambda_init, norm1, norm2, grid, contrast_grid, prefix = given
         pooled = ["pool" in stream for stream in keywords["streams"]]
         e_pos, e_neg = (
             e if "embedding" in stream else None for e, stream in zip((e_pos, e_neg), keywords["streams"], strict=True)
@@ -192,7 +192,7 @@ def test_kernels_operators_pass_opcheck():
         if options.get("plain1") and options.get("plain2"):
             e_neg, pooled[1] = None, False
         tensors = (q, k, v, None, e_pos, e_neg, lambda1, lambda2, norm1, norm2)
-        rest = (lambda_init, list(grid), list(pool), prefix, 1e-5, pooled, False)
+        rest = (lambda_init, list(grid), list(contrast_grid), prefix, 1e-5, pooled, False)
         torch.library.opcheck(operator.contrast_attention, (*tensors, *rest))
         detached = [x if x is None else x.detach() for x in tensors]
         out, *found = operator.contrast_attention(*detached, *rest)
@@ -289,7 +289,7 @@ def test_kernels_two_rank_run_equals_eager(tmp_path):
     """`train_cls.py` on two ranks, DDP: the losses of plain PyTorch, and the log says which it is."""
     write_image_folder(tmp_path / "data")
     options = ["data=imagefolder", f"data.root={tmp_path / 'data'}", "data.num_classes=2", "data.img_size=8"]
-    options += ["trainer.steps=2", "trainer.global_batch=4", "trainer.log_every=1", "trainer.eval_every=0"]
+    options += ["trainer.steps=2", "trainer.global_batch_size=4", "trainer.log_every=1", "trainer.eval_every=0"]
     options += ["model.embed_dim=32", "model.num_heads=1", "model.depth=1", "trainer.workers=0", "augment.mixup=0"]
     options += ["augment.cutmix=0", f"out_dir={tmp_path}", f"trainer.device={DEVICE.type}"]
     options += ["model.patch_size=4", "model.contrast_grid=[1,1]"]

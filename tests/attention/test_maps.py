@@ -21,7 +21,7 @@ OPTIONS = [
     {"stage2_softmax": "joint"},
     {"stage1": "plain"},
     {"stage2": "plain"},
-    {"positive": "pool", "negative": "embedding"},
+    {"positive_stream": "pool", "negative_stream": "embedding"},
     {"pooling": "maximum"},
 ]
 

@@ -23,7 +23,7 @@ def replaced(size: tuple[int, int] = (32, 32), **options) -> nn.Module:
     """A small timm ViT with VCA."""
     network = vit(size, **options)
     torch.manual_seed(1)
-    vca.replace_attention(network, pool=(2, 2))
+    vca.replace_attention(network, contrast_grid=(2, 2))
     return network
 
 
@@ -65,7 +65,7 @@ def test_replace_attention_dynamic_img_size_survives_copy_and_compile():
 
 def test_replace_attention_given_grid_kept():
     network = vit(dynamic_img_size=True, pos_embed="none")
-    vca.replace_attention(network, pool=(2, 2), grid=(8, 8))
+    vca.replace_attention(network, contrast_grid=(2, 2), grid=(8, 8))
     with pytest.raises(ValueError, match=r"^48 tokens do not fill grid 8 x 8 .*; call replace_attention without grid"):
         network.blocks[0](torch.zeros(1, 48 + 1, 32)[:, 1:])
 
@@ -83,7 +83,7 @@ def test_replace_attention_patch_drop_refused_with_remedy():
     with pytest.raises(ValueError, match=r"drops patches.*patch_drop_rate=0 or set model.patch_drop = nn.Identity\(\)"):
         vca.replace_attention(network)
     network.patch_drop = nn.Identity()
-    assert vca.replace_attention(network, pool=(2, 2)) == 2
+    assert vca.replace_attention(network, contrast_grid=(2, 2)) == 2
     assert network.train()(torch.randn(2, 3, 32, 32)).shape == (2, 5)
 
 

@@ -13,9 +13,10 @@ import train_gen
 from scripts import prepare_latents, reference_stats  # noqa: F401 - register their schemas
 from tests.processes import ROOT, run_command, run_script, torchrun
 from tests.support import one_line
-from vca.config import command_line, compose
+from vca.cli import command_line
+from vca.config import compose
 from vca.runtime.errors import ConfigError
-from vca.runtime.rundir import plain
+from vca.runtime.rundir import to_dict
 
 GROUPS = sorted(path.name for path in (ROOT / "configs").iterdir() if path.is_dir())
 OPTIONS = [
@@ -48,7 +49,7 @@ def test_config_every_option_composes(option):
     config = compose(script, ["data=imagefolder", "data.root=somewhere", option, *more])
     assert dataclasses.is_dataclass(config.model)
     assert dataclasses.is_dataclass(config.attention)
-    assert plain(config)["name"] == config.name
+    assert to_dict(config)["name"] == config.name
 
 
 def test_config_defaults_and_overrides_applied():
@@ -88,10 +89,10 @@ WRONG = {
     "model=deit_tinny": r"model=deit_tinny: no such option; did you mean 'deit_tiny'\? \(there are .*deit_base",
     "attention=agnet": r"attention=agnet: no such option.*softmax, vca",
     "modle=deit_tiny": r"unknown key 'modle'|unknown group 'modle'; did you mean 'model'\?",
-    "attention.pool=[7]": r"attention.pool must be two integers >= 1, or such a pair a layer, got \[7\]",
-    "attention.pool=[[2,2]]": r"attention.pool names 1 layers, but the model has a layer 1",
+    "attention.contrast_grid=[7]": r"attention.contrast_grid must be two integers >= 1, or such a pair a layer, got \[7\]",
+    "attention.contrast_grid=[[2,2]]": r"attention.contrast_grid names 1 layers, but the model has a layer 1",
     "attention.stage1=both": r"attention.stage1 must be one of contrast, plain, got 'both'",
-    "attention.positive=pooled": r"attention.positive must be one of pool, embedding, pool\+embedding, got 'pooled'",
+    "attention.positive_stream=pooled": r"attention.positive_stream must be one of pool, embedding, pool\+embedding, got 'pooled'",
     "attention=softmax attention.stage1=plain": r"unknown key 'attention.stage1'",
     "model.num_heads=5": r"model.num_heads must divide model.embed_dim 96, got 5",
     "model.patch_size=3": r"model.img_size must be a multiple of 3, such as 6 or 9, got 8",
@@ -100,8 +101,8 @@ WRONG = {
     "model=cswin_tiny data.img_size=384": r"with model.split_size \[1, 2, 7, 7\], model.img_size must be .* 224, .*448",
     "model=pvt_tiny data.img_size=64 model.attention_stages=[5]": r"model.attention_stages must name .* from 1 to 4",
     "trainer.init_from=nowhere.pth": r"trainer.init_from must be a file, got 'nowhere.pth'",
-    "recipe=dait": r"recipe=dait: no such option.*leaplab_deit_small",
-    "optim.schedule=step": r"optim.schedule must be one of per_step, per_epoch, per_epoch_late, constant, got 'step'",
+    "recipe=dait": r"recipe=dait: no such option.*agent_deit_small",
+    "optim.schedule=step": r"optim.schedule must be one of cosine, constant, got 'step'",
     "optim.cooldown_epochs=-1": r"optim.cooldown_epochs must be >= 0, got -1",
     "optim.cooldown_epochs=60": r"trainer.epochs must be > optim.warmup_epochs \+ optim.cooldown_epochs, 62, got 60",
     "data.check_seconds=400": r"data.check_seconds must be at most half of trainer.timeout_minutes, 300 s, got 400",
@@ -113,12 +114,12 @@ WRONG = {
     "trainer.precision=fp8": r"trainer.precision must be one of fp32, tf32, bf16, fp16, got 'fp8'",
     "trainer.steps=0": r"trainer.steps must be >= 1 or null, got 0",
     "trainer.steps=1.5": r"trainer.steps must be an integer, got '1.5'",
-    "trainer.global_batch=60 trainer.micro_batch=16": r"global_batch must be a multiple of .* 16, got 60; try 48 or 64",
+    "trainer.global_batch_size=60 trainer.micro_batch_size=16": r"global_batch_size must be a multiple of .* 16, got 60; try 48 or 64",
     "trainer.ema_decay=1": r"trainer.ema_decay must be in \[0, 1\) or null, got 1",
     "trainer.checkpoint_every=0": r"trainer.checkpoint_every must be >= 1, got 0",
     "trainer.device=tpu": r"trainer.device must be one of auto, cpu, cuda, got 'tpu'",
     "augment.mixup=-1": r"augment.mixup must be >= 0, got -1",
-    "augment.mixup=1 trainer.global_batch=63": r"trainer.micro_batch .* must be even for Mixup and CutMix, .*, got 63",
+    "augment.mixup=1 trainer.global_batch_size=63": r"trainer.micro_batch_size .* must be even for Mixup and CutMix, .*, got 63",
     "augment.crop=center": r"augment.crop must be one of resized, padded, adm, none, got 'center'",
     "data.name=mnist": r"data.name must be one of \['cifar10', 'digits', 'imagefolder', 'latents'\], got 'mnist'",
     "data=cifar10 data.root=nowhere": r"data.root must be a folder that holds cifar-10-batches-py/, got 'nowhere'",
@@ -207,11 +208,11 @@ def test_config_name_that_a_file_can_have_accepted(name):
 
 # The same for train_gen.py.
 WRONG_GEN = {
-    "sampler=ode": r"sampler.method must be one of ddpm, ddim .sampler=ddpm or ddim., got 'ode_heun'",
-    "sampler=dopri5 sampler.steps=5": r"sampler.steps must be null for ode_dopri5, which chooses its own, got 5",
-    "model.class_dropout_prob=0 sampler.guidance=2": r"sampler.guidance must be 1 for a model with class",
+    "sampler=ode_heun": r"sampler.method must be one of ddpm, ddim .sampler=ddpm or ddim., got 'ode_heun'",
+    "sampler=ode_dopri5 sampler.steps=5": r"sampler.steps must be null for ode_dopri5, which chooses its own, got 5",
+    "model.class_dropout_prob=0 sampler.cfg_scale=2": r"sampler.cfg_scale must be 1 for a model with class",
     "sampler.steps=2000": r"sampler.steps must be at most 1000, the steps of the objective, got 2000",
-    "sampler.guidance_interval=[0.5,0.1]": r"sampler.guidance_interval must be two numbers, 0 <= low <= high <= 1",
+    "sampler.cfg_interval=[0.5,0.1]": r"sampler.cfg_interval must be two numbers, 0 <= low <= high <= 1",
     "objective=difusion": r"objective=difusion: no such option; did you mean 'diffusion'",
     "objective.path=linear": r"unknown key 'objective.path'",
     "model.num_classes=5": r"model.num_classes must be data.num_classes, 10, got 5",
@@ -239,7 +240,7 @@ def test_config_wrong_train_gen_input_one_line_error(line, tmp_path, monkeypatch
 
 def test_config_typo_in_experiment_file_refused(tmp_path, monkeypatch):
     """A misspelt key in a file is refused as one on the command line is."""
-    monkeypatch.setattr("vca.config.load.CONFIGS", tmp_path)
+    monkeypatch.setattr("vca.config.composition.CONFIGS", tmp_path)
     for path in (ROOT / "configs").rglob("*.yaml"):
         target = tmp_path / path.relative_to(ROOT / "configs")
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -32,10 +32,10 @@ RECIPES = {
     "pvt": "pvt_tiny",
     "swin": "swin_tiny",
     "cswin": "cswin_tiny",
-    "leaplab_deit_tiny": "deit_tiny",
-    "leaplab_deit_small": "deit_small",
-    "leaplab_pvt_tiny": "pvt_tiny",
-    "leaplab_cswin_tiny": "cswin_tiny",
+    "agent_deit_tiny": "deit_tiny",
+    "agent_deit_small": "deit_small",
+    "agent_pvt_tiny": "pvt_tiny",
+    "agent_cswin_tiny": "cswin_tiny",
     "cifar10": "deit_tiny",
     "imagenette": "deit_tiny",
     "dit": "dit_s_2",
@@ -79,18 +79,18 @@ def described(recipe: str) -> dict:
     """Everything that the recipe decides, as the objects of a run have it."""
     config = composed(recipe, "vca")
     trainer, optim = config.trainer, config.optim
-    per_epoch = IMAGENET // trainer.global_batch
-    total, peak = trainer.total_steps(per_epoch), optim.peak_lr(trainer.global_batch)
+    per_epoch = IMAGENET // trainer.global_batch_size
+    total, peak = trainer.total_steps(per_epoch), optim.peak_lr(trainer.global_batch_size)
     mixup = BatchMixer(config.augment, config.data.num_classes, 0).mixup
     mixing = vars(mixup) if mixup is not None else {}
     return {
         "model": RECIPES[recipe],
         "drop_path_rate": getattr(config.model, "drop_path_rate", 0.0),
         "epochs": -(-total // per_epoch),
-        "global_batch": trainer.global_batch,
+        "global_batch": trainer.global_batch_size,
         "optimizer": {"betas": optim.betas, "eps": optim.eps, "clip_grad": optim.clip_grad},
         "ema_decay": trainer.ema_decay,
-        "repeated_augmentation": config.augment.repeats,
+        "repeated_augmentation": config.augment.aug_repeats,
         "parameter_groups": {name: groups_of(composed(recipe, name)) for name in ("softmax", "vca")},
         "training_transform": [shown(step) for step in train_transform(config.augment, config.data).transforms],
         "mixing": {k: v for k, v in sorted(mixing.items()) if type(v) in (bool, int, float, str, type(None))},
@@ -140,10 +140,10 @@ ORIGINAL = {
     "pvt": (5, 1e-6, 1e-3, 1e-5, 1),
     "swin": (20, 1e-6, 1e-3, 1e-5, 0),
     "cswin": (20, 1e-6, 2e-3, 1e-5, 0),
-    "leaplab_deit_tiny": (20, 4e-6, 4e-3, 4e-5, 0),
-    "leaplab_deit_small": (20, 1e-6, 1e-3, 1e-5, 0),
-    "leaplab_pvt_tiny": (5, 2e-6, 1e-3, 2e-5, 0),
-    "leaplab_cswin_tiny": (20, 2e-6, 1e-3, 2e-5, 0),
+    "agent_deit_tiny": (20, 4e-6, 4e-3, 4e-5, 0),
+    "agent_deit_small": (20, 1e-6, 1e-3, 1e-5, 0),
+    "agent_pvt_tiny": (5, 2e-6, 1e-3, 2e-5, 0),
+    "agent_cswin_tiny": (20, 2e-6, 1e-3, 2e-5, 0),
 }
 
 
@@ -165,7 +165,7 @@ def test_learning_rate_equals_timm_scheduler(recipe):
 
 def test_learning_rate_peak_below_min_lr():
     """A smoke test with a tiny batch: the scaled peak lies below `min_lr`, and nothing rises above it."""
-    optim = composed("leaplab_deit_tiny", "vca").optim
+    optim = composed("agent_deit_tiny", "vca").optim
     rates = [learning_rate(optim, step, 300, 10, optim.peak_lr(16)) for step in range(300)]
     assert max(rates) == rates[-1] == optim.peak_lr(16) == 5e-4 * 16 / 512
 
@@ -238,7 +238,7 @@ def test_table2_experiment_matches_paper_row(row):
     assert (config.model.name, config.attention.name) == (f"dit_{width}_{patch}", attention)
     assert config.objective.name == {"dit": "diffusion", "sit": "interpolant"}[family]
     assert config.name == f"table2-{row}-seed0"
-    assert (config.trainer.steps, config.trainer.global_batch, config.data.num_classes) == (400_000, 256, 1000)
+    assert (config.trainer.steps, config.trainer.global_batch_size, config.data.num_classes) == (400_000, 256, 1000)
     side = 64 if large else 32
     assert (config.model.size, config.model.in_channels) == ((side, side), 4)
     assert config.model.contrast_grid == ([8, 8] if large else None)

@@ -125,7 +125,7 @@ def test_slurm_failed_and_cancelled_jobs_reported(tmp_path, slurm):
     """Started from any folder: a job that fails fails in SLURM too, and one that is cancelled is not waited for."""
     outside = {key: value for key, value in slurm.items() if key != "PYTHONPATH"}
     command = [sys.executable, str(ROOT / "train_cls.py"), "-m", *CLUSTER, "cluster.nodes=1", "cluster.max_restarts=0"]
-    command += ["cluster.parallel=1", "data=cifar10", "data.root=/nowhere", "trainer.device=cpu", "seed=0,1"]
+    command += ["cluster.max_parallel_jobs=1", "data=cifar10", "data.root=/nowhere", "trainer.device=cpu", "seed=0,1"]
     pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     process = subprocess.Popen([*command, f"out_dir={tmp_path / 'out'}"], env=outside, cwd=tmp_path, **pipe)
 

@@ -18,13 +18,15 @@ import train_cls
 import train_gen
 from tests.processes import ROOT, environment, run_command, run_script
 from tests.support import SMALL_DIT, TINY, metrics
-from vca.attention import ATTENTIONS, describe
+from vca.attention import ATTENTIONS, variant_name
 from vca.config import compose
-from vca.config import sweep as sweeps
-from vca.config.load import CONFIGS
-from vca.config.sweep import ablations, last_words, plan, rows_of_ablation, wait_for_jobs
-from vca.evaluation.sweep_table import sweep_table
+from vca.config.composition import CONFIGS
+from vca.report.sweep_table import sweep_table
 from vca.runtime.errors import ConfigError
+from vca.sweep import slurm
+from vca.sweep.plan import ablations, plan, rows_of_ablation
+from vca.sweep.slurm import wait_for_jobs
+from vca.sweep.summary import last_words, tell
 from vca.training.checkpoint import list_checkpoints
 
 ATTENTION_FILES = sorted(path.stem for path in (CONFIGS / "attention").glob("*.yaml"))
@@ -103,7 +105,10 @@ def test_environment_value_of_result_key_is_compared(tmp_path, monkeypatch):
         (["ablation=stagse"], r"ablation=stagse: no such option; did you mean 'stages'\?"),
         (["cluster=local", "cluster.nodes=2"], r"cluster.nodes must be 1 for cluster=local, got 2"),
         (["out_dir=/a,/b"], r"out_dir may not be swept"),
-        (["cluster=slurm", "cluster.minutes=3"], r"signal_seconds must be at most half of cluster.minutes=3, got 120"),
+        (
+            ["cluster=slurm", "cluster.time_minutes=3"],
+            r"signal_seconds must be at most half of cluster.time_minutes=3, got 120",
+        ),
         (["cluster=slurm", "cluster.sbatch=['nodes=2']"], r"what no key of its own sets; cluster.nodes sets nodes"),
         (["cluster=slurm", "cluster.gpus_per_node=-1"], r"cluster.gpus_per_node must be >= 1 or null, got -1"),
         (["model=glob(dit_*)"], r"model=glob\(\): no option matches \(there are .*, deit_tiny, pvt_"),  # not its own
@@ -151,7 +156,7 @@ def test_attention_every_config_trains_20_steps(tmp_path, attention):
     short += ("trainer.log_every=1", "optim.lr=2e-3")
     plain = ("augment.mixup=0", "augment.cutmix=0", "optim.warmup_epochs=0")
     train_cls.run(compose("train_cls", [*TINY, *short, *plain, "name=cls"]))
-    train_gen.run(compose("train_gen", [*SMALL_DIT, *short, "trainer.global_batch=60", "name=gen"]))
+    train_gen.run(compose("train_gen", [*SMALL_DIT, *short, "trainer.global_batch_size=60", "name=gen"]))
     for name in ("cls", "gen"):
         losses = [record["loss"] for record in metrics(tmp_path / name) if "loss" in record]
         assert len(losses) == 20
@@ -159,12 +164,12 @@ def test_attention_every_config_trains_20_steps(tmp_path, attention):
 
 
 @pytest.mark.process
-@pytest.mark.parametrize("pool", ["[1,1]", "[2,2]", "[4,4]", "[7,7]", "[8,8]"])
-def test_attention_every_contrast_grid_trains_20_steps(tmp_path, pool):
-    options = [*TINY, "trainer.steps=20", f"attention.pool={pool}", f"out_dir={tmp_path}"]
+@pytest.mark.parametrize("contrast_grid", ["[1,1]", "[2,2]", "[4,4]", "[7,7]", "[8,8]"])
+def test_attention_every_contrast_grid_trains_20_steps(tmp_path, contrast_grid):
+    options = [*TINY, "trainer.steps=20", f"attention.contrast_grid={contrast_grid}", f"out_dir={tmp_path}"]
     train_cls.run(compose("train_cls", [*options, "name=cls"]))
     assert metrics(tmp_path / "cls")[-1]["step"] == 20
-    assert [f"attention.pool={pool}"] in [row[1:] for row in rows_of_ablation("contrast_grid")]
+    assert [f"attention.contrast_grid={contrast_grid}"] in [row[1:] for row in rows_of_ablation("contrast_grid")]
 
 
 @pytest.mark.parametrize(
@@ -172,14 +177,14 @@ def test_attention_every_contrast_grid_trains_20_steps(tmp_path, pool):
     [
         ({"name": "vca"}, "vca"),
         ({"name": "vca", "stage2": "plain"}, "vca-stage2_plain"),
-        ({"name": "vca", "pool": [4, 4], "local_branch": False}, "vca-pool_4x4-local_branch_false"),
-        ({"name": "vca", "positive": "pool+embedding"}, "vca"),
+        ({"name": "vca", "contrast_grid": [4, 4], "local_branch": False}, "vca-contrast_grid_4x4-local_branch_false"),
+        ({"name": "vca", "positive_stream": "pool+embedding"}, "vca"),
         ({"name": "softmax", "local_branch": True}, "softmax-local_branch_true"),
     ],
     ids=str,
 )
 def test_describe_names_attention_variants(options, name):
-    assert describe(options) == name
+    assert variant_name(options) == name
     assert ATTENTIONS[options["name"]][0](**options) is not None
 
 
@@ -241,7 +246,7 @@ def test_sweep_report_lists_failed_jobs(tmp_path, capsys):
     (tmp_path / "sweep" / "jobs.json").write_text(json.dumps({"jobs": jobs}))
     (tmp_path / "sweep" / "ends" / "0.json").write_text('{"exit_code": 0}')
     (tmp_path / "sweep" / "logs" / "b.log").write_text("### started now\nconfig error: x\n")
-    assert sweeps.tell(tmp_path / "sweep") == 1
+    assert tell(tmp_path / "sweep") == 1
     said = capsys.readouterr()
     assert "| vca | 50 |" in said.out
     assert (
@@ -323,7 +328,7 @@ def test_sweep_config_dir_and_glob(tmp_path):
         file = tmp_path / "work" / "conf" / f"{name}.yaml"
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(text or "defaults: [my_a]\npool: [3, 3]\n")
-    options = ["--config-dir", "conf", *TINY, "experiment=mine", "trainer.global_batch=60", "attention=glob(my_*)"]
+    options = ["--config-dir", "conf", *TINY, "experiment=mine", "trainer.global_batch_size=60", "attention=glob(my_*)"]
     options = [option for option in options if not option.startswith("trainer.steps")]
     command = [sys.executable, str(ROOT / "train_cls.py"), "-m", *options, f"out_dir={tmp_path / 'out'}"]
     done = run_command(*command, cwd=tmp_path / "work")
@@ -349,7 +354,7 @@ def test_wait_for_jobs_stops_when_slurm_job_cancelled(tmp_path, monkeypatch):
     (tmp_path / "squeue").write_text("#!/bin/sh\necho 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1\n")
     (tmp_path / "squeue").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    monkeypatch.setattr(sweeps, "POLL", 0.1)
+    monkeypatch.setattr(slurm, "POLL", 0.1)
     with subprocess.Popen(["sleep", "60"]) as launcher:
         wait_for_jobs(launcher, tmp_path)
         assert launcher.returncode == -signal.SIGTERM

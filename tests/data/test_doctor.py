@@ -22,9 +22,9 @@ from vca.data.config import DataConfig
 from vca.data.doctor import examine, examine_image, image_files, shared_memory_note
 from vca.runtime.distributed import World
 from vca.runtime.errors import ConfigError
-from vca.training import cluster
+from vca.training import cluster_check
 
-TINY_RUN = ("model=deit_mini", "augment=none", "data.img_size=8", "trainer.steps=1", "trainer.global_batch=2")
+TINY_RUN = ("model=deit_mini", "augment=none", "data.img_size=8", "trainer.steps=1", "trainer.global_batch_size=2")
 
 
 def doctor(root, *options):
@@ -245,24 +245,25 @@ def test_doctor_cluster_failed_checks_reported(tmp_path):
 def test_doctor_cluster_checks_detect_faults(tmp_path, monkeypatch):
     one = World(0, 0, 1, torch.device("cpu"))
     monkeypatch.setattr(World, "sum", lambda self, tensor: tensor + 1)
-    with pytest.raises(cluster.CheckError, match="wrong by 1"):
-        cluster.all_reduce(one)
-    with pytest.raises(cluster.CheckError, match=r"checkpoints need .* GiB"):
-        cluster.disk(one, tmp_path, 10**13, keep=2, ema=True)
+    with pytest.raises(cluster_check.CheckError, match="wrong by 1"):
+        cluster_check.all_reduce(one)
+    with pytest.raises(cluster_check.CheckError, match=r"checkpoints need .* GiB"):
+        cluster_check.disk(one, tmp_path, 10**13, keep=2, ema=True)
     weights = iter([{"w": torch.zeros(2), "b": torch.ones(1)}, {"w": torch.tensor([0.0, 1e-7]), "b": torch.ones(1)}])
 
     def train(folder):
         (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
         return next(weights)
 
-    with pytest.raises(cluster.CheckError, match="1 of 2 tensors differ after a resume, such as w"):
-        cluster.resume(one, train, tmp_path / "resume")
+    with pytest.raises(cluster_check.CheckError, match="1 of 2 tensors differ after a resume, such as w"):
+        cluster_check.resume(one, train, tmp_path / "resume")
 
 
 ONE_BAD_NODE = """
 from vca.runtime import distributed
 from vca.runtime.errors import ConfigError
-from vca.training import cluster
+from vca.training import cluster_check
+from vca.training import cluster_check
 
 with distributed.start("cpu", 0.5) as world:
     def load():
@@ -270,8 +271,8 @@ with distributed.start("cpu", 0.5) as world:
             raise ConfigError("data.root is empty here")
         return [[1], [2]]
 
-    cluster.report("data", lambda: cluster.data(world, load, None, 0, 0), world)
-    cluster.report("after", lambda: cluster.all_reduce(world), world)
+    cluster_check.report("data", lambda: cluster_check.data(world, load, None, 0, 0), world)
+    cluster_check.report("after", lambda: cluster_check.all_reduce(world), world)
 """
 
 

@@ -224,9 +224,9 @@ def batches_of(config, steps):
     if cached:
         images.check(autoencoder.identity(), config.augment)
     transform = RandomVersion(config.augment.hflip) if cached else train_transform(config.augment, config.data)
-    order = TrainOrder(len(images), config.trainer.global_batch, config.seed)
+    order = TrainOrder(len(images), config.trainer.global_batch_size, config.seed)
     loss_of = GenerationLoss(build_objective(config.objective), autoencoder, cached, 0.1, 3, config.seed)
-    shares = MicroBatches(order, ALONE, config.trainer.global_batch, 1, 0, steps)
+    shares = MicroBatches(order, ALONE, config.trainer.global_batch_size, 1, 0, steps)
     for (batch,) in train_loader(images, transform, config.seed, shares, 0):
         yield (*loss_of.prepare(batch), batch.fingerprints)
 
@@ -234,7 +234,7 @@ def batches_of(config, steps):
 @pytest.mark.parametrize("hflip", [0.5, 0.0])
 def test_latent_cache_batch_equals_online_batch(photos, vaes, cache, hflip):
     """Over more than an epoch: images come again, flipped or not, with another sample of their posterior."""
-    chosen = [*options(vaes / "sd-vae-ft-mse"), *NETWORK, f"augment.hflip={hflip}", "trainer.global_batch=10"]
+    chosen = [*options(vaes / "sd-vae-ft-mse"), *NETWORK, f"augment.hflip={hflip}", "trainer.global_batch_size=10"]
     online = compose("train_gen", [*chosen, "data=imagefolder", f"data.root={photos}"])
     cached = compose("train_gen", [*chosen, "data=latents", f"data.root={cache}"])
     seen = []
@@ -317,7 +317,7 @@ def test_latent_cache_mismatched_or_truncated_refused(photos, vaes, cache, tmp_p
         (cache, "data.img_size=34", "data.img_size must be a multiple of autoencoder.factor, 4, got 34"),
         (cache, "data.num_classes=4", "data.num_classes must be 3, as the latents in"),
         (cache, "augment.crop=none", "augment.crop must be adm, as the latents are, got 'none'"),
-        (cache, "augment.erase_prob=0.5", "augment.erase_prob must be off on latents"),
+        (cache, "augment.re_prob=0.5", "augment.re_prob must be off on latents"),
         (plain, "augment.hflip=0.5", r"augment.hflip must be 0: .* has no flipped images, got 0.5"),
     ):
         chosen = [*options(vaes / "sd-vae-ft-mse"), *NETWORK, "data=latents", f"data.root={root}", *more.split()]
@@ -427,7 +427,7 @@ def test_latent_cache_flipped_bit_found_by_full_check(photos, quick, tmp_path, m
     with pytest.raises(ConfigError, match="1 error"):
         doctor.run(compose("doctor", data))
     assert f"error: {line}" in capsys.readouterr().out
-    run = [*options(quick), *NETWORK, *data, f"out_dir={tmp_path}", "trainer.steps=1", "trainer.global_batch=4"]
+    run = [*options(quick), *NETWORK, *data, f"out_dir={tmp_path}", "trainer.steps=1", "trainer.global_batch_size=4"]
     with pytest.raises(ConfigError, match=re.escape(line)):
         train_gen.run(compose("train_gen", [*run, "data.check_seconds=5"]))
     prepared(photos, quick, folder)
@@ -528,7 +528,7 @@ def test_resume_with_other_latents_refused(photos, quick, quick_cache, tmp_path)
     elsewhere = shutil.copy(quick, tmp_path / "elsewhere.py")
     other = tmp_path / "other"
     prepared(photos, quick, other, "shard_size=4")
-    length = ["trainer.global_batch=12", "trainer.steps=2", f"out_dir={tmp_path}", "name=run", "data=latents"]
+    length = ["trainer.global_batch_size=12", "trainer.steps=2", f"out_dir={tmp_path}", "name=run", "data=latents"]
 
     def go(root, source=quick):
         return train_gen.run(compose("train_gen", [*options(source), *NETWORK, *length, f"data.root={root}"]))
@@ -553,7 +553,7 @@ def test_latent_cache_float16_close_to_float32(photos, vaes, cache, tmp_path):
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_resume_on_latents_after_kill_is_exact(quick, quick_cache, tmp_path, ranks):
-    length = ["trainer.global_batch=12", "trainer.steps=40", "trainer.checkpoint_every=5", "trainer.log_every=2"]
+    length = ["trainer.global_batch_size=12", "trainer.steps=40", "trainer.checkpoint_every=5", "trainer.log_every=2"]
     latents = ["data=latents", f"data.root={quick_cache}"]
     assert_resume_exact(tmp_path, [12], "train_gen.py", *options(quick), *NETWORK, *length, *latents, ranks=ranks)
     with Image.open(tmp_path / "whole" / "samples" / "step_00000040.png") as picture:
@@ -566,7 +566,7 @@ def test_taef2_reconstructs_and_trains_from_cache(photos, tmp_path):
     """A real autoencoder of 32 channels from a file: reconstruction, cache, equality with online, training."""
     autoencoder = [
         "autoencoder=file",
-        f"autoencoder.source={ROOT / 'tests' / 'taef2.py'}",
+        f"autoencoder.source={ROOT / 'examples' / 'taef2.py'}",
         f"autoencoder.weights={SHARED / 'weights'}",
         "autoencoder.channels=32",
         "data.num_classes=3",
@@ -574,7 +574,7 @@ def test_taef2_reconstructs_and_trains_from_cache(photos, tmp_path):
         "data.check_seconds=0",
     ]
     prepare_latents.run(compose("prepare_latents", [*autoencoder, f"data.root={photos}", f"out={tmp_path}/c", *CACHE]))
-    chosen = [*autoencoder, *NETWORK, "trainer.global_batch=8", f"out_dir={tmp_path}", "trainer.steps=4"]
+    chosen = [*autoencoder, *NETWORK, "trainer.global_batch_size=8", f"out_dir={tmp_path}", "trainer.steps=4"]
     online = compose("train_gen", [*chosen, "data=imagefolder", f"data.root={photos}"])
     cached = compose("train_gen", [*chosen, "data=latents", f"data.root={tmp_path}/c"])
     for one, other in zip(batches_of(online, 5), batches_of(cached, 5), strict=True):

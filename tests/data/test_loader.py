@@ -28,12 +28,12 @@ def digits(*overrides):
     return config, load_dataset(config.data, train=True)
 
 
-def step_batches(size, micro, first=0, last=4, workers=0, repeats=1, global_batch=48):
+def step_batches(size, micro, first=0, last=4, workers=0, repeats=1, global_batch_size=48):
     """Images, labels and indices of each step's global batch, gathered from all ranks and put back in place."""
-    config, images = digits("augment.hflip=0.5", "augment.erase_prob=0.5")
-    order = TrainOrder(len(images), global_batch, seed=3, repeats=repeats)
+    config, images = digits("augment.hflip=0.5", "augment.re_prob=0.5")
+    order = TrainOrder(len(images), global_batch_size, seed=3, repeats=repeats)
     steps = [[] for _ in range(first, last)]
-    accumulation = global_batch // (size * micro)
+    accumulation = global_batch_size // (size * micro)
     for rank in range(size):
         share = MicroBatches(order, world(rank, size), micro, accumulation, first, last)
         transform = train_transform(config.augment, config.data)
@@ -68,7 +68,7 @@ def test_train_loader_independent_of_workers_and_resume():
 
 
 def test_augmentation_differs_between_epochs_and_seeds():
-    config, images = digits("augment.erase_prob=1.0")
+    config, images = digits("augment.re_prob=1.0")
     transform = train_transform(config.augment, config.data)
     one = AddressedImages(images, transform, seed=0)
     first = one[Address(0, 5, 0)][0]

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from vca.evaluation.frechet import frechet_distance, matrix_root
-from vca.evaluation.statistics import FeatureStatistics
+from vca.evaluation.feature_stats import FeatureStatistics
+from vca.metrics.fid import frechet_distance, matrix_root
 from vca.runtime.distributed import World
 
 

@@ -11,15 +11,15 @@ from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 
 from tests.evaluation.inception import theirs, write_random_weights
-from vca.evaluation import kernel
+from vca.evaluation.compare import Metrics, compare_sets, labelled
 from vca.evaluation.extractor import INCEPTION_SHA256, InceptionConfig, load_extractor
+from vca.evaluation.feature_stats import FeatureStatistics
 from vca.evaluation.features import FeatureSet, Moments
-from vca.evaluation.frechet import frechet_distance
-from vca.evaluation.inception_score import inception_score
-from vca.evaluation.kernel import kernel_distance
-from vca.evaluation.metrics import Metrics, compare_sets, labelled
-from vca.evaluation.precision_recall import precision_recall
-from vca.evaluation.statistics import FeatureStatistics
+from vca.metrics import kid
+from vca.metrics.fid import frechet_distance
+from vca.metrics.inception_score import inception_score
+from vca.metrics.kid import kernel_distance
+from vca.metrics.precision_recall import precision_recall
 from vca.runtime.distributed import World
 from vca.runtime.errors import ConfigError
 
@@ -197,8 +197,8 @@ def test_compare_sets_missing_features_not_reported(features):
 def test_compare_sets_kid_of_whole_set_has_no_spread(features, monkeypatch):
     """100 subsets that are all the set are one."""
     computed = []
-    once = kernel.squared_discrepancy
-    monkeypatch.setattr(kernel, "squared_discrepancy", lambda x, y: computed.append(len(x)) or once(x, y))
+    once = kid.squared_discrepancy
+    monkeypatch.setattr(kid, "squared_discrepancy", lambda x, y: computed.append(len(x)) or once(x, y))
     sides = [feature_set(rows, features=rows[:600]) for rows in features]
     metrics, settings = compare_sets(*sides)
     assert computed == [600]

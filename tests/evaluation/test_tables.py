@@ -14,14 +14,14 @@ import train_cls  # noqa: F401
 import train_gen  # noqa: F401
 from tests.processes import ROOT, run_script
 from vca.config import compose, read_protocol
+from vca.evaluation.compare import Metrics
 from vca.evaluation.features import FeatureSet, Moments
-from vca.evaluation.metrics import Metrics
 from vca.evaluation.record import make_record, seal
-from vca.evaluation.tables import TABLES, gather, lines_of
 from vca.generation.objective import SamplerConfig
+from vca.report.tables import TABLES, gather, lines_of
 from vca.runtime.distributed import World
 from vca.runtime.errors import ConfigError
-from vca.runtime.rundir import plain
+from vca.runtime.rundir import to_dict
 
 EXTRACTOR = {"name": "inception", "sha256": "i", "published": True, "dtype": "float32", "tf32": False}
 ONE = World(0, 0, 1, torch.device("cpu"))
@@ -32,7 +32,7 @@ def trained(folder, experiment, top1, *overrides, epoch=300, **more):
     """A run of `train_cls.py` as its directory tells it."""
     config = compose("train_cls", [f"experiment=table1/{experiment}", "data.root=somewhere", *overrides])
     folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(plain(config)))
+    (folder / "config.json").write_text(json.dumps(to_dict(config)))
     last = {"step": 1251 * epoch, "val/top1": top1, "val/loss": 1.0, "val/images": 50_000, "ema/top1": top1 + 1}
     lines = [{"step": 1251 * epoch, "epoch": float(epoch), "loss": 2.0}, {**last, **more}]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -41,7 +41,7 @@ def trained(folder, experiment, top1, *overrides, epoch=300, **more):
 
 def measured(folder, experiment, fid, *overrides, count=50_000, published=True, made=None, reference="r", **more):
     """A record of `eval_fid.py` for a row of Table 2, complete and sealed."""
-    config = plain(compose("train_gen", [f"experiment=table2/{experiment}", "data.root=somewhere", *overrides]))
+    config = to_dict(compose("train_gen", [f"experiment=table2/{experiment}", "data.root=somewhere", *overrides]))
     protocol = "dit_table" if config["objective"]["name"] == "diffusion" else "sit_sde250"
     fixed = read_protocol(protocol)
     origin = {"run": folder.name, "step": 400_000, "weights": "ema", "weights_sha256": folder.name}
@@ -50,17 +50,17 @@ def measured(folder, experiment, fid, *overrides, count=50_000, published=True, 
         "protocol": protocol,
         "seed": 0,
         "labels": "random",
-        "sampler": plain(SamplerConfig(**{**fixed["sampler"], "method": config["sampler"]["method"]}))
+        "sampler": to_dict(SamplerConfig(**{**fixed["sampler"], "method": config["sampler"]["method"]}))
         | fixed["sampler"],
         "precision": "fp32",
         "tf32": False,
-        "computed_together": 32,
+        "compute_batch_size": 32,
         "device": "a GPU",
         "torch": "2.15",
         "origin": {**origin, "training": {key: config[key] for key in ("seed", "data", "augment", "optim", "trainer")}},
         **{key: config[key] for key in ("model", "attention", "objective")},
         "autoencoder": {"source": "sd-vae-ft-mse", **autoencoder},
-        "evaluations": {"mean": 250.0, "min": 250, "max": 250},
+        "nfe": {"mean": 250.0, "min": 250, "max": 250},
         **(made or {}),
     }
     size = config["data"]["img_size"]
@@ -149,7 +149,7 @@ def test_tables_irrelevant_differences_accepted(tmp_path):
     """Who computed it, in which micro-batches, where the weights lay, what else was measured."""
     measured(tmp_path / "a", "dit_s_2_vca", 62.0)
     other = {"kid": None, "inception_score_split": None, "neighbours": None}
-    measured(tmp_path / "b", "dit_s_2_softmax", 67.0, "trainer.micro_batch=32", settings=other)
+    measured(tmp_path / "b", "dit_s_2_softmax", 67.0, "trainer.micro_batch_size=32", settings=other)
     assert table("table2", tmp_path)["DiT-S/2"]["softmax measured"] == "67.00"
 
 
@@ -158,10 +158,10 @@ def test_tables_table3_and_table4_ablation_rows(tmp_path):
     for name, option in (("one", "stage2=plain"), ("two", "stage1=plain")):
         trained(tmp_path / name, "deit_tiny_vca", {"one": 75.2, "two": 75.3}[name], f"attention.{option}")
         measured(tmp_path / name, "dit_s_2_vca", {"one": 64.0, "two": 65.0}[name], f"attention.{option}")
-    streams = ("attention.positive=embedding", "attention.negative=embedding")
+    streams = ("attention.positive_stream=embedding", "attention.negative_stream=embedding")
     trained(tmp_path / "embedding", "deit_tiny_vca", 75.0, *streams)
     trained(tmp_path / "all", "deit_tiny_vca", 75.7)
-    trained(tmp_path / "other", "deit_tiny_vca", 10.0, "attention.pool=[8,8]")
+    trained(tmp_path / "other", "deit_tiny_vca", 10.0, "attention.contrast_grid=[8,8]")
     three, four = table("table3", tmp_path), table("table4", tmp_path)
     accuracy, fid = (f"{column} measured" for column in TABLES["table3"].columns)
     assert [three[row][accuracy] for row in ("Stage I only", "Stage II only", "VCA")] == ["75.20", "75.30", "75.70"]
@@ -191,8 +191,8 @@ def test_tables_different_run_configs_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"origin\.training\.optim\.lr: 0.0003 there, 0.0001 here"):
         table("table2", tmp_path)
     trained(tmp_path / "c", "deit_tiny_vca", 75.0)
-    trained(tmp_path / "d", "deit_tiny_softmax", 72.0, "trainer.global_batch=512")
-    with pytest.raises(ConfigError, match=r"trainer.global_batch: 512 there, 1024 here"):
+    trained(tmp_path / "d", "deit_tiny_softmax", 72.0, "trainer.global_batch_size=512")
+    with pytest.raises(ConfigError, match=r"trainer.global_batch_size: 512 there, 1024 here"):
         table("table1", tmp_path)
     trained(tmp_path / "e" / "1", "pvt_tiny_vca", 75.0)
     trained(tmp_path / "e" / "2", "swin_tiny_vca", 75.0, **{"val/images": 49_999})
@@ -233,9 +233,9 @@ def test_table_script_writes_markdown_and_csv(tmp_path):
         lines = list(csv.DictReader(file))
     assert (lines[0]["row"], lines[0]["VCA measured"], lines[0]["VCA paper"]) == ("DiT-S/2", "62.50", "62.3")
     record = json.loads(path.read_text())
-    del record["samples"]["made"]["sampler"]["guidance"]
+    del record["samples"]["made"]["sampler"]["cfg_scale"]
     path.write_text(json.dumps(record))
     done = run(runs)
     assert done.returncode == 2
-    assert done.stderr.strip() == f"config error: {path} does not name samples.made.sampler.guidance; evaluate again"
+    assert done.stderr.strip() == f"config error: {path} does not name samples.made.sampler.cfg_scale; evaluate again"
     assert run(tmp_path / "none").stderr.strip() == f"config error: {tmp_path / 'none'} is no folder"

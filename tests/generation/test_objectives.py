@@ -8,7 +8,7 @@ import torch
 
 from tests.support import GOLDEN
 from vca.generation.diffusion import GaussianDiffusion, linear_betas, respaced_steps
-from vca.generation.interpolant import DiffusionForm, Interpolant, Path, Prediction, Weighting, coefficients
+from vca.generation.interpolant import DiffusionForm, Interpolant, PathType, Prediction, Weighting, coefficients
 from vca.generation.samplers import sample_ddim, sample_ddpm, sample_ode, sample_sde
 
 
@@ -69,7 +69,7 @@ def test_sample_ddpm_and_ddim_equal_original():
     assert close(ddpm.x, expected["ddpm_25_x0"])
     ddim = sample_ddim(toy_diffusion_net, expected["ddpm_25_xT"], diffusion, 25)
     assert close(ddim.x, expected["ddim_25_x0"])
-    assert ddpm.evaluations == ddim.evaluations == 25
+    assert ddpm.nfe == ddim.nfe == 25
 
 
 def test_respaced_steps_every_count_accumulates_stride():
@@ -102,8 +102,8 @@ def test_respaced_steps_valid_and_invalid_counts():
 
 CASES = {
     "Linear_velocity_None": Interpolant(),
-    "GVP_velocity_None": Interpolant(Path.gvp),
-    "Linear_noise_velocity": Interpolant(Path.linear, Prediction.noise, Weighting.velocity),
+    "GVP_velocity_None": Interpolant(PathType.gvp),
+    "Linear_noise_velocity": Interpolant(PathType.linear, Prediction.noise, Weighting.velocity),
 }
 FORMS = {
     "SBDM": DiffusionForm.sbdm,
@@ -134,13 +134,13 @@ def test_interpolant_equals_original(case):
 def test_sample_ode_equals_original(case):
     expected, interpolant = golden("transport"), CASES[case]
     start = expected[f"{case}_init"]
-    for method, points, key, evaluations in (("euler", 20, "euler20", 19), ("heun", 20, "heun220", 38)):
+    for method, points, key, nfe in (("euler", 20, "euler20", 19), ("heun", 20, "heun220", 38)):
         samples = sample_ode(toy_transport_net, start, interpolant, method, points)
         assert close(samples.x, expected[f"{case}_ode_{key}"]), method
-        assert samples.evaluations == evaluations
+        assert samples.nfe == nfe
     samples = sample_ode(toy_transport_net, start, interpolant)
     assert close(samples.x, expected[f"{case}_ode_dopri52"])
-    assert samples.evaluations > 6
+    assert samples.nfe > 6
 
 
 def test_sample_sde_equals_original():
@@ -148,10 +148,10 @@ def test_sample_sde_equals_original():
     noise = expected[f"{case}_sde_euler30_z"]
     samples = sample_sde(toy_transport_net, expected[f"{case}_init"], Interpolant(), lambda i: noise[i], points=30)
     assert close(samples.x, expected[f"{case}_sde_euler30_x"])
-    assert samples.evaluations == 30
+    assert samples.nfe == 30
 
 
-@pytest.mark.parametrize("path", Path)
+@pytest.mark.parametrize("path", PathType)
 def test_interpolant_coefficients_equal_autograd(path):
     t = torch.linspace(0.05, 0.95, 19, dtype=torch.float64, requires_grad=True)
     c = coefficients(path, t)
@@ -183,7 +183,7 @@ def exact_net(interpolant):
     return net
 
 
-@pytest.mark.parametrize("path", Path)
+@pytest.mark.parametrize("path", PathType)
 @pytest.mark.parametrize("prediction", Prediction)
 def test_interpolant_predictions_agree(path, prediction):
     """Noise, score and velocity of the same target stand for the same velocity and score."""
@@ -200,7 +200,7 @@ def order(errors):
 
 
 @pytest.mark.parametrize(("method", "expected"), [("euler", 1), ("heun", 2)])
-@pytest.mark.parametrize("path", [Path.linear, Path.gvp])
+@pytest.mark.parametrize("path", [PathType.linear, PathType.gvp])
 def test_sample_ode_order_of_convergence(path, method, expected):
     """The flow of a Gaussian target is x -> MEAN + STD x."""
     interpolant, x = Interpolant(path), torch.linspace(-2, 2, 9, dtype=torch.float64).reshape(9, 1, 1, 1)
@@ -264,15 +264,15 @@ def test_sample_sde_order_of_convergence(method, form):
 @pytest.mark.parametrize("last_step", ["mean", "euler", "tweedie", None])
 def test_sample_sde_last_step_reaches_target(last_step):
     """Each of them ends near the target; what it leaves out shows in the spread only."""
-    interpolant, evaluations = Interpolant(), []
+    interpolant, nfe = Interpolant(), []
 
     def sampler(x, noise):
         samples = sample_sde(exact_net(interpolant), x, interpolant, noise, points=501, last_step=last_step)
-        evaluations.append(samples.evaluations)
+        nfe.append(samples.nfe)
         return samples
 
     mean, std = final_moments(sampler, 500)
-    assert evaluations == [500 + (last_step is not None)]
+    assert nfe == [500 + (last_step is not None)]
     assert mean == pytest.approx(MEAN, abs=0.01)
     assert std == pytest.approx(STD, abs=0.02)
 

@@ -23,7 +23,7 @@ from tests.processes import ROOT
 from tests.support import GOLDEN
 from vca.attention import ATTENTIONS, SoftmaxAttention, SoftmaxConfig, VCAConfig, VisualContrastAttention
 from vca.config import compose
-from vca.config.sweep import ablations, rows_of_ablation
+from vca.sweep.plan import ablations, rows_of_ablation
 
 models.register_timm()
 ATTENTION_NAMES = sorted(ATTENTIONS)
@@ -219,7 +219,7 @@ BY_HAND = {
     "vca_stage1_only": (VCA - 4 * D, 6 * n * N * C + LOCAL_MACS),  # one product less, the negative scores of Stage II
     "vca_stage2_only": (VCA - 4 * D, 5 * n * N * C + LOCAL_MACS),  # two less, the negative stream of Stage I
     "vca_learned_pooling": (VCA + 4 * C, 7 * n * N * C + LOCAL_MACS + PATCHES * C),  # kernels of 2 x 2
-    "vca pool=[4,4]": (VCA - 2 * (n - 16) * C, 7 * 16 * N * C + LOCAL_MACS),
+    "vca contrast_grid=[4,4]": (VCA - 2 * (n - 16) * C, 7 * 16 * N * C + LOCAL_MACS),
     "differential_stages": (LOCAL + 2 * 4 * D // 2 + 2 * D, 5 * n * N * C + LOCAL_MACS),  # scores of half heads
     "differential": (4 * D // 2 + D, 3 * N * N * C),
     "agent": (LOCAL + 2 * 3 * n * (7 * 7 + 14 + 14 + 1), 4 * n * N * C + LOCAL_MACS),  # 3 heads, two biases
@@ -315,7 +315,7 @@ def test_cswin_stripes_decide_valid_sizes():
 
 @pytest.mark.parametrize("family", ["pvt", "swin", "cswin"])
 def test_pyramid_attention_stages_and_contrast_grids(family):
-    """`attention_stages` and `contrast_grids` are config; the softmax baseline keeps the original everywhere."""
+    """`attention_stages` and `contrast_grid` are config; the softmax baseline keeps the original everywhere."""
 
     def kinds(network):
         return [type(stage.blocks[0].attn) for stage in network.stages]
@@ -326,10 +326,10 @@ def test_pyramid_attention_stages_and_contrast_grids(family):
     with pytest.raises(ValueError, match=f"local_branch must be false .*{family} keeps its own attention, got True"):
         CLASSIFIERS[family][1](CLASSIFIERS[family][0](**SMALL[family]), SoftmaxConfig(local_branch=True))
     grids = [[1, 2], [2, 2], [3, 2], [1, 1]]
-    network = small(family, "vca", attention_stages=[1, 3], contrast_grids=grids)
+    network = small(family, "vca", attention_stages=[1, 3], contrast_grid=grids)
     assert kinds(network) == [VisualContrastAttention, own[1], VisualContrastAttention, own[3]]
-    assert network.stages[0].blocks[0].attn.pool == (1, 2)
-    assert network.stages[2].blocks[-1].attn.pool == (3, 2)
+    assert network.stages[0].blocks[0].attn.contrast_grid == (1, 2)
+    assert network.stages[2].blocks[-1].attn.contrast_grid == (3, 2)
     depths = network.config.depths
     blocks = [block.attn for stage in network.stages for block in stage.blocks]
     third = blocks[depths[0] + depths[1]]
@@ -347,7 +347,7 @@ def test_pyramid_layout_equals_table1():
         config = compose("train_cls", [f"model={name}", "attention=vca", "data=imagefolder"])
         with torch.device("meta"):
             network = build_model(config.model, config.attention)
-        assert [getattr(stage.blocks[0].attn, "pool", None) for stage in network.stages] == pools
+        assert [getattr(stage.blocks[0].attn, "contrast_grid", None) for stage in network.stages] == pools
         assert network.num_prefix_tokens == 0
     config = compose("train_cls", ["model=pvt_tiny", "attention=softmax", "data=imagefolder"])
     assert build_model(config.model, config.attention).num_prefix_tokens == 1
@@ -379,7 +379,7 @@ WRONG_CONFIGS = {
         ({"attention_stages": [0]}, "stages from 1 to 4"),
         ({"window_size": 0}, "window_size must be >= 1, got 0"),
     ],
-    "cswin": [({"num_heads": [1, 2, 4, 8]}, "must be even"), ({"contrast_grids": [[1]] * 4}, "pairs of integers")],
+    "cswin": [({"num_heads": [1, 2, 4, 8]}, "must be even"), ({"contrast_grid": [[1]] * 4}, "pairs of integers")],
     "deit": [({"num_heads": 5}, "must divide"), ({"drop_path_rate": 1.0}, r"must be in \[0, 1\), got 1.0")],
 }
 
@@ -397,9 +397,11 @@ def test_models_pool_of_too_many_layers_refused():
     for family, depth in depths.items():
         config_class, module = MODELS[family]
         config = config_class(**fields[family])
-        module(config, VCAConfig(pool=[[1, 1]] * depth))
-        with pytest.raises(ValueError, match=f"attention.pool names {depth + 1} layers, but the model has {depth}"):
-            module(config, VCAConfig(pool=[[1, 1]] * (depth + 1)))
+        module(config, VCAConfig(contrast_grid=[[1, 1]] * depth))
+        with pytest.raises(
+            ValueError, match=f"attention.contrast_grid names {depth + 1} layers, but the model has {depth}"
+        ):
+            module(config, VCAConfig(contrast_grid=[[1, 1]] * (depth + 1)))
 
 
 def test_classifiers_without_head_return_features():
@@ -450,12 +452,12 @@ def test_replace_attention_in_timm_vit_keeps_weights(name):
     torch.manual_seed(0)
     network = timm.create_model(name, num_classes=5).eval()
     before = [(block.attn.qkv.weight.clone(), block.attn.proj.bias.clone()) for block in network.blocks]
-    assert vca.replace_attention(network, pool=(4, 4)) == 12
+    assert vca.replace_attention(network, contrast_grid=(4, 4)) == 12
     for block, (qkv, proj) in zip(network.blocks, before, strict=True):
         assert isinstance(block.attn, vca.VisualContrastAttention)
         assert torch.equal(block.attn.qkv.weight, qkv)
         assert torch.equal(block.attn.proj.bias, proj)
-        assert block.attn.pool == (4, 4)
+        assert block.attn.contrast_grid == (4, 4)
         assert block.attn.num_prefix_tokens == network.num_prefix_tokens
         assert not block.attn.training
     assert network.blocks[5].attn.lambda_init == pytest.approx(0.8 - 0.6 * torch.e**-1.5)

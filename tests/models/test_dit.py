@@ -42,7 +42,7 @@ def test_dit_equals_original_code(name):
         out = network(golden["x"], golden["t"], golden["y"])
         half = len(golden["cfg_x"]) // 2  # the original is given every input twice
         x, t, y = (golden[key][:half] for key in ("cfg_x", "cfg_t", "cfg_y"))
-        guided = network.forward_with_guidance(x, t, y, float(golden["cfg_scale"]))
+        guided = network.forward_with_cfg(x, t, y, float(golden["cfg_scale"]))
     for ours, key in ((out, "out"), (guided, "cfg_out")):
         expected = golden[key][: len(ours)]
         assert (ours[:, : expected.shape[1]] - expected).abs().max() < 1e-5 * expected.abs().max()
@@ -77,9 +77,9 @@ def test_dit_guidance_equals_formula():
     network, (x, t, y) = small("vca").eval(), inputs()
     with torch.no_grad():
         cond, uncond = network(x, t, y), network(x, t, torch.full_like(y, network.null_label))
-        torch.testing.assert_close(network.forward_with_guidance(x, t, y, 1.0), cond)
+        torch.testing.assert_close(network.forward_with_cfg(x, t, y, 1.0), cond)
         for channels, guided in ((3, 3), (None, 4), (1, 1)):
-            out = network.forward_with_guidance(x, t, y, 2.5, channels)
+            out = network.forward_with_cfg(x, t, y, 2.5, channels)
             torch.testing.assert_close(out[:, :guided], (uncond + 2.5 * (cond - uncond))[:, :guided])
             torch.testing.assert_close(out[:, guided:], cond[:, guided:])
 
@@ -127,15 +127,21 @@ def test_dit_other_latent_sizes(attention):
         network(torch.randn(1, 4, 7, 7), torch.rand(1), torch.tensor([0]))
     one = DiT(DiTConfig(**{**SMALL, "in_channels": 1, "learn_sigma": False, "input_size": [8, 12]}), VCAConfig())
     assert one(torch.randn(1, 1, 8, 12), torch.rand(1), torch.tensor([0])).shape == (1, 1, 8, 12)
-    assert one.blocks[1].attn.pool == (2, 3)
-    assert small("vca", contrast_grid=[1, 2]).blocks[0].attn.pool == (1, 2)
+    assert one.blocks[1].attn.contrast_grid == (2, 3)
+    assert small("vca", contrast_grid=[1, 2]).blocks[0].attn.contrast_grid == (1, 2)
 
 
 def test_dit_contrast_grids_equal_paper():
-    for patch, side, pool in ((2, 32, (8, 8)), (4, 32, (4, 4)), (8, 32, (2, 2)), (2, 64, (8, 8)), (2, 128, (8, 8))):
+    for patch, side, contrast_grid in (
+        (2, 32, (8, 8)),
+        (4, 32, (4, 4)),
+        (8, 32, (2, 2)),
+        (2, 64, (8, 8)),
+        (2, 128, (8, 8)),
+    ):
         with torch.device("meta"):
             network = DiT(DiTConfig(patch_size=patch, input_size=side), VCAConfig())
-        assert {block.attn.pool for block in network.blocks} == {pool}
+        assert {block.attn.contrast_grid for block in network.blocks} == {contrast_grid}
         assert {block.attn.num_prefix_tokens for block in network.blocks} == {0}
 
 

@@ -25,7 +25,7 @@ class GuidedStep(nn.Module):
         self.network = network
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        return self.network.forward_with_guidance(x, t, y, scale=4.0)
+        return self.network.forward_with_cfg(x, t, y, scale=4.0)
 
 
 class EulerStep(GuidedStep):

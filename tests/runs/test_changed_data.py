@@ -40,7 +40,13 @@ def test_resume_with_changed_images_refused(tmp_path, change):
     root, moved = tmp_path / "data", tmp_path / "moved"
     write_image_folder(root)
     options = ["data=imagefolder", "data.num_classes=2", f"out_dir={tmp_path}/out", "name=run", "model=deit_mini"]
-    options += ["augment=none", "data.img_size=8", "trainer.steps=1", "trainer.global_batch=2", "trainer.workers=0"]
+    options += [
+        "augment=none",
+        "data.img_size=8",
+        "trainer.steps=1",
+        "trainer.global_batch_size=2",
+        "trainer.workers=0",
+    ]
 
     def go(root, *more):
         return train_cls.run(compose("train_cls", [*options, f"data.root={root}", *more]))
@@ -62,7 +68,13 @@ def test_resume_with_changed_images_refused_in_generation(tmp_path):
     root = tmp_path / "data"
     write_image_folder(root, splits=("train",))
     options = [*SMALL_DIT, "data=imagefolder", f"data.root={root}", "data.num_classes=2", "data.img_size=8"]
-    options += ["sampled_classes=2", "trainer.steps=1", "trainer.global_batch=2", f"out_dir={tmp_path}/out", "name=run"]
+    options += [
+        "sampled_classes=2",
+        "trainer.steps=1",
+        "trainer.global_batch_size=2",
+        f"out_dir={tmp_path}/out",
+        "name=run",
+    ]
     train_gen.run(compose("train_gen", options))
     add_image(root)
     with pytest.raises(ConfigError, match=r"the files changed since .*train.files: 8 there, 9 here"):

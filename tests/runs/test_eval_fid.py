@@ -19,13 +19,13 @@ from tests.evaluation.inception import FEATURES, theirs, write_random_weights
 from tests.processes import ROOT, run_script
 from tests.support import DRAWN, SHARED, SMALL_DIT, metrics
 from vca.config import compose
-from vca.evaluation.evaluate import read_features
+from vca.evaluation.compare import read_features
 from vca.evaluation.extractor import ClassifierConfig, FileConfig, load_extractor
 from vca.evaluation.features import chosen_numbers, measure
-from vca.evaluation.frechet import frechet_distance
 from vca.evaluation.images import NpzImages
 from vca.evaluation.record import missing_fields, read_record, seal
 from vca.evaluation.sources import open_source
+from vca.metrics.fid import frechet_distance
 from vca.runtime.distributed import World
 from vca.runtime.errors import ConfigError
 
@@ -56,7 +56,7 @@ def test_eval_fid_every_sample_form_same_metrics(samples, generator_run, use, tm
         assert all(value is not None for value in record["metrics"].values()) == (name != "none")
     made = records["run"]["samples"]["made"]
     assert made == records["set"]["samples"]["made"] == records["npz"]["samples"]["made"]
-    assert made["evaluations"] == {"mean": 4.0, "min": 4, "max": 4}
+    assert made["nfe"] == {"mean": 4.0, "min": 4, "max": 4}
     assert (made["origin"]["step"], made["origin"]["weights"], made["sampler"]["steps"]) == (2, "ema", 4)
     assert records["foreign"]["samples"]["made"] is None
     assert any("nothing says how" in line for line in records["foreign"]["warnings"])
@@ -399,7 +399,7 @@ def test_frechet_distance_known_values_on_cifar10(cifar, tmp_path):
     test = cifar(False)
     extractor = load_extractor(
         FileConfig(
-            source=str(ROOT / "tests" / "resnet56.py"), weights=str(SHARED / "weights" / "resnet56-4bfd9763.th")
+            source=str(ROOT / "examples" / "resnet56.py"), weights=str(SHARED / "weights" / "resnet56-4bfd9763.th")
         ),
         ONE,
         rebuild,

@@ -18,7 +18,7 @@ from vca.config import compose
 from vca.evaluation.extractor import FileConfig, load_extractor
 from vca.evaluation.features import measure
 from vca.evaluation.images import NpzImages
-from vca.evaluation.statistics_file import StatisticsFile
+from vca.evaluation.stats_file import StatisticsFile
 from vca.runtime.distributed import World
 from vca.runtime.errors import ConfigError, NonFiniteError
 
@@ -229,7 +229,7 @@ def test_statistics_file_rounded_covariance_accepted(tmp_path):
         ("samples=SET reference=data:test data=digits count=7", "count must be 40, which .* holds, got 7"),
         ("samples=SET reference=data:test data=digits protocol=dit_table", "protocol must be null with samples"),
         (
-            "samples=SET reference=data:test data=digits sampler=ode",
+            "samples=SET reference=data:test data=digits sampler=ode_heun",
             "sampler must be left out with samples, .* 'ode_heun'",
         ),
         ("samples=SET reference=data:test data=digits extractor=clip", "extractor=clip: no such option"),

@@ -28,7 +28,7 @@ CLASSIFIER = (
 GENERATOR = (
     *SMALL_DIT,
     "trainer.steps=20",
-    "trainer.global_batch=60",
+    "trainer.global_batch_size=60",
     "trainer.log_every=1",
     "trainer.checkpoint_every=10",
     "trainer.eval_every=10",
@@ -110,7 +110,7 @@ def test_fault_with_workers_ends_run(tmp_path, fault, ranks):
     data = tmp_path / "data"
     write_image_folder(data)
     options = ["data=imagefolder", f"data.root={data}", "data.num_classes=2", "data.check_seconds=0", "data.img_size=8"]
-    options += ["model=deit_mini", "augment=none", "trainer.steps=40000", "trainer.global_batch=4"]
+    options += ["model=deit_mini", "augment=none", "trainer.steps=40000", "trainer.global_batch_size=4"]
     options += ["trainer.workers=2", "trainer.checkpoint_every=20", "trainer.log_every=1", "trainer.device=cpu"]
     options += ["trainer.eval_every=0", "trainer.timeout_minutes=0.1"]
     launch = Launch("train_cls.py", *options, f"out_dir={tmp_path}", "name=run", ranks=ranks)
@@ -148,7 +148,7 @@ runpy.run_path("{script}", run_name="__main__")
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_fault_full_shared_memory_ends_run(tmp_path, ranks):
     (tmp_path / "small.py").write_text(SMALL_SHM.format(script=ROOT / "train_cls.py"))
-    options = [*TINY, f"out_dir={tmp_path}", "name=run", "trainer.workers=2", "trainer.global_batch=1200"]
+    options = [*TINY, f"out_dir={tmp_path}", "name=run", "trainer.workers=2", "trainer.global_batch_size=1200"]
     done = run_script(tmp_path / "small.py", *options, ranks=ranks, timeout=60)
     assert done.returncode != 0
     assert "stopped: a loader worker found /dev/shm full; give the container" in done.stderr, done.stderr[-3000:]
@@ -156,7 +156,7 @@ def test_fault_full_shared_memory_ends_run(tmp_path, ranks):
 
 EVALUATIONS = {
     "train_cls.py": (CLASSIFIER, "vca.evaluation.accuracy.evaluate"),
-    "train_gen.py": (GENERATOR, "vca.generation.sampling.save_grid"),
+    "train_gen.py": (GENERATOR, "vca.generation.pipeline.save_image_grid"),
 }
 
 
@@ -185,10 +185,10 @@ def test_kill_during_evaluation_loses_no_step(tmp_path, script):
 def test_sample_not_finite_is_warning(tmp_path, use):
     """In a picture and in a measurement; the run continues."""
     fid = ("trainer.fid_every=10", "fid.reference=data:test", f"fid.count={DRAWN}", *use)
-    target, body = "vca.generation.sampling.draw_samples", "found = original(*arguments, **options)\n"
+    target, body = "vca.generation.pipeline.sample_latents", "found = original(*arguments, **options)\n"
     body += "import torch\nwith torch.inference_mode():\n    found.x[0] = float('nan')\nreturn found"
     script = faulty(tmp_path, "train_gen.py", target, body)
-    script.write_text(script.read_text().replace("setattr(", "import vca.generation.generator as generator\nsetattr("))
+    script.write_text(script.read_text().replace("setattr(", "import vca.generation.pipeline as generator\nsetattr("))
     script.write_text(script.read_text().replace("runpy.run", "generator.draw_samples = faulty\nrunpy.run"))
     done = run_script(script, *GENERATOR, *fid, f"out_dir={tmp_path}", "name=run")
     assert done.returncode == 0, done.stderr[-3000:]
@@ -205,13 +205,13 @@ def test_sample_not_finite_is_warning(tmp_path, use):
 
 def overflow_from(step, monkeypatch):
     """Let fp16 overflow in every step from one on."""
-    original = train_cls.TrainState.update
+    original = train_cls.TrainState.train_step
 
     def update(self, batches, loss_of, seed):
         scale = 1e38 if self.step >= step else 1.0
         return original(self, batches, lambda *arguments: loss_of(*arguments) * scale, seed)
 
-    monkeypatch.setattr(train_cls.TrainState, "update", update)
+    monkeypatch.setattr(train_cls.TrainState, "train_step", update)
 
 
 FP16 = (*TINY, "trainer.precision=fp16", "augment.mixup=0", "augment.cutmix=0", "trainer.checkpoint_every=2")
@@ -273,7 +273,7 @@ def test_full_disk_stops_at_checkpoint_and_resumes(small_disk, tmp_path, ranks):
     except OSError:
         pass
 return original(*arguments, **options)"""
-    script = faulty(tmp_path, "train_gen.py", "vca.generation.sampling.save_grid", body)
+    script = faulty(tmp_path, "train_gen.py", "vca.generation.pipeline.save_image_grid", body)
     folder = small_disk / "run"
     stopped = run_script(script, *options, f"out_dir={small_disk}", ranks=ranks)
     assert stopped.returncode != 0

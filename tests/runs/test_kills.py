@@ -24,7 +24,7 @@ pytestmark = pytest.mark.process
 EVERY = 2  # steps between two checkpoints
 TRAINERS = {
     "train_cls.py": (*TINY, "trainer.eval_every=30"),
-    "train_gen.py": (*SMALL_DIT, "trainer.log_every=1", "trainer.eval_every=50", "trainer.global_batch=60"),
+    "train_gen.py": (*SMALL_DIT, "trainer.log_every=1", "trainer.eval_every=50", "trainer.global_batch_size=60"),
 }
 KILLS = ("SIGKILL", "SIGTERM", "SIGUSR1", "SIGUSR2")
 ENDLESS = ("trainer.steps=4000", "trainer.checkpoint_every=3000")  # nothing is saved but by a signal
@@ -67,7 +67,7 @@ def storm(tmp_path, script, kills, seed, steps, ranks=1, workers=0):
     """Interrupt runs again and again, let them end, and compare them with one that was not interrupted."""
     rng = random.Random(seed)
     options = [*TRAINERS[script], f"out_dir={tmp_path}", f"trainer.steps={steps}", f"trainer.checkpoint_every={EVERY}"]
-    options += [f"trainer.workers={workers}", "trainer.micro_batch=30"]
+    options += [f"trainer.workers={workers}", "trainer.micro_batch_size=30"]
     whole = run_script(script, *options, "name=whole", ranks=ranks)
     assert whole.returncode == 0, whole.stderr[-3000:]
     done, lost, seconds, early = 0, [], [], 0
@@ -278,9 +278,7 @@ def test_signal_seconds_bounds_time_to_save(tmp_path, save_seconds, saves):
     """`cluster.signal_seconds` reaches torchrun, which would kill after half a minute."""
     (tmp_path / "rank.py").write_text(SAVING_RANK)
     command = [*torchrun(1), str(tmp_path / "rank.py"), str(tmp_path)]
-    code = (
-        f"from vca.runtime.launch import *; run_and_survive({command}, Path('{tmp_path}/log'), {save_seconds}, False)"
-    )
+    code = f"from pathlib import Path; from vca.sweep.job import *; run_and_survive({command}, Path('{tmp_path}/log'), {save_seconds}, False)"
     process = subprocess.Popen([sys.executable, "-c", code], env=environment(), cwd=ROOT)
     wait_for(lambda: (tmp_path / "started").exists(), process)
     process.terminate()

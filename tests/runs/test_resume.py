@@ -14,7 +14,7 @@ LONG = (
     *TINY,
     "trainer.steps=40",
     "trainer.checkpoint_every=5",
-    "trainer.micro_batch=20",
+    "trainer.micro_batch_size=20",
     "trainer.log_every=3",
     "trainer.ema_decay=0.9",
     "trainer.eval_every=25",
@@ -29,14 +29,14 @@ def run(tmp_path, name, *overrides, ranks=1):
 
 @pytest.mark.parametrize(("ranks", "workers"), [(1, 2), (2, 0), (3, 0)], ids=["one rank", "two ranks", "three ranks"])
 def test_resume_after_kill_is_exact(tmp_path, ranks, workers):
-    options = [f"trainer.workers={workers}", *(["trainer.micro_batch=60"] if workers else [])]
+    options = [f"trainer.workers={workers}", *(["trainer.micro_batch_size=60"] if workers else [])]
     assert_resume_exact(tmp_path, [7, 18], "train_cls.py", *LONG, *options, ranks=ranks)
     assert (tmp_path / "broken" / "curves.png").stat().st_size > 1000
 
 
 def test_resume_from_two_ranks_to_one(tmp_path):
     """The number of ranks may change: the step and the images go on, the numbers agree to rounding."""
-    micro = "trainer.micro_batch=60"
+    micro = "trainer.micro_batch_size=60"
     whole = run(tmp_path, "whole", micro)
     folder = tmp_path / "moved"
     train_and_kill(folder, 12, "train_cls.py", f"out_dir={tmp_path}", "name=moved", *LONG, micro, ranks=2)

@@ -16,13 +16,13 @@ from models import build_model
 from tests.processes import ROOT, run_script
 from tests.support import SMALL_DIT, one_line, start_and_kill
 from vca.config import compose, read_protocol
-from vca.generation import generator, sample_set
+from vca.generation import pipeline, sample_folder
 from vca.generation.autoencoder import load_autoencoder
-from vca.generation.sample_set import SampleSet
-from vca.generation.sampling import label_of
+from vca.generation.pipeline import label_of
+from vca.generation.sample_folder import SampleFolder
 from vca.runtime.digest import image_sha256, images_sha256
 from vca.runtime.errors import ConfigError, NonFiniteError
-from vca.runtime.rundir import RunDirectory, plain
+from vca.runtime.rundir import RunDirectory, to_dict
 from vca.training.checkpoint import KEYS, save_checkpoint
 
 pytestmark = pytest.mark.process
@@ -45,12 +45,12 @@ def draw(out, *overrides):
 
 
 def pixels(out, count):
-    return np.stack([drawn.pixels for drawn in SampleSet(out).read_all(count)])
+    return np.stack([drawn.pixels for drawn in SampleFolder(out).read_all(count)])
 
 
 def test_sample_script_independent_of_ranks_batch_and_kill(generator_run, tmp_path):
     """64 samples by 1 rank x 8, by 2 ranks x 5, and by 2 ranks x 5 killed in the middle, then 1 rank x 8."""
-    common = [f"run={generator_run}", "count=64", "sampler.steps=10", "sampler.guidance=1.5", "device=cpu"]
+    common = [f"run={generator_run}", "count=64", "sampler.steps=10", "sampler.cfg_scale=1.5", "device=cpu"]
     sets = {}
     for ranks, batch in ((1, 8), (2, 5)):
         out = tmp_path / str(ranks)
@@ -74,13 +74,13 @@ def test_sample_script_independent_of_ranks_batch_and_kill(generator_run, tmp_pa
 
 def test_sample_script_independent_of_threads(generator_run, tmp_path, monkeypatch):
     """This network is too small to show what more threads round: each sample must be drawn alone and on one."""
-    drawn, seen = generator.draw_samples, []
+    drawn, seen = pipeline.sample_latents, []
 
     def watched(*arguments):
         seen.append((torch.get_num_threads(), len(arguments[3])))
         return drawn(*arguments)
 
-    monkeypatch.setattr(generator, "draw_samples", watched)
+    monkeypatch.setattr(pipeline, "sample_latents", watched)
     torch.set_num_threads(3)
     draw(tmp_path, f"run={generator_run}", "count=4")
     assert seen == [(1, 1)] * 4
@@ -98,13 +98,13 @@ def test_sample_script_writes_images_npz_and_grid(generator_run, tmp_path):
         assert np.array_equal(archive["arr_0"], images)
     assert result["sha256"] == images_sha256(map(image_sha256, images))
     assert result["classes"] == {str(label): 2 if label < 2 else 1 for label in range(10)}
-    assert result["evaluations"] == {"mean": 4.0, "min": 4, "max": 4}
+    assert result["nfe"] == {"mean": 4.0, "min": 4, "max": 4}
     with Image.open(tmp_path / "grid.png") as grid:
         assert grid.size == (10 * 49 - 1, 2 * 61 - 1)  # ten columns of 48 px, each under a line for its label
     assert manifest["result"] == result
     assert manifest["origin"].keys() == {"run", "step", "weights", "training", "weights_sha256"}
     assert (manifest["origin"]["run"], manifest["origin"]["step"], manifest["origin"]["weights"]) == ("run", 2, "ema")
-    assert (manifest["seed"], manifest["labels"], manifest["computed_together"]) == (0, "balanced", 1)
+    assert (manifest["seed"], manifest["labels"], manifest["compute_batch_size"]) == (0, "balanced", 1)
     assert manifest["sampler"]["method"] == "ddpm"
     assert manifest["model"]["hidden_size"] == 16
     assert not list(tmp_path.glob("*.tmp"))
@@ -123,7 +123,7 @@ def test_sample_set_finish_reports_progress(generator_run, tmp_path, monkeypatch
         def update(self, more=1):
             self.n += more
 
-    monkeypatch.setattr(sample_set, "progress_bar", Bar)
+    monkeypatch.setattr(sample_folder, "progress_bar", Bar)
     draw(tmp_path, f"run={generator_run}", "count=5")
     assert [(bar.total, bar.n, bar.show) for bar in bars] == [(5, 5, True)]
 
@@ -138,7 +138,7 @@ def test_sample_script_set_extended_but_not_changed(generator_run, tmp_path):
     assert again == more
     for other, message in (
         ("seed=1", r"holds other samples \(seed: 0 there, 1 here\); choose another folder"),
-        ("sampler.guidance=1.5", r"holds other samples \(sampler.guidance: 1.0 there, 1.5 here\)"),
+        ("sampler.cfg_scale=1.5", r"holds other samples \(sampler.cfg_scale: 1.0 there, 1.5 here\)"),
         ("weights=raw", r"holds other samples \(origin.weights: 'ema' there, 'raw' here; origin.weights_sha256"),
         ("step=1", r"holds other samples \(origin.step: 2 there, 1 here; origin.weights_sha256"),
         ("labels=[1]", r"holds other samples \(labels: 'random' there, \[1\] here\)"),
@@ -236,7 +236,7 @@ def latent_run(vaes, artefact):
         random_weights(model)
         folder = RunDirectory(out / "run")
         identity = load_autoencoder(config.autoencoder, torch.device("cpu")).identity()
-        folder.create({**plain(config), "inputs": {"autoencoder": identity, "cache": None}})
+        folder.create({**to_dict(config), "inputs": {"autoencoder": identity, "cache": None}})
         weights = {"model": model.state_dict(), "ema": model.state_dict()}
         save_checkpoint(folder.checkpoints, 5, {**dict.fromkeys(KEYS), "step": 5, **weights})
 
@@ -268,13 +268,13 @@ def test_protocol_settings_applied_and_changes_refused(latent_run, vaes, tmp_pat
         "device=cpu",
     ]
     result = sample.run(compose("sample", command))
-    evaluations = result["evaluations"]["mean"]
-    assert evaluations == PROTOCOLS[name] if PROTOCOLS[name] else 10 < evaluations < 1000
+    nfe = result["nfe"]["mean"]
+    assert nfe == PROTOCOLS[name] if PROTOCOLS[name] else 10 < nfe < 1000
     manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
     assert manifest["protocol"] == name
-    assert manifest["sampler"]["guidance"] == (1.5 if name in ("dit_best", "sit_heun250") else 1.0)
+    assert manifest["sampler"]["cfg_scale"] == (1.5 if name in ("dit_best", "sit_heun250") else 1.0)
     for change, message in (
-        ("sampler.guidance=4.0", rf"protocol {name} has other values \(sampler.guidance: 1.\d there, 4.0 here\)"),
+        ("sampler.cfg_scale=4.0", rf"protocol {name} has other values \(sampler.cfg_scale: 1.\d there, 4.0 here\)"),
         ("precision=bf16", "precision: 'fp32' there, 'bf16' here"),
         (f"decoder={vaes / 'other'}", r"decoder: 'sd-vae-ft-\w+' there, 'other' here"),
         ("weights=raw", "weights: 'ema' there, 'raw' here"),
@@ -354,7 +354,7 @@ WRONG = {
     "run=RUN count=0": "count must be >= 1, got 0",
     "run=RUN labels=some": r"labels must be random, balanced or a list of classes such as \[207, 360\], got 'some'",
     "run=RUN labels=[3,10]": r"labels must be from 0 to 9, got \[3, 10\]",
-    "run=RUN sampler=ode": "sampler.method must be one of ddpm, ddim .sampler=ddpm or ddim., got 'ode_heun'",
+    "run=RUN sampler=ode_heun": "sampler.method must be one of ddpm, ddim .sampler=ddpm or ddim., got 'ode_heun'",
     "run=RUN protocol=dit_table": "protocol must be null for a model of pixels, got 'dit_table'",
     "run=RUN protocol=dit_tabel": "protocol=dit_tabel: no such option; did you mean 'dit_table'",
     "run=RUN decoder=x": "decoder must be null for a model of pixels, got 'x'",

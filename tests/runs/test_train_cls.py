@@ -21,7 +21,7 @@ from tests.support import TINY, assert_same, metrics, untimed
 from vca.config import compose
 from vca.runtime import provenance
 from vca.runtime.errors import ConfigError
-from vca.runtime.rundir import plain
+from vca.runtime.rundir import to_dict
 from vca.runtime.seeding import seed_torch
 from vca.training.checkpoint import load_latest
 
@@ -50,7 +50,7 @@ def test_run_directory_files_of_finished_run(finished):
     assert {key: records[-1][key] for key in result} == result
     assert {"val/top1", "val/top5", "val/loss", "val/images", "ema/top1"} <= set(result)
     config = json.loads((folder / "run" / "config.json").read_text())
-    assert {**config, "out_dir": "out"} == plain(compose("train_cls", ["out_dir=out", "name=run", *SHORT]))
+    assert {**config, "out_dir": "out"} == to_dict(compose("train_cls", ["out_dir=out", "name=run", *SHORT]))
     assert (folder / "run" / "curves.png").read_bytes().startswith(b"\x89PNG")
     launch = json.loads((folder / "run" / "launches.jsonl").read_text())
     assert launch["torch"] == torch.__version__
@@ -232,14 +232,14 @@ def test_wandb_offline_equals_metrics_file(tmp_path):
 
 def test_metrics_file_fp16_skipped_step_is_null(tmp_path, monkeypatch):
     """A skipped update is no number: `metrics.jsonl` stays valid JSON."""
-    update = train_cls.TrainState.update
+    update = train_cls.TrainState.train_step
 
     def overflow(self, batches, loss_of, seed):
         if self.step == 2:
             return update(self, batches, lambda *a: loss_of(*a) * 1e38, seed)
         return update(self, batches, loss_of, seed)
 
-    monkeypatch.setattr(train_cls.TrainState, "update", overflow)
+    monkeypatch.setattr(train_cls.TrainState, "train_step", overflow)
     run(tmp_path, "trainer.precision=fp16", "augment.mixup=0", "augment.cutmix=0")
     records = [record for record in metrics(tmp_path / "run") if "lr" in record]
     assert [record["grad_norm"] is None for record in records] == [False, False, True, False, False, False]

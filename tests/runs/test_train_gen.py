@@ -14,7 +14,7 @@ from vca.config import compose
 from vca.data.loader import Batch
 from vca.generation.autoencoder import AutoencoderConfig, load_autoencoder
 from vca.generation.objective import Method, SamplerConfig, build_objective
-from vca.generation.sampling import check_sampler, draw_samples, guided, save_grid, to_uint8
+from vca.generation.pipeline import check_sampler, guided, sample_latents, save_image_grid, to_uint8
 from vca.runtime.errors import ConfigError, NonFiniteError
 from vca.training.generation import GenerationLoss
 
@@ -23,8 +23,8 @@ pytestmark = pytest.mark.process
 # 40 updates of 120 of the 1,438 digits: every cut is in mid-epoch.
 LONG = (
     *SMALL_DIT,
-    "trainer.global_batch=120",
-    "trainer.micro_batch=20",
+    "trainer.global_batch_size=120",
+    "trainer.micro_batch_size=20",
     "trainer.steps=40",
     "trainer.checkpoint_every=5",
     "trainer.log_every=2",
@@ -62,7 +62,7 @@ def test_train_gen_losses_independent_of_ranks(tmp_path):
     """The first 20 losses of 1, 2 and 4 ranks at one global batch."""
     losses = {}
     for ranks in (1, 2, 4):
-        options = [*LONG, "trainer.micro_batch=30", "trainer.steps=20", "trainer.log_every=1"]
+        options = [*LONG, "trainer.micro_batch_size=30", "trainer.steps=20", "trainer.log_every=1"]
         done = run_script(
             "train_gen.py", *options, f"out_dir={tmp_path}", f"name=ranks{ranks}", "trainer.eval_every=0", ranks=ranks
         )
@@ -80,7 +80,7 @@ def test_resume_of_finished_run_returns_result(tmp_path):
     result = train_gen.run(config)
     before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
     *_, last_update, picture = map(json.loads, before.splitlines())
-    assert picture == {"step": 2, "samples": 10, "evaluations": 4}
+    assert picture == {"step": 2, "samples": 10, "nfe": 4}
     assert train_gen.run(config) == result == {"loss": last_update["loss"]}
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
 
@@ -124,9 +124,9 @@ def test_generation_loss_draws_independent_of_batch():
 @pytest.mark.parametrize(
     ("objective", "sampler"),
     [
-        ("diffusion", SamplerConfig(Method.ddpm, steps=5, guidance=1.5)),
+        ("diffusion", SamplerConfig(Method.ddpm, steps=5, cfg_scale=1.5)),
         ("diffusion", SamplerConfig(Method.ddim, steps=5, eta=0.5)),
-        ("interpolant", SamplerConfig(Method.ode_heun, steps=5, guidance=2.0)),
+        ("interpolant", SamplerConfig(Method.ode_heun, steps=5, cfg_scale=2.0)),
         ("interpolant", SamplerConfig(Method.sde_euler, steps=5)),
     ],
 )
@@ -136,23 +136,23 @@ def test_draw_samples_independent_of_batch(objective, sampler):
     chosen = build_objective(config.objective)
     check_sampler(chosen, sampler, 0.1)
     labels, shape = torch.arange(12) % 10, (1, 8, 8)
-    whole = draw_samples(model, chosen, sampler, labels, range(12), 3, shape)
-    late = draw_samples(model, chosen, sampler, labels[5:], range(5, 12), 3, shape)
-    early = draw_samples(model, chosen, sampler, labels[:5], range(5), 3, shape)
+    whole = sample_latents(model, chosen, sampler, labels, range(12), 3, shape)
+    late = sample_latents(model, chosen, sampler, labels[5:], range(5, 12), 3, shape)
+    early = sample_latents(model, chosen, sampler, labels[:5], range(5), 3, shape)
     torch.testing.assert_close(torch.cat((early.x, late.x)), whole.x, rtol=1e-4, atol=1e-5)
-    assert not torch.equal(draw_samples(model, chosen, sampler, labels, range(12), 4, shape).x, whole.x)
+    assert not torch.equal(sample_latents(model, chosen, sampler, labels, range(12), 4, shape).x, whole.x)
 
 
 def test_guidance_only_inside_interval():
     model, config = network()
     objective = build_objective(config.objective)
     labels, x = torch.tensor([1, 2]), torch.randn(2, 1, 8, 8)
-    sampler = SamplerConfig(guidance=3.0, guidance_interval=[0.2, 0.6])
+    sampler = SamplerConfig(cfg_scale=3.0, cfg_interval=[0.2, 0.6])
     net = guided(model, objective, sampler, labels)
     with torch.no_grad():
         for t, acts in ((100, False), (200, True), (600, True), (700, False)):
             times = torch.full((2,), t)
-            plain, full = model(x, times, labels), model.forward_with_guidance(x, times, labels, 3.0)
+            plain, full = model(x, times, labels), model.forward_with_cfg(x, times, labels, 3.0)
             assert not torch.equal(plain, full)
             assert torch.equal(net(x, times), full if acts else plain), t
 
@@ -178,7 +178,7 @@ def test_to_uint8_and_save_grid_pixel_values(tmp_path):
     with pytest.raises(NonFiniteError, match="NaN or infinite"):
         to_uint8(torch.tensor([0.0, float("nan")]))
     images = torch.linspace(-1, 1, 5)[:, None, None, None].expand(5, 3, 4, 6)
-    save_grid(to_uint8(images), tmp_path / "samples" / "grid.png", columns=3)
+    save_image_grid(to_uint8(images), tmp_path / "samples" / "grid.png", columns=3)
     sheet = Image.open(tmp_path / "samples" / "grid.png")
     assert sheet.size == (3 * 7 - 1, 2 * 5 - 1)
     assert sheet.getpixel((0, 0)) == (0, 0, 0)

@@ -56,8 +56,8 @@ def test_world_rank_numbers_on_two_nodes(worlds):
 def test_loaders_ranks_cover_data_once(worlds, size):
     """All ranks together have every image, each of them once."""
     for split, count in (("train", 96), ("eval", 103)):
-        together = [index for r in worlds[size] for index in r["indices"][split]]
-        assert sorted(together) == list(range(count))
+        compute_batch_size = [index for r in worlds[size] for index in r["indices"][split]]
+        assert sorted(compute_batch_size) == list(range(count))
 
 
 @pytest.mark.parametrize("size", [2, 4])
@@ -123,15 +123,14 @@ NAN = """
 import sys
 import torch
 import train_cls
-from vca.config import command_line
 from vca.training.step import TrainState
 
-update = TrainState.update
+update = TrainState.train_step
 def poisoned(self, batches, loss_of, seed):
     if self.step == 5 and self.world.rank == 1:
         batches[0].images[0, 0, 0, 0] = float("nan")
     return update(self, batches, loss_of, seed)
-TrainState.update = poisoned
+TrainState.train_step = poisoned
 command_line("train_cls", train_cls.run)
 """
 
@@ -173,9 +172,9 @@ runpy.run_path(f"{code}/train_cls.py", run_name="__main__")
     ("more", "edited", "differs"),
     [
         (
-            "optim.lr=0.5 trainer.micro_batch=30",
+            "optim.lr=0.5 trainer.micro_batch_size=30",
             None,
-            "config.optim.lr: 0.001 there, 0.5 here; config.trainer.micro_batch: None there, 30 here",
+            "config.optim.lr: 0.001 there, 0.5 here; config.trainer.micro_batch_size: None there, 30 here",
         ),
         ("", "models/deit.py", "code.models/deit.py: "),
     ],

@@ -8,14 +8,14 @@ import pytest
 
 from vca.runtime.errors import ConfigError
 from vca.runtime.files import append_line, write_text
-from vca.runtime.logging import Reporter
-from vca.runtime.rundir import FREE_KEYS, RunDirectory, compare, read_config
+from vca.runtime.metrics_log import Reporter
+from vca.runtime.rundir import RESUME_IGNORED_KEYS, RunDirectory, diff_configs, read_config
 
 
 def test_compare_names_every_difference():
     here = {"a": 1, "b": {"c": 2, "d": [1]}, "out_dir": "x", "trainer": {"workers": 1}}
     there = {"a": 1, "b": {"c": 3, "e": 0}, "out_dir": "y", "trainer": {"workers": 2}}
-    assert compare(there, here, FREE_KEYS) == [
+    assert diff_configs(there, here, RESUME_IGNORED_KEYS) == [
         "b.c: 3 there, 2 here",
         "b.d: None there, [1] here",
         "b.e: 0 there, None here",

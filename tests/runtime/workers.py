@@ -37,14 +37,14 @@ def gradients(world):
     config = compose("train_cls", ["model.depth=2", "model.drop_path_rate=0.3", "augment.mixup=0.8"])
     torch.manual_seed(0)
     model = build_model(config.model, config.attention)
-    trainer = TrainerConfig(steps=10, global_batch=48, micro_batch=12)
+    trainer = TrainerConfig(steps=10, global_batch_size=48, micro_batch_size=12)
     state = TrainState(model, trainer, OptimConfig(warmup_epochs=0), world, 2)
     images = load_dataset(config.data, train=True)
-    share = MicroBatches(TrainOrder(len(images), 48, 0), world, state.micro_batch, state.accumulation, 0, 1)
+    share = MicroBatches(TrainOrder(len(images), 48, 0), world, state.micro_batch_size, state.accumulation, 0, 1)
     batches = next(train_loader(images, train_transform(config.augment, config.data), 0, share, 0))
     kept = {}
     state.optimizer.step = lambda *_: kept.update({n: p.grad.clone() for n, p in model.named_parameters()})
-    update = state.update(batches, ClassificationLoss(BatchMixer(config.augment, 10, 0)), seed=0)
+    update = state.train_step(batches, ClassificationLoss(BatchMixer(config.augment, 10, 0)), seed=0)
     return {"lr": update.lr, "gradients": kept, "accumulation": state.accumulation}
 
 
@@ -62,7 +62,7 @@ def accuracies(world):
 def indices(world):
     """Images of one epoch of 12 updates of 8, and of the evaluation set, on this rank."""
     order = TrainOrder(96, 8, seed=0)
-    micro, accumulation = TrainerConfig(global_batch=8).micro_batch_on(world.size)
+    micro, accumulation = TrainerConfig(global_batch_size=8).micro_batch_on(world.size)
     share = MicroBatches(order, world, micro, accumulation, 0, 12)
     return {
         "train": [address.image for batch in share for address in batch],

@@ -10,7 +10,7 @@ import torch
 import benchmarks.attention
 import benchmarks.loop
 import benchmarks.model
-import scripts.benchmark
+from benchmarks import __main__ as command_line
 from benchmarks.timing import Budget, compare, kept_bytes, peak_bytes, take_turns
 
 CPU = torch.device("cpu")
@@ -23,10 +23,10 @@ def test_benchmark_all_writes_every_part(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(benchmarks.model, "PIXELS", {"cpu": 224 * 224})
     monkeypatch.setattr(benchmarks.loop, "STEPS", 1)
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))  # generates no code
-    command = ["benchmark.py", "all", "--device", "cpu", "--rounds", "3", "--minutes", "0.1"]
+    command = ["benchmarks", "all", "--device", "cpu", "--rounds", "3", "--minutes", "0.1"]
     command += ["--tokens", "197", "--models", "deit_tiny", "--size", "224", "--json", str(tmp_path / "all.json")]
     monkeypatch.setattr(sys, "argv", command)
-    scripts.benchmark.main()
+    command_line.main()
     printed = capsys.readouterr().out
     parts = {part["what"]: part["rows"] for part in json.loads((tmp_path / "all.json").read_text())["parts"]}
     assert list(parts) == ["attention", "model", "loop"]
@@ -58,9 +58,9 @@ def test_benchmark_all_writes_every_part(tmp_path, monkeypatch, capsys):
     ids=str,
 )
 def test_benchmark_wrong_options_refused(options, message, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["benchmark.py", *options])
+    monkeypatch.setattr(sys, "argv", ["benchmarks", *options])
     with pytest.raises(SystemExit):
-        scripts.benchmark.parse()
+        command_line.parse()
     assert message in capsys.readouterr().err.splitlines()[-1]
 
 

@@ -24,7 +24,7 @@ from vca.config import compose
 from vca.data import load_dataset
 from vca.data.augment import eval_transform
 from vca.runtime.errors import ConfigError
-from vca.training.init import InitWeights, init_from, read_weights, strip_wrappers
+from vca.training.pretrained import InitWeights, init_from, read_weights, strip_wrappers
 
 SHORT = (*TINY, "trainer.steps=3", "trainer.log_every=3")
 

@@ -73,15 +73,15 @@ def test_parameter_groups_split_by_weight_decay():
 def test_train_state_step_takes_its_own_learning_rate():
     """The first of four warm-up steps runs at `warmup_lr`, also after a resume."""
     optim = OptimConfig(lr=5.0, warmup_epochs=1, warmup_lr=1.0, min_lr=0.0)
-    state = TrainState(nn.Linear(2, 1), TrainerConfig(steps=8, global_batch=2), optim, WORLD, steps_per_epoch=4)
+    state = TrainState(nn.Linear(2, 1), TrainerConfig(steps=8, global_batch_size=2), optim, WORLD, steps_per_epoch=4)
     seen = []
     for _ in range(4):
-        result = state.update([torch.ones(2, 2)], lambda model, x, step: model(x).square().mean(), seed=0)
+        result = state.train_step([torch.ones(2, 2)], lambda model, x, step: model(x).square().mean(), seed=0)
         seen.append((result.lr, *(group["lr"] for group in state.optimizer.param_groups)))
     assert seen == [(rate,) * len(seen[0]) for rate in (1.0, 2.0, 3.0, 4.0)]
-    again = TrainState(nn.Linear(2, 1), TrainerConfig(steps=8, global_batch=2), optim, WORLD, steps_per_epoch=4)
+    again = TrainState(nn.Linear(2, 1), TrainerConfig(steps=8, global_batch_size=2), optim, WORLD, steps_per_epoch=4)
     again.load_state_dict({**state.state_dict(), "step": 2})
-    assert again.update([torch.ones(2, 2)], lambda model, x, step: model(x).square().mean(), seed=0).lr == 3.0
+    assert again.train_step([torch.ones(2, 2)], lambda model, x, step: model(x).square().mean(), seed=0).lr == 3.0
 
 
 @pytest.mark.parametrize("wrap", ["ddp", "compile"])
@@ -89,7 +89,7 @@ def test_train_state_ddp_or_compile_keeps_groups_and_ema(wrap, process_group, mo
     """Groups, EMA and checkpoints come from the bare model, whatever runs the forward pass."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))  # generates no code
     raw = digits_model("model.depth=1")
-    trainer = TrainerConfig(steps=4, global_batch=8, ema_decay=0.5, compile=wrap == "compile")
+    trainer = TrainerConfig(steps=4, global_batch_size=8, ema_decay=0.5, compile=wrap == "compile")
     state = TrainState(copy.deepcopy(raw), trainer, OptimConfig(), WORLD, 1)
     if wrap == "ddp":
         state.forward_model = DistributedDataParallel(state.model)
@@ -103,7 +103,7 @@ def test_train_state_ddp_or_compile_keeps_groups_and_ema(wrap, process_group, mo
     start = {name: p.detach().clone() for name, p in state.model.named_parameters()}
     history = []
     for _ in range(3):
-        update = state.update([torch.randn(8, 1, 8, 8)], lambda model, x, step: model(x).square().mean(), seed=0)
+        update = state.train_step([torch.randn(8, 1, 8, 8)], lambda model, x, step: model(x).square().mean(), seed=0)
         assert update.applied
         history.append({name: p.detach().clone() for name, p in state.model.named_parameters()})
     average = dict(state.ema.module.named_parameters())
@@ -135,14 +135,14 @@ def test_train_state_accumulation_equals_larger_batch(accumulation):
     images = torch.randn(16, 1, 8, 8)
     results = []
     for parts in (1, accumulation):
-        trainer = TrainerConfig(steps=10, global_batch=16, micro_batch=16 // parts)
+        trainer = TrainerConfig(steps=10, global_batch_size=16, micro_batch_size=16 // parts)
         state = TrainState(digits_model(), trainer, OptimConfig(clip_grad=1e9), WORLD, 5)
         assert state.accumulation == parts
         gradients = []
         state.optimizer.step = lambda *_, gradients=gradients, model=state.model: gradients.extend(
             p.grad.clone() for p in model.parameters()
         )
-        update = state.update(list(images.chunk(parts)), lambda model, x, step: model(x).square().mean(), seed=0)
+        update = state.train_step(list(images.chunk(parts)), lambda model, x, step: model(x).square().mean(), seed=0)
         results.append((update, gradients))
     (one, grads), (other, other_grads) = results
     assert one.lr == other.lr
@@ -157,11 +157,13 @@ def test_train_state_accumulation_equals_larger_batch(accumulation):
 )
 def test_micro_batch_indivisible_suggests_valid_sizes(batch, micro, ranks, says):
     with pytest.raises(ConfigError, match=says):
-        TrainerConfig(global_batch=batch, micro_batch=micro).micro_batch_on(ranks)
+        TrainerConfig(global_batch_size=batch, micro_batch_size=micro).micro_batch_on(ranks)
 
 
 def test_train_state_clips_gradient_norm():
-    state = TrainState(digits_model(), TrainerConfig(steps=2, global_batch=4), OptimConfig(clip_grad=1e-3), WORLD, 1)
+    state = TrainState(
+        digits_model(), TrainerConfig(steps=2, global_batch_size=4), OptimConfig(clip_grad=1e-3), WORLD, 1
+    )
     seen = []
     step = state.optimizer.step
 
@@ -170,15 +172,17 @@ def test_train_state_clips_gradient_norm():
         return step(*args, **kwargs)
 
     state.optimizer.step = spy
-    update = state.update([torch.randn(4, 1, 8, 8)], lambda model, x, s: model(x).square().mean(), seed=0)
+    update = state.train_step([torch.randn(4, 1, 8, 8)], lambda model, x, s: model(x).square().mean(), seed=0)
     assert update.grad_norm > 0.01
     assert seen[0] == pytest.approx(1e-3, rel=1e-3)
 
 
 def test_train_state_nonfinite_gradient_skips_step():
-    state = TrainState(digits_model(), TrainerConfig(steps=2, global_batch=4, ema_decay=0.9), OptimConfig(), WORLD, 1)
+    state = TrainState(
+        digits_model(), TrainerConfig(steps=2, global_batch_size=4, ema_decay=0.9), OptimConfig(), WORLD, 1
+    )
     before = copy.deepcopy(state.state_dict())
-    update = state.update([torch.randn(4, 1, 8, 8)], lambda model, x, s: model(x).mean() * float("nan"), seed=0)
+    update = state.train_step([torch.randn(4, 1, 8, 8)], lambda model, x, s: model(x).mean() * float("nan"), seed=0)
     assert not update.applied
     after = state.state_dict()
     for part in ("model", "ema"):
@@ -188,7 +192,7 @@ def test_train_state_nonfinite_gradient_skips_step():
 @pytest.mark.parametrize("precision", list(Precision))
 def test_train_state_every_precision_trains(precision):
     """Parameters and EMA stay float32; the loss goes down in each."""
-    trainer = TrainerConfig(steps=30, global_batch=32, precision=precision, ema_decay=0.5)
+    trainer = TrainerConfig(steps=30, global_batch_size=32, precision=precision, ema_decay=0.5)
     state = TrainState(digits_model(), trainer, OptimConfig(lr=1e-3, warmup_epochs=0), WORLD, 1)
     torch.manual_seed(1)
     images, labels = torch.randn(32, 1, 8, 8), torch.arange(32) % 10
@@ -196,27 +200,27 @@ def test_train_state_every_precision_trains(precision):
     def loss_of(model, batch, step):
         return nn.functional.cross_entropy(model(batch), labels)
 
-    losses = [float(state.update([images], loss_of, seed=0).loss) for _ in range(30)]
+    losses = [float(state.train_step([images], loss_of, seed=0).loss) for _ in range(30)]
     assert losses[-1] < losses[0] - 0.2
     assert {p.dtype for p in [*state.model.parameters(), *state.ema.module.parameters()]} == {torch.float32}
 
 
 def test_train_state_fp16_overflow_lowers_scale():
     state = TrainState(
-        digits_model(), TrainerConfig(steps=9, global_batch=4, precision=Precision.fp16), OptimConfig(), WORLD, 1
+        digits_model(), TrainerConfig(steps=9, global_batch_size=4, precision=Precision.fp16), OptimConfig(), WORLD, 1
     )
     images = torch.randn(4, 1, 8, 8)
-    state.update([images], lambda model, x, s: model(x).float().square().mean(), seed=0)
+    state.train_step([images], lambda model, x, s: model(x).float().square().mean(), seed=0)
     scale = state.scaler.get_scale()
-    overflowed = state.update([images], lambda model, x, s: model(x).float().mean() * 1e38, seed=0)
+    overflowed = state.train_step([images], lambda model, x, s: model(x).float().mean() * 1e38, seed=0)
     assert not overflowed.applied
     assert state.scaler.get_scale() < scale
-    assert state.update([images], lambda model, x, s: model(x).float().square().mean(), seed=0).applied
+    assert state.train_step([images], lambda model, x, s: model(x).float().square().mean(), seed=0).applied
 
 
 def test_train_state_dropout_depends_on_step_only():
     model = digits_model("model.drop_rate=0.3", "model.drop_path_rate=0.3")
-    state = TrainState(model, TrainerConfig(steps=9, global_batch=4), OptimConfig(), WORLD, 1)
+    state = TrainState(model, TrainerConfig(steps=9, global_batch_size=4), OptimConfig(), WORLD, 1)
     images = torch.randn(4, 1, 8, 8)
     losses = []
 
@@ -229,7 +233,7 @@ def test_train_state_dropout_depends_on_step_only():
     for _ in range(2):
         torch.rand(17)  # whatever else draws random numbers
         state.load_state_dict(copy.deepcopy(saved))
-        state.update([images], loss_of, seed=0)
-        state.update([images], loss_of, seed=0)
+        state.train_step([images], loss_of, seed=0)
+        state.train_step([images], loss_of, seed=0)
     assert losses[:2] == losses[2:]
     assert losses[0] != losses[1]

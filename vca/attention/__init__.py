@@ -43,7 +43,7 @@ ATTENTIONS: dict[str, tuple[type, type[nn.Module]]] = {
 }
 
 
-def describe(options: Mapping[str, Any]) -> str:
+def variant_name(options: Mapping[str, Any]) -> str:
     """A name for a variant and its options: `vca`, or `vca-stage2_plain` where one is not the default.
 
     It can stand in the name of a run: lists are written `7x7`.
@@ -60,7 +60,7 @@ def describe(options: Mapping[str, Any]) -> str:
 
 
 def build_attention(
-    config: Any, dim: int, num_heads: int, grid: tuple[int, int], pool: tuple[int, int] = (7, 7), **place: Any
+    config: Any, dim: int, num_heads: int, grid: tuple[int, int], contrast_grid: tuple[int, int] = (7, 7), **place: Any
 ) -> nn.Module:
     """Build the variant that `config` (one of the dataclasses in `ATTENTIONS`) describes.
 
@@ -69,7 +69,7 @@ def build_attention(
 
     Args:
         config: options of the variant.
-        dim, num_heads, grid, pool: width C, heads M, `(H, W)` of the patch tokens, the backbone's contrast grid.
+        dim, num_heads, grid, contrast_grid: width C, heads M, `(H, W)` of the patch tokens, the backbone's contrast grid.
         place: whatever else `ProjectedAttention` takes: `num_prefix_tokens`, `layer_index`, `qkv_bias`, `proj_drop`.
 
     Raises:
@@ -82,4 +82,4 @@ def build_attention(
         raise ValueError(
             f"attention.name '{config.name}' goes with {config_class.__name__}, got {type(config).__name__}"
         )
-    return module(dim, num_heads, grid, pool, config=config, **place)
+    return module(dim, num_heads, grid, contrast_grid, config=config, **place)

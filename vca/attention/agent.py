@@ -27,7 +27,7 @@ class AgentConfig(PooledConfig):
     """Options of Agent Attention.
 
     Attributes:
-        pool: the grid of agents; the original has the contrast grids of the VCA backbones.
+        contrast_grid: the grid of agents; the original has the contrast grids of the VCA backbones.
         position_bias: add the biases b1 and b2.
     """
 
@@ -72,7 +72,9 @@ class AgentAttention(PooledAttention):
         def bias() -> PositionBias | None:
             if not self.config.position_bias:
                 return None
-            return PositionBias(self.num_heads, self.pool[0] * self.pool[1], self.grid, self.num_prefix_tokens)
+            return PositionBias(
+                self.num_heads, self.contrast_grid[0] * self.contrast_grid[1], self.grid, self.num_prefix_tokens
+            )
 
         self.bias1, self.bias2 = bias(), bias()
 

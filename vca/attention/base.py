@@ -54,7 +54,7 @@ class ProjectedAttention(nn.Module):
         dim: C.
         num_heads: M.
         grid: `(H, W)` of the patch tokens; another one can be given to `forward`.
-        pool: `(h, w)`, the backbone's contrast grid, unless the variant's options name one.
+        contrast_grid: `(h, w)`, the backbone's contrast grid, unless the variant's options name one.
         num_prefix_tokens: P, tokens before the grid (class token, registers).
         layer_index: depth of the layer, from 0.
         qkv_bias: bias of the qkv projection.
@@ -73,7 +73,7 @@ class ProjectedAttention(nn.Module):
         dim: int,
         num_heads: int,
         grid: tuple[int, int],
-        pool: tuple[int, int] = (7, 7),
+        contrast_grid: tuple[int, int] = (7, 7),
         num_prefix_tokens: int = 0,
         layer_index: int = 0,
         qkv_bias: bool = True,
@@ -82,7 +82,7 @@ class ProjectedAttention(nn.Module):
     ) -> None:
         super().__init__()
         check_heads(dim, num_heads)
-        for key, pair in (("grid", grid), ("pool", pool)):
+        for key, pair in (("grid", grid), ("contrast_grid", contrast_grid)):
             if not is_pair(pair):
                 raise ValueError(f"{key} must be two integers >= 1, got {pair}")
         for key, number in (("num_prefix_tokens", num_prefix_tokens), ("layer_index", layer_index)):
@@ -92,7 +92,7 @@ class ProjectedAttention(nn.Module):
             raise ValueError(f"config must be a {self.Config.__name__}, got {type(config).__name__}")
         self.config: Any = config or self.Config()
         self.dim, self.num_heads, self.head_dim = dim, num_heads, dim // num_heads
-        self.grid, self.pool = (grid[0], grid[1]), (pool[0], pool[1])
+        self.grid, self.contrast_grid = (grid[0], grid[1]), (contrast_grid[0], contrast_grid[1])
         self.num_prefix_tokens, self.layer_index = num_prefix_tokens, layer_index
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)

@@ -63,9 +63,10 @@ class VCAConfig(PooledConfig):
 
     Attributes:
         name, local_branch: as for every variant, see `AttentionConfig`.
-        pool, pooling: as for every variant that pools, see `PooledConfig`.
+        contrast_grid, pooling: as for every variant that pools, see `PooledConfig`.
         stage1, stage2: `contrast` or `plain` (Table 3).
-        positive, negative: content of the two streams: `pool`, `embedding` or `pool+embedding` (Table 4).
+        positive_stream, negative_stream: content of the two streams: `pool`, `embedding` or
+            `pool+embedding` (Table 4).
         embedding_init_std: standard deviation of e+ and e- at the start.
         stage2_softmax: `separate` or `joint`.
         backend: `auto`, `eager` or `triton`, see `vca.attention.kernels`; the mathematics is the same.
@@ -75,8 +76,8 @@ class VCAConfig(PooledConfig):
     local_branch: bool = True
     stage1: Stage = Stage.contrast
     stage2: Stage = Stage.contrast
-    positive: Stream = Stream["pool+embedding"]
-    negative: Stream = Stream["pool+embedding"]
+    positive_stream: Stream = Stream["pool+embedding"]
+    negative_stream: Stream = Stream["pool+embedding"]
     embedding_init_std: float = 1.0
     stage2_softmax: Stage2Softmax = Stage2Softmax.separate
     backend: Backend = Backend.auto
@@ -85,8 +86,8 @@ class VCAConfig(PooledConfig):
         super().__post_init__()
         self.stage1 = choose(Stage, self.stage1, "attention.stage1")
         self.stage2 = choose(Stage, self.stage2, "attention.stage2")
-        self.positive = choose(Stream, self.positive, "attention.positive")
-        self.negative = choose(Stream, self.negative, "attention.negative")
+        self.positive_stream = choose(Stream, self.positive_stream, "attention.positive_stream")
+        self.negative_stream = choose(Stream, self.negative_stream, "attention.negative_stream")
         self.stage2_softmax = choose(Stage2Softmax, self.stage2_softmax, "attention.stage2_softmax")
         self.backend = choose(Backend, self.backend, "attention.backend")
         if not 0 <= self.embedding_init_std < math.inf:
@@ -113,7 +114,7 @@ def visual_contrast_attention(
     norm1_weight: Tensor,
     norm2_weight: Tensor,
     grid: tuple[int, int],
-    pool: tuple[int, int],
+    contrast_grid: tuple[int, int],
     num_prefix_tokens: int = 0,
     eps: float = EPS,
     *,
@@ -136,7 +137,7 @@ def visual_contrast_attention(
         lambda_init: the constant of the layer; both norms are scaled by `1 - lambda_init`.
         norm1_weight, norm2_weight: `(D,)`.
         grid: `(H, W)`.
-        pool: `(h, w)`; bins overlap where they do not divide the grid.
+        contrast_grid: `(h, w)`; bins overlap where they do not divide the grid.
         num_prefix_tokens: P; these tokens attend and are attended to, but are not pooled.
         eps: of the two norms.
         streams: content of the positive and the negative stream.
@@ -153,7 +154,7 @@ def visual_contrast_attention(
     """
     check_tokens(q.shape[2], grid, num_prefix_tokens)
     joint = choose(Stage2Softmax, stage2_softmax, "stage2_softmax") is Stage2Softmax.joint
-    full, num_contrast = torch.promote_types(q.dtype, torch.float32), pool[0] * pool[1]
+    full, num_contrast = torch.promote_types(q.dtype, torch.float32), contrast_grid[0] * contrast_grid[1]
     named = list(zip(streams, (e_pos, e_neg), strict=True))
     if lambda1 is None and lambda2 is None:  # a plain stage reads the positive stream alone
         named = named[:1]
@@ -167,13 +168,13 @@ def visual_contrast_attention(
     averaged_there = fused and choose(Pooling, pooling, "pooling") is Pooling.average and pool_weight is None
     t = None
     if any(content.pooled for content in used) and not averaged_there:
-        t = pool_queries(q, grid, pool, num_prefix_tokens, pooling, pool_weight)  # (B, M, n, D)
+        t = pool_queries(q, grid, contrast_grid, num_prefix_tokens, pooling, pool_weight)  # (B, M, n, D)
     if fused:
         from vca.attention.kernels.operator import fused_attention  # triton need not be there
 
         return fused_attention(
             q, k, v, t, used, lambda1, lambda2, norm1_weight, norm2_weight,
-            lambda_init, grid, pool, num_prefix_tokens, eps, joint,
+            lambda_init, grid, contrast_grid, num_prefix_tokens, eps, joint,
         )  # fmt: skip
 
     tokens = torch.cat([content.tokens(t, q.shape[0]) for content in used], dim=2).to(q.dtype)  # (B, M, 2n or n, D)
@@ -212,7 +213,7 @@ class Content(NamedTuple):
     def of(cls, stream: Stream | str, embedding: Tensor | None, q: Tensor, num_contrast: int) -> "Content":
         """The content that a stream's name stands for; `ValueError` if it needs an embedding of another shape."""
         stream, size = choose(Stream, stream, "streams"), (q.shape[1], num_contrast, q.shape[3])
-        if stream is Stream.pool:
+        if stream is Stream["pool"]:
             return cls(True, None)
         if embedding is None or embedding.shape != size:
             got = None if embedding is None else tuple(embedding.shape)
@@ -262,20 +263,24 @@ class VisualContrastAttention(PooledAttention):
         self.norm1_weight, self.norm2_weight = nn.Parameter(torch.ones(dim)), nn.Parameter(torch.ones(dim))
 
         def embedding(content: Stream) -> nn.Parameter | None:
-            if content is Stream.pool:
+            if content is Stream["pool"]:
                 return None
-            size = (self.num_heads, self.pool[0] * self.pool[1], dim)
+            size = (self.num_heads, self.contrast_grid[0] * self.contrast_grid[1], dim)
             return nn.Parameter(config.embedding_init_std * torch.randn(size))
 
-        streams = [config.positive, config.negative] if contrast1 or contrast2 else [config.positive]
-        self.e_pos = embedding(config.positive)
-        self.e_neg = embedding(config.negative) if contrast1 or contrast2 else None
+        streams = (
+            [config.positive_stream, config.negative_stream] if contrast1 or contrast2 else [config.positive_stream]
+        )
+        self.e_pos = embedding(config.positive_stream)
+        self.e_neg = embedding(config.negative_stream) if contrast1 or contrast2 else None
         if all(content is Stream.embedding for content in streams):
             self.pool_weight = None  # nothing is pooled
 
     def fused(self, device: torch.device, dtype: torch.dtype) -> bool:
         """Whether the fused kernels compute this layer there; `ValueError` if they are asked for and cannot."""
-        return use_triton(self.config.backend, device, dtype, self.head_dim, self.pool[0] * self.pool[1])
+        return use_triton(
+            self.config.backend, device, dtype, self.head_dim, self.contrast_grid[0] * self.contrast_grid[1]
+        )
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, grid: tuple[int, int]) -> Tensor:
         """`visual_contrast_attention` with the parameters of this layer."""
@@ -291,9 +296,9 @@ class VisualContrastAttention(PooledAttention):
             self.norm1_weight,
             self.norm2_weight,
             grid,
-            self.pool,
+            self.contrast_grid,
             self.num_prefix_tokens,
-            streams=(self.config.positive, self.config.negative),
+            streams=(self.config.positive_stream, self.config.negative_stream),
             stage2_softmax=self.config.stage2_softmax,
             backend=self.config.backend,
             pooling=self.config.pooling,

@@ -77,12 +77,12 @@ def maps_of(module: ProjectedAttention, heads: Heads, patch: tuple[int, int]) ->
     if not isinstance(module, VisualContrastAttention):
         raise ValueError(f"there are maps of VCA and of MHSA, not of {type(module).__name__}")
 
-    pool, options = module.pool, module.config
-    cell = patch[0] * pool[0] // grid[0] * pool[1] + patch[1] * pool[1] // grid[1]
-    used = [(options.positive, module.e_pos)]
+    contrast_grid, options = module.contrast_grid, module.config
+    cell = patch[0] * contrast_grid[0] // grid[0] * contrast_grid[1] + patch[1] * contrast_grid[1] // grid[1]
+    used = [(options.positive_stream, module.e_pos)]
     if module.lambda1 is not None or module.lambda2 is not None:
-        used.append((options.negative, module.e_neg))
-    contents = [Content.of(stream, embedding, q, pool[0] * pool[1]) for stream, embedding in used]
+        used.append((options.negative_stream, module.e_neg))
+    contents = [Content.of(stream, embedding, q, contrast_grid[0] * contrast_grid[1]) for stream, embedding in used]
     t = module.contrast_tokens(q, grid) if any(content.pooled for content in contents) else None
     tokens = [content.tokens(t, q.shape[0]) for content in contents]  # 2 or 1 x (B, M, n, D)
     streams = dict(zip("+-", tokens, strict=False))
@@ -99,9 +99,9 @@ def maps_of(module: ProjectedAttention, heads: Heads, patch: tuple[int, int]) ->
     if module.lambda1 is not None:
         first = first - module.lambda1() * stage1["-"]  # (B, M, n, N)
         found |= {"I-": on(grid, stage1["-"][:, :, cell]), "I": on(grid, first[:, :, cell])}
-    found["II+"] = on(pool, second.squeeze(2))
+    found["II+"] = on(contrast_grid, second.squeeze(2))
     if module.lambda2 is not None:
         second = second - module.lambda2() * stage2["-"]  # (B, M, 1, n)
-        found |= {"II-": on(pool, stage2["-"].squeeze(2)), "II": on(pool, second.squeeze(2))}
+        found |= {"II-": on(contrast_grid, stage2["-"].squeeze(2)), "II": on(contrast_grid, second.squeeze(2))}
     r = (1 - module.lambda_init) * ((first @ v).square().mean(-1, keepdim=True) + EPS).rsqrt()  # (B, M, n, 1)
     return found | {"VCA": on(grid, (second @ (r * first)).squeeze(2))}

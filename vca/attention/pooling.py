@@ -33,41 +33,49 @@ class PooledConfig(AttentionConfig):
     """Options of the variants that pool.
 
     Attributes:
-        pool: contrast grid `[h, w]`, or one such pair for each layer of the model; None takes the backbone's.
+        contrast_grid: contrast grid `[h, w]`, or one such pair for each layer of the model; None takes the backbone's.
         pooling: `average` (the paper), `maximum` or `depthwise`.
     """
 
-    pool: Any = None
+    contrast_grid: Any = None
     pooling: Pooling = Pooling.average
 
     def __post_init__(self) -> None:
         self.pooling = choose(Pooling, self.pooling, "attention.pooling")
-        per_layer = isinstance(self.pool, (list, tuple)) and len(self.pool) > 0 and all(map(is_pair, self.pool))
-        if not (self.pool is None or is_pair(self.pool) or per_layer):
-            raise ValueError(f"attention.pool must be two integers >= 1, or such a pair a layer, got {self.pool}")
+        per_layer = (
+            isinstance(self.contrast_grid, (list, tuple))
+            and len(self.contrast_grid) > 0
+            and all(map(is_pair, self.contrast_grid))
+        )
+        if not (self.contrast_grid is None or is_pair(self.contrast_grid) or per_layer):
+            raise ValueError(
+                f"attention.contrast_grid must be two integers >= 1, or such a pair a layer, got {self.contrast_grid}"
+            )
 
-    def pool_of_layer(self, layer_index: int, default: tuple[int, int]) -> tuple[int, int]:
+    def contrast_grid_of_layer(self, layer_index: int, default: tuple[int, int]) -> tuple[int, int]:
         """Contrast grid `(h, w)` of one layer; `default` is the backbone's."""
-        if self.pool is None:
+        if self.contrast_grid is None:
             return default
-        if is_pair(self.pool):
-            return (self.pool[0], self.pool[1])
-        if layer_index >= len(self.pool):
-            raise ValueError(f"attention.pool names {len(self.pool)} layers, but the model has a layer {layer_index}")
-        return tuple(self.pool[layer_index])
+        if is_pair(self.contrast_grid):
+            return (self.contrast_grid[0], self.contrast_grid[1])
+        if layer_index >= len(self.contrast_grid):
+            raise ValueError(
+                f"attention.contrast_grid names {len(self.contrast_grid)} layers, but the model has a layer {layer_index}"
+            )
+        return tuple(self.contrast_grid[layer_index])
 
-    def pool_weight(self, dim: int, grid: tuple[int, int], pool: tuple[int, int]) -> nn.Parameter | None:
+    def pool_weight(self, dim: int, grid: tuple[int, int], contrast_grid: tuple[int, int]) -> nn.Parameter | None:
         """Weights `(C, 1, H // h, W // w)` of `depthwise`, equal and of sum one; None for the others."""
         if self.pooling is not Pooling.depthwise:
             return None
-        stride = (max(grid[0] // pool[0], 1), max(grid[1] // pool[1], 1))
+        stride = (max(grid[0] // contrast_grid[0], 1), max(grid[1] // contrast_grid[1], 1))
         return nn.Parameter(torch.full((dim, 1, *stride), 1 / (stride[0] * stride[1])))
 
 
 def pool_queries(
     q: Tensor,
     grid: tuple[int, int],
-    pool: tuple[int, int],
+    contrast_grid: tuple[int, int],
     num_prefix_tokens: int,
     pooling: Pooling | str = Pooling.average,
     weight: Tensor | None = None,
@@ -86,26 +94,26 @@ def pool_queries(
         raise ValueError(f"pool_weight goes with the pooling 'depthwise' and no other, got '{pooling.value}'")
     image = to_image(q.transpose(1, 2).flatten(2), grid, num_prefix_tokens)  # (B, C, H, W)
     if pooling is Pooling.maximum:
-        pooled = F.adaptive_max_pool2d(image, pool)  # (B, C, h, w)
+        pooled = F.adaptive_max_pool2d(image, contrast_grid)  # (B, C, h, w)
     elif weight is not None:
         stride = (weight.shape[2], weight.shape[3])
         if grid[0] < stride[0] or grid[1] < stride[1]:
             raise ValueError(f"a learned pooling of {stride[0]} x {stride[1]} tokens needs such a grid, got {grid}")
         pooled = F.conv2d(image, weight.to(q.dtype), stride=stride, groups=image.shape[1])  # (B, C, H // sh, W // sw)
-        if pooled.shape[2:] != pool:
-            pooled = F.adaptive_avg_pool2d(pooled, pool)  # (B, C, h, w)
-    elif grid[0] % pool[0] or grid[1] % pool[1]:
-        pooled = F.adaptive_avg_pool2d(image, pool)  # (B, C, h, w)
+        if pooled.shape[2:] != contrast_grid:
+            pooled = F.adaptive_avg_pool2d(pooled, contrast_grid)  # (B, C, h, w)
+    elif grid[0] % contrast_grid[0] or grid[1] % contrast_grid[1]:
+        pooled = F.adaptive_avg_pool2d(image, contrast_grid)  # (B, C, h, w)
     else:  # the same, and several times faster
-        pooled = F.avg_pool2d(image, (grid[0] // pool[0], grid[1] // pool[1]))  # (B, C, h, w)
+        pooled = F.avg_pool2d(image, (grid[0] // contrast_grid[0], grid[1] // contrast_grid[1]))  # (B, C, h, w)
     return pooled.flatten(2).unflatten(1, (q.shape[1], -1)).transpose(2, 3)  # (B, M, n, D)
 
 
 def check_layers(config: Any, depth: int) -> None:
     """Raise `ValueError` if an attention's options name the contrast grids of more layers than a model's `depth`."""
-    pool = getattr(config, "pool", None)
-    if pool is not None and not is_pair(pool) and len(pool) > depth:
-        raise ValueError(f"attention.pool names {len(pool)} layers, but the model has {depth}")
+    contrast_grid = getattr(config, "contrast_grid", None)
+    if contrast_grid is not None and not is_pair(contrast_grid) and len(contrast_grid) > depth:
+        raise ValueError(f"attention.contrast_grid names {len(contrast_grid)} layers, but the model has {depth}")
 
 
 class PooledAttention(ProjectedAttention):
@@ -115,9 +123,9 @@ class PooledAttention(ProjectedAttention):
 
     def add_parameters(self) -> None:
         """The contrast grid of this layer, and the weights of a learned pooling."""
-        self.pool = self.config.pool_of_layer(self.layer_index, default=self.pool)
-        self.pool_weight = self.config.pool_weight(self.dim, self.grid, self.pool)
+        self.contrast_grid = self.config.contrast_grid_of_layer(self.layer_index, default=self.contrast_grid)
+        self.pool_weight = self.config.pool_weight(self.dim, self.grid, self.contrast_grid)
 
     def contrast_tokens(self, q: Tensor, grid: tuple[int, int]) -> Tensor:
         """`pool_queries` of this layer, `(B, M, N, D)` to `(B, M, n, D)`."""
-        return pool_queries(q, grid, self.pool, self.num_prefix_tokens, self.config.pooling, self.pool_weight)
+        return pool_queries(q, grid, self.contrast_grid, self.num_prefix_tokens, self.config.pooling, self.pool_weight)

@@ -32,7 +32,7 @@ def reference_attention(
     norm1_weight: Tensor,
     norm2_weight: Tensor,
     grid: tuple[int, int],
-    pool: tuple[int, int],
+    contrast_grid: tuple[int, int],
     num_prefix_tokens: int = 0,
     eps: float = 1e-5,
 ) -> Tensor:
@@ -48,8 +48,8 @@ def reference_attention(
             t = torch.stack(
                 [
                     q_grid[top:bottom, left:right].mean(dim=(0, 1))
-                    for top, bottom in adaptive_bins(height, pool[0])
-                    for left, right in adaptive_bins(width, pool[1])
+                    for top, bottom in adaptive_bins(height, contrast_grid[0])
+                    for left, right in adaptive_bins(width, contrast_grid[1])
                 ]
             )
             t_pos, t_neg = t + e_pos[m], t + e_neg[m]

@@ -1,7 +1,7 @@
 """Put VCA into a timm Vision Transformer that already exists, keeping its pretrained projections.
 
 model = timm.create_model("deit_small_patch16_224", pretrained=True)
-replaced = vca.replace_attention(model, pool=(7, 7))        # 12
+replaced = vca.replace_attention(model, contrast_grid=(7, 7))        # 12
 """
 
 import inspect
@@ -50,7 +50,7 @@ class TimmVisualContrastAttention(VisualContrastAttention):
 
 def replace_attention(
     model: nn.Module,
-    pool: tuple[int, int] = (7, 7),
+    contrast_grid: tuple[int, int] = (7, 7),
     grid: tuple[int, int] | None = None,
     num_prefix_tokens: int | None = None,
     config: VCAConfig | None = None,
@@ -63,7 +63,7 @@ def replace_attention(
 
     Args:
         model: anything with `blocks[i].attn` in timm's layout (`qkv`, `proj`, `num_heads`).
-        pool: contrast grid `(h, w)`.
+        contrast_grid: contrast grid `(h, w)`.
         grid: `(H, W)` of the patch tokens of every input; if None, `model.patch_embed` gives that of each input.
         num_prefix_tokens: taken from the model if None.
         config: options of VCA.
@@ -101,7 +101,7 @@ def replace_attention(
     if num_prefix_tokens is None:
         num_prefix_tokens = getattr(model, "num_prefix_tokens", 0)
     input_grid = InputGrid((built_for[0], built_for[1]))
-    new = [from_timm(block.attn, input_grid, pool, num_prefix_tokens, index, config) for index, block in found]
+    new = [from_timm(block.attn, input_grid, contrast_grid, num_prefix_tokens, index, config) for index, block in found]
     for (_, block), attention in zip(found, new, strict=True):  # only now: an error above leaves the model as it was
         block.attn = attention
     if grid is None:
@@ -121,7 +121,7 @@ def without_a_place(attention: nn.Module) -> list[str]:
 def from_timm(
     attention: Any,
     input_grid: InputGrid,
-    pool: tuple[int, int],
+    contrast_grid: tuple[int, int],
     num_prefix_tokens: int,
     layer_index: int,
     config: VCAConfig | None,
@@ -140,7 +140,7 @@ def from_timm(
         dim,
         attention.num_heads,
         input_grid.grid,
-        pool,
+        contrast_grid,
         num_prefix_tokens,
         layer_index,
         qkv_bias=attention.qkv.bias is not None,

@@ -6,17 +6,18 @@ from typing import Any
 
 from omegaconf import MISSING
 
+from vca.config.cluster import ClusterConfig
 from vca.data.augment import AugmentConfig
 from vca.data.config import DataConfig
+from vca.evaluation.online_fid import FidConfig
 from vca.generation.autoencoder import AutoencoderConfig
 from vca.generation.objective import SamplerConfig
 from vca.runtime.compute import Device, Precision
 from vca.runtime.errors import check, check_path
-from vca.runtime.launch import ClusterConfig
-from vca.runtime.logging import WandbConfig
+from vca.runtime.metrics_log import WandbConfig
 from vca.training.config import TrainerConfig
-from vca.training.init import InitWeights
 from vca.training.optim import OptimConfig
+from vca.training.pretrained import InitWeights
 
 
 @dataclass
@@ -69,25 +70,6 @@ class TrainClsConfig(TrainConfig):
         check(self.trainer.fid_every == 0, "trainer.fid_every", "0 in train_cls.py", self.trainer.fid_every)
         for key in ("num_classes", "in_chans"):
             self.check_model(key, getattr(self.data, key), f"data.{key}")
-
-
-@dataclass
-class FidConfig:
-    """How a generator is measured while it trains, at `trainer.fid_every`.
-
-    Attributes:
-        reference: see `vca.evaluation.sources`; `data:train` and `data:test` are splits of the training's data.
-        count: samples that are drawn, by `sampler`, with random labels, set 0.
-        batch_size: samples computed at once on a GPU.
-    """
-
-    reference: str | None = None
-    count: int = 1000
-    batch_size: int = 32
-
-    def __post_init__(self) -> None:
-        check(self.count >= 2, "fid.count", ">= 2", self.count)
-        check(self.batch_size >= 1, "fid.batch_size", ">= 1", self.batch_size)
 
 
 @dataclass

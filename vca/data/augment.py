@@ -38,12 +38,12 @@ class AugmentConfig:
         hflip: probability of a horizontal flip.
         color_jitter: strength; ignored while `auto_augment` is set, as in timm.
         auto_augment: timm's policy string, such as `rand-m9-mstd0.5-inc1`; null for none.
-        erase_prob, erase_mode, erase_count: random erasing.
+        re_prob, re_mode, re_count: random erasing.
         mixup, cutmix: their alphas; 0 switches one off.
-        mix_prob, mix_switch_prob: probability of mixing a batch at all, and of CutMix where both are on.
+        mixup_prob, mixup_switch_prob: probability of mixing a batch at all, and of CutMix where both are on.
         label_smoothing: of the targets.
-        repeats: repeated augmentation: every image stands that many times in a batch; an epoch sees a 1 / `repeats` of
-            the images.
+        aug_repeats: repeated augmentation: every image is that many times in a batch; an epoch sees a 1 / `aug_repeats`
+            of the images.
     """
 
     crop: Crop = Crop.none
@@ -54,22 +54,22 @@ class AugmentConfig:
     hflip: float = 0.0
     color_jitter: float = 0.0
     auto_augment: str | None = None
-    erase_prob: float = 0.0
-    erase_mode: str = "pixel"
-    erase_count: int = 1
+    re_prob: float = 0.0
+    re_mode: str = "pixel"
+    re_count: int = 1
     mixup: float = 0.0
     cutmix: float = 0.0
-    mix_prob: float = 1.0
-    mix_switch_prob: float = 0.5
+    mixup_prob: float = 1.0
+    mixup_switch_prob: float = 0.5
     label_smoothing: float = 0.0
-    repeats: int = 1
+    aug_repeats: int = 1
 
     def __post_init__(self) -> None:
-        for key in ("hflip", "erase_prob", "mix_prob", "mix_switch_prob"):
+        for key in ("hflip", "re_prob", "mixup_prob", "mixup_switch_prob"):
             check(0 <= getattr(self, key) <= 1, f"augment.{key}", "in [0, 1]", getattr(self, key))
         for key in ("color_jitter", "mixup", "cutmix", "padding"):
             check(getattr(self, key) >= 0, f"augment.{key}", ">= 0", getattr(self, key))
-        for key in ("erase_count", "repeats"):
+        for key in ("re_count", "aug_repeats"):
             check(getattr(self, key) >= 1, f"augment.{key}", ">= 1", getattr(self, key))
         check(0 <= self.label_smoothing < 1, "augment.label_smoothing", "in [0, 1)", self.label_smoothing)
         for key in ("scale", "ratio"):
@@ -83,9 +83,7 @@ class AugmentConfig:
             check(policy in policies, "augment.auto_augment", rule, self.auto_augment)
         known = ("bicubic", "bilinear", "random")
         check(self.interpolation in known, "augment.interpolation", "one of " + ", ".join(known), self.interpolation)
-        check(
-            self.erase_mode in ("pixel", "const", "rand"), "augment.erase_mode", "pixel, const or rand", self.erase_mode
-        )
+        check(self.re_mode in ("pixel", "const", "rand"), "augment.re_mode", "pixel, const or rand", self.re_mode)
 
     @property
     def mixes(self) -> bool:
@@ -110,9 +108,9 @@ def train_transform(augment: AugmentConfig, data: DataConfig) -> "Compose":
         interpolation=augment.interpolation,
         mean=tuple(data.mean),
         std=tuple(data.std),
-        re_prob=augment.erase_prob,
-        re_mode=augment.erase_mode,
-        re_count=augment.erase_count,
+        re_prob=augment.re_prob,
+        re_mode=augment.re_mode,
+        re_count=augment.re_count,
     )
     if augment.crop is not Crop.resized:  # timm's list starts with the resized crop
         whole: Any = AdmCrop(size) if augment.crop is Crop.adm else transforms.Resize((size, size))
@@ -176,8 +174,8 @@ class BatchMixer:
             self.mixup = Mixup(
                 mixup_alpha=augment.mixup,
                 cutmix_alpha=augment.cutmix,
-                prob=augment.mix_prob,
-                switch_prob=augment.mix_switch_prob,
+                prob=augment.mixup_prob,
+                switch_prob=augment.mixup_switch_prob,
                 label_smoothing=augment.label_smoothing,
                 num_classes=num_classes,
             )

@@ -27,7 +27,7 @@ from vca.data.config import DataConfig
 from vca.runtime.digest import file_sha256
 from vca.runtime.errors import ConfigError, check
 from vca.runtime.files import write_bytes, write_text
-from vca.runtime.rundir import compare
+from vca.runtime.rundir import diff_configs
 
 DTYPES = ("float32", "float16")
 START = 2**16  # bytes; a training reads no more of a file to know which one it is
@@ -104,7 +104,7 @@ class Manifest:
         if not (folder / "manifest.json").exists():
             self.write(folder)
         there = read_manifest(folder)
-        differences = compare(asdict(there), asdict(self), free=["files"])
+        differences = diff_configs(asdict(there), asdict(self), free=["files"])
         if differences and all(line.startswith(OF_IMAGES) for line in differences):
             raise ConfigError(
                 f"data.root: the images changed since the cache {folder} was begun ({'; '.join(differences)}); "
@@ -287,10 +287,10 @@ class LatentCache(Dataset):
 
     def check(self, autoencoder: dict[str, Any], augment: AugmentConfig) -> None:
         """Raise `ConfigError` unless these are the latents of that autoencoder, and allow that augmentation."""
-        if differences := compare(self.manifest.autoencoder, autoencoder, key="autoencoder"):
+        if differences := diff_configs(self.manifest.autoencoder, autoencoder, key="autoencoder"):
             raise ConfigError(f"{self.folder} was made with another autoencoder ({'; '.join(differences)})")
         check(augment.crop is Crop.adm, "augment.crop", "adm, as the latents are", augment.crop.value)
-        for key in ("auto_augment", "color_jitter", "erase_prob"):
+        for key in ("auto_augment", "color_jitter", "re_prob"):
             check(not getattr(augment, key), f"augment.{key}", "off on latents", getattr(augment, key))
         flips = self.manifest.shape[0] == 2
         check(flips or augment.hflip == 0, "augment.hflip", f"0: {self.folder} has no flipped images", augment.hflip)

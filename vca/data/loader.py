@@ -47,19 +47,19 @@ class TrainOrder:
 
     Args:
         num_images: size of the training set.
-        global_batch: B.
+        global_batch_size: B.
         seed: the run's.
         repeats: of repeated augmentation.
     """
 
-    def __init__(self, num_images: int, global_batch: int, seed: int, repeats: int = 1) -> None:
-        self.num_images, self.global_batch, self.seed, self.repeats = num_images, global_batch, seed, repeats
+    def __init__(self, num_images: int, global_batch_size: int, seed: int, repeats: int = 1) -> None:
+        self.num_images, self.global_batch_size, self.seed, self.repeats = num_images, global_batch_size, seed, repeats
         self.permutation = lru_cache(maxsize=2)(self._permutation)
 
     @property
     def steps_per_epoch(self) -> int:
         """Updates that count as an epoch, at least 1."""
-        return max(1, self.num_images // self.global_batch)
+        return max(1, self.num_images // self.global_batch_size)
 
     def _permutation(self, epoch: int) -> list[int]:
         generator = torch.Generator().manual_seed(derive_seed(self.seed, "order", epoch))
@@ -76,11 +76,11 @@ class TrainOrder:
         With repeated augmentation the places are shuffled, so that the versions of an image are not neighbours, which
         Mixup would mix with each other.
         """
-        places = list(range(self.global_batch))
+        places = list(range(self.global_batch_size))
         if self.repeats > 1:
             generator = torch.Generator().manual_seed(derive_seed(self.seed, "places", step))
-            places = torch.randperm(self.global_batch, generator=generator).tolist()
-        return [self.address(step * self.global_batch + place) for place in places[start:stop]]
+            places = torch.randperm(self.global_batch_size, generator=generator).tolist()
+        return [self.address(step * self.global_batch_size + place) for place in places[start:stop]]
 
 
 class MicroBatches(Sampler[list[Address]]):
@@ -91,10 +91,10 @@ class MicroBatches(Sampler[list[Address]]):
     """
 
     def __init__(
-        self, order: TrainOrder, world: World, micro_batch: int, accumulation: int, first_step: int, last_step: int
+        self, order: TrainOrder, world: World, micro_batch_size: int, accumulation: int, first_step: int, last_step: int
     ) -> None:
         self.order, self.world = order, world
-        self.micro_batch, self.accumulation = micro_batch, accumulation
+        self.micro_batch_size, self.accumulation = micro_batch_size, accumulation
         self.steps = range(first_step, last_step)
 
     def __len__(self) -> int:
@@ -103,8 +103,8 @@ class MicroBatches(Sampler[list[Address]]):
     def __iter__(self) -> Iterator[list[Address]]:
         for step in self.steps:
             for index in range(self.accumulation):
-                start = (self.world.rank * self.accumulation + index) * self.micro_batch
-                addresses = self.order.batch(step, start, start + self.micro_batch)
+                start = (self.world.rank * self.accumulation + index) * self.micro_batch_size
+                addresses = self.order.batch(step, start, start + self.micro_batch_size)
                 yield addresses[0::2] + addresses[1::2][::-1]
 
 

@@ -26,7 +26,7 @@ from vca.runtime.files import load_tensors
 from vca.runtime.plugin import describe_weights, load_function
 from vca.runtime.rundir import read_config
 from vca.training.checkpoint import checkpoint_path, load_latest_for_all, must_fit
-from vca.training.init import InitWeights
+from vca.training.pretrained import InitWeights
 
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"

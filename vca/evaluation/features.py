@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from vca.evaluation.extractor import Extractor, Features
-from vca.evaluation.images import describe
-from vca.evaluation.statistics import FeatureStatistics
+from vca.evaluation.feature_stats import FeatureStatistics
+from vca.evaluation.images import format_shape
 from vca.runtime.digest import image_sha256, images_sha256
 from vca.runtime.distributed import World
 from vca.runtime.errors import ConfigError, NonFiniteError
-from vca.runtime.logging import progress_bar
+from vca.runtime.metrics_log import progress_bar
 
 
 class Moments(NamedTuple):
@@ -124,7 +124,7 @@ def probe(images: Any, extractor: Extractor) -> dict[str, Tensor]:
     if extractor.channels not in (None, channels):
         wanted = "RGB" if extractor.channels == 3 else "grey"
         raise ConfigError(
-            f"{images.source}: its images are {describe(images.shape)}, but extractor={extractor.name} takes {wanted} "
+            f"{images.source}: its images are {format_shape(images.shape)}, but extractor={extractor.name} takes {wanted} "
             f"ones; convert them, or choose another extractor"
         )
     try:
@@ -132,7 +132,7 @@ def probe(images: Any, extractor: Extractor) -> dict[str, Tensor]:
     except (ValueError, RuntimeError, TypeError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(
-            f"{images.source}: extractor={extractor.name} does not take images of {describe(images.shape)} ({reason})"
+            f"{images.source}: extractor={extractor.name} does not take images of {format_shape(images.shape)} ({reason})"
         ) from error
 
 

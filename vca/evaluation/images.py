@@ -1,7 +1,7 @@
 """Sets of 8-bit images by number, read strictly: what an evaluator would otherwise swallow is an error here.
 
 Every set has `count`, `shape` and `stream(blocks of numbers)`, so that ranks can share it in any way; so has the set of
-a generator's samples (`vca.generation.generator.DrawnSet`):
+a generator's samples (`vca.generation.pipeline.DrawnSet`):
 
     PngFolder       a flat folder of PNG files, or the folder of `sample.py` that holds `images/`
     NpzImages       `arr_0` `(N, H, W, C)` uint8, as ADM's evaluator takes it
@@ -34,7 +34,7 @@ REMEDIES = {  # of modes that are neither
 }
 
 
-class Images:
+class ImageSet:
     """A set of images.
 
     Attributes:
@@ -61,7 +61,7 @@ class Images:
                 yield block, pixels
 
 
-class PngFolder(Images):
+class PngFolder(ImageSet):
     """A flat folder of PNG files. If their names are numbers, these must be 0, 1, 2, ...
 
     Raises:
@@ -77,8 +77,8 @@ class PngFolder(Images):
         self.shape = shapes[0]
         for file, shape in zip(self.files, shapes, strict=True):
             if shape != self.shape:
-                first = f"{self.files[0].name} is {describe(self.shape)}"
-                raise ConfigError(f"{key}: {file} is {describe(shape)}, but {first}; all must be alike")
+                first = f"{self.files[0].name} is {format_shape(self.shape)}"
+                raise ConfigError(f"{key}: {file} is {format_shape(shape)}, but {first}; all must be alike")
 
     def read(self, numbers: Sequence[int]) -> np.ndarray:
         """The files of these numbers.
@@ -151,7 +151,7 @@ def list_png(folder: Path, key: str) -> list[Path]:
     return [by_number[number] for number in range(len(files))]
 
 
-class NpzImages(Images):
+class NpzImages(ImageSet):
     """`arr_0` of an npz. It is not read into memory, unless the file is compressed.
 
     Raises:
@@ -227,7 +227,7 @@ def unreadable(file: Path, key: str) -> Iterator[None]:
         raise ConfigError(f"{key}: {file} cannot be read as an npz ({error}); copy it again") from error
 
 
-class DatasetImages(Images):
+class DatasetImages(ImageSet):
     """A data set of `(PIL image, label)`, cut by ADM's centre crop to `img_size` pixels."""
 
     def __init__(self, dataset: Any, img_size: int, in_chans: int, source: str, key: str) -> None:
@@ -252,6 +252,6 @@ class DatasetImages(Images):
         return np.asarray(self.crop(image.convert(self.mode))).reshape(self.shape)
 
 
-def describe(shape: Sequence[int]) -> str:
+def format_shape(shape: Sequence[int]) -> str:
     """`32 x 32 RGB`."""
     return f"{shape[0]} x {shape[1]} {'grey' if shape[2] == 1 else 'RGB'}"

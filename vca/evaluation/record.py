@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
+from vca.evaluation.compare import Metrics
 from vca.evaluation.extractor import Extractor
 from vca.evaluation.features import FeatureSet
-from vca.evaluation.metrics import Metrics
 from vca.generation.objective import SamplerConfig
 from vca.runtime.distributed import World
 from vca.runtime.errors import ConfigError
@@ -50,7 +50,7 @@ FIELDS: dict[str, tuple[str, ...]] = {
         "sampler",
         "precision",
         "tf32",
-        "computed_together",
+        "compute_batch_size",
         "device",
         "torch",
         "origin",
@@ -58,7 +58,7 @@ FIELDS: dict[str, tuple[str, ...]] = {
         "attention",
         "objective",
         "autoencoder",
-        "evaluations",
+        "nfe",
     ),
     "samples.made.sampler": SAMPLER,
     "samples.made.origin": ("step", "weights", "training", "weights_sha256"),
@@ -66,7 +66,7 @@ FIELDS: dict[str, tuple[str, ...]] = {
     "samples.made.attention": ("name",),
     "samples.made.objective": ("name",),
     "samples.made.autoencoder": ("source", "name", "sha256", "channels", "factor", "scale", "shift"),
-    "samples.made.evaluations": ("mean", "min", "max"),
+    "samples.made.nfe": ("mean", "min", "max"),
     "reference": ("source", "sha256", "count", "features"),
     "extractor": ("name", "sha256", "published", "dtype", "tf32"),
     "compute": ("batch_size", "ranks", "device", "versions", "commit", "uncommitted"),

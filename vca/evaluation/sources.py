@@ -11,12 +11,13 @@ from typing import Any
 
 from vca.data import load_dataset
 from vca.data.config import DataConfig
-from vca.evaluation.images import DatasetImages, Images, NpzImages, PngFolder, members
-from vca.evaluation.statistics_file import StatisticsFile
+from vca.evaluation.features import FeatureSet
+from vca.evaluation.images import DatasetImages, ImageSet, NpzImages, PngFolder, members
+from vca.evaluation.stats_file import StatisticsFile
 from vca.runtime.errors import ConfigError, check
 
 
-def open_source(place: str, key: str, data: DataConfig | None, reference: bool = False) -> Images | StatisticsFile:
+def open_source(place: str, key: str, data: DataConfig | None, reference: bool = False) -> ImageSet | StatisticsFile:
     """The set that `place` means.
 
     Args:
@@ -50,7 +51,7 @@ def made_by(manifest: dict[str, Any] | None) -> dict[str, Any] | None:
     if manifest is None:
         return None
     made = {key: value for key, value in manifest.items() if key != "result"}
-    return {**made, "evaluations": manifest["result"]["evaluations"]}
+    return {**made, "nfe": manifest["result"].get("nfe") or manifest["result"]["evaluations"]}
 
 
 def manifest_of(place: str) -> dict[str, Any] | None:
@@ -70,3 +71,11 @@ def manifest_of(place: str) -> dict[str, Any] | None:
     if "result" not in manifest:
         raise ConfigError(f"samples: the set in {file.parent} is not complete; run its sample.py command again")
     return manifest
+
+
+def check_unchanged(samples: str | None, found: FeatureSet) -> None:
+    """Raise `ConfigError` if the images are not those that `sample.py` wrote there."""
+    manifest = manifest_of(samples) if samples is not None else None
+    if manifest is not None and manifest["result"]["sha256"] != found.sha256:
+        changed = f"samples: {samples} holds other images than sample.py wrote"
+        raise ConfigError(f"{changed}; run its sample.py command again, which names a changed one")

@@ -29,7 +29,7 @@ Net = Callable[[Tensor, Tensor], Tensor]
 VP_BETAS = (0.1, 20.0)  # b0, b1: noise rates at the data and at the noise end
 
 
-class Path(Enum):
+class PathType(Enum):
     """How noise and data are mixed."""
 
     linear = "linear"
@@ -80,11 +80,11 @@ class Coefficients:
         return self.ratio * self.sigma**2 - self.sigma * self.d_sigma
 
 
-def coefficients(path: Path, t: Tensor) -> Coefficients:
+def coefficients(path: PathType, t: Tensor) -> Coefficients:
     """Of a path at times `t`, elementwise."""
-    if path is Path.linear:
+    if path is PathType.linear:
         return Coefficients(t, 1 - t, torch.ones_like(t), -torch.ones_like(t), 1 / t)
-    if path is Path.gvp:
+    if path is PathType.gvp:
         angle, rate = t * math.pi / 2, math.pi / 2
         alpha, sigma = angle.sin(), angle.cos()
         return Coefficients(alpha, sigma, rate * sigma, -rate * alpha, rate / angle.tan())
@@ -104,7 +104,7 @@ class Interpolant:
             there; None takes SiT's.
     """
 
-    path: Path = Path.linear
+    path: PathType = PathType.linear
     prediction: Prediction = Prediction.velocity
     weighting: Weighting = Weighting.none
     train_eps: float | None = None
@@ -169,12 +169,12 @@ class Interpolant:
 
     def train_interval(self) -> tuple[float, float]:
         """First and last time of training."""
-        default = 1e-5 if self.path is Path.vp else 0.0 if self.prediction is Prediction.velocity else 1e-3
+        default = 1e-5 if self.path is PathType.vp else 0.0 if self.prediction is Prediction.velocity else 1e-3
         return self.interval(default if self.train_eps is None else self.train_eps)
 
     def sample_interval(self, form: DiffusionForm | None = None, last_step: float = 0.0) -> tuple[float, float]:
         """First and last time of sampling: of the ODE, or of the SDE of a form before a last step of that size."""
-        regular = self.path is not Path.vp and self.prediction is Prediction.velocity
+        regular = self.path is not PathType.vp and self.prediction is Prediction.velocity
         default = 0.0 if regular and form is not DiffusionForm.sbdm else 1e-3
         return self.interval(default if self.sample_eps is None else self.sample_eps, form, last_step)
 
@@ -183,7 +183,7 @@ class Interpolant:
         start, end = 0.0, 1.0
         sde, velocity = form is not None, self.prediction is Prediction.velocity
         late = 1 - last_step if sde and last_step else 1 - eps
-        if self.path is Path.vp:
+        if self.path is PathType.vp:
             end = late
         elif sde or not velocity:
             start = eps if not velocity or form is DiffusionForm.sbdm else 0.0

@@ -15,8 +15,8 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from vca.generation.diffusion import GaussianDiffusion, Net, linear_betas
-from vca.generation.interpolant import DiffusionForm, Interpolant, Path, Prediction, Weighting
-from vca.generation.samplers import Noise, Samples, sample_ddim, sample_ddpm, sample_ode, sample_sde
+from vca.generation.interpolant import DiffusionForm, Interpolant, PathType, Prediction, Weighting
+from vca.generation.samplers import Noise, SamplerOutput, sample_ddim, sample_ddpm, sample_ode, sample_sde
 from vca.runtime.errors import check
 
 
@@ -39,24 +39,24 @@ class SamplerConfig:
     Attributes:
         method: one that belongs to the objective.
         steps: of a diffusion; points of the time grid of an interpolant. Null, and only null, for `ode_dopri5`.
-        guidance: scale of classifier-free guidance; 1 is none.
-        guidance_channels: how many channels it acts on; null for all. 3 is what the tables of DiT and SiT have.
-        guidance_interval: `[low, high]`, the part of the noise time in which it acts; 0 is data, 1 is noise.
+        cfg_scale: guidance scale of classifier-free guidance; 1 is none.
+        cfg_channels: how many channels it acts on; null for all. 3 is what the tables of DiT and SiT have.
+        cfg_interval: `[low, high]`, the part of the noise time in which it acts; 0 is data, 1 is noise.
         eta: noise of DDIM.
         rtol, atol: of `ode_dopri5`.
-        form, norm, last_step, last_step_size: of an SDE, see `vca.generation.samplers.sample_sde`.
+        diffusion_form, diffusion_norm, last_step, last_step_size: of an SDE, see `vca.generation.samplers.sample_sde`.
     """
 
     method: Method = Method.ddpm
     steps: int | None = 250
-    guidance: float = 1.0
-    guidance_channels: int | None = 3
-    guidance_interval: list[float] = field(default_factory=lambda: [0.0, 1.0])
+    cfg_scale: float = 1.0
+    cfg_channels: int | None = 3
+    cfg_interval: list[float] = field(default_factory=lambda: [0.0, 1.0])
     eta: float = 0.0
     rtol: float = 1e-3
     atol: float = 1e-6
-    form: DiffusionForm = DiffusionForm.sigma
-    norm: float = 1.0
+    diffusion_form: DiffusionForm = DiffusionForm.sigma
+    diffusion_norm: float = 1.0
     last_step: str | None = "mean"
     last_step_size: float = 0.04
 
@@ -66,13 +66,13 @@ class SamplerConfig:
         else:
             least = 1 if self.method in (Method.ddpm, Method.ddim) else 2
             check(self.steps is not None and self.steps >= least, "sampler.steps", f">= {least}", self.steps)
-        check(self.guidance >= 0, "sampler.guidance", ">= 0", self.guidance)
-        channels = self.guidance_channels
-        check(channels is None or channels >= 1, "sampler.guidance_channels", ">= 1 or null", channels)
-        low_high = list(self.guidance_interval)
+        check(self.cfg_scale >= 0, "sampler.cfg_scale", ">= 0", self.cfg_scale)
+        channels = self.cfg_channels
+        check(channels is None or channels >= 1, "sampler.cfg_channels", ">= 1 or null", channels)
+        low_high = list(self.cfg_interval)
         ordered = len(low_high) == 2 and 0 <= low_high[0] <= low_high[1] <= 1
-        check(ordered, "sampler.guidance_interval", "two numbers, 0 <= low <= high <= 1", low_high)
-        for key in ("eta", "norm"):
+        check(ordered, "sampler.cfg_interval", "two numbers, 0 <= low <= high <= 1", low_high)
+        for key in ("eta", "diffusion_norm"):
             check(getattr(self, key) >= 0, f"sampler.{key}", ">= 0", getattr(self, key))
         for key in ("rtol", "atol"):
             check(getattr(self, key) > 0, f"sampler.{key}", "> 0", getattr(self, key))
@@ -98,7 +98,7 @@ class Objective(Protocol):
     def noise_time(self, t: Tensor) -> Tensor:
         """The times that the network is told, as a number from 0 (data) to 1 (noise)."""
 
-    def sample(self, net: Net, noise: Tensor, sampler: SamplerConfig, step_noise: Noise) -> Samples:
+    def sample(self, net: Net, noise: Tensor, sampler: SamplerConfig, step_noise: Noise) -> SamplerOutput:
         """Samples from noise."""
 
 
@@ -135,7 +135,7 @@ class Diffusion:
         """Step numbers over the number of steps."""
         return t.double() / len(self.chain)
 
-    def sample(self, net: Net, noise: Tensor, sampler: SamplerConfig, step_noise: Noise) -> Samples:
+    def sample(self, net: Net, noise: Tensor, sampler: SamplerConfig, step_noise: Noise) -> SamplerOutput:
         """By DDPM or DDIM."""
         assert sampler.steps is not None
         if sampler.method is Method.ddim:
@@ -155,7 +155,7 @@ class InterpolantConfig:
     """
 
     name: str = "interpolant"
-    path: Path = Path.linear
+    path: PathType = PathType.linear
     prediction: Prediction = Prediction.velocity
     weighting: Weighting = Weighting.none
     train_eps: float | None = None
@@ -187,7 +187,7 @@ class StochasticInterpolant:
         """Time runs from noise to data here."""
         return 1 - t.double()
 
-    def sample(self, net: Net, noise: Tensor, sampler: SamplerConfig, step_noise: Noise) -> Samples:
+    def sample(self, net: Net, noise: Tensor, sampler: SamplerConfig, step_noise: Noise) -> SamplerOutput:
         """By an ODE or an SDE."""
         kind, solver = sampler.method.value.split("_")
         net = first_half(net)
@@ -201,8 +201,8 @@ class StochasticInterpolant:
             step_noise,
             solver,
             sampler.steps or 2,
-            sampler.form,
-            sampler.norm,
+            sampler.diffusion_form,
+            sampler.diffusion_norm,
             sampler.last_step,
             sampler.last_step_size,
         )

@@ -22,11 +22,11 @@ Field = Callable[[Tensor, float], Tensor]  # (x, t) -> dx / dt
 
 
 @dataclass(frozen=True)
-class Samples:
+class SamplerOutput:
     """What came out, and how many times the network was evaluated for it."""
 
     x: Tensor
-    evaluations: int
+    nfe: int
 
 
 class Counted:
@@ -41,24 +41,24 @@ class Counted:
         return self.net(x, t).to(x.dtype)
 
 
-def sample_ddpm(net: Net, x: Tensor, diffusion: GaussianDiffusion, steps: int, noise: Noise) -> Samples:
+def sample_ddpm(net: Net, x: Tensor, diffusion: GaussianDiffusion, steps: int, noise: Noise) -> SamplerOutput:
     """Ancestral sampling over `steps` of the chain's steps."""
     chain, counted = diffusion.respaced(steps), Counted(net)
     for step, index in enumerate(reversed(range(steps))):
         x = chain.ddpm_step(counted, x, index, noise(step))
-    return Samples(x, counted.calls)
+    return SamplerOutput(x, counted.calls)
 
 
 def sample_ddim(
     net: Net, x: Tensor, diffusion: GaussianDiffusion, steps: int, noise: Noise | None = None, eta: float = 0.0
-) -> Samples:
+) -> SamplerOutput:
     """DDIM over `steps` of the chain's steps; `eta=0` needs no noise."""
     if eta and noise is None:
         raise ValueError(f"DDIM with eta={eta} needs noise")
     chain, counted = diffusion.respaced(steps), Counted(net)
     for step, index in enumerate(reversed(range(steps))):
         x = chain.ddim_step(counted, x, index, noise(step) if noise and eta else torch.zeros_like(x), eta)
-    return Samples(x, counted.calls)
+    return SamplerOutput(x, counted.calls)
 
 
 def sample_ode(
@@ -69,7 +69,7 @@ def sample_ode(
     points: int = 50,
     rtol: float = 1e-3,
     atol: float = 1e-6,
-) -> Samples:
+) -> SamplerOutput:
     """Solve `dx = v dt` from noise to data.
 
     Args:
@@ -89,14 +89,14 @@ def sample_ode(
 
         span = torch.tensor([start, end], device=x.device)
         x = odeint(lambda t, x: velocity(x, float(t)), x, span, method="dopri5", rtol=rtol, atol=atol)[-1]
-        return Samples(x, counted.calls)
+        return SamplerOutput(x, counted.calls)
     if method not in ("euler", "heun"):
         raise ValueError(f"the ODE method must be euler, heun or dopri5, got '{method}'")
     times = time_grid(start, end, points)
     step = {"euler": euler_step, "heun": heun_step}[method]
     for t, after in pairwise(times):
         x = step(velocity, x, t, after - t)
-    return Samples(x, counted.calls)
+    return SamplerOutput(x, counted.calls)
 
 
 def euler_step(field: Field, x: Tensor, t: float, dt: float) -> Tensor:
@@ -121,7 +121,7 @@ def sample_sde(
     norm: float = 1.0,
     last_step: str | None = "mean",
     last_step_size: float = 0.04,
-) -> Samples:
+) -> SamplerOutput:
     """Solve `dx = (v + w s) dt + sqrt(2 w) dW` from noise to data.
 
     Args:
@@ -158,7 +158,7 @@ def sample_sde(
         x = heun_step(drift, x + kick, t, dt) if method == "heun" else euler_step(drift, x, t, dt) + kick
 
     if last_step is None:
-        return Samples(x, counted.calls)
+        return SamplerOutput(x, counted.calls)
     velocity, score, w = read(x, end)
     if last_step == "mean":
         x = x + rest * (velocity + w * score)
@@ -169,7 +169,7 @@ def sample_sde(
         x = x / c.alpha + c.sigma**2 / c.alpha * score
     else:
         raise ValueError(f"the last step must be mean, euler, tweedie or None, got '{last_step}'")
-    return Samples(x, counted.calls)
+    return SamplerOutput(x, counted.calls)
 
 
 def time_grid(start: float, end: float, points: int) -> list[float]:

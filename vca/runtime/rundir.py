@@ -29,9 +29,10 @@ from vca.runtime.distributed import World
 from vca.runtime.errors import ConfigError
 from vca.runtime.files import append_line, write_bytes, write_text
 from vca.runtime.provenance import code_sha256, provenance
+from vca.runtime.renamed import with_new_names
 
 # Keys that may differ between two starts of one run: they change where and how it runs, not what it computes.
-FREE_KEYS = (
+RESUME_IGNORED_KEYS = (
     "attention.backend",
     "autoencoder.source",  # its sha256 is compared
     "autoencoder.weights",
@@ -59,7 +60,7 @@ FREE_KEYS = (
 
 # A string of these keys that comes from the environment is stored as its reference, since it may be a secret. Values of
 # the other keys change what is computed: they are stored, and compared at resume.
-REFERENCE_KEYS = (*FREE_KEYS, "trainer.init_from")
+REFERENCE_KEYS = (*RESUME_IGNORED_KEYS, "trainer.init_from")
 
 
 class RunDirectory:
@@ -82,13 +83,13 @@ class RunDirectory:
             saved = read_config(self.path)
         except ConfigError as error:
             raise ConfigError(f"{error}; remove it to resume this run with the config of this command") from error
-        if differences := compare(saved, config, FREE_KEYS):
+        if differences := diff_configs(saved, config, RESUME_IGNORED_KEYS):
             raise ConfigError(
                 f"{self.path} holds a run with another config ({'; '.join(differences)}); "
                 f"choose another name=... or remove the folder"
             )
         there, here = saved.get("data_files"), config.get("data_files")
-        if there and here and (differences := compare(there, here, key="data_files")):
+        if there and here and (differences := diff_configs(there, here, key="data_files")):
             raise ConfigError(
                 f"data.root={config['data']['root']}: the files changed since the run {self.path} was started "
                 f"({'; '.join(differences)}); restore them, or choose another name=..."
@@ -201,7 +202,7 @@ def read_config(run: Path) -> dict[str, Any]:
         raise ConfigError(f"{file} cannot be read ({error})") from error
     if not isinstance(config, dict):
         raise ConfigError(f"{file} must hold a config, got {type(config).__name__}")
-    return config
+    return with_new_names(config)
 
 
 class FromEnvironment(str):
@@ -220,20 +221,20 @@ class FromEnvironment(str):
         return self
 
 
-def plain(value: Any) -> Any:
+def to_dict(value: Any) -> Any:
     """A config dataclass as plain values: dicts, lists, numbers, strings; enums by their value."""
     if isinstance(value, FromEnvironment):
         return value.reference
     if dataclasses.is_dataclass(value):
-        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {f.name: to_dict(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, Enum):
         return value.value
     if isinstance(value, (list, tuple)):
-        return [plain(item) for item in value]
-    return {key: plain(item) for key, item in value.items()} if isinstance(value, dict) else value
+        return [to_dict(item) for item in value]
+    return {key: to_dict(item) for key, item in value.items()} if isinstance(value, dict) else value
 
 
-def compare(there: Any, here: Any, free: Collection[str] = (), key: str = "") -> list[str]:
+def diff_configs(there: Any, here: Any, free: Collection[str] = (), key: str = "") -> list[str]:
     """`"key: <there> there, <here> here"` for each leaf that differs, those under a `free` key left out."""
     if key in free:
         return []
@@ -241,7 +242,7 @@ def compare(there: Any, here: Any, free: Collection[str] = (), key: str = "") ->
         differences = []
         for name in sorted({*there, *here}):
             path = f"{key}.{name}" if key else name
-            differences += compare(there.get(name), here.get(name), free, path)
+            differences += diff_configs(there.get(name), here.get(name), free, path)
         return differences
     return [] if there == here else [f"{key}: {there!r} there, {here!r} here"]
 
@@ -255,8 +256,8 @@ def check_ranks_agree(world: World, config: Any) -> None:
     """
     if world.size == 1:
         return
-    mine = {"config": plain(config), "code": code_sha256()}
-    found = world.broadcast(world.gather(compare(world.broadcast(mine), mine)))
+    mine = {"config": to_dict(config), "code": code_sha256()}
+    found = world.broadcast(world.gather(diff_configs(world.broadcast(mine), mine)))
     if different := [rank for rank, differences in enumerate(found) if differences]:
         differences = found[different[0]]
         more = f"; and {len(differences) - 5} more" if len(differences) > 5 else ""

@@ -22,7 +22,7 @@ class StopRequest:
 
 
 @contextmanager
-def noting_stop_signals() -> Iterator[StopRequest]:
+def catch_stop_signals() -> Iterator[StopRequest]:
     """Only note the stop signals, so that a training can end between two updates; afterwards they do what they did."""
     request = StopRequest()
 

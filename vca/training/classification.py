@@ -13,7 +13,7 @@ def soft_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 class ClassificationLoss:
-    """`loss_of` for `TrainState.update`: mixes a micro-batch as its step says and scores the network on it."""
+    """`loss_of` for `TrainState.train_step`: mixes a micro-batch as its step says and scores the network on it."""
 
     def __init__(self, mixer: BatchMixer) -> None:
         self.mixer = mixer

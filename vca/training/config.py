@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from vca.runtime.compute import Device, Precision
 from vca.runtime.errors import ConfigError, check
-from vca.training.init import InitWeights
+from vca.training.pretrained import InitWeights
 
 
 @dataclass
@@ -12,10 +12,10 @@ class TrainerConfig:
     """How long, how large, how often.
 
     Attributes:
-        epochs: length of the training; an epoch is `images // global_batch` updates.
+        epochs: length of the training; an epoch is `images // global_batch_size` updates.
         steps: length in updates; overrides `epochs`.
-        global_batch: images an update, over all ranks and accumulation steps.
-        micro_batch: images a rank takes at once; accumulation follows from it. Null: `global_batch / ranks`, none.
+        global_batch_size: images an update, over all ranks and accumulation steps.
+        micro_batch_size: images a rank takes at once; accumulation follows from it. Null: `global_batch_size / ranks`, none.
         ema_decay: null keeps no average.
         log_every, eval_every, checkpoint_every: in updates; `eval_every=0` evaluates at the end only.
         fid_every: in updates: how often a generator is measured against `fid.reference`; 0 never.
@@ -32,9 +32,9 @@ class TrainerConfig:
 
     epochs: int = 300
     steps: int | None = None
-    global_batch: int = 1024
-    micro_batch: int | None = None
-    eval_batch: int = 250
+    global_batch_size: int = 1024
+    micro_batch_size: int | None = None
+    eval_batch_size: int = 250
     precision: Precision = Precision.fp32
     device: Device = Device.auto
     compile: bool = False
@@ -53,9 +53,16 @@ class TrainerConfig:
     timeout_minutes: float = 10.0
 
     def __post_init__(self) -> None:
-        for key in ("epochs", "global_batch", "eval_batch", "log_every", "checkpoint_every", "keep_checkpoints"):
+        for key in (
+            "epochs",
+            "global_batch_size",
+            "eval_batch_size",
+            "log_every",
+            "checkpoint_every",
+            "keep_checkpoints",
+        ):
             check(getattr(self, key) >= 1, f"trainer.{key}", ">= 1", getattr(self, key))
-        for key in ("steps", "micro_batch"):
+        for key in ("steps", "micro_batch_size"):
             value = getattr(self, key)
             check(value is None or value >= 1, f"trainer.{key}", ">= 1 or null", value)
         for key in ("eval_every", "fid_every", "workers"):
@@ -70,17 +77,17 @@ class TrainerConfig:
         Raises:
             ConfigError: if the global batch cannot be cut that way; names the nearest sizes that can.
         """
-        unit = world_size * (self.micro_batch or 1)
-        if self.global_batch % unit:
-            below, above = self.global_batch // unit * unit, -(-self.global_batch // unit) * unit
+        unit = world_size * (self.micro_batch_size or 1)
+        if self.global_batch_size % unit:
+            below, above = self.global_batch_size // unit * unit, -(-self.global_batch_size // unit) * unit
             valid = f"{below} or {above}" if below else f"{above}"
-            times = f" x micro_batch {self.micro_batch}" if self.micro_batch else ""
+            times = f" x micro_batch_size {self.micro_batch_size}" if self.micro_batch_size else ""
             raise ConfigError(
-                f"trainer.global_batch must be a multiple of {world_size} ranks{times}, got {self.global_batch}; "
+                f"trainer.global_batch_size must be a multiple of {world_size} ranks{times}, got {self.global_batch_size}; "
                 f"try {valid}"
             )
-        micro = self.micro_batch or self.global_batch // world_size
-        return micro, self.global_batch // (world_size * micro)
+        micro = self.micro_batch_size or self.global_batch_size // world_size
+        return micro, self.global_batch_size // (world_size * micro)
 
     def total_steps(self, steps_per_epoch: int) -> int:
         """Length of the training in updates."""

@@ -7,7 +7,7 @@ from typing import Any
 from vca.runtime.files import write_bytes
 
 
-def draw_curves(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
+def plot_curves(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
     """Draw loss, learning rate and, where there are such, accuracy and Frechet distance over the steps, a line a run.
 
     Args:

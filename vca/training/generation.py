@@ -1,16 +1,57 @@
 """The objective of generation on a batch: times, noise and dropped labels by address, the network, the loss."""
 
+import math
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
+from vca.data import load_dataset
+from vca.data.augment import AugmentConfig, train_transform
+from vca.data.config import DataConfig
+from vca.data.latents import LatentCache, RandomVersion
 from vca.data.loader import Batch
 from vca.generation.autoencoder import Autoencoder
 from vca.generation.objective import Objective
 from vca.runtime.seeding import derive_seed
 
 
+@dataclass(frozen=True)
+class GenerationData:
+    """What a generator trains on: images, which the autoencoder encodes in each step, or cached latents.
+
+    Attributes:
+        dataset: of `(image, label)`, or of `(moments, label)`.
+        transform: of one item.
+        item_bytes: of one item after the transform.
+        cached: whether the items are moments of latents.
+        cache: identity of the cache, None for images.
+    """
+
+    dataset: Any
+    transform: Any
+    item_bytes: int
+    cached: bool
+    cache: dict[str, Any] | None
+
+
+def load_generation_data(data: DataConfig, augment: AugmentConfig, autoencoder: Autoencoder) -> GenerationData:
+    """The training split for an autoencoder.
+
+    Raises:
+        ConfigError: if a latent cache was made by another autoencoder, or the augmentation does not fit it.
+    """
+    dataset = load_dataset(data, train=True)
+    if not isinstance(dataset, LatentCache):
+        return GenerationData(dataset, train_transform(augment, data), data.image_bytes, False, None)
+    dataset.check(autoencoder.identity(), augment)
+    item_bytes = 4 * math.prod(dataset.manifest.shape[1:])
+    return GenerationData(dataset, RandomVersion(augment.hflip), item_bytes, True, dataset.manifest.identity())
+
+
 class GenerationLoss:
-    """`loss_of` for `TrainState.update`.
+    """`loss_of` for `TrainState.train_step`.
 
     Whether the label is dropped, the time, the noise and the sample of the posterior depend on the seed and on the
     address of the image (epoch, image, repeat), which is its place in the stream of global batches: they are the same

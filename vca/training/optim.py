@@ -12,18 +12,23 @@ from vca.runtime.errors import check
 
 
 class Schedule(Enum):
-    """When the learning rate moves.
+    """The learning rate after the warm-up: half a cosine down to `min_lr`, or constant as in DiT and SiT."""
 
-    `per_step`: at every update, as in Swin. `per_epoch`: at the start of an epoch, as in timm's own training script and
-    CSWin. `per_epoch_late`: likewise one epoch late, as in DeiT and PVT, which step the schedule with the number of the
-    epoch that has just ended: epochs 0 and 1 both run at `warmup_lr`. `constant`: the peak, after a warm-up if there is
-    one, as in DiT and SiT.
+    cosine = "cosine"
+    constant = "constant"
+
+
+class ScheduleUnit(Enum):
+    """When the learning rate changes.
+
+    `step`: at every step, as in Swin. `epoch`: at the start of an epoch, as in timm's training script and CSWin.
+    `epoch_late`: one epoch later, as in DeiT and PVT, which pass the number of the finished epoch to the scheduler:
+    epochs 0 and 1 both run at `warmup_lr`.
     """
 
-    per_step = "per_step"
-    per_epoch = "per_epoch"
-    per_epoch_late = "per_epoch_late"
-    constant = "constant"
+    step = "step"
+    epoch = "epoch"
+    epoch_late = "epoch_late"
 
 
 @dataclass
@@ -31,8 +36,9 @@ class OptimConfig:
     """AdamW with linear warm-up and cosine decay.
 
     Attributes:
-        lr: peak learning rate; null derives it as `base_lr * trainer.global_batch / 512`.
-        schedule: `per_step`, `per_epoch`, `per_epoch_late` or `constant`.
+        lr: peak learning rate; null derives it as `base_lr * trainer.global_batch_size / 512`.
+        schedule: `cosine` or `constant`.
+        schedule_unit: `step`, `epoch` or `epoch_late`.
         warmup_epochs: length of the linear warm-up from `warmup_lr`; fractions are allowed.
         cooldown_epochs: how many epochs at the end, of those that `trainer` counts, run at `min_lr`.
         min_lr: where the cosine ends.
@@ -44,7 +50,8 @@ class OptimConfig:
     weight_decay: float = 0.05
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
     eps: float = 1e-8
-    schedule: Schedule = Schedule.per_step
+    schedule: Schedule = Schedule.cosine
+    schedule_unit: ScheduleUnit = ScheduleUnit.step
     warmup_epochs: float = 5.0
     cooldown_epochs: float = 0.0
     warmup_lr: float = 1e-6
@@ -63,9 +70,9 @@ class OptimConfig:
         check(self.lr is None or self.min_lr <= self.lr, "optim.min_lr", f"<= optim.lr {self.lr}", self.min_lr)
         check(self.clip_grad is None or self.clip_grad > 0, "optim.clip_grad", "> 0 or null", self.clip_grad)
 
-    def peak_lr(self, global_batch: int) -> float:
+    def peak_lr(self, global_batch_size: int) -> float:
         """The peak learning rate: `lr`, or the linear scaling rule."""
-        return self.lr if self.lr is not None else self.base_lr * global_batch / 512
+        return self.lr if self.lr is not None else self.base_lr * global_batch_size / 512
 
 
 def learning_rate(config: OptimConfig, step: int, total_steps: int, steps_per_epoch: int, peak: float) -> float:
@@ -76,9 +83,9 @@ def learning_rate(config: OptimConfig, step: int, total_steps: int, steps_per_ep
     """
     end = min(config.min_lr, peak)
     epoch = step / steps_per_epoch
-    if config.schedule in (Schedule.per_epoch, Schedule.per_epoch_late):
+    if config.schedule_unit is not ScheduleUnit.step:
         epoch = step // steps_per_epoch
-    if config.schedule is Schedule.per_epoch_late:
+    if config.schedule_unit is ScheduleUnit.epoch_late:
         epoch = max(epoch - 1, 0)
     length = total_steps / steps_per_epoch - config.cooldown_epochs
     if epoch < config.warmup_epochs:

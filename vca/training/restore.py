@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Any
 
 from vca.generation.autoencoder import load_autoencoder
-from vca.generation.generator import Generator
 from vca.generation.objective import build_objective
+from vca.generation.pipeline import DiffusionPipeline
 from vca.runtime.digest import tensors_sha256
 from vca.runtime.distributed import World
 from vca.runtime.errors import ConfigError, config_errors
-from vca.runtime.rundir import compare
+from vca.runtime.rundir import diff_configs
 from vca.training.checkpoint import (
     CorruptCheckpointError,
     checkpoint_path,
@@ -19,7 +19,7 @@ from vca.training.checkpoint import (
     load_latest_for_all,
     must_fit,
 )
-from vca.training.init import InitWeights, init_from
+from vca.training.pretrained import InitWeights, init_from
 
 THE_ONLY_ONES = "the only ones"  # weights of a file that holds nothing else, as the published ones, which are averages
 
@@ -32,7 +32,7 @@ def load_generator(
     run: str | None = None,
     step: int | None = None,
     checkpoint: str | None = None,
-) -> Generator:
+) -> DiffusionPipeline:
     """The network, its weights and what belongs to it, on `world.device` and in evaluation mode.
 
     Args:
@@ -55,11 +55,11 @@ def load_generator(
     origin = {**origin, "training": configs.get("training"), "weights_sha256": tensors_sha256(model.state_dict())}
     autoencoder = load_autoencoder(configs["autoencoder"], world.device)
     trained_with = configs.get("trained_with")
-    differences = compare(trained_with, autoencoder.identity(), key="autoencoder") if trained_with else []
+    differences = diff_configs(trained_with, autoencoder.identity(), key="autoencoder") if trained_with else []
     if differences:
         raise ConfigError(f"run: it was trained with another autoencoder ({'; '.join(differences)})")
     objective = build_objective(configs["objective"])
-    return Generator(model.eval().to(world.device), objective, autoencoder, configs, origin)
+    return DiffusionPipeline(model.eval().to(world.device), objective, autoencoder, configs, origin)
 
 
 def load_run(model: Any, run: Path, step: int | None, weights: InitWeights, world: World) -> dict[str, Any]:

@@ -11,12 +11,12 @@ from torch import Tensor
 from vca.runtime.compute import Precision
 from vca.runtime.distributed import World
 from vca.runtime.errors import NonFiniteError, PreemptedError
-from vca.runtime.logging import Reporter, WandbConfig, WandbMirror
+from vca.runtime.metrics_log import Reporter, WandbConfig, WandbMirror
 from vca.runtime.rundir import RunDirectory
-from vca.runtime.signals import StopRequest, noting_stop_signals
+from vca.runtime.signals import StopRequest, catch_stop_signals
 from vca.training.checkpoint import checkpoint_path, load_latest_for_all, must_fit, save_checkpoint
 from vca.training.config import TrainerConfig
-from vca.training.curves import draw_curves
+from vca.training.curves import plot_curves
 from vca.training.step import StepResult, TrainState
 
 MASK = 2**63 - 1
@@ -80,24 +80,24 @@ class TrainingRun:
         step, total = self.state.step, self.state.total_steps
         self.world.from_main(lambda: self.folder.begin(config, self.world, step))
         if self.world.is_main:
-            self.reporter = Reporter(self.folder, step, total, self.trainer.global_batch)
+            self.reporter = Reporter(self.folder, step, total, self.trainer.global_batch_size)
             self.reporter.wandb = WandbMirror(wandb, self.folder.path, name, config)
         self.clock = time.perf_counter()
-        with noting_stop_signals() as self.stop:
+        with catch_stop_signals() as self.stop:
             try:
                 yield
             finally:
                 self.reporter.close()
 
-    def introduce(self, name: str, model: str, data: str) -> None:
+    def log_setup(self, name: str, model: str, data: str) -> None:
         """Say what is about to happen: the run, the model (its name, with what), the data."""
         state, trainer = self.state, self.trainer
         parameters = sum(p.numel() for p in state.model.parameters())
-        self.reporter.say(
+        self.reporter.log(
             f"{name}: {model}, {parameters / 1e6:.3f} M parameters\n"
             f"{data}\n"
-            f"{state.total_steps - state.step} of {state.total_steps} updates of {trainer.global_batch} images "
-            f"({self.world.size} rank(s) x {state.accumulation} x {state.micro_batch}), peak lr {state.peak_lr:.3g}, "
+            f"{state.total_steps - state.step} of {state.total_steps} updates of {trainer.global_batch_size} images "
+            f"({self.world.size} rank(s) x {state.accumulation} x {state.micro_batch_size}), peak lr {state.peak_lr:.3g}, "
             f"{trainer.precision.value} on {self.world.device.type} ({torch.get_num_threads()} threads)"
         )
 
@@ -127,7 +127,7 @@ class TrainingRun:
         Raises:
             NonFiniteError: on every rank alike, if the gradient was not finite.
         """
-        if not update.applied and not self.tolerable():
+        if not update.applied and not self.is_fp16_overflow():
             indices = [index for batch in batches for index in batch.indices.tolist()]
             failure = {"step": self.state.step - 1, "grad_norm": str(update.grad_norm), "loss": str(float(update.loss))}
             self.folder.write_failure(self.world.rank, {**failure, "indices": indices})
@@ -148,7 +148,7 @@ class TrainingRun:
         if self.due(self.trainer.log_every):
             self.report(update)
 
-    def tolerable(self) -> bool:
+    def is_fp16_overflow(self) -> bool:
         """In fp16 an overflow only lowers the loss scale, until there is nothing left to lower, or no step left."""
         never_applied = self.saved_step < 0 and self.unsaved == 0
         if self.trainer.precision is not Precision.fp16 or (self.finished and never_applied):
@@ -175,7 +175,7 @@ class TrainingRun:
                 "grad_norm": update.grad_norm if update.applied else None,
                 **({"overflows": overflows} if overflows else {}),
                 "consumed": self.sum_consumed(),
-                "images_per_second": self.timed * self.trainer.global_batch / self.seconds,
+                "images_per_second": self.timed * self.trainer.global_batch_size / self.seconds,
                 **({"data_wait": max(waits), "data_wait_rank": waits.index(max(waits))} if waits else {}),
             }
         )
@@ -217,7 +217,7 @@ class TrainingRun:
         self.saved_step, self.unsaved = self.state.step, 0
         self.clock = time.perf_counter()
 
-    def leave_if_asked(self) -> None:
+    def exit_if_signalled(self) -> None:
         """Once a signal asked any rank to stop: save, and leave on every rank after the same update.
 
         Raises:
@@ -239,5 +239,5 @@ class TrainingRun:
         if self.world.is_main:
             file = self.folder.path / "curves.png"
             with self.reporter.expendable(file):
-                draw_curves({name: self.folder.records()}, file)
+                plot_curves({name: self.folder.records()}, file)
         self.clock = time.perf_counter()

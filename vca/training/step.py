@@ -46,9 +46,9 @@ class TrainState:
     ) -> None:
         self.trainer, self.optim, self.world, self.steps_per_epoch = trainer, optim, world, steps_per_epoch
         self.total_steps = trainer.total_steps(steps_per_epoch)
-        self.micro_batch, self.accumulation = trainer.micro_batch_on(world.size)
+        self.micro_batch_size, self.accumulation = trainer.micro_batch_on(world.size)
         self.model = model.to(world.device)
-        self.peak_lr = optim.peak_lr(trainer.global_batch)
+        self.peak_lr = optim.peak_lr(trainer.global_batch_size)
         self.optimizer = build_optimizer(optim, self.model, self.peak_lr)
         self.ema = Ema(self.model, trainer.ema_decay) if trainer.ema_decay is not None else None
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=trainer.precision is Precision.fp16)
@@ -66,11 +66,13 @@ class TrainState:
         """Autocast in the configured precision."""
         return autocast(self.trainer.precision, self.world.device)
 
-    def update(self, batches: Sequence[Any], loss_of: Callable[[nn.Module, Any, int], Tensor], seed: int) -> StepResult:
+    def train_step(
+        self, batches: Sequence[Any], loss_of: Callable[[nn.Module, Any, int], Tensor], seed: int
+    ) -> StepResult:
         """Make update number `self.step` from this rank's micro-batches.
 
         Dropout and stochastic depth are seeded by `(seed, step, micro-batch)`, where micro-batches are counted over
-        all ranks: with `trainer.micro_batch` set, the numbers do not depend on how many ranks share the work.
+        all ranks: with `trainer.micro_batch_size` set, the numbers do not depend on how many ranks share the work.
 
         Args:
             batches: `accumulation` micro-batches, on the device.

@@ -28,7 +28,7 @@ class Tiles(NamedTuple):
 def tiles_of(num_contrast: int, dim: int, dtype: torch.dtype) -> tuple[Tiles, Tiles]:
     """Tiles of the forward and of the backward kernels, the largest that fit the registers of sm_80 and sm_90.
 
-    `scripts/benchmark.py kernels` lists what the compiler makes of them.
+    `python -m benchmarks kernels` lists what the compiler makes of them.
     """
     if dtype.itemsize == 4:
         forward_tiles = backward_tiles = Tiles(32, 16) if dim <= 64 else Tiles(16, 16)
@@ -62,7 +62,7 @@ class Call:
     Args:
         q: `(B, M, N, D)`.
         lambda1, lambda2: scalars, or None for a plain stage.
-        lambda_init, grid, pool, num_prefix_tokens, eps: as `visual_contrast_attention` has them.
+        lambda_init, grid, contrast_grid, num_prefix_tokens, eps: as `visual_contrast_attention` has them.
         pooled: whether the pooled queries are part of the positive and of the negative stream.
         joint: one softmax over both streams in Stage II.
     """
@@ -74,15 +74,15 @@ class Call:
         lambda2: Tensor | None,
         lambda_init: float,
         grid: Sequence[int],
-        pool: Sequence[int],
+        contrast_grid: Sequence[int],
         num_prefix_tokens: int,
         eps: float,
         pooled: Sequence[bool],
         joint: bool,
     ) -> None:
         self.batch, self.heads, self.num_tokens, self.dim = q.shape
-        self.n, self.programs = pool[0] * pool[1], q.shape[0] * q.shape[1]
-        self.grid, self.pool, self.prefix, self.pooled = grid, pool, num_prefix_tokens, pooled
+        self.n, self.programs = contrast_grid[0] * contrast_grid[1], q.shape[0] * q.shape[1]
+        self.grid, self.contrast_grid, self.prefix, self.pooled = grid, contrast_grid, num_prefix_tokens, pooled
         self.lambda1, self.lambda2, self.joint = lambda1, lambda2, joint
         self.streams = 1 if lambda1 is None and lambda2 is None else 2
         self.scale, self.gain, self.eps = self.dim**-0.5 * LOG2E, 1 - lambda_init, eps
@@ -120,9 +120,9 @@ class Call:
 
     def contrast_tokens(self, q: Tensor, t: Tensor | None, e_pos: Tensor | None, e_neg: Tensor | None) -> Tensor:
         """Tokens of the streams, `(B, M, S, n, D)`; t stands for the average where it is given."""
-        source, grid, prefix = (q, self.grid, self.prefix) if t is None else (t, self.pool, 0)
+        source, grid, prefix = (q, self.grid, self.prefix) if t is None else (t, self.contrast_grid, 0)
         tokens = q.new_empty(self.batch, self.heads, self.streams, self.n, self.dim)
-        largest = math.prod(max(b - a for a, b in bins(*sizes)) for sizes in zip(grid, self.pool, strict=True))
+        largest = math.prod(max(b - a for a, b in bins(*sizes)) for sizes in zip(grid, self.contrast_grid, strict=True))
         cell = min(triton.next_power_of_2(largest), 64)
         block = 64 // cell
         forward.contrast_tokens_kernel[(self.programs, triton.cdiv(self.n, block))](
@@ -135,7 +135,7 @@ class Call:
             self.n,
             prefix,
             *grid,
-            *self.pool,
+            *self.contrast_grid,
             largest,
             POOL_POS=self.pooled[0],
             POOL_NEG=self.pooled[1],
@@ -361,9 +361,9 @@ class Call:
             self.n,
             self.prefix,
             *self.grid,
-            *self.pool,
-            DOWN=overlaps(self.grid[0], self.pool[0]),
-            ACROSS=overlaps(self.grid[1], self.pool[1]),
+            *self.contrast_grid,
+            DOWN=overlaps(self.grid[0], self.contrast_grid[0]),
+            ACROSS=overlaps(self.grid[1], self.contrast_grid[1]),
             POOL_POS=self.pooled[0],
             POOL_NEG=self.pooled[1] and self.streams == 2,
             STREAMS=self.streams,

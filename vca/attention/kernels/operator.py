@@ -31,7 +31,7 @@ def contrast_attention(
     norm2: Tensor,
     lambda_init: float,
     grid: Sequence[int],
-    pool: Sequence[int],
+    contrast_grid: Sequence[int],
     num_prefix_tokens: int,
     eps: float,
     pooled: Sequence[bool],
@@ -45,7 +45,7 @@ def contrast_attention(
         e_pos, e_neg: `(M, n, D)` float32, or None where a stream has no embedding.
         lambda1, lambda2: float32 scalars; None makes the stage plain.
         norm1, norm2: `(D,)` float32, weights of the norms.
-        lambda_init, grid, pool, num_prefix_tokens, eps: as `visual_contrast_attention` has them.
+        lambda_init, grid, contrast_grid, num_prefix_tokens, eps: as `visual_contrast_attention` has them.
         pooled: whether the pooled queries are part of the positive and of the negative stream.
         joint: one softmax over both streams in Stage II.
 
@@ -53,7 +53,7 @@ def contrast_attention(
         The output `(B, M, N, D)` and, for the backward, `v+ - l1 v-` and `v-` `(B, M, n, D)`, the latter empty where
         Stage I is plain, and Stage I's log-sum-exps `(B, M, streams, n)` in base 2.
     """
-    call = Call(q, lambda1, lambda2, lambda_init, grid, pool, num_prefix_tokens, eps, pooled, joint)
+    call = Call(q, lambda1, lambda2, lambda_init, grid, contrast_grid, num_prefix_tokens, eps, pooled, joint)
     q, k, v, t = readable(q, k, v, t)
     e_pos, e_neg = (e if e is None else e.contiguous() for e in (e_pos, e_neg))
     norm1, norm2 = norm1.contiguous(), norm2.contiguous()
@@ -83,14 +83,14 @@ def contrast_attention_backward(
     norm2: Tensor,
     lambda_init: float,
     grid: Sequence[int],
-    pool: Sequence[int],
+    contrast_grid: Sequence[int],
     num_prefix_tokens: int,
     eps: float,
     pooled: Sequence[bool],
     joint: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of the ten tensors of `contrast_attention`, in their order; those of what was None are empty."""
-    call = Call(q, lambda1, lambda2, lambda_init, grid, pool, num_prefix_tokens, eps, pooled, joint)
+    call = Call(q, lambda1, lambda2, lambda_init, grid, contrast_grid, num_prefix_tokens, eps, pooled, joint)
     q, k, v, t = readable(q, k, v, t)
     e_pos, e_neg = (e if e is None else e.contiguous() for e in (e_pos, e_neg))
     norm1, norm2 = norm1.contiguous(), norm2.contiguous()
@@ -189,7 +189,7 @@ def fused_attention(
     norm2: Tensor,
     lambda_init: float,
     grid: Sequence[int],
-    pool: Sequence[int],
+    contrast_grid: Sequence[int],
     num_prefix_tokens: int,
     eps: float,
     joint: bool,
@@ -206,6 +206,6 @@ def fused_attention(
     if len(streams) == 1:
         pooled, embeddings = [*pooled, False], [*embeddings, None]
     return contrast_attention(
-        q, k, v, t, *embeddings, lambda1, lambda2, norm1, norm2, lambda_init, grid, pool, num_prefix_tokens, eps,
+        q, k, v, t, *embeddings, lambda1, lambda2, norm1, norm2, lambda_init, grid, contrast_grid, num_prefix_tokens, eps,
         pooled, joint,
     )[0].to(dtype)  # fmt: skip

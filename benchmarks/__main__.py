@@ -1,0 +1,106 @@
+"""Timings that can be repeated: things side by side in one run, interleaved, as ratios with their spread.
+
+    python -m benchmarks attention              layers and cores over N: VCA, MHSA, Agent, Differential
+    python -m benchmarks model                  images a second of whole models, VCA and softmax, by image size
+    python -m benchmarks loop                   the trainer's loop beside a bare loop on the same batches
+    python -m benchmarks all --minutes 9        these three; with --root the next one too
+    python -m benchmarks data --root DIR        the ImageNet training pipeline beside timm's loader
+    python -m benchmarks table1 --root DIR      the ten rows of Table 1: 20 updates, a kill, a resume
+    python -m benchmarks inception --weights FILE    eval_fid.py beside torch-fidelity's own command
+    python -m benchmarks evaluation --threads 2      eval_fid.py on 50,000 images: time and peak memory
+
+DIR holds images as `data=imagefolder` reads them, FILE the weights of torch-fidelity's Inception network.
+
+Machines are noisy: quote the ratio and its spread, not the milliseconds. `--json FILE` keeps the figures; those of
+`attention` are also drawn, time and memory over N.
+"""
+
+import argparse
+import json
+import platform
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks.attention import benchmark_attention
+from benchmarks.commands import benchmark_evaluation, benchmark_inception, benchmark_table1
+from benchmarks.data import benchmark_data
+from benchmarks.loop import benchmark_loop
+from benchmarks.model import benchmark_model
+from benchmarks.plot import plot_attention
+from benchmarks.timing import Budget
+from models.timm_registry import load_sizes
+
+ALL = {"attention": 0.5, "model": 0.4, "loop": 0.1}  # what `all` runs, and its share of the minutes
+ON_CPU = ("data", "table1", "inception", "evaluation")
+
+
+def parse() -> argparse.Namespace:
+    """The command line, checked."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=(*ALL, "all", *ON_CPU))
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
+    parser.add_argument("--rounds", type=int, default=15, help="turns that each contestant gets at most (default 15)")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="fewer turns, three at least, after that")
+    parser.add_argument("--tokens", type=int, default=16384, help="attention: the longest N (default 16384)")
+    parser.add_argument("--levels", nargs="+", default=["layer", "core"], choices=("layer", "core"))
+    parser.add_argument("--models", nargs="+", default=[], choices=load_sizes(), metavar="NAME")
+    parser.add_argument("--size", type=int, help="model: the largest side in pixels (default 1024; on a CPU 256)")
+    parser.add_argument("--root", type=Path, help="folder with train/ and val/, for data and table1")
+    parser.add_argument("--weights", type=Path, help="torch-fidelity's file of weights, for inception")
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    options = parser.parse_args()
+    if options.what in ("data", "table1") and (options.root is None or not (options.root / "train").is_dir()):
+        parser.error(f"{options.what} needs --root, a folder that holds train/ and val/")
+    if options.what == "inception" and (options.weights is None or not options.weights.is_file()):
+        parser.error("inception needs --weights, torch-fidelity's file of weights")
+    if options.rounds < (1 if options.what == "inception" else 3) or options.threads < 1 or options.minutes <= 0:
+        parser.error("--rounds must be >= 3, --threads >= 1 and --minutes > 0")
+    if options.what in ON_CPU:
+        options.device = "cpu"
+    options.size = options.size or (1024 if options.device.startswith("cuda") else 256)
+    return options
+
+
+def main() -> None:
+    """Run what is asked for; each part is in the file as soon as it is done."""
+    options = parse()
+    torch.set_num_threads(options.threads)
+    device = torch.device(options.device)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.machine()} CPU"
+    machine = {"device": name, "threads": options.threads, "torch": torch.__version__}
+    benchmarks: dict[str, Callable[[Budget], list[dict]]] = {
+        "attention": lambda budget: benchmark_attention(device, budget, options.tokens, options.levels),
+        "model": lambda budget: benchmark_model(device, budget, options.size, options.models),
+        "loop": lambda budget: benchmark_loop(device, budget),
+        "data": lambda budget: benchmark_data(options.root, budget),
+        "table1": lambda _: benchmark_table1(options.root, options.threads),
+        "evaluation": lambda _: benchmark_evaluation(options.threads),
+        "inception": lambda budget: benchmark_inception(options.weights.resolve(), budget, options.threads),
+    }
+    parts = ALL if options.what == "all" else {options.what: 1.0}
+    if options.what == "all" and options.root is not None:
+        parts = {**parts, "data": 0.1}
+    budget, results = Budget(options.rounds, time.perf_counter() + 60 * options.minutes), []
+    left = sum(parts.values())
+    for what, share in parts.items():
+        print(f"\n{what}: {name}, {options.threads} thread(s), torch {torch.__version__}\n", flush=True)
+        rows = benchmarks[what](budget.share(share / left))
+        left -= share
+        results.append({"what": what, **machine, "rows": rows})
+        if options.json:
+            options.json.parent.mkdir(parents=True, exist_ok=True)
+            record = {"what": "all", **machine, "parts": results} if options.what == "all" else results[0]
+            options.json.write_text(json.dumps(record, indent=1) + "\n")
+            if what == "attention" and "layer" in options.levels:
+                plot_attention(rows, name, options.json.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()

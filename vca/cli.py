@@ -1,0 +1,134 @@
+"""What the command line of every root script does: help, sweep or one run; user errors in one line; exit codes."""
+
+import dataclasses
+import os
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from vca.config.composition import to_dataclass
+from vca.config.help import help_text
+from vca.config.hydra_errors import CONFIGS, explain, registered_schemas
+from vca.runtime.distributed import is_main_process
+from vca.runtime.errors import ConfigError, NonFiniteError, PreemptedError, check, known_cause
+from vca.runtime.signals import EXIT_PREEMPTED
+from vca.sweep.launcher import LAUNCHER, launch, run_sweep
+from vca.sweep.plan import config_dir
+from vca.sweep.summary import table
+
+# Exit codes of the root scripts, beside 0 and Python's 1.
+EXIT_CONFIG = 2
+EXIT_NON_FINITE = 3
+
+
+def command_line(
+    config_name: str,
+    run: Callable[[Any], Any],
+    program: Sequence[str] = (),
+    summary: Callable[[Path], str] = table,
+) -> None:
+    """Body of a root script: compose the config from the command line and run, with mistakes told in one line.
+
+    Args:
+        config_name: of the YAML file.
+        run: what to do with the config.
+        program: what the jobs of a sweep (`-m`) run, see `sweep.main`; the root script of that name if it is empty.
+        summary: what a sweep prints at its end.
+    """
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # so that Hydra raises instead of printing and exiting
+    if any(argument.startswith("--local-rank") for argument in sys.argv):
+        sys.exit("config error: start ranks with torchrun, which sets LOCAL_RANK; --local-rank is not an option here")
+
+    told = set(sys.argv[1:])
+    root: Any = OmegaConf.get_type(ConfigStore.instance().repo[f"{config_name}_schema.yaml"].node)
+    if {"-h", "--help"} & told:
+        print(help_text(sys.modules["__main__"].__doc__, root, CONFIGS / f"{config_name}.yaml", registered_schemas()))
+        return
+
+    with exit_on_user_error():
+        refuse_without_effect(root)
+    start = hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name=config_name)
+    if {"-m", "--multirun"} & told:
+        program = program or (f"{config_name}.py",)
+        with exit_on_user_error():
+            if {"-c", "--cfg", "-i", "--info"} & told:
+                raise ConfigError("-m and --cfg do not go together: leave -m out to print the config of one job")
+            if LAUNCHER not in os.environ:
+                sys.exit(run_sweep(config_name, program, summary))
+            launch(start, program)
+            return
+
+    def main(config: DictConfig) -> None:
+        with exit_on_user_error():
+            if LAUNCHER not in os.environ:
+                refuse_half_a_sweep(config_name)
+            run(to_dataclass(config))
+
+    with exit_on_user_error():
+        start(main)()
+
+
+def refuse_without_effect(root: type) -> None:
+    """Raise `ConfigError` on an option of Hydra that would do nothing here, or on a `--config-dir` that is no folder.
+
+    Args:
+        root: dataclass of the script's config, which has the keys to use instead.
+    """
+    folder = config_dir()
+    check(folder is None or folder.is_dir(), "--config-dir", "a folder", str(folder))
+    names = {field.name for field in dataclasses.fields(root)}
+    instead = " and ".join(key for key in ("out_dir", "name", "out") if key in names)
+    for argument in sys.argv[1:]:
+        if match := re.match(r"\+{0,2}(hydra\.(?:run\.dir|sweep\.subdir))=", argument):
+            raise ConfigError(f"{match[1]} has no effect; {f'set {instead} instead' if instead else 'leave it out'}")
+
+
+def refuse_half_a_sweep(config_name: str) -> None:
+    """Raise `ConfigError` on a choice that does nothing without `-m`."""
+    choices = HydraConfig.get().runtime.choices
+    for group, nothing in (("ablation", "null"), ("cluster", "local")):
+        choice = str(choices.get(group) or nothing)
+        if choice not in (nothing, "None"):
+            raise ConfigError(f"{group}={choice} is for sweeps: python {config_name}.py -m {group}={choice} ...")
+
+
+@contextmanager
+def exit_on_user_error() -> Iterator[None]:
+    """Exit with one line on an error that is the user's to mend; others keep their traceback."""
+    try:
+        yield
+    except ConfigError as error:
+        fail(f"config error: {error}", EXIT_CONFIG)
+    except (HydraException, OmegaConfBaseException) as error:
+        fail(f"config error: {explain(error)}", EXIT_CONFIG)
+    except ValueError as error:
+        if "Config group override must be" not in str(error):
+            raise
+        fail("config error: leave a group out instead of giving it null; recipe=none is no recipe", EXIT_CONFIG)
+    except NonFiniteError as error:
+        fail(f"stopped: {error}", EXIT_NON_FINITE)
+    except PreemptedError as error:
+        fail(f"stopped: {error}", EXIT_PREEMPTED)
+    except Exception as error:
+        if (cause := known_cause(error)) is None:
+            raise
+        fail(f"stopped: {cause}", 1, alike=False)
+
+
+def fail(line: str, code: int, alike: bool = True) -> None:
+    """Print a line to stderr and exit. Where all ranks fail alike, torchrun ends the others while they wait."""
+    if alike and not is_main_process():
+        time.sleep(3.0)
+    print(line, file=sys.stderr, flush=True)
+    sys.exit(code)

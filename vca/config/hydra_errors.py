@@ -1,0 +1,125 @@
+"""Errors of Hydra and OmegaConf as one line: key, value, remedy."""
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, OmegaConf
+
+from vca.config.help import options
+from vca.runtime.renamed import RENAMED
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+def keys_of(config: DictConfig, prefix: str = "") -> Iterable[str]:
+    """Full names of all keys that the dataclasses behind `config` have."""
+    schema = OmegaConf.get_type(config)
+    if not dataclasses.is_dataclass(schema):
+        return
+    for field in dataclasses.fields(schema):
+        yield f"{prefix}{field.name}"
+        child = config._get_node(field.name)
+        if isinstance(child, DictConfig):
+            yield from keys_of(child, f"{prefix}{field.name}.")
+
+
+def all_known_keys() -> list[str]:
+    """Keys of every registered schema: what a misspelt key may have meant when nothing could be composed."""
+    store = ConfigStore.instance().repo
+    keys: set[str] = set()
+    for name, entry in store.items():
+        if isinstance(entry, dict):  # a group: its members' keys stand under the group's name
+            for member, node in entry.items():
+                if member.endswith("_schema.yaml"):
+                    keys.update(keys_of(node.node, f"{name}."))
+        elif name.endswith("_schema.yaml"):
+            keys.update(keys_of(entry.node))
+    return sorted(keys)
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """`"; did you mean '...'?"`, or nothing where nothing is near."""
+    if word in RENAMED:
+        return f"; it is '{RENAMED[word]}' now"
+    known = list(known)
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    if not near:  # the right key under the wrong parent
+        tail = word.rsplit(".", 1)[-1]
+        near = [key for key in known if key.rsplit(".", 1)[-1] == tail][:1]
+    return f"; did you mean '{near[0]}'?" if near and near[0] != word else ""
+
+
+def registered_schemas() -> dict[str, set[str]]:
+    """Group -> names of the schemas that this script registered for it."""
+    store = ConfigStore.instance().repo
+    return {
+        group: {name.removesuffix(".yaml") for name in members}
+        for group, members in store.items()
+        if isinstance(members, dict) and group != "hydra"
+    }
+
+
+def not_for_this_script(group: str, option: str) -> str:
+    """An option whose schema another script registers; names those whose schemas this one has."""
+    fit = options([CONFIGS / group], registered_schemas().get(group))
+    return f"{group}={option}: not for this script ({', '.join(fit)} are)"
+
+
+def explain(error: BaseException) -> str:
+    """What an exception of Hydra or OmegaConf means, in one line: key, value, remedy."""
+    chain: list[BaseException] = []
+    current: BaseException | None = error
+    while current is not None and current not in chain:
+        chain.append(current)
+        current = current.__cause__ or current.__context__
+    text = "\n".join(str(link) for link in chain)
+
+    if match := re.search(r"In '([^']+)/([^']+)': Could not load '[^']+_schema'", text):
+        return not_for_this_script(match[1], match[2])
+    if match := re.search(r"Could not find '([^']+)'", text):
+        group, _, option = match[1].rpartition("/")
+        if (new := RENAMED.get(f"{group}={option}")) is not None:
+            return f"{group}={option}: no such option; it is {new} now"
+        folder = CONFIGS / group
+        there = sorted(str(p.relative_to(folder).with_suffix("")) for p in folder.rglob("*.yaml")) if group else []
+        choices = f" (there are {', '.join(there)})" if there else ""
+        return f"{group or 'config'}={option}: no such option" + did_you_mean(option, there) + choices
+    if match := re.search(r"In '([^']+)/([^']+)': Could not override '[^']+'\.\s*No match in the defaults list", text):
+        return f"{match[1].replace('/', '=', 1)}/{match[2]}: not for this script"
+    if match := re.search(r"Could not override '([^']+)'\.\s*No match in the defaults list", text):
+        return f"unknown group '{match[1]}'" + did_you_mean(match[1], all_known_keys())
+    if match := (
+        re.search(r"Multiple values for (?P<key>\S+)\. To override a value use 'override \S+: (?P<value>.*)'", text)
+        or re.search(r"force-add of config groups is not supported: '(?P<plus>\+\+)(?P<key>[^=]+)=(?P<value>.*)'", text)
+        or re.search(r"already at '(?P<key>[^']+)'.*\nEither remove \+ prefix: '[^=]+=(?P<value>.*)'", text)
+    ):
+        plus = match.groupdict().get("plus", "+")
+        return f"{match['key']} has a value already; write {match['key']}={match['value']} without '{plus}'"
+    full_key = re.search(r"full_key: (\S+)", text)
+    if re.search(r"Key '[^']*' (is not in struct|not in '\w+')", text):
+        key = re.search(r"Could not override '([^']+)'", text) or full_key
+        if key is not None:
+            return f"unknown key '{key[1]}'" + did_you_mean(key[1], all_known_keys())
+    if match := re.search(r"Value '(.*)' of type '\w+' could not be converted to (\w+)", text):
+        null = " (write null for no value)" if match[1].lower() == "none" else ""
+        kind = {"Integer": "an integer"}.get(match[2], f"a {match[2].lower()}")
+        return f"{full_key[1] if full_key else 'a value'} must be {kind}, got '{match[1]}'{null}"
+    if match := re.search(r"Value '(.*)' is not a valid bool", text):
+        return f"{full_key[1] if full_key else 'a value'} must be true or false, got '{match[1]}'"
+    if match := re.search(r"Invalid value assigned: (\w+) is not a ListConfig, list or tuple", text):
+        return f"{full_key[1] if full_key else 'a value'} must be a list such as [1, 2], got a {match[1]}"
+    if match := re.search(r"Invalid value '(.*)', expected one of \[(.*)\]", text):
+        if full_key and (new := RENAMED.get(f"{full_key[1]}={match[1]}")):
+            return f"{full_key[1]}={match[1]}: no such value; it is {new} now"
+        return f"{full_key[1] if full_key else 'a value'} must be one of {match[2]}, got '{match[1]}'"
+    if match := re.search(
+        r"field '([\w.]+)' is not Optional|Incompatible value 'None' for field of type '(\w+)'", text
+    ):
+        return f"{full_key[1] if full_key else match[1]} may not be null"
+    if match := re.search(r"Interpolation key '([^']+)' not found", text):
+        return f"{full_key[1] if full_key else 'a value'} refers to '{match[1]}', which does not exist"
+    return " ".join(line.strip() for line in str(error).splitlines() if line.strip())

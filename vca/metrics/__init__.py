@@ -1,0 +1,1 @@
+"""FID, KID, Inception Score, precision and recall: arrays in, numbers out."""

@@ -1,0 +1,184 @@
+"""Reports of a run: `metrics.jsonl` (the truth), the terminal, and wandb (a copy that cannot stop a training)."""
+
+import queue
+import sys
+import threading
+import uuid
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from vca.runtime.errors import check
+from vca.runtime.files import write_text
+from vca.runtime.rundir import RunDirectory
+
+
+class WandbMode(Enum):
+    """Off, or wandb's own modes."""
+
+    off = "off"
+    offline = "offline"
+    online = "online"
+
+
+@dataclass
+class WandbConfig:
+    """The copy on wandb.
+
+    Attributes:
+        mode: `off`, `offline` or `online`.
+        project, entity: where the run goes.
+        timeout_seconds: how long the end of a run waits for wandb.
+    """
+
+    mode: WandbMode = WandbMode.off
+    project: str = "vca"
+    entity: str | None = None
+    timeout_seconds: float = 60.0
+
+    def __post_init__(self) -> None:
+        check(self.timeout_seconds > 0, "wandb.timeout_seconds", "> 0", self.timeout_seconds)
+
+
+class WandbMirror:
+    """Sends records to wandb from a thread of its own: if wandb fails or hangs, the run does not notice.
+
+    A resumed run keeps its id (`wandb_id` in the run directory), and the step is an ordinary metric that the others
+    are plotted against, so that going back to a checkpoint does not collide with wandb's own counter.
+    """
+
+    def __init__(self, config: WandbConfig, folder: Path, name: str, run_config: dict[str, Any]) -> None:
+        self.config, self.folder, self.name, self.run_config = config, folder, name, run_config
+        self.queue: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
+        self.thread: threading.Thread | None = None
+        if config.mode is not WandbMode.off:
+            self.thread = threading.Thread(target=self.work, name="wandb", daemon=True)
+            self.thread.start()
+
+    def run_id(self) -> str:
+        """The run's id on wandb, made once."""
+        file = self.folder / "wandb_id"
+        known = file.read_text().strip() if file.exists() else ""
+        if not known:
+            write_text(file, known := uuid.uuid4().hex[:8])
+        return known
+
+    def work(self) -> None:
+        """Body of the thread."""
+        try:
+            import wandb
+
+            mode: Any = self.config.mode.value
+            run = wandb.init(
+                project=self.config.project,
+                entity=self.config.entity,
+                name=self.name,
+                id=self.run_id(),
+                resume="allow",
+                mode=mode,
+                dir=str(self.folder),
+                config=self.run_config,
+            )
+            run.define_metric("*", step_metric="step")
+            while (record := self.queue.get()) is not None:
+                run.log(record)
+            run.finish()
+        except Exception as error:  # whatever wandb raises, the training goes on
+            warnings.warn(f"wandb is off for the rest of this run: {type(error).__name__}: {error}", stacklevel=2)
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Hand a record over; returns at once."""
+        if self.thread is not None and self.thread.is_alive():
+            self.queue.put(record)
+
+    def close(self) -> None:
+        """Let wandb finish, for at most `timeout_seconds`."""
+        if self.thread is None:
+            return
+        print(f"waiting for wandb, at most {self.config.timeout_seconds:g} s", flush=True)
+        self.queue.put(None)
+        self.thread.join(self.config.timeout_seconds)
+        if self.thread.is_alive():
+            waited = self.config.timeout_seconds
+            warnings.warn(f"wandb did not finish within {waited:g} s; the metrics are in metrics.jsonl", stacklevel=2)
+
+
+def progress_bar(total: int, unit: str, show: bool) -> Any:
+    """tqdm's bar, after a second; where no person watches, it is renewed once a minute."""
+    from tqdm import tqdm
+
+    every = 0.1 if sys.stderr.isatty() else 60.0
+    return tqdm(total=total, unit=unit, mininterval=every, delay=1.0, disable=not show)
+
+
+class Reporter:
+    """Where rank 0's records go. One made without a run directory is what the other ranks hold: it does nothing.
+
+    Args:
+        folder: the run directory.
+        step, total_steps: where the run stands, and its length.
+        batch: images an update.
+    """
+
+    def __init__(self, folder: RunDirectory | None = None, step: int = 0, total_steps: int = 0, batch: int = 0) -> None:
+        self.folder, self.total_steps, self.batch = folder, total_steps, batch
+        self.wandb: WandbMirror | None = None
+        self.bar: Any = None
+        self.unwritable: set[Path] = set()
+        if folder is not None and sys.stderr.isatty():
+            from tqdm import tqdm
+
+            images, done = total_steps * batch, step * batch
+            self.bar = tqdm(total=images, initial=done, unit="img", unit_scale=True, dynamic_ncols=True)
+
+    def advance(self) -> None:
+        """One update more on the progress bar."""
+        if self.bar is not None:
+            self.bar.update(self.batch)
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Put a record into `metrics.jsonl`, on the terminal, and on wandb."""
+        if self.folder is None:
+            return
+        with self.expendable(self.folder.metrics_file):
+            self.folder.append(record)
+        if self.wandb is not None:
+            self.wandb.log(record)
+        self.log(format_record(record, self.total_steps))
+
+    @contextmanager
+    def expendable(self, file: Path) -> Iterator[None]:
+        """Write a file that the run can do without: if that fails, it says so, once for each file, and continues."""
+        try:
+            yield
+        except OSError as error:
+            if file not in self.unwritable:
+                warnings.warn(f"{file} cannot be written ({error}); the run continues without it", stacklevel=3)
+            self.unwritable.add(file)
+
+    def log(self, line: str) -> None:
+        """Show a line above the bar, or print it."""
+        if self.bar is not None:
+            self.bar.write(line, file=sys.stdout)
+        elif self.folder is not None:
+            print(line, flush=True)
+
+    def close(self) -> None:
+        """End the bar and the copy on wandb."""
+        if self.bar is not None:
+            self.bar.close()
+        if self.wandb is not None:
+            self.wandb.close()
+
+
+def format_record(record: dict[str, Any], total_steps: int) -> str:
+    """A record as one line for people."""
+    parts = [f"step {record['step']}/{total_steps}"]
+    for key, value in record.items():
+        if key not in ("step", "consumed"):
+            parts.append(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}")
+    return "  ".join(parts)
