@@ -20,7 +20,7 @@ from models import GENERATORS, build_model, rebuild
 from vca.attention import ATTENTIONS, backend_of
 from vca.cli import command_line
 from vca.config import TrainGenConfig, register_schemas
-from vca.data import identify_files
+from vca.data import identify_files, load_dataset
 from vca.data.doctor import check_before_training
 from vca.data.loader import MicroBatches, TrainOrder, train_loader
 from vca.evaluation.extractor import EXTRACTORS, load_extractor
@@ -33,7 +33,7 @@ from vca.runtime.compute import set_precision
 from vca.runtime.errors import config_errors
 from vca.runtime.rundir import RunDirectory, check_ranks_agree, to_dict
 from vca.runtime.seeding import seed_torch
-from vca.training.generation import GenerationLoss, load_generation_data
+from vca.training.generation import GenerationLoss, generation_data
 from vca.training.run import TrainingRun
 from vca.training.step import TrainState
 
@@ -60,8 +60,9 @@ def run(config: TrainGenConfig) -> dict[str, float]:
         objective = build_objective(config.objective)
         check_sampler(objective, config.sampler, config.model.class_dropout_prob)
 
+        dataset = load_dataset(config.data, train=True)
         autoencoder = load_autoencoder(config.autoencoder, world.device)
-        data = load_generation_data(config.data, config.augment, autoencoder)
+        data = generation_data(dataset, config.data, config.augment, autoencoder)
         inputs = {"autoencoder": autoencoder.identity(), "cache": data.cache}
         record = {**to_dict(config), "inputs": inputs, **identify_files(world, train=data.dataset)}
         folder.check(record)

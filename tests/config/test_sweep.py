@@ -318,7 +318,7 @@ def test_sweep_glob_takes_matching_options(override, expected):
 
 
 MINE = "# @package _global_\ntrainer:\n  steps: 3\n"  # an experiment
-MINE_ATTENTION = "defaults: [vca_schema]\npool: [2, 3]\n"
+MINE_ATTENTION = "defaults: [vca_schema]\ncontrast_grid: [2, 3]\n"
 
 
 @pytest.mark.process
@@ -327,13 +327,13 @@ def test_sweep_config_dir_and_glob(tmp_path):
     for name, text in (("experiment/mine", MINE), ("attention/my_a", MINE_ATTENTION), ("attention/my_b", "")):
         file = tmp_path / "work" / "conf" / f"{name}.yaml"
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(text or "defaults: [my_a]\npool: [3, 3]\n")
+        file.write_text(text or "defaults: [my_a]\ncontrast_grid: [3, 3]\n")
     options = ["--config-dir", "conf", *TINY, "experiment=mine", "trainer.global_batch_size=60", "attention=glob(my_*)"]
     options = [option for option in options if not option.startswith("trainer.steps")]
     command = [sys.executable, str(ROOT / "train_cls.py"), "-m", *options, f"out_dir={tmp_path / 'out'}"]
     done = run_command(*command, cwd=tmp_path / "work")
     assert done.returncode == 0, done.stderr[-3000:]
-    for name in ("vca-pool_2x3", "vca-pool_3x3"):
+    for name in ("vca-contrast_grid_2x3", "vca-contrast_grid_3x3"):
         run = tmp_path / "out" / f"digits-deit_mini-{name}-seed0"
         assert json.loads((run / "config.json").read_text())["trainer"]["steps"] == 3
         assert metrics(run)[-1]["step"] == 3

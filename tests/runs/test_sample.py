@@ -240,7 +240,7 @@ def latent_run(vaes, artefact):
         weights = {"model": model.state_dict(), "ema": model.state_dict()}
         save_checkpoint(folder.checkpoints, 5, {**dict.fromkeys(KEYS), "step": 5, **weights})
 
-    objectives = {"diffusion": "ddpm", "interpolant": "sde"}
+    objectives = {"diffusion": "ddpm", "interpolant": "sde_euler"}
     return {
         name: artefact(f"latent-{name}", lambda folder, name=name: make(folder, name, objectives[name])) / "run"
         for name in objectives

@@ -131,6 +131,8 @@ def poisoned(self, batches, loss_of, seed):
         batches[0].images[0, 0, 0, 0] = float("nan")
     return update(self, batches, loss_of, seed)
 TrainState.train_step = poisoned
+from vca.cli import command_line
+
 command_line("train_cls", train_cls.run)
 """
 

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vca.data import load_dataset
 from vca.data.augment import AugmentConfig, train_transform
 from vca.data.config import DataConfig
 from vca.data.latents import LatentCache, RandomVersion
@@ -36,13 +35,12 @@ class GenerationData:
     cache: dict[str, Any] | None
 
 
-def load_generation_data(data: DataConfig, augment: AugmentConfig, autoencoder: Autoencoder) -> GenerationData:
-    """The training split for an autoencoder.
+def generation_data(dataset: Any, data: DataConfig, augment: AugmentConfig, autoencoder: Autoencoder) -> GenerationData:
+    """A training split for an autoencoder.
 
     Raises:
         ConfigError: if a latent cache was made by another autoencoder, or the augmentation does not fit it.
     """
-    dataset = load_dataset(data, train=True)
     if not isinstance(dataset, LatentCache):
         return GenerationData(dataset, train_transform(augment, data), data.image_bytes, False, None)
     dataset.check(autoencoder.identity(), augment)
