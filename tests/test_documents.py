@@ -1,5 +1,6 @@
 """Documents: their length, links, commands, snippets, and the figures that they repeat from the configs."""
 
+import json
 import re
 import shlex
 import subprocess
@@ -14,7 +15,9 @@ import eval_fid  # noqa: F401 - registers the schemas
 import sample  # noqa: F401
 import train_cls  # noqa: F401
 import train_gen  # noqa: F401
+from benchmarks.attention import beside_mhsa
 from scripts import doctor, prepare_latents, reference_stats  # noqa: F401
+from scripts.complexity import complexity_of
 from tests.processes import ROOT, environment
 from vca.config import compose
 from vca.config.composition import CONFIGS
@@ -92,6 +95,28 @@ def test_documents_reproduction_table():
         header = (CONFIGS / "experiment" / f"{config}.yaml").read_text().splitlines()[1]
         assert f": {figure}" in header, config
         assert f" {hours} GPU-hours" in header, config
+
+
+def test_documents_attention_benchmark_table():
+    """The rows that `python -m benchmarks attention --json` prints for the stored results."""
+    rows = json.loads((ROOT / "benchmarks" / "results" / "cpu-attention.json").read_text())["rows"]
+    printed = [line for line in beside_mhsa(rows) if re.match(r"\| \d", line)]
+    text = (ROOT / "docs" / "performance.md").read_text()
+    assert len(printed) == 10
+    assert [line for line in printed if line not in text] == []
+
+
+@pytest.mark.process
+def test_documents_parameter_table():
+    """Parameters and multiply-adds of docs/attention.md are those that scripts/complexity.py counts."""
+    rows = re.findall(
+        r"(?m)^\| (\w+-\w+) \| (\S+) / (\S+) \| (\S+) / (\S+) \|", (ROOT / "docs" / "attention.md").read_text()
+    )
+    assert len(rows) == 5
+    for label, *figures in rows:
+        counts = [complexity_of(label.lower().replace("-", "_"), attention) for attention in ("softmax", "vca")]
+        counted = [count.params / 1e6 for count in counts] + [count.macs / 1e9 for count in counts]
+        assert [f"{figure:.3f}" for figure in counted] == figures, label
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=IDS)
