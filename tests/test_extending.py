@@ -1,8 +1,11 @@
-"""Adding a backbone and an attention takes the files and lines that CONTRIBUTING.md promises, and no other edit.
+"""Adding a backbone and an attention takes the files and lines that CONTRIBUTING.md lists, and no other edit.
+
+The attention is CONTRIBUTING.md's template.
 
 Both are added to a copy of the project, then trained together, and the attention inside the other backbones too.
 """
 
+import re
 import shutil
 import sys
 
@@ -12,43 +15,9 @@ import torch
 from tests.processes import ROOT, run_command
 from tests.support import metrics
 
-ATTENTION = '''"""Every token attends to all others with scores that a learned gain sharpens."""
-
-from dataclasses import dataclass
-
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
-
-from vca.attention.base import AttentionConfig, ProjectedAttention
-
-
-@dataclass
-class SharpConfig(AttentionConfig):
-    """Options.
-
-    Attributes:
-        gain: factor on the scores at the start.
-    """
-
-    name: str = "sharp"
-    local_branch: bool = True
-    gain: float = 1.0
-
-
-class SharpAttention(ProjectedAttention):
-    """Softmax attention with a learned temperature a head."""
-
-    Config = SharpConfig
-
-    def add_parameters(self) -> None:
-        """The gain of each head."""
-        self.gain = nn.Parameter(torch.full((self.num_heads, 1, 1), self.config.gain))
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Three `(B, M, N, D)` to one."""
-        return F.scaled_dot_product_attention(self.gain.to(q.dtype) * q, k, v)
-'''
+TEMPLATE = (ROOT / "CONTRIBUTING.md").read_text()
+ATTENTION = re.search(r"(?s)```python\n(.*?)```", TEMPLATE)[1]
+ATTENTION_YAML = re.search(r"(?s)```yaml\n(.*?)```", TEMPLATE)[1]
 
 BACKBONE = '''"""One stage of blocks over large patches, the mean over tokens."""
 
@@ -107,7 +76,7 @@ def extended(tmp_path_factory):
     for name in ("train_cls.py", "train_gen.py"):
         shutil.copy(ROOT / name, root)
     (root / "vca" / "attention" / "sharp.py").write_text(ATTENTION)
-    (root / "configs" / "attention" / "sharp.yaml").write_text("defaults:\n  - sharp_schema\n  - _self_\n")
+    (root / "configs" / "attention" / "sharp.yaml").write_text(ATTENTION_YAML)
     (root / "models" / "flat.py").write_text(BACKBONE)
     (root / "configs" / "model" / "flat_one.yaml").write_text(
         "defaults:\n  - flat_schema\n  - _self_\n\nname: flat_one\n"

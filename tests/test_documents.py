@@ -1,0 +1,141 @@
+"""Documents: their length, links, commands, snippets, and the figures that they repeat from the configs."""
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.override_parser.overrides_parser import OverridesParser
+
+import eval_fid  # noqa: F401 - registers the schemas
+import sample  # noqa: F401
+import train_cls  # noqa: F401
+import train_gen  # noqa: F401
+from benchmarks.attention import beside_mhsa
+from scripts import doctor, prepare_latents, reference_stats  # noqa: F401
+from scripts.complexity import complexity_of
+from tests.processes import ROOT, environment
+from vca.config import compose
+from vca.config.composition import CONFIGS
+from vca.sweep.plan import search_path
+
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "benchmarks" / "README.md", *ROOT.glob("docs/*.md")]
+IDS = [str(path.relative_to(ROOT)) for path in DOCUMENTS]
+# Root scripts, and those of scripts/ that Hydra composes.
+SCRIPTS = {f"{path.stem}.py" for path in CONFIGS.glob("*.yaml")}
+GENERATED = "keys/"  # docs/keys/, which a command writes
+EXAMPLES = {
+    "experiment=flowers",
+    "ablation=my_grids",
+    "attention=sharp",
+}  # files that a document asks the reader to write
+
+
+def commands_of(path) -> list[tuple[str, list[str]]]:
+    """The root scripts' commands in the code blocks of a document: script and arguments, without placeholders."""
+    lines = re.sub(r"\\\n\s*", " ", path.read_text()).splitlines()
+    variables, commands = {}, []
+    for line in (line.strip() for line in lines if line.startswith("    ")):
+        if assignment := re.fullmatch(r'(\w+)="(.*)"', line):
+            variables[assignment[1]] = assignment[2]
+        if line.startswith(("python ", "torchrun ")):
+            for name, value in variables.items():
+                line = line.replace(f"${name}", value)
+            words = shlex.split(line, comments=True)
+            script = next((word for word in words if word.endswith(".py")), "-m")
+            if script.removeprefix("scripts/") in SCRIPTS:
+                name = "train_cls" if "--cluster" in words else Path(script).stem
+                commands.append((name, words[words.index(script) + 1 :]))
+    return commands
+
+
+COMMANDS = [(name, *command) for path, name in zip(DOCUMENTS, IDS, strict=True) for command in commands_of(path)]
+
+
+@pytest.mark.parametrize(("document", "script", "arguments"), COMMANDS, ids=lambda value: str(value)[:60])
+def test_documents_command_composes(document, script, arguments):
+    """The first job of a sweep, for `-m`."""
+    overrides = [word for word in arguments if "=" in word]
+    if EXAMPLES & set(overrides):
+        pytest.skip("of a file that the reader writes")
+    if any("glob(" in word for word in overrides):
+        pytest.skip("a glob")
+    if "-m" in arguments:
+        ablation = next((word.partition("=")[2] for word in overrides if word.startswith("ablation=")), None)
+        assert ablation is None or (CONFIGS / "ablation" / f"{ablation}.yaml").exists()
+        parsed = OverridesParser.create().parse_overrides(overrides)
+        overrides = list(BasicSweeper.split_arguments(parsed, None)[0][0])
+    compose(script, overrides)
+
+
+def test_documents_experiment_example_composes(tmp_path):
+    """The complete experiment file of docs/configuration.md, behind `--config-dir`, with two attentions."""
+    text = (ROOT / "docs" / "configuration.md").read_text()
+    example = next(block for block in re.findall(r"(?s)```yaml\n(.*?)```", text) if "flowers" in block)
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "flowers.yaml").write_text(example)
+    for attention in ("vca", "softmax"):
+        config = compose("train_cls", ["experiment=flowers", f"attention={attention}", *search_path(tmp_path)])
+        assert config.name == f"flowers-deit_small-{attention}-seed0"
+        assert config.data.num_classes == 102
+        assert config.optim.lr == pytest.approx(2e-4)
+
+
+def test_documents_reproduction_table():
+    """Every figure and estimate in README's table is the one in the experiment's file."""
+    rows = re.findall(
+        r"(?m)^\| \d \| .*\| `(table\d/\w+)` \| ([\d.]+)[ %]* \| not run \| (\d+) \|", (ROOT / "README.md").read_text()
+    )
+    assert len(rows) == 20
+    for config, figure, hours in rows:
+        header = (CONFIGS / "experiment" / f"{config}.yaml").read_text().splitlines()[1]
+        assert f": {figure}" in header, config
+        assert f" {hours} GPU-hours" in header, config
+
+
+def test_documents_attention_benchmark_table():
+    """The rows that `python -m benchmarks attention --json` prints for the stored results."""
+    rows = json.loads((ROOT / "benchmarks" / "results" / "cpu-attention.json").read_text())["rows"]
+    printed = [line for line in beside_mhsa(rows) if re.match(r"\| \d", line)]
+    text = (ROOT / "docs" / "performance.md").read_text()
+    assert len(printed) == 10
+    assert [line for line in printed if line not in text] == []
+
+
+@pytest.mark.process
+def test_documents_parameter_table():
+    """Parameters and multiply-adds of docs/attention.md are those that scripts/complexity.py counts."""
+    rows = re.findall(
+        r"(?m)^\| (\w+-\w+) \| (\S+) / (\S+) \| (\S+) / (\S+) \|", (ROOT / "docs" / "attention.md").read_text()
+    )
+    assert len(rows) == 5
+    for label, *figures in rows:
+        counts = [complexity_of(label.lower().replace("-", "_"), attention) for attention in ("softmax", "vca")]
+        counted = [count.params / 1e6 for count in counts] + [count.macs / 1e9 for count in counts]
+        assert [f"{figure:.3f}" for figure in counted] == figures, label
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=IDS)
+def test_documents_length_and_links(path):
+    text = path.read_text()
+    assert len(text.splitlines()) <= 150
+    for link in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text):
+        if not link.startswith("http") and GENERATED not in link:
+            assert (path.parent / link).exists(), f"{path}: {link}"
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("name", ["README.md", "docs/attention.md"])
+def test_documents_snippets_run(name):
+    """The Python blocks of a document, one after the other."""
+    code = "\n".join(re.findall(r"(?s)```python\n(.*?)```", (ROOT / name).read_text()))
+    done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_documents_slurm_script_is_valid_bash():
+    subprocess.run(["bash", "-n", str(ROOT / "examples" / "slurm_torchrun.sh")], check=True)
