@@ -1,6 +1,6 @@
-"""Adding a backbone and an attention takes the files and lines that CONTRIBUTING.md promises, and no other edit.
+"""Adding a backbone and an attention takes only the files and lines that CONTRIBUTING.md lists.
 
-Both are added to a copy of the project, then trained together, and the attention inside the other backbones too.
+Both are added to a copy of the project and trained together; the attention is also used in the other backbones.
 """
 
 import shutil
@@ -12,7 +12,7 @@ import torch
 from tests.processes import ROOT, run_command
 from tests.support import metrics
 
-ATTENTION = '''"""Every token attends to all others with scores that a learned gain sharpens."""
+ATTENTION = '''"""Softmax attention with a learned gain on the scores."""
 
 from dataclasses import dataclass
 
@@ -28,7 +28,7 @@ class SharpConfig(AttentionConfig):
     """Options.
 
     Attributes:
-        gain: factor on the scores at the start.
+        gain: initial factor of the scores.
     """
 
     name: str = "sharp"
@@ -37,20 +37,18 @@ class SharpConfig(AttentionConfig):
 
 
 class SharpAttention(ProjectedAttention):
-    """Softmax attention with a learned temperature a head."""
+    """Softmax attention with a learned temperature per head."""
 
     Config = SharpConfig
 
     def add_parameters(self) -> None:
-        """The gain of each head."""
         self.gain = nn.Parameter(torch.full((self.num_heads, 1, 1), self.config.gain))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Three `(B, M, N, D)` to one."""
         return F.scaled_dot_product_attention(self.gain.to(q.dtype) * q, k, v)
 '''
 
-BACKBONE = '''"""One stage of blocks over large patches, the mean over tokens."""
+BACKBONE = '''"""A backbone with one block over large patches and mean pooling."""
 
 from dataclasses import dataclass
 
@@ -72,7 +70,6 @@ class FlatConfig(BackboneConfig):
 
     @property
     def size_multiple(self) -> int:
-        """The patch size."""
         return self.patch_size
 
 
@@ -88,7 +85,6 @@ class Flat(Backbone):
         self.add_head()
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Images to tokens."""
         self.check_images(x)
         x, grid = self.embed(x)
         return self.run_block(self.block, x, grid)
@@ -113,7 +109,7 @@ def extended(tmp_path_factory):
         "defaults:\n  - flat_schema\n  - _self_\n\nname: flat_one\n"
     )
 
-    # One size on top of another, as Hydra's users write it.
+    # A size that extends another one.
     size = "defaults:\n  - deit_tiny\n  - _self_\n\nname: deit_tiny_64\ncontrast_grid: [8, 8]\n"
     (root / "configs" / "model" / "deit_tiny_64.yaml").write_text(size)
 
@@ -123,7 +119,7 @@ def extended(tmp_path_factory):
 
 
 def register(file, module, names, key):
-    """The one line in a registry, and the import that it needs."""
+    """Add the line in a registry, and its import."""
     text = file.read_text()
     opening = next(line for line in text.splitlines() if line.endswith("= {") and line[:4].isupper())
     text = text.replace(opening, f'{opening}\n    "{key}": ({names}),', 1)
@@ -155,7 +151,7 @@ def test_extension_new_model_and_attention_train(extended, tmp_path):
 
 
 def test_extension_works_in_timm_and_complexity(extended):
-    """The new attention in the old backbones, the new backbone under timm, both in the table of counts."""
+    """The new attention works in the other backbones, the new backbone in timm, and both in scripts/complexity.py."""
     code = """
 import models, timm, torch
 models.register_timm()

@@ -1,4 +1,4 @@
-"""Errors of Hydra and OmegaConf as one line: key, value, remedy."""
+"""Converts errors of Hydra and OmegaConf to one line: key, value, remedy."""
 
 import dataclasses
 import difflib
@@ -16,7 +16,7 @@ CONFIGS = Path(__file__).parents[2] / "configs"
 
 
 def keys_of(config: DictConfig, prefix: str = "") -> Iterable[str]:
-    """Full names of all keys that the dataclasses behind `config` have."""
+    """Yield the full keys of the dataclasses behind `config`."""
     schema = OmegaConf.get_type(config)
     if not dataclasses.is_dataclass(schema):
         return
@@ -28,12 +28,12 @@ def keys_of(config: DictConfig, prefix: str = "") -> Iterable[str]:
 
 
 def all_known_keys() -> list[str]:
-    """Keys of every registered schema: what a misspelt key may have meant when nothing could be composed."""
+    """Return the keys of all registered schemas, the candidates for a misspelled key."""
     store = ConfigStore.instance().repo
     keys: set[str] = set()
     for name, entry in store.items():
-        if isinstance(entry, dict):  # a group: its members' keys stand under the group's name
-            for member, node in entry.items():
+        if isinstance(entry, dict):
+            for member, node in entry.items():  # keys are prefixed with the group's name
                 if member.endswith("_schema.yaml"):
                     keys.update(keys_of(node.node, f"{name}."))
         elif name.endswith("_schema.yaml"):
@@ -42,9 +42,9 @@ def all_known_keys() -> list[str]:
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """`"; did you mean '...'?"`, or nothing where nothing is near."""
+    """Return `"; did you mean '...'?"`, or `""` without a close match."""
     if word in RENAMED:
-        return f"; it is '{RENAMED[word]}' now"
+        return f"; it was renamed to '{RENAMED[word]}'"
     known = list(known)
     near = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
     if not near:  # the right key under the wrong parent
@@ -54,7 +54,7 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 
 def registered_schemas() -> dict[str, set[str]]:
-    """Group -> names of the schemas that this script registered for it."""
+    """Return group -> names of the schemas that this script registered."""
     store = ConfigStore.instance().repo
     return {
         group: {name.removesuffix(".yaml") for name in members}
@@ -64,13 +64,13 @@ def registered_schemas() -> dict[str, set[str]]:
 
 
 def not_for_this_script(group: str, option: str) -> str:
-    """An option whose schema another script registers; names those whose schemas this one has."""
-    fit = options([CONFIGS / group], registered_schemas().get(group))
-    return f"{group}={option}: not for this script ({', '.join(fit)} are)"
+    """Explain that the option belongs to another script; list the options of this one."""
+    valid = options([CONFIGS / group], registered_schemas().get(group))
+    return f"{group}={option}: not for this script (options: {', '.join(valid)})"
 
 
 def explain(error: BaseException) -> str:
-    """What an exception of Hydra or OmegaConf means, in one line: key, value, remedy."""
+    """Explain an exception of Hydra or OmegaConf in one line: key, value, remedy."""
     chain: list[BaseException] = []
     current: BaseException | None = error
     while current is not None and current not in chain:
@@ -83,11 +83,11 @@ def explain(error: BaseException) -> str:
     if match := re.search(r"Could not find '([^']+)'", text):
         group, _, option = match[1].rpartition("/")
         if (new := RENAMED.get(f"{group}={option}")) is not None:
-            return f"{group}={option}: no such option; it is {new} now"
+            return f"{group}={option} was renamed to {new}"
         folder = CONFIGS / group
-        there = sorted(str(p.relative_to(folder).with_suffix("")) for p in folder.rglob("*.yaml")) if group else []
-        choices = f" (there are {', '.join(there)})" if there else ""
-        return f"{group or 'config'}={option}: no such option" + did_you_mean(option, there) + choices
+        valid = sorted(str(p.relative_to(folder).with_suffix("")) for p in folder.rglob("*.yaml")) if group else []
+        choices = f" (options: {', '.join(valid)})" if valid else ""
+        return f"{group or 'config'}={option}: no such option" + did_you_mean(option, valid) + choices
     if match := re.search(r"In '([^']+)/([^']+)': Could not override '[^']+'\.\s*No match in the defaults list", text):
         return f"{match[1].replace('/', '=', 1)}/{match[2]}: not for this script"
     if match := re.search(r"Could not override '([^']+)'\.\s*No match in the defaults list", text):
@@ -98,7 +98,7 @@ def explain(error: BaseException) -> str:
         or re.search(r"already at '(?P<key>[^']+)'.*\nEither remove \+ prefix: '[^=]+=(?P<value>.*)'", text)
     ):
         plus = match.groupdict().get("plus", "+")
-        return f"{match['key']} has a value already; write {match['key']}={match['value']} without '{plus}'"
+        return f"{match['key']} already has a value; write {match['key']}={match['value']} without '{plus}'"
     full_key = re.search(r"full_key: (\S+)", text)
     if re.search(r"Key '[^']*' (is not in struct|not in '\w+')", text):
         key = re.search(r"Could not override '([^']+)'", text) or full_key
@@ -114,12 +114,12 @@ def explain(error: BaseException) -> str:
         return f"{full_key[1] if full_key else 'a value'} must be a list such as [1, 2], got a {match[1]}"
     if match := re.search(r"Invalid value '(.*)', expected one of \[(.*)\]", text):
         if full_key and (new := RENAMED.get(f"{full_key[1]}={match[1]}")):
-            return f"{full_key[1]}={match[1]}: no such value; it is {new} now"
+            return f"{full_key[1]}={match[1]} was renamed to {new}"
         return f"{full_key[1] if full_key else 'a value'} must be one of {match[2]}, got '{match[1]}'"
     if match := re.search(
         r"field '([\w.]+)' is not Optional|Incompatible value 'None' for field of type '(\w+)'", text
     ):
-        return f"{full_key[1] if full_key else match[1]} may not be null"
+        return f"{full_key[1] if full_key else match[1]} must not be null"
     if match := re.search(r"Interpolation key '([^']+)' not found", text):
         return f"{full_key[1] if full_key else 'a value'} refers to '{match[1]}', which does not exist"
     return " ".join(line.strip() for line in str(error).splitlines() if line.strip())
