@@ -46,8 +46,6 @@ from vca.sweep.job import torchrun
 from vca.training import cluster_check
 from vca.training.checkpoint import load_latest
 
-register_schemas(root={"doctor": DoctorConfig}, groups={})
-
 # A small run of ten steps, on the digits that come with scikit-learn.
 TEN_STEPS = (
     "trainer.steps=10",
@@ -162,6 +160,8 @@ def job_output(folder: Path) -> str:
 
 def main() -> None:
     """Run the data check or, with `--cluster`, the cluster check, which starts ranks unless torchrun did."""
+    register_schemas(root={"doctor": DoctorConfig}, groups={})
+    train_cls.register_configs()
     if "--cluster" not in sys.argv:
         command_line("doctor", run)
         return

@@ -16,9 +16,17 @@ from filelock import FileLock
 if not torch.cuda.is_available():  # before Triton is imported, so that it interprets kernels on the CPU
     os.environ["TRITON_INTERPRET"] = "1"
 
+import eval_fid
+import sample
+import train_cls
+import train_gen
+from scripts import prepare_latents, reference_stats
 from tests import processes
 from tests.support import DRAWN, EXTRACTOR, SMALL_DIT, TINY
 from vca.config import compose
+
+for script in (train_cls, train_gen, sample, eval_fid, prepare_latents, reference_stats):
+    script.register_configs()
 
 
 @pytest.fixture(autouse=True)
@@ -97,8 +105,6 @@ def generator_run(artefact):
     """A `train_gen.py` run of two steps with random weights."""
 
     def build(folder):
-        import train_gen
-
         length = ["trainer.steps=2", "trainer.eval_every=0", "trainer.checkpoint_every=1", "sampler.steps=2"]
         train_gen.run(compose("train_gen", [*SMALL_DIT, *length, f"out_dir={folder}", "name=run"]))
         for step in (1, 2):
@@ -119,8 +125,6 @@ def classifier_run(artefact):
     """A `train_cls.py` run of four steps on digits."""
 
     def build(folder):
-        import train_cls
-
         train_cls.run(compose("train_cls", [*TINY, f"out_dir={folder}", "name=run", "trainer.steps=4"]))
 
     return artefact("classifier", build) / "run"
@@ -154,8 +158,6 @@ def samples(artefact, generator_run):
     """`DRAWN` images of `sample.py`, also as npz."""
 
     def build(folder):
-        import sample
-
         how = ("npz=true", "sampler=ddpm", "sampler.steps=4", "device=cpu")
         sample.run(compose("sample", [f"out={folder}/set", f"run={generator_run}", f"count={DRAWN}", *how]))
 

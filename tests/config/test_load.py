@@ -6,11 +6,8 @@ import sys
 
 import pytest
 
-import eval_fid  # noqa: F401 - registers its schema
-import sample  # noqa: F401 - registers its schema
 import train_cls
 import train_gen
-from scripts import prepare_latents, reference_stats  # noqa: F401 - register their schemas
 from tests.processes import ROOT, run_command, run_script, torchrun
 from tests.support import one_line
 from vca.cli import command_line

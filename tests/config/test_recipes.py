@@ -13,8 +13,8 @@ import pytest
 import torch
 from timm.scheduler import CosineLRScheduler
 
-import train_cls  # noqa: F401 - registers the schemas
-import train_gen  # noqa: F401 - registers the schemas
+import train_cls
+import train_gen
 from models import build_model
 from scripts.complexity import PAPER, complexity_of
 from tests.processes import ROOT, run_command
@@ -309,4 +309,6 @@ def main(out: Path) -> None:
 
 
 if __name__ == "__main__":
+    train_cls.register_configs()
+    train_gen.register_configs()
     main(Path(sys.argv[1])) if len(sys.argv) > 1 else write()

@@ -9,9 +9,6 @@ import pytest
 import torch
 import yaml
 
-import sample  # noqa: F401 - registers its schema
-import train_cls  # noqa: F401
-import train_gen  # noqa: F401
 from tests.processes import ROOT, run_script
 from vca.config import compose, read_protocol
 from vca.evaluation.compare import Metrics

@@ -123,6 +123,7 @@ NAN = """
 import sys
 import torch
 import train_cls
+from vca.cli import command_line
 from vca.training.step import TrainState
 
 train_step = TrainState.train_step
@@ -131,6 +132,7 @@ def poisoned(self, batches, loss_of, seed):
         batches[0].images[0, 0, 0, 0] = float("nan")
     return train_step(self, batches, loss_of, seed)
 TrainState.train_step = poisoned
+train_cls.register_configs()
 command_line("train_cls", train_cls.run)
 """
 

@@ -32,8 +32,9 @@ class NoiseImages(torch.utils.data.Dataset):
 
 def gradients(world):
     """Learning rate and gradient of one step with global batch size 48 in micro-batches of 12."""
-    import train_cls  # noqa: F401 - registers the schemas
+    import train_cls
 
+    train_cls.register_configs()
     config = compose("train_cls", ["model.depth=2", "model.drop_path_rate=0.3", "augment.mixup=0.8"])
     torch.manual_seed(0)
     model = build_model(config.model, config.attention)
