@@ -8,10 +8,16 @@ if [[ "${1:-}" == --print ]]; then print_only=true; shift; fi
 if [[ "${1:-}" == -* || ( $# == 0 && $print_only == false ) ]]; then sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0" >&2; exit 2; fi
 
 python=${PYTHON:-python}
+if $print_only; then
+    : "${GPUS:=8}"
+    if [[ " $*" != *" data.root="* ]]; then set -- "$@" data.root=DATA; fi
+    echo "GPU-hours are estimates: 6 x multiply-adds x images at 40 TFLOP/s"
+fi
 gpus=${GPUS:-$("$python" -c 'import torch; print(torch.cuda.device_count())')}
 if [[ ! $gpus =~ ^[0-9]+$ ]]; then echo "GPUS must be a number, got '$gpus'" >&2; exit 2; fi
 launch=("$python")
 if (( gpus > 1 )); then launch=("$python" -m torch.distributed.run --standalone "--nproc_per_node=$gpus"); fi
+if $print_only && (( gpus > 1 )); then launch=(torchrun --standalone "--nproc_per_node=$gpus"); fi
 
 set -f  # find, not this shell, expands the patterns of ROWS
 rows=()

@@ -26,9 +26,9 @@ THIRD_PARTY = {
     "training": SCIENTIFIC,
     "evaluation": SCIENTIFIC | {"torch_fidelity"},
     "report": SCIENTIFIC,
-    "config": {"hydra", "omegaconf"},
+    "config": {"hydra", "omegaconf", "yaml"},
     "sweep": {"hydra", "omegaconf", "submitit"},
-    "cli": {"hydra", "omegaconf"},
+    "cli": {"hydra", "omegaconf", "yaml"},
 }
 ORDER = [f"vca.{name}" for name in THIRD_PARTY]
 ALLOWED = {
@@ -119,7 +119,8 @@ print(VisualContrastAttention(8, 2, (2, 2), contrast_grid=(1, 1))(torch.randn(1,
 
 IMPORT_ALL = """
 import importlib, os, sys, warnings
-import hydra, matplotlib, numpy, PIL.Image, safetensors.torch, scipy.linalg, submitit, timm.data, torch, torchvision, yaml
+import hydra, matplotlib, numpy, PIL.Image, safetensors.torch, scipy.linalg, submitit, timm.data
+import torch, torchvision, yaml
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
@@ -136,7 +137,7 @@ def refuse(*_, **__):
     raise AssertionError("parses YAML")
 
 def state():
-    flags = (torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled(), list(warnings.filters))
+    flags = (torch.get_float32_matmul_precision(), list(warnings.filters))
     store = {group: list(node) for group, node in ConfigStore.instance().repo.items() if isinstance(node, dict)}
     registered = (store, set(ConfigStore.instance().repo), OmegaConf.has_resolver("divide"), timm.list_models())
     return (*flags, *registered, dict(os.environ), torch.get_rng_state().sum())

@@ -16,6 +16,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import MarkedYAMLError
 
 from vca.config.composition import to_dataclass
 from vca.config.help import help_text
@@ -110,7 +111,7 @@ def exit_on_user_error() -> Iterator[None]:
         yield
     except ConfigError as error:
         fail(f"config error: {error}", EXIT_CONFIG)
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, MarkedYAMLError) as error:
         fail(f"config error: {explain(error)}", EXIT_CONFIG)
     except ValueError as error:
         if "Config group override must be" not in str(error):

@@ -269,8 +269,12 @@ def test_reproduce_table_scripts_commands_and_errors(tmp_path):
     printed = reproduce(1, "--print", "data.root=x", ROWS="deit_*")
     assert printed.returncode == 0
     assert len(re.findall(r"train_cls.py experiment=table1/deit_\w+ data.root=x\n", printed.stdout)) == 4
+    assert "estimates: 6 x multiply-adds" in printed.stdout
+    unspecified = run_command(str(ROOT / "scripts" / "reproduce_table1.sh"), "--print", PYTHON=sys.executable).stdout
+    assert "torchrun --standalone --nproc_per_node=8" in unspecified
+    assert unspecified.count(" data.root=DATA\n") == 10
     printed = reproduce(2, "--print", ROWS="sit_s_2_vca dit_s_8_vca", SEED="3", VAES=str(vaes))
-    own = f"seed=3 out_dir=outputs autoencoder.source={vaes}/sd-vae-ft-ema"
+    own = f"data.root=DATA seed=3 out_dir=outputs autoencoder.source={vaes}/sd-vae-ft-ema"
     assert f"train_gen.py experiment=table2/sit_s_2_vca {own}\n" in printed.stdout
     folder = "outputs/table2-sit_s_2_vca-seed3"
     assert (

@@ -250,11 +250,13 @@ def test_sweep_report_lists_failed_jobs(tmp_path, capsys):
     for name in ("ends", "logs"):
         (tmp_path / "sweep" / name).mkdir(parents=True)
     (tmp_path / "sweep" / "jobs.json").write_text(json.dumps({"jobs": jobs}))
-    (tmp_path / "sweep" / "ends" / "0.json").write_text('{"exit_code": 0}')
+    (tmp_path / "sweep" / "ends" / "0.json").write_text('{"exit_code": 0, "seconds": 7.1}')
+    (tmp_path / "sweep" / "logs" / "a.log").write_text("### started now\nstep 4\ntop-1 50\n")
     (tmp_path / "sweep" / "logs" / "b.log").write_text("### started now\nconfig error: x\n")
     assert report(tmp_path / "sweep") == 1
     said = capsys.readouterr()
     assert "| vca | 50 |" in said.out
+    assert said.out.startswith(f"finished: a: top-1 50 (7 s; {tmp_path / 'sweep' / 'logs' / 'a.log'})\n")
     assert said.err == f"failed: b: did not finish; config error: x ({tmp_path / 'sweep' / 'logs' / 'b.log'})\n"
 
 

@@ -16,6 +16,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import MarkedYAMLError
 
 from vca.attention import variant_name
 from vca.config.hydra_errors import CONFIGS, did_you_mean, explain, keys_of
@@ -61,7 +62,7 @@ def compose(config_name: str, overrides: Iterable[str] = ()) -> Any:
     with nullcontext() if inside else hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
         try:
             return to_dataclass(hydra.compose(config_name, list(overrides)))
-        except (HydraException, OmegaConfBaseException) as error:
+        except (HydraException, OmegaConfBaseException, MarkedYAMLError) as error:
             raise ConfigError(explain(error)) from error
 
 

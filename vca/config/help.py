@@ -45,6 +45,21 @@ def attributes(part: Any) -> str:
     return inspect.cleandoc("\n" + text).rstrip()
 
 
+def attribute_docs(part: type) -> dict[str, str]:
+    """Return attribute -> description of a dataclass and its bases, each on one line."""
+    docs: dict[str, str] = {}
+    for base in reversed(part.__mro__):
+        names: list[str] = []
+        for line in attributes(base).splitlines() if dataclasses.is_dataclass(base) else []:
+            if line[:1].strip():
+                keys, _, text = line.partition(": ")
+                names = [key.strip() for key in keys.split(",")]
+                docs |= dict.fromkeys(names, text.strip())
+            else:
+                docs |= {name: f"{docs[name]} {line.strip()}".strip() for name in names}
+    return docs
+
+
 def options(folders: Iterable[Path], schemas: set[str] | None) -> list[str]:
     """Return the options of a group that use one of these schemas, directly or through another option.
 

@@ -7,12 +7,37 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from hydra.core.config_store import ConfigStore
+from hydra.errors import OverrideParseException
 from omegaconf import DictConfig, OmegaConf
+from yaml import MarkedYAMLError
 
 from vca.config.help import options
 from vca.runtime.renamed import RENAMED
 
 CONFIGS = Path(__file__).parents[2] / "configs"
+
+# Usual names in other codebases -> keys of this one, of which a script may have one.
+USUAL = {
+    "batch_size": ("trainer.global_batch_size", "batch_size"),
+    "bs": ("trainer.global_batch_size", "batch_size"),
+    "lr": ("optim.lr",),
+    "learning_rate": ("optim.lr",),
+    "wd": ("optim.weight_decay",),
+    "warmup": ("optim.warmup_epochs",),
+    "max_epochs": ("trainer.epochs",),
+    "max_steps": ("trainer.steps",),
+    "num_steps": ("trainer.steps", "sampler.steps"),
+    "num_workers": ("trainer.workers", "workers"),
+    "amp": ("trainer.precision", "precision"),
+    "resume": ("trainer.init_from", "run"),
+    "pretrained": ("trainer.init_from", "checkpoint"),
+    "drop_path": ("model.drop_path_rate",),
+    "grad_clip": ("optim.clip_grad",),
+    "data_path": ("data.root",),
+    "data_dir": ("data.root",),
+    "output_dir": ("out_dir", "out"),
+    "guidance_scale": ("sampler.cfg_scale",),
+}
 
 
 def keys_of(config: DictConfig, prefix: str = "") -> Iterable[str]:
@@ -45,11 +70,13 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return `"; did you mean '...'?"`, or `""` without a close match."""
     if word in RENAMED:
         return f"; it was renamed to '{RENAMED[word]}'"
-    known = list(known)
-    near = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
-    if not near:  # the right key under the wrong parent
-        tail = word.rsplit(".", 1)[-1]
-        near = [key for key in known if key.rsplit(".", 1)[-1] == tail][:1]
+    known, tail = list(known), word.rsplit(".", 1)[-1]
+    near = [key for key in USUAL.get(tail, ()) if key in known][:1]
+    if not near and "." not in word:  # a key without its group
+        groups = ("trainer", "optim", "data", "model", "augment", "attention")
+        near = [f"{group}.{word}" for group in groups if f"{group}.{word}" in known][:1]
+    near = near or difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    near = near or [key for key in known if key.rsplit(".", 1)[-1] == tail][:1]  # the right key in the wrong group
     return f"; did you mean '{near[0]}'?" if near and near[0] != word else ""
 
 
@@ -78,6 +105,17 @@ def explain(error: BaseException) -> str:
         current = current.__cause__ or current.__context__
     text = "\n".join(str(link) for link in chain)
 
+    for link in chain:
+        if isinstance(link, MarkedYAMLError) and (mark := link.problem_mark or link.context_mark) is not None:
+            return f"{mark.name}, line {mark.line + 1}: invalid YAML ({link.problem}); quote strings with ': ' or '#'"
+        if isinstance(link, OverrideParseException):
+            key, _, value = link.override.partition("=")
+            reason = str(link).splitlines()[0]
+            return f"{key}: invalid value {value} ({reason}); quote it for the shell and Hydra: \"{key}='{value}'\""
+    if match := re.search(r"Ambiguous value for argument '([^=']+)=(.*)'\n", text):
+        return f"{match[1]}={match[2]}: several values; add -m to sweep, or write a list: '{match[1]}=[{match[2]}]'"
+    if match := re.search(r"Unsupported interpolation type (\S+)\s+full_key: (\S+)", text):
+        return f"{match[2]} uses the unknown resolver '{match[1]}'; such as ${{oc.env:NAME}}"
     if match := re.search(r"In '([^']+)/([^']+)': Could not load '[^']+_schema'", text):
         return not_for_this_script(match[1], match[2])
     if match := re.search(r"Could not find '([^']+)'", text):

@@ -128,4 +128,7 @@ def launch(start: Callable[[Any], Any], program: Sequence[str]) -> None:
     except (KeyboardInterrupt, UncompletedJobError):  # a failed or cancelled job, which `run_sweep` reports
         sys.exit(1)
     except Exception as error:
-        sys.exit(f"the launcher failed: {' '.join(str(error).split())}")
+        reason = " ".join(str(error).split())
+        sys.exit(
+            f"sbatch: {reason.rpartition('sbatch: ')[2]}" if "sbatch: " in reason else f"the launcher failed: {reason}"
+        )

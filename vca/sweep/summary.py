@@ -22,7 +22,7 @@ def report(folder: Path, summary: Callable[[Path], str] = table) -> int:
     """Print the summary of a sweep, then its failed jobs; return 1 if any failed, else 0."""
     failed = failures(folder)
     try:
-        print(summary(folder), flush=True)
+        print("\n".join([*outcomes(folder), summary(folder)]), flush=True)
     finally:
         for line in failed:
             print(line, file=sys.stderr, flush=True)
@@ -41,10 +41,28 @@ def failures(folder: Path) -> list[str]:
     return lines
 
 
+def outcomes(folder: Path) -> list[str]:
+    """Return a line for each finished job: name, last line of its log, duration, log."""
+    lines = []
+    for job in read_jobs(folder):
+        if exit_code(folder, job) == 0:
+            log = folder / "logs" / f"{job['name']}.log"
+            result = (last_attempt(log) if log.exists() else []) or ["no log"]
+            lines.append(
+                f"finished: {job['name']}: {result[-1]} ({ending(folder, job).get('seconds', 0):.0f} s; {log})"
+            )
+    return lines
+
+
+def ending(folder: Path, job: Mapping[str, Any]) -> dict[str, Any]:
+    """Read how a job ended, see `run_job`; empty if it did not finish."""
+    file = folder / "ends" / f"{job['number']}.json"
+    return json.loads(file.read_text()) if file.exists() else {}
+
+
 def exit_code(folder: Path, job: Mapping[str, Any]) -> int | None:
     """Return the exit code of a job; None if it did not finish."""
-    file = folder / "ends" / f"{job['number']}.json"
-    return json.loads(file.read_text())["exit_code"] if file.exists() else None
+    return ending(folder, job).get("exit_code")
 
 
 def failure_reason(folder: Path, name: str) -> tuple[Path, str]:
