@@ -1,10 +1,11 @@
-# make demo   set up .venv, train classifiers and generators on handwritten digits, compare them (six to eight minutes)
-# make check  set up .venv, check style and types, run the tests that start no process (90 seconds on two cores)
-# make test   the same with every test (minutes)
+# All targets create .venv on first use.
+# make demo   train and compare classifiers and generators on handwritten digits (six to eight minutes)
+# make check  style, types, and the tests that start no process (90 seconds on two cores)
+# make test   the same with all tests (minutes)
 
 PYTHON ?= python3
 BIN := .venv/bin
-WORKERS = $(shell expr $$(getconf _NPROCESSORS_ONLN) + 1) # one more than cores: tests also wait
+WORKERS = $(shell expr $$(getconf _NPROCESSORS_ONLN) + 1) # cores + 1, since tests also wait
 
 .PHONY: demo check test style clean
 
@@ -22,9 +23,9 @@ style: .venv/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Made anew when a requirement changes.
+# Rebuilt when a requirement changes.
 .venv/ready: pyproject.toml constraints.txt
-	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or newer is needed; try make PYTHON=python3.11"'
+	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python >= 3.11 is required; try make PYTHON=python3.11"'
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[research,dev]'
 	touch $@

@@ -36,16 +36,19 @@ DAY = 24 * 60.0  # minutes that ranks wait for each other: the slowest has the l
 DRAWN = 50_000  # samples, if nothing else is said
 UNKNOWN = "nothing says how the samples were made, so scripts/table.py will not take this record"
 
-register_schemas(
-    root={"eval_fid": EvalFidConfig},
-    groups={
-        "model": GENERATORS,
-        "attention": ATTENTIONS,
-        "objective": OBJECTIVES,
-        "autoencoder": AUTOENCODERS,
-        "extractor": EXTRACTORS,
-    },
-)
+
+def register_configs() -> None:
+    """Register the config schemas of this script with Hydra."""
+    register_schemas(
+        root={"eval_fid": EvalFidConfig},
+        groups={
+            "model": GENERATORS,
+            "attention": ATTENTIONS,
+            "objective": OBJECTIVES,
+            "autoencoder": AUTOENCODERS,
+            "extractor": EXTRACTORS,
+        },
+    )
 
 
 def run(config: EvalFidConfig) -> dict[str, Any]:
@@ -122,4 +125,5 @@ def place_of_record(config: EvalFidConfig) -> tuple[Path, str]:
 
 
 if __name__ == "__main__":
+    register_configs()
     command_line("eval_fid", run)

@@ -27,15 +27,18 @@ from vca.training.restore import load_generator
 
 DAY = 24 * 60.0  # minutes that ranks wait for each other: the slowest has the last word
 
-register_schemas(
-    root={"sample": SampleConfig},
-    groups={
-        "model": GENERATORS,
-        "attention": ATTENTIONS,
-        "objective": OBJECTIVES,
-        "autoencoder": AUTOENCODERS,
-    },
-)
+
+def register_configs() -> None:
+    """Register the config schemas of this script with Hydra."""
+    register_schemas(
+        root={"sample": SampleConfig},
+        groups={
+            "model": GENERATORS,
+            "attention": ATTENTIONS,
+            "objective": OBJECTIVES,
+            "autoencoder": AUTOENCODERS,
+        },
+    )
 
 
 def run(config: SampleConfig) -> dict[str, Any]:
@@ -66,4 +69,5 @@ def run(config: SampleConfig) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
+    register_configs()
     command_line("sample", run)

@@ -34,13 +34,16 @@ from vca.training.pretrained import LoadReport, init_from
 from vca.training.run import TrainingRun
 from vca.training.step import TrainState
 
-register_schemas(
-    root={"train_cls": TrainClsConfig},
-    groups={
-        "model": CLASSIFIERS,
-        "attention": ATTENTIONS,
-    },
-)
+
+def register_configs() -> None:
+    """Register the config schemas of this script with Hydra."""
+    register_schemas(
+        root={"train_cls": TrainClsConfig},
+        groups={
+            "model": CLASSIFIERS,
+            "attention": ATTENTIONS,
+        },
+    )
 
 
 def run(config: TrainClsConfig) -> dict[str, float]:
@@ -141,4 +144,5 @@ def summarize(config: TrainClsConfig, result: dict[str, float], talk: bool) -> d
 
 
 if __name__ == "__main__":
+    register_configs()
     command_line("train_cls", run)

@@ -37,16 +37,19 @@ from vca.training.generation import GenerationLoss, generation_data
 from vca.training.run import TrainingRun
 from vca.training.step import TrainState
 
-register_schemas(
-    root={"train_gen": TrainGenConfig},
-    groups={
-        "model": GENERATORS,
-        "attention": ATTENTIONS,
-        "objective": OBJECTIVES,
-        "autoencoder": AUTOENCODERS,
-        "extractor": EXTRACTORS,
-    },
-)
+
+def register_configs() -> None:
+    """Register the config schemas of this script with Hydra."""
+    register_schemas(
+        root={"train_gen": TrainGenConfig},
+        groups={
+            "model": GENERATORS,
+            "attention": ATTENTIONS,
+            "objective": OBJECTIVES,
+            "autoencoder": AUTOENCODERS,
+            "extractor": EXTRACTORS,
+        },
+    )
 
 
 def run(config: TrainGenConfig) -> dict[str, float]:
@@ -153,4 +156,5 @@ def summarize(config: TrainGenConfig, folder: RunDirectory, talk: bool) -> dict[
 
 
 if __name__ == "__main__":
+    register_configs()
     command_line("train_gen", run)

@@ -15,13 +15,14 @@ def benchmark_data(root: Path, budget: Budget) -> list[dict]:
     """
     from timm.data import ImageDataset, create_loader
 
-    import train_cls  # noqa: F401 - registers the schemas
+    import train_cls
     from vca.config import compose
     from vca.data import load_dataset
     from vca.data.augment import train_transform
     from vca.data.loader import MicroBatches, TrainOrder, train_loader
     from vca.runtime.distributed import World
 
+    train_cls.register_configs()
     classes = sum(entry.is_dir() for entry in (root / "train").iterdir())
     options = ["data=imagefolder", f"data.root={root}", f"data.num_classes={classes}", "recipe=deit_original"]
     config = compose("train_cls", [*options, "augment.aug_repeats=1"])

@@ -38,11 +38,13 @@ def benchmark_model(device: torch.device, budget: Budget, largest: int, models: 
 
 def build(model: str, size: int, attention: str, backend: str | None) -> nn.Module:
     """A model for images of that side; generators draw latents of an eighth."""
-    import train_cls  # noqa: F401 - registers the schemas
-    import train_gen  # noqa: F401
+    import train_cls
+    import train_gen
     from models import CLASSIFIERS, build_model
     from vca.config import compose
 
+    train_cls.register_configs()
+    train_gen.register_configs()
     overrides = [f"model={model}", f"attention={attention}", "data=imagefolder", f"data.img_size={size}"]
     if backend is not None:
         overrides.append(f"attention.backend={backend}")

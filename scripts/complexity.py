@@ -18,8 +18,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 
-import train_cls  # noqa: F401 - registers the schemas
-import train_gen  # noqa: F401 - registers the schemas
+import train_cls
+import train_gen
 from models import CLASSIFIERS, build_model
 from models.config import BackboneConfig
 from models.timm_registry import load_sizes
@@ -53,6 +53,8 @@ ABLATED = ("deit_tiny", "dit_s_2")
 
 def config_of(model: str, attention: str, *overrides: str) -> Any:
     """Of a classifier on 224 px images, a generator on 32 x 32 x 4 latents, or as `EXPERIMENTS` has it."""
+    train_cls.register_configs()
+    train_gen.register_configs()
     script = "train_cls" if load_sizes()[model]["family"] in CLASSIFIERS else "train_gen"
     choice = [f"model={model}", f"attention={attention}", *overrides]
     if model in EXPERIMENTS:

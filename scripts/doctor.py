@@ -1,20 +1,19 @@
-"""Check a data set before training on it, or a cluster.
+"""Check a data set or a cluster before a run.
 
     python scripts/doctor.py data=imagenet data.root=/data/imagenet
-    python scripts/doctor.py data.root=/data/imagenet data.check_seconds=3600      every file of a large set
+    python scripts/doctor.py data.root=/data/imagenet data.check_seconds=3600      every file of a large data set
     python scripts/doctor.py data=latents data.root=/data/latents data.check_seconds=3600   the sha256 of every file
     python scripts/doctor.py --cluster                            this machine: its GPUs, or two CPU ranks
     python scripts/doctor.py --cluster experiment=table1/deit_tiny_vca data.root=/data/imagenet out_dir=/scratch/runs
-    python scripts/doctor.py --cluster -m cluster=slurm cluster.nodes=2 cluster.partition=gpu ...      on the nodes
+    python scripts/doctor.py --cluster -m cluster=slurm cluster.nodes=2 cluster.partition=gpu ...      SLURM nodes
 
-Of a data set it prints a line for each thing found, with the file and the remedy. A training makes the same check at
-its start, for `data.check_seconds` of its own config.
+For a data set, it prints a line for each problem, with the file and the fix. Every run makes the same check at its
+start, for `data.check_seconds`.
 
-Of a cluster it prints a line for each thing that a training relies on: ranks and devices, the rendezvous, sums over
-the ranks, bandwidth, the slowest rank, bf16, data, disk, exact resume of a run of ten updates. What is to be trained is
-told as to `train_cls.py`.
+With `--cluster`, it takes the overrides of `train_cls.py` and prints a line for each check (about 30 s): ranks and
+devices, rendezvous, all-reduce, bandwidth, stragglers, bf16, data, disk, exact resume of a run of ten steps.
 
-Exit code 0 if all is well.
+The exit code is 0 if all checks pass.
 """
 
 import io
@@ -47,10 +46,8 @@ from vca.sweep.job import torchrun
 from vca.training import cluster_check
 from vca.training.checkpoint import load_latest
 
-register_schemas(root={"doctor": DoctorConfig}, groups={})
-
-# The run of ten updates: small, on data that is always there.
-TEN_UPDATES = (
+# A small run of ten steps, on the digits that come with scikit-learn.
+TEN_STEPS = (
     "trainer.steps=10",
     "trainer.checkpoint_every=5",
     "trainer.eval_every=0",
@@ -64,7 +61,7 @@ TEN_UPDATES = (
 
 
 def run(config: DoctorConfig) -> None:
-    """Examine both splits and print what was found; `ConfigError` if a training cannot use them."""
+    """Check both splits and print the problems; raise `ConfigError` if a run cannot use the data."""
     problems, result = examine_data(config.data)
     for problem in problems:
         print(f"error: {problem}")
@@ -76,9 +73,9 @@ def run(config: DoctorConfig) -> None:
 
 
 def examine_data(data: DataConfig) -> tuple[list[str], Examination]:
-    """What is wrong with the folders, and in the files: those of the data set, or if it is none, all images there are.
+    """Return the problems of the folders and the examination of the files.
 
-    A latent cache has a training split alone.
+    If the folders are no valid data set, all images below them are examined. A latent cache has only a training split.
     """
     datasets, problems = {}, []
     for split in ("train",) if data.name == "latents" else ("train", "val"):
@@ -101,25 +98,25 @@ def examine_data(data: DataConfig) -> tuple[list[str], Examination]:
 
 
 def check_cluster(config: TrainClsConfig) -> None:
-    """Make every check on every rank; `ConfigError` if one found something that would break a training."""
+    """Run every check on every rank; raise `ConfigError` if one fails."""
     trainer, start = config.trainer, time.perf_counter()
     with distributed.start(trainer.device.value, timeout_minutes=1.0 + config.data.check_seconds / 60) as world:
-        met = time.perf_counter() - start
+        rendezvous_seconds = time.perf_counter() - start
         parameters = sum(p.numel() for p in build_model(config.model, config.attention).parameters())
         out, keep, ema = Path(config.out_dir), trainer.keep_checkpoints, trainer.ema_decay is not None
-        # Without a rank's batch the shared memory of a training cannot be reckoned.
+        # A rank's batch, from which the required shared memory is computed.
         batch_bytes = -(-trainer.global_batch_size // world.size) * config.data.image_bytes
 
         def load() -> list[Any]:
             return [load_dataset(config.data, train=train) for train in (True, False)]
 
-        def ten_updates(folder: Path) -> dict[str, Tensor]:
-            return train_ten_updates(folder, trainer.device.value, world.size)
+        def ten_steps(folder: Path) -> dict[str, Tensor]:
+            return train_ten_steps(folder, trainer.device.value, world.size)
 
         def resume() -> str:
             folder = Path(world.from_main(lambda: tempfile.mkdtemp(dir=out, prefix="doctor-")))
             try:
-                return cluster_check.resume(world, ten_updates, folder)
+                return cluster_check.resume(world, ten_steps, folder)
             finally:
                 world.barrier()
                 if world.is_main:
@@ -127,7 +124,7 @@ def check_cluster(config: TrainClsConfig) -> None:
 
         checks: dict[str, Callable[[], str]] = {
             "ranks": lambda: cluster_check.ranks_and_devices(world),
-            "rendezvous": lambda: f"all {world.size} ranks met in {met:.1f} s",
+            "rendezvous": lambda: f"{world.size} ranks joined in {rendezvous_seconds:.1f} s",
             "all-reduce": lambda: cluster_check.all_reduce(world),
             "bandwidth": lambda: cluster_check.bandwidth(world, parameters),
             "speed": lambda: cluster_check.speed(world),
@@ -138,15 +135,15 @@ def check_cluster(config: TrainClsConfig) -> None:
         }
         failed = [name for name, check in checks.items() if not cluster_check.report(name, check, world)]
         if world.is_main:
-            print(f"{time.perf_counter() - start:.0f} s in all", flush=True)
+            print(f"total {time.perf_counter() - start:.0f} s", flush=True)
         if failed:
-            raise ConfigError(f"not ready for a training: {', '.join(failed)}")
+            raise ConfigError(f"failed checks: {', '.join(failed)}")
 
 
-def train_ten_updates(folder: Path, device: str, ranks: int) -> dict[str, Tensor]:
-    """Run, or go on with, a small training of ten updates that saves after five; its weights."""
-    batch = f"trainer.global_batch_size={-(-32 // ranks) * 2 * ranks}"  # Mixup wants an even share
-    options = [*TEN_UPDATES, f"trainer.device={device}", batch, f"out_dir={folder}"]
+def train_ten_steps(folder: Path, device: str, ranks: int) -> dict[str, Tensor]:
+    """Start or resume a run of ten steps with a checkpoint after five; return its weights."""
+    batch = f"trainer.global_batch_size={-(-32 // ranks) * 2 * ranks}"  # Mixup needs an even batch per rank
+    options = [*TEN_STEPS, f"trainer.device={device}", batch, f"out_dir={folder}"]
     with redirect_stdout(io.StringIO()):
         train_cls.run(compose("train_cls", options))
     saved = load_latest(folder / "ten" / "checkpoints", set_aside=False)
@@ -154,27 +151,28 @@ def train_ten_updates(folder: Path, device: str, ranks: int) -> dict[str, Tensor
     return saved["model"]
 
 
-def said(folder: Path) -> str:
-    """What the job of a check on a cluster printed on its first node."""
+def job_output(folder: Path) -> str:
+    """Return the lines that the checks of a SLURM job printed."""
     logs = sorted((folder / "logs").glob("*.log"))
     lines = [line for log in logs for line in log.read_text().splitlines()]
     return "\n".join(line for line in lines if line.startswith(("ok ", "error ", "config error:")))
 
 
 def main() -> None:
-    """One check or the other; that of a cluster starts ranks where nobody has."""
+    """Run the data check or, with `--cluster`, the cluster check, which starts ranks unless torchrun did."""
+    register_schemas(root={"doctor": DoctorConfig}, groups={})
+    train_cls.register_configs()
     if "--cluster" not in sys.argv:
         command_line("doctor", run)
         return
     sys.argv.remove("--cluster")
-    alone = "RANK" not in os.environ and not {"-m", "--multirun", "-h", "--help"} & set(sys.argv)
-    if alone:
+    if "RANK" not in os.environ and not {"-m", "--multirun", "-h", "--help"} & set(sys.argv):
         with exit_on_user_error():
             compose("train_cls", [argument for argument in sys.argv[1:] if not argument.startswith("-")])
         ranks = torch.cuda.device_count() or 2
         command = torchrun(Path(__file__), ["--cluster", *sys.argv[1:]], 1, ranks, 0)
         os.execv(command[0], command)
-    command_line("train_cls", check_cluster, ("scripts/doctor.py", "--cluster"), said)
+    command_line("train_cls", check_cluster, ("scripts/doctor.py", "--cluster"), job_output)
 
 
 if __name__ == "__main__":

@@ -39,7 +39,10 @@ from vca.runtime.signals import start_worker
 
 WEEK = 7 * 24 * 60.0  # minutes that ranks wait for each other: the slowest has the last word
 
-register_schemas(root={"prepare_latents": PrepareLatentsConfig}, groups={"autoencoder": AUTOENCODERS})
+
+def register_configs() -> None:
+    """Register the config schemas of this script with Hydra."""
+    register_schemas(root={"prepare_latents": PrepareLatentsConfig}, groups={"autoencoder": AUTOENCODERS})
 
 
 def run(config: PrepareLatentsConfig) -> Manifest:
@@ -129,4 +132,5 @@ def encode_shards(
 
 
 if __name__ == "__main__":
+    register_configs()
     command_line("prepare_latents", run)

@@ -30,7 +30,10 @@ from vca.runtime.rundir import check_ranks_agree
 
 DAY = 24 * 60.0  # minutes that ranks wait for each other: the slowest has the last word
 
-register_schemas(root={"reference_stats": ReferenceStatsConfig}, groups={"extractor": EXTRACTORS})
+
+def register_configs() -> None:
+    """Register the config schemas of this script with Hydra."""
+    register_schemas(root={"reference_stats": ReferenceStatsConfig}, groups={"extractor": EXTRACTORS})
 
 
 def run(config: ReferenceStatsConfig) -> Any:
@@ -51,4 +54,5 @@ def run(config: ReferenceStatsConfig) -> Any:
 
 
 if __name__ == "__main__":
+    register_configs()
     command_line("reference_stats", run)

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# A real SLURM on one machine, to try a sweep or a preemption before a cluster does: slurmctld, and one slurmd for each
-# pretended node. As root on Debian or Ubuntu; no systemd needed.
+# A real SLURM on one machine, to test a sweep or a preemption: slurmctld, and one slurmd per simulated node. Needs root
+# on Debian or Ubuntu; works without systemd.
 #
-#   scripts/slurm_sandbox.sh install                  slurm-wlm and munge, from the distribution
-#   scripts/slurm_sandbox.sh start [FOLDER] [NODES]   daemons with state and logs in FOLDER (/tmp/slurm_sandbox), 2 nodes
-#   export SLURM_CONF=FOLDER/slurm.conf               then: sinfo, squeue, sbatch, scontrol requeue, ...
+#   scripts/slurm_sandbox.sh install                  install slurm-wlm and munge
+#   scripts/slurm_sandbox.sh start [FOLDER] [NODES]   start the daemons; state and logs in FOLDER (/tmp/slurm_sandbox)
+#   export SLURM_CONF=FOLDER/slurm.conf               then use sinfo, squeue, sbatch, scontrol requeue, ...
 #   python train_cls.py -m cluster=slurm cluster.gpus_per_node=null cluster.cpus_per_rank=1 cluster.ranks_per_node=1
 #   scripts/slurm_sandbox.sh stop [FOLDER]
 set -euo pipefail
@@ -12,13 +12,13 @@ set -euo pipefail
 action=${1:-}
 folder=${2:-/tmp/slurm_sandbox}
 nodes=${3:-2}
-cpus=${SANDBOX_CPUS:-2}       # a node pretends to have these many, whatever the machine has
-port=${SANDBOX_PORT:-16800}   # of slurmctld; the nodes have those after it, so that two sandboxes can run
+cpus=${SANDBOX_CPUS:-2}       # CPUs per simulated node, independent of the machine
+port=${SANDBOX_PORT:-16800}   # port of slurmctld; the nodes use the following ports
 
 die() { echo "slurm_sandbox.sh: $1" >&2; exit 1; }
 
 install_slurm() {
-    command -v apt-get > /dev/null || die "install needs apt-get; elsewhere install slurmctld, slurmd and munged by hand"
+    command -v apt-get > /dev/null || die "install requires apt-get; install slurmctld, slurmd and munged manually"
     apt-get update -qq
     DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends slurm-wlm munge > /dev/null
 }
@@ -69,7 +69,7 @@ start() {
     for program in munged slurmctld slurmd sbatch; do
         command -v "$program" > /dev/null || die "$program is not installed; scripts/slurm_sandbox.sh install"
     done
-    [ "$(id -u)" = 0 ] || die "needs root, as which all daemons run"
+    [ "$(id -u)" = 0 ] || die "must be run as root"
     if [ -e "$folder/slurmctld.pid" ]; then stop; fi
     mkdir -p "$folder/state"
     start_munge
@@ -86,7 +86,7 @@ start() {
     done
     sinfo || true
     tail -n 5 "$folder"/*.log
-    die "the nodes did not come up within 30 seconds; logs are in $folder"
+    die "the nodes did not start within 30 seconds; logs: $folder"
 }
 
 stop() {
@@ -94,7 +94,7 @@ stop() {
     local pids
     pids=$(cat "$folder"/*.pid)
     export SLURM_CONF=$folder/slurm.conf
-    scancel --quiet --user="$(id -un)" || true # or its steps would live on without their slurmd
+    scancel --quiet --user="$(id -un)" || true # else job steps outlive their slurmd
     for ((tries = 0; tries < 160; tries++)); do # longer than KillWait
         [ -n "$(squeue --noheader 2> /dev/null)" ] || break
         sleep 0.25

@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 
 from vca.cli import exit_on_user_error
-from vca.sweep.summary import tell
+from vca.sweep.summary import report
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -51,7 +51,7 @@ def main() -> None:
         if options.sweep:
             check(options.out is None, "--out", "left out with --sweep, which prints", options.out)
             if [(folder / "jobs.json").exists() for folder in options.folders] == [True]:
-                sys.exit(tell(options.folders[0]))
+                sys.exit(report(options.folders[0]))
             print(sweep_table(runs_below(options.folders)))
             return
         found = gather(options.folders, options.weights)

@@ -1,10 +1,10 @@
-"""Shared fixtures. An artefact (a trained run, a cache, a VAE) is built once for all workers of pytest-xdist."""
+"""Shared fixtures. An artefact (a trained run, a cache, a VAE) is built once for all pytest-xdist workers."""
 
 import os
 from collections.abc import Callable
 from pathlib import Path
 
-# Before torch is imported, here and in the processes that tests start: one thread, and torch.compile in the process.
+# Before torch is imported, also in subprocesses: one thread, and torch.compile without a process pool.
 os.environ.update(OMP_NUM_THREADS="1", TORCHINDUCTOR_COMPILE_THREADS="1")
 
 import subprocess
@@ -13,29 +13,37 @@ import pytest
 import torch
 from filelock import FileLock
 
-if not torch.cuda.is_available():  # before Triton is imported: it then runs kernels on the CPU
+if not torch.cuda.is_available():  # before Triton is imported, so that it interprets kernels on the CPU
     os.environ["TRITON_INTERPRET"] = "1"
 
+import eval_fid
+import sample
+import train_cls
+import train_gen
+from scripts import prepare_latents, reference_stats
 from tests import processes
 from tests.support import DRAWN, EXTRACTOR, SMALL_DIT, TINY
 from vca.config import compose
 
+for script in (train_cls, train_gen, sample, eval_fid, prepare_latents, reference_stats):
+    script.register_configs()
+
 
 @pytest.fixture(autouse=True)
 def _alike():
-    """Seed torch and use one thread, so that a test does not depend on those before it."""
+    """Seed torch and use one thread, so that tests do not depend on their order."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
 
 
 def pytest_collection_modifyitems(items):
-    """The longest first, which wait for SLURM: the other workers take over the rest."""
+    """Run the SLURM tests first, since they take longest; the other workers run the rest."""
     items.sort(key=lambda item: item.get_closest_marker("slurm") is None)
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item):
-    """Only a test marked `process` may start processes, itself or by its fixtures."""
+    """Only tests marked `process`, and their fixtures, may start processes."""
     processes.allowed = item.get_closest_marker("process") is not None
 
 
@@ -50,7 +58,7 @@ def _no_process_survives():
 
 @pytest.fixture(scope="session")
 def artefact(tmp_path_factory) -> Callable[[str, Callable[[Path], object]], Path]:
-    """`artefact(name, build)` returns a folder that `build(folder)` filled once, in whichever worker came first."""
+    """`artefact(name, build)` returns a folder that `build(folder)` filled once, in the first worker that needs it."""
     root = tmp_path_factory.getbasetemp()
     root = root.parent if "PYTEST_XDIST_WORKER" in os.environ else root
 
@@ -70,7 +78,7 @@ def artefact(tmp_path_factory) -> Callable[[str, Callable[[Path], object]], Path
 
 @pytest.fixture(scope="session")
 def vaes(artefact):
-    """Two `AutoencoderKL` of random weights in diffusers' format, 4 latent channels, a quarter of the size."""
+    """Two random `AutoencoderKL` in diffusers' format with 4 latent channels and downsampling factor 4."""
 
     def build(folder):
         from diffusers.models import AutoencoderKL
@@ -94,11 +102,9 @@ def vaes(artefact):
 
 @pytest.fixture(scope="session")
 def generator_run(artefact):
-    """A run of `train_gen.py` of two steps, whose weights are then made random."""
+    """A `train_gen.py` run of two steps with random weights."""
 
     def build(folder):
-        import train_gen
-
         length = ["trainer.steps=2", "trainer.eval_every=0", "trainer.checkpoint_every=1", "sampler.steps=2"]
         train_gen.run(compose("train_gen", [*SMALL_DIT, *length, f"out_dir={folder}", "name=run"]))
         for step in (1, 2):
@@ -116,11 +122,9 @@ def generator_run(artefact):
 
 @pytest.fixture(scope="session")
 def classifier_run(artefact):
-    """A run of `train_cls.py` on digits, long enough to have weights of its own."""
+    """A `train_cls.py` run of four steps on digits."""
 
     def build(folder):
-        import train_cls
-
         train_cls.run(compose("train_cls", [*TINY, f"out_dir={folder}", "name=run", "trainer.steps=4"]))
 
     return artefact("classifier", build) / "run"
@@ -145,17 +149,15 @@ def small_disk(tmp_path):
 
 @pytest.fixture(scope="session")
 def use(extractor_file):
-    """Overrides that choose the extractor."""
+    """Overrides that select the extractor."""
     return ("extractor=file", f"extractor.source={extractor_file}")
 
 
 @pytest.fixture(scope="session")
 def samples(artefact, generator_run):
-    """`DRAWN` images by `sample.py`, also as npz."""
+    """`DRAWN` images of `sample.py`, also as npz."""
 
     def build(folder):
-        import sample
-
         how = ("npz=true", "sampler=ddpm", "sampler.steps=4", "device=cpu")
         sample.run(compose("sample", [f"out={folder}/set", f"run={generator_run}", f"count={DRAWN}", *how]))
 

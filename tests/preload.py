@@ -1,4 +1,4 @@
-"""Everything that a run imports sooner or later; `tests.processes` forks from a process that has imported this."""
+"""Imports the packages that runs use; `tests.processes` forks from a process that has imported this module."""
 # ruff: noqa: F401
 
 import importlib

@@ -1,8 +1,7 @@
-"""Scripts and ranks as real processes, forked from a server that has imported everything.
+"""Runs scripts and ranks as real processes, forked from a server that has imported all packages.
 
-A start of Python spends seconds on imports; a fork of the server spends milliseconds. Otherwise a fork is the process
-that a command line starts: its own session, environment, working directory, output and exit code. Several ranks get the
-environment, and the store, that torchrun would give them.
+Starting Python takes seconds of imports, a fork milliseconds. A fork has its own session, environment, working
+directory, output and exit code, as the process of a command line. Several ranks get torchrun's environment and store.
 """
 
 import multiprocessing
@@ -23,27 +22,27 @@ from torch.distributed import TCPStore
 ROOT = Path(__file__).parents[1]
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["tests.preload"])
-GRACE = 30.0  # seconds that torchrun leaves the other ranks when one has failed
+GRACE = 30.0  # seconds before torchrun kills the other ranks when one has failed
 OF_TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT")
 
-allowed = True  # to start processes: conftest sets it for each test
-started: list["Launch"] = []  # by the test that runs
+allowed = True  # whether the test may start processes; conftest sets it
+started: list["Launch"] = []  # by the current test
 
 
 def check_allowed() -> None:
-    """Fail a test that starts a process unmarked, so that `make check` stays quick."""
+    """Fail a test that starts a process without the mark, so that `make check` remains fast."""
     assert allowed, "mark this test with @pytest.mark.process"
 
 
 def environment(**extra: str) -> dict[str, str]:
-    """Environment of a subprocess: one thread, this checkout importable, no ranks."""
+    """Return the environment of a subprocess: one thread, this checkout on PYTHONPATH, no variables of torchrun."""
     inherited = {key: value for key, value in os.environ.items() if key not in OF_TORCHRUN}
-    fresh_store = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}  # of torchrun's restarts, see vca.sweep.job
+    fresh_store = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}  # for torchrun's restarts, see vca.sweep.job
     return {**inherited, **fresh_store, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **extra}
 
 
 def become(script: str, arguments: Sequence[str], env: dict[str, str], cwd: str, outputs: tuple[str, str]) -> None:
-    """Body of a fork: `python script *arguments` in a session of its own."""
+    """Run `python script *arguments` in a new session; the body of a fork."""
     os.setsid()
     multiprocessing.set_start_method("fork", force=True)  # of loader workers, as in a process of the command line
     os.environ.clear()
@@ -57,15 +56,15 @@ def become(script: str, arguments: Sequence[str], env: dict[str, str], cwd: str,
 
 
 class Launch:
-    """A script on one or more ranks of this machine, running in the background.
+    """A script that runs in the background on one or more ranks of this machine.
 
     Args:
-        script: path below the root of the repository, or absolute.
-        arguments: of its command line.
-        ranks: processes, over all nodes.
-        nodes: machines that the ranks believe to be on.
+        script: path, absolute or relative to the repository.
+        arguments: command-line arguments.
+        ranks: number of processes over all nodes.
+        nodes: number of simulated nodes.
         cwd: working directory.
-        env: further environment variables.
+        env: additional environment variables.
     """
 
     def __init__(
@@ -101,7 +100,7 @@ class Launch:
             process.start()
 
     def environment_of(self, rank: int, ranks: int, nodes: int, extra: dict[str, str]) -> dict[str, str]:
-        """What torchrun sets for a rank; nothing of that for a single process."""
+        """Return the environment of a rank, with torchrun's variables if there are several ranks."""
         if self.store is None:
             return environment(**extra)
         node, local = divmod(rank, ranks // nodes)
@@ -112,17 +111,17 @@ class Launch:
 
     @property
     def stdout(self) -> str:
-        """What all ranks wrote to stdout so far."""
+        """The stdout of all ranks so far."""
         return self.outputs[0].read_text() if self.outputs[0].exists() else ""
 
     @property
     def stderr(self) -> str:
-        """What all ranks wrote to stderr so far."""
+        """The stderr of all ranks so far."""
         return self.outputs[1].read_text() if self.outputs[1].exists() else ""
 
     @property
     def returncode(self) -> int | None:
-        """None while a rank runs; of several ranks 1 if one failed, as torchrun; below zero after a signal."""
+        """None while a rank runs; with several ranks 1 if one failed, as torchrun; negative after a signal."""
         codes = [process.exitcode for process in self.processes]
         if any(codes) and len(codes) > 1:
             self.end_others()
@@ -131,7 +130,7 @@ class Launch:
         return codes[0] if len(codes) == 1 else int(any(codes))
 
     def end_others(self) -> None:
-        """As torchrun when a rank has failed: ask the others to stop, later kill them."""
+        """Stop the other ranks as torchrun does when one has failed: SIGTERM, then SIGKILL after `GRACE`."""
         if self.failed_at is None:
             self.failed_at = time.monotonic()
             self.signal(signal.SIGTERM)
@@ -139,18 +138,18 @@ class Launch:
             self.kill()
 
     def signal(self, number: int) -> None:
-        """Send a signal to every rank that runs, not to its loader workers."""
+        """Send a signal to every running rank, but not to its loader workers."""
         for process in self.processes:
             if process.exitcode is None:
                 with suppress(ProcessLookupError):
                     os.kill(process.pid, number)
 
     def members(self, rank: int = 0) -> list[int]:
-        """Ids of a rank's process and of its loader workers."""
+        """Return the process ids of a rank and its loader workers."""
         return in_session(self.processes[rank].pid)
 
     def kill(self) -> None:
-        """SIGKILL every rank and its workers until none is left: a worker may be forked while the others die."""
+        """Kill every rank and its workers, repeatedly, since a worker may be forked meanwhile."""
         for rank in range(len(self.processes)):
             while pids := self.members(rank):
                 for pid in pids:
@@ -158,7 +157,7 @@ class Launch:
                         os.kill(pid, signal.SIGKILL)
 
     def wait(self, timeout: float = 300.0) -> int:
-        """The exit code, once every rank has ended.
+        """Wait until every rank has exited and return the exit code.
 
         Raises:
             TimeoutError: if that takes longer than `timeout` seconds; all processes are then killed.
@@ -172,7 +171,7 @@ class Launch:
         return code
 
     def wait_until(self, ready: Callable[[], bool], timeout: float = 120.0) -> None:
-        """Wait for something that the running script does; fail if it ends before, or takes longer."""
+        """Wait until `ready()`; fail if the script exits before or `timeout` seconds pass."""
         deadline = time.monotonic() + timeout
         while not ready():
             assert self.returncode is None, f"ended too early:\n{self.stdout[-2000:]}{self.stderr[-3000:]}"
@@ -181,7 +180,7 @@ class Launch:
 
 
 class Process(NamedTuple):
-    """A line of the machine's process table."""
+    """An entry of the process table."""
 
     pid: int
     parent: int
@@ -189,7 +188,7 @@ class Process(NamedTuple):
 
 
 def process_table() -> Iterator[Process]:
-    """All processes of this machine but zombies."""
+    """Yield all processes of this machine except zombies."""
     for folder in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
             state, parent, _, session = (folder / "stat").read_text().rpartition(")")[2].split()[:4]
@@ -198,7 +197,7 @@ def process_table() -> Iterator[Process]:
 
 
 def in_session(session: int) -> list[int]:
-    """Ids of the processes of a session."""
+    """Return the process ids of a session."""
     return [process.pid for process in process_table() if process.session == session]
 
 
@@ -211,20 +210,20 @@ def run_script(
     timeout: float = 300.0,
     env: dict[str, str] | None = None,
 ) -> subprocess.CompletedProcess:
-    """Run a script to its end as forks."""
+    """Run a script in forked processes and wait for it."""
     launch = Launch(script, *arguments, ranks=ranks, nodes=nodes, cwd=cwd, env=env)
     code = launch.wait(timeout)
     return subprocess.CompletedProcess([str(script), *arguments], code, launch.stdout, launch.stderr)
 
 
 def run_command(*command: str, cwd: Path = ROOT, timeout: float = 300.0, **env: str) -> subprocess.CompletedProcess:
-    """Run a real command line to its end, for tests whose subject it is."""
+    """Run a real command line and wait for it, for tests of the command line itself."""
     check_allowed()
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.run(command, env=environment(**env), cwd=cwd, timeout=timeout, check=False, **pipes)
 
 
 def torchrun(ranks: int, restarts: int = 0) -> list[str]:
-    """The command `torchrun` on a free port of this machine."""
+    """Return a torchrun command that uses a free port of this machine."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     return [*command, f"--max_restarts={restarts}"]

@@ -1,4 +1,4 @@
-"""What tests share: small configs that run in seconds, reading a run's files, exact comparison, kills."""
+"""Shared test helpers: small configs that run in seconds, reading a run's files, exact comparison, kills."""
 
 import json
 import struct
@@ -16,9 +16,9 @@ from vca.cli import command_line
 from vca.training.checkpoint import load_latest
 
 GOLDEN = ROOT / "tests" / "golden"
-SHARED = ROOT.parent / "shared" / "data"  # real data, which a clone does not have
+SHARED = ROOT.parent / "shared" / "data"  # real data, not part of the repository
 
-# A classification run of 24 steps with everything random switched on; about 12 steps are an epoch.
+# A classification run of 24 steps, about two epochs, with all random augmentation enabled.
 TINY = (
     "trainer.steps=24",
     "trainer.global_batch_size=120",
@@ -35,7 +35,7 @@ TINY = (
     "augment.cutmix=1.0",
 )
 
-# A DiT for tests of the path around it.
+# A small DiT for tests of its surroundings.
 SMALL_DIT = (
     "model.hidden_size=16",
     "model.num_heads=2",
@@ -47,7 +47,7 @@ SMALL_DIT = (
     "samples_per_class=1",
 )
 
-# Twelve features of an image of 8 x 8 pixels, and logits and spatial features of their own.
+# Twelve features of an image of 8 x 8 pixels, logits and spatial features.
 EXTRACTOR = """
 import torch
 
@@ -66,7 +66,7 @@ DRAWN = 40  # images of the fixture `samples`
 
 
 def write_png16(path: Path, size: int = 8) -> None:
-    """An RGB PNG of 16 bits a channel, which Pillow opens as mode RGB and cannot write."""
+    """Write an RGB PNG with 16 bits per channel, which Pillow opens as mode RGB but cannot write."""
     raw = b"".join(b"\0" + np.arange(3 * size, dtype=">u2").tobytes() for _ in range(size))  # each row: filter 0
     chunks = {b"IHDR": struct.pack(">IIBBBBB", size, size, 16, 2, 0, 0, 0), b"IDAT": zlib.compress(raw), b"IEND": b""}
     parts = [struct.pack(">I", len(d)) + k + d + struct.pack(">I", zlib.crc32(k + d)) for k, d in chunks.items()]
@@ -74,32 +74,32 @@ def write_png16(path: Path, size: int = 8) -> None:
 
 
 def metrics(folder: Path) -> list[dict]:
-    """Whole lines of a run's `metrics.jsonl`."""
+    """Return the records of a run's `metrics.jsonl`, without an unfinished last line."""
     file = folder / "metrics.jsonl"
     return [json.loads(line) for line in file.read_text().split("\n")[:-1]] if file.exists() else []
 
 
 def last_step(folder: Path) -> int:
-    """The step of the last whole line of a run's `metrics.jsonl`; 0 without one."""
+    """Return the step of the last complete line of a run's `metrics.jsonl`; 0 without one."""
     file = folder / "metrics.jsonl"
     lines = file.read_bytes().rsplit(b"\n", 2) if file.exists() else []
     return json.loads(lines[-2])["step"] if len(lines) > 1 else 0
 
 
 def untimed(folder: Path) -> list[dict]:
-    """The records without what the clock decides."""
+    """Return the records without timings."""
     clocked = ("images_per_second", "data_wait", "data_wait_rank")
     return [{k: v for k, v in record.items() if k not in clocked} for record in metrics(folder)]
 
 
 def train_and_kill(folder: Path, at_step: int, script: str, *overrides: str, ranks: int = 1) -> int:
-    """Start a run, `kill -9` all of its processes once `metrics.jsonl` reports `at_step`; return the step reached."""
+    """Start a run, `kill -9` its processes when `metrics.jsonl` reaches `at_step`, and return the last step."""
     start_and_kill(lambda: last_step(folder) >= at_step, script, *overrides, ranks=ranks)
     return last_step(folder)
 
 
 def assert_resume_exact(out_dir: Path, at_steps: Sequence[int], script: str, *overrides: str, ranks: int = 1) -> None:
-    """Train 40 steps as run `whole`, and as run `broken` with a `kill -9` at each of `at_steps`: the ends are equal."""
+    """Check that a run of 40 steps with a `kill -9` at each of `at_steps` is bit-identical to an uninterrupted one."""
     whole, broken = out_dir / "whole", out_dir / "broken"
     command = (script, f"out_dir={out_dir}", *overrides)
     done = run_script(*command, "name=whole", ranks=ranks)
@@ -113,12 +113,12 @@ def assert_resume_exact(out_dir: Path, at_steps: Sequence[int], script: str, *ov
     one, other = (load_latest(folder / "checkpoints") for folder in (whole, broken))
     assert one["step"] == 40
     assert one["consumed"] > 0
-    assert_same(one, other)  # step, model, EMA, optimizer, scaler, fingerprint of the consumed images
+    assert_same(one, other)  # step, model, EMA, optimizer, scaler, checksum of the images
     assert untimed(whole) == untimed(broken)
 
 
 def start_and_kill(ready: Callable[[], bool], script: str, *overrides: str, ranks: int = 1) -> None:
-    """Start a script, and `kill -9` all of its processes once `ready`."""
+    """Start a script and `kill -9` all of its processes when `ready()`."""
     launch = Launch(script, *overrides, ranks=ranks)
     launch.wait_until(ready)
     launch.kill()
@@ -126,7 +126,7 @@ def start_and_kill(ready: Callable[[], bool], script: str, *overrides: str, rank
 
 
 def one_line(script: str, run: Callable, arguments: list[str], monkeypatch, capsys) -> str:
-    """The one line to stderr with which a root script refuses its arguments, with exit code 2."""
+    """Run a script with invalid arguments; return its one line on stderr, checking exit code 2."""
     monkeypatch.setattr(sys, "argv", [f"{script}.py", *arguments])
     with pytest.raises(SystemExit) as stopped:
         command_line(script, run)
@@ -138,7 +138,7 @@ def one_line(script: str, run: Callable, arguments: list[str], monkeypatch, caps
 
 
 def assert_same(one, other, path: str = "") -> None:
-    """Equality to the bit of nested dicts, lists and tensors; names the first place that differs."""
+    """Check that nested dicts, lists and tensors are bit-identical; name the first difference."""
     assert type(one) is type(other), path
     if isinstance(one, dict):
         assert one.keys() == other.keys(), path

@@ -2,7 +2,7 @@
 
 The attention is CONTRIBUTING.md's template.
 
-Both are added to a copy of the project, then trained together, and the attention inside the other backbones too.
+Both are added to a copy of the project and trained together; the attention is also used in the other backbones.
 """
 
 import re
@@ -19,7 +19,7 @@ TEMPLATE = (ROOT / "CONTRIBUTING.md").read_text()
 ATTENTION = re.search(r"(?s)```python\n(.*?)```", TEMPLATE)[1]
 ATTENTION_YAML = re.search(r"(?s)```yaml\n(.*?)```", TEMPLATE)[1]
 
-BACKBONE = '''"""One stage of blocks over large patches, the mean over tokens."""
+BACKBONE = '''"""A backbone with one block over large patches and mean pooling."""
 
 from dataclasses import dataclass
 
@@ -41,7 +41,6 @@ class FlatConfig(BackboneConfig):
 
     @property
     def size_multiple(self) -> int:
-        """The patch size."""
         return self.patch_size
 
 
@@ -57,7 +56,6 @@ class Flat(Backbone):
         self.add_head()
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Images to tokens."""
         self.check_images(x)
         x, grid = self.embed(x)
         return self.run_block(self.block, x, grid)
@@ -82,7 +80,7 @@ def extended(tmp_path_factory):
         "defaults:\n  - flat_schema\n  - _self_\n\nname: flat_one\n"
     )
 
-    # One size on top of another, as Hydra's users write it.
+    # A size that extends another one.
     size = "defaults:\n  - deit_tiny\n  - _self_\n\nname: deit_tiny_64\ncontrast_grid: [8, 8]\n"
     (root / "configs" / "model" / "deit_tiny_64.yaml").write_text(size)
 
@@ -92,7 +90,7 @@ def extended(tmp_path_factory):
 
 
 def register(file, module, names, key):
-    """The one line in a registry, and the import that it needs."""
+    """Add the line in a registry, and its import."""
     text = file.read_text()
     opening = next(line for line in text.splitlines() if line.endswith("= {") and line[:4].isupper())
     text = text.replace(opening, f'{opening}\n    "{key}": ({names}),', 1)
@@ -124,7 +122,7 @@ def test_extension_new_model_and_attention_train(extended, tmp_path):
 
 
 def test_extension_works_in_timm_and_complexity(extended):
-    """The new attention in the old backbones, the new backbone under timm, both in the table of counts."""
+    """The new attention works in the other backbones, the new backbone in timm, and both in scripts/complexity.py."""
     code = """
 import models, timm, torch
 models.register_timm()

@@ -1,4 +1,4 @@
-"""What the project promises about itself: who imports whom, what it needs, what its files agree on."""
+"""Layout of the project: import rules, requirements, consistency of its files."""
 
 import ast
 import re
@@ -15,7 +15,8 @@ from tests.processes import ROOT, environment, run_command
 STANDARD = set(sys.stdlib_module_names)
 SCIENTIFIC = {"torch", "torchvision", "timm", "numpy", "scipy", "PIL", "sklearn", "matplotlib", "safetensors"}
 
-# The packages of vca from the bottom up, and what each imports besides the ones before it. The first three import none.
+# Packages of vca from the bottom up -> their third-party imports. Each may import those before it, except the first
+# three, which import none of vca.
 THIRD_PARTY = {
     "attention": {"torch", "triton"},  # triton in the kernels only
     "runtime": {"torch", "numpy", "tqdm", "wandb"},  # the last three inside functions only
@@ -25,9 +26,9 @@ THIRD_PARTY = {
     "training": SCIENTIFIC,
     "evaluation": SCIENTIFIC | {"torch_fidelity"},
     "report": SCIENTIFIC,
-    "config": {"hydra", "omegaconf"},
+    "config": {"hydra", "omegaconf", "yaml"},
     "sweep": {"hydra", "omegaconf", "submitit"},
-    "cli": {"hydra", "omegaconf"},
+    "cli": {"hydra", "omegaconf", "yaml"},
 }
 ORDER = [f"vca.{name}" for name in THIRD_PARTY]
 ALLOWED = {
@@ -49,7 +50,7 @@ LAZY = {
 
 
 def imports(path, top_level_only=False):
-    """Full names of the modules that a file imports."""
+    """Yield the full names of the modules that a file imports."""
     tree = ast.parse(path.read_text())
     for node in tree.body if top_level_only else ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -60,7 +61,7 @@ def imports(path, top_level_only=False):
 
 
 def is_module(name):
-    """Whether a name is a module of this repository, and not something in one."""
+    """Whether a name is a module of this repository, not a member of one."""
     path = ROOT.joinpath(*name.split("."))
     return path.with_suffix(".py").is_file() or (path / "__init__.py").is_file()
 
@@ -77,7 +78,7 @@ def test_imports_only_allowed_packages(package):
 
 
 def test_imports_no_cycle():
-    """Modules of vca and models, imports inside functions included."""
+    """Modules of vca and models have no import cycle, including imports inside functions."""
     paths = [path for folder in ("vca", "models") for path in (ROOT / folder).rglob("*.py")]
     names = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path for path in paths}
     graph = {name: set(imports(path)) & set(names) for name, path in names.items()}
@@ -99,7 +100,7 @@ def test_imports_heavy_packages_lazily():
 
 @pytest.mark.process
 def test_imports_vca_needs_only_torch():
-    """`import vca` with every other package of the project made unimportable."""
+    """`import vca` works without the other requirements."""
     code = """
 import sys
 class Refuse:
@@ -116,24 +117,53 @@ print(VisualContrastAttention(8, 2, (2, 2), contrast_grid=(1, 1))(torch.randn(1,
     assert "torch.Size([1, 4, 8])" in done.stdout
 
 
+IMPORT_ALL = """
+import importlib, os, sys, warnings
+import hydra, matplotlib, numpy, PIL.Image, safetensors.torch, scipy.linalg, submitit, timm.data
+import torch, torchvision, yaml
+from hydra.core.config_store import ConfigStore
+from omegaconf import OmegaConf
+
+class Recording(type(os.environ)):
+    def __getitem__(self, key):
+        frame = sys._getframe(1)
+        while frame.f_code.co_filename == "<frozen os>" or "_collections_abc" in frame.f_code.co_filename:
+            frame = frame.f_back
+        own = frame.f_code.co_filename.startswith(sys.argv[1])
+        assert not own or key == "TRITON_INTERPRET", f"{frame.f_code.co_filename} reads {key}"  # as Triton's own import
+        return super().__getitem__(key)
+
+def refuse(*_, **__):
+    raise AssertionError("parses YAML")
+
+def state():
+    flags = (torch.get_float32_matmul_precision(), list(warnings.filters))
+    store = {group: list(node) for group, node in ConfigStore.instance().repo.items() if isinstance(node, dict)}
+    registered = (store, set(ConfigStore.instance().repo), OmegaConf.has_resolver("divide"), timm.list_models())
+    return (*flags, *registered, dict(os.environ), torch.get_rng_state().sum())
+
+before = state()
+os.environ.__class__ = Recording
+yaml.load = yaml.safe_load = OmegaConf.load = refuse
+for name in sys.argv[2:]:
+    importlib.import_module(name)
+assert before == state()
+"""
+
+
 @pytest.mark.process
 def test_imports_without_side_effects():
-    """No flags, filters or files at import time."""
-    code = """
-import os, warnings, torch
-import timm, torchvision, hydra
-before = (torch.get_float32_matmul_precision(), list(warnings.filters), dict(os.environ), torch.get_rng_state().sum())
-import train_cls, train_gen, sample, eval_fid, models, vca
-after = (torch.get_float32_matmul_precision(), list(warnings.filters), dict(os.environ), torch.get_rng_state().sum())
-assert before == after
-"""
-    subprocess.run([sys.executable, "-c", code], env=environment(), check=True)
+    """Importing all modules sets no flags, registers nothing, parses no YAML and does not read the environment."""
+    paths = [*ROOT.glob("*.py"), *(ROOT / "vca").rglob("*.py"), *(ROOT / "models").rglob("*.py")]
+    names = [".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for path in paths]
+    done = run_command(sys.executable, "-c", IMPORT_ALL, str(ROOT), *sorted(names))
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.process
 @pytest.mark.parametrize("script", sorted(path.name for path in ROOT.glob("*.py")))
 def test_root_script_help_imports_no_timm(script):
-    """A real command line, which answers without the packages that take as long to import as torch."""
+    """`--help` does not import slow packages besides torch."""
     done = run_command(sys.executable, "-X", "importtime", script, "--help")
     assert done.returncode == 0, done.stderr[-3000:]
     assert f"python {script}" in done.stdout
@@ -162,7 +192,7 @@ def test_constraints_pin_every_requirement():
 
 
 def test_repository_no_machine_paths():
-    """Nothing in the project points into somebody's machine."""
+    """No file contains a path of a developer's machine."""
     files = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.split()
     if not files:
         pytest.skip("not a git checkout")

@@ -190,7 +190,7 @@ def test_attention_maps_script_wrong_arguments_refused(
         ((run, "--baseline", run), "run has no maps of MHSA"),
         ((baselines / "softmax", "--baseline", baselines / "softmax"), "softmax has no maps of VCA"),
         ((run, "--baseline", baselines / "other"), "has other data than"),
-        ((run, "--baseline", baselines / "other"), "(data.mean: [0.5] there, [0.306] here)"),
+        ((run, "--baseline", baselines / "other"), "(data.mean: [0.5] -> [0.306])"),
         ((run, "--baseline", baselines / "coarse"), "have grids [(4, 4), (4, 4)], those of "),
     ]:
         with pytest.raises(SystemExit) as stopped:

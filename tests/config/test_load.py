@@ -1,4 +1,4 @@
-"""Configs: everything in `configs/` composes and builds; every mistake is one line, told before data is read."""
+"""Every file in `configs/` composes and builds; every config error is one line, printed before data is read."""
 
 import dataclasses
 import re
@@ -6,11 +6,8 @@ import sys
 
 import pytest
 
-import eval_fid  # noqa: F401 - registers its schema
-import sample  # noqa: F401 - registers its schema
 import train_cls
 import train_gen
-from scripts import prepare_latents, reference_stats  # noqa: F401 - register their schemas
 from tests.processes import ROOT, run_command, run_script, torchrun
 from tests.support import one_line
 from vca.cli import command_line
@@ -63,36 +60,55 @@ def test_config_defaults_and_overrides_applied():
 
 
 def test_config_experiment_files_have_header_comment():
-    """A reader of an experiment learns from its first lines what it is."""
+    """The first lines of an experiment file describe it."""
     for path in (ROOT / "configs").glob("experiment/**/*.yaml"):
         lines = path.read_text().splitlines()
         assert lines[0] == "# @package _global_", path
         assert lines[1].startswith("# "), path
 
 
-# command line -> what the one line must say
+# command line -> regex of the error line
 WRONG = {
-    "cluster=slurm": r"cluster=slurm is for sweeps: python train_cls\.py -m cluster=slurm \.\.\.",
-    "ablation=stages": r"ablation=stages is for sweeps: python train_cls\.py -m ablation=stages \.\.\.",
-    "-m --cfg job": r"-m and --cfg do not go together",
-    "ablation=null": r"leave a group out instead of giving it null",
+    "cluster=slurm": r"cluster=slurm requires -m: python train_cls\.py -m cluster=slurm \.\.\.",
+    "ablation=stages": r"ablation=stages requires -m: python train_cls\.py -m ablation=stages \.\.\.",
+    "-m --cfg job": r"-m cannot be combined with --cfg",
+    "ablation=null": r"a config group must not be null; omit it",
     "model.dpeth=3": r"unknown key 'model.dpeth'; did you mean 'model.depth'\?",
     "+model.dpeth=3": r"unknown key 'model.dpeth'; did you mean 'model.depth'\?",
     "+optim.lrr=1": r"unknown key 'optim.lrr'; did you mean 'optim.lr'\?",
     "++trainer.epoch=1": r"unknown key 'trainer.epoch'; did you mean 'trainer.epochs'\?",
-    "steps=10": r"unknown key 'steps'; did you mean '(step|(trainer|objective|sampler).steps)'\?",
+    "steps=10": r"unknown key 'steps'; did you mean 'trainer.steps'\?",
+    "batch_size=64": r"unknown key 'batch_size'; did you mean 'trainer.global_batch_size'\?",
+    "trainer.batch_size=64": r"unknown key 'trainer.batch_size'; did you mean 'trainer.global_batch_size'\?",
+    "lr=0.1": r"unknown key 'lr'; did you mean 'optim.lr'\?",
+    "+learning_rate=0.1": r"unknown key 'learning_rate'; did you mean 'optim.lr'\?",
+    "epochs=3": r"unknown key 'epochs'; did you mean 'trainer.epochs'\?",
+    "num_workers=4": r"unknown key 'num_workers'; did you mean 'trainer.workers'\?",
+    "weight_decay=0": r"unknown key 'weight_decay'; did you mean 'optim.weight_decay'\?",
+    "warmup=5": r"unknown key 'warmup'; did you mean 'optim.warmup_epochs'\?",
+    "name=a,b=c": r"name: invalid value a,b=c \(.*\); quote it for the shell and Hydra: \"name='a,b=c'\"",
+    "data.mean=[1,2": r"data.mean: invalid value \[1,2 ",
+    "optim.lr=1e-3,5e-4": r"optim.lr=1e-3,5e-4: several values; add -m to sweep, or write .*'optim.lr=\[1e-3,5e-4\]'",
+    "name='lr${optim.lrr}'": r"name refers to 'optim.lrr', which does not exist",
+    "optim.lr=${nosuch:1}": r"optim.lr uses the unknown resolver 'nosuch'",
     "optim.lr=abc": r"optim.lr must be a float, got 'abc'",
     "optim.clip_grad='None'": r"optim.clip_grad must be a float, got 'None' \(write null for no value\)",
-    "optim.weight_decay=null": r"optim.weight_decay may not be null",
+    "optim.weight_decay=null": r"optim.weight_decay must not be null",
     "optim.lr=-1": r"optim.lr must be > 0 or null, got -1",
     "optim.betas=[0.9]": r"optim.betas must be two numbers in \[0, 1\), got \[0.9\]",
-    "model=deit_tinny": r"model=deit_tinny: no such option; did you mean 'deit_tiny'\? \(there are .*deit_base",
+    "model=deit_tinny": r"model=deit_tinny: no such option; did you mean 'deit_tiny'\? \(options: .*deit_base",
     "attention=agnet": r"attention=agnet: no such option.*softmax, vca",
     "modle=deit_tiny": r"unknown key 'modle'|unknown group 'modle'; did you mean 'model'\?",
-    "attention.contrast_grid=[7]": r"attention.contrast_grid must be two integers >= 1, or such a pair a layer, got \[7\]",
+    "attention.contrast_grid=[7]": (
+        r"attention.contrast_grid must be two integers >= 1, or such a pair a layer, got "
+        r"\[7\]"
+    ),
     "attention.contrast_grid=[[2,2]]": r"attention.contrast_grid names 1 layers, but the model has a layer 1",
     "attention.stage1=both": r"attention.stage1 must be one of contrast, plain, got 'both'",
-    "attention.positive_stream=pooled": r"attention.positive_stream must be one of pool, embedding, pool\+embedding, got 'pooled'",
+    "attention.positive_stream=pooled": (
+        r"attention.positive_stream must be one of pool, embedding, pool\+embedding, got "
+        r"'pooled'"
+    ),
     "attention=softmax attention.stage1=plain": r"unknown key 'attention.stage1'",
     "model.num_heads=5": r"model.num_heads must divide model.embed_dim 96, got 5",
     "model.patch_size=3": r"model.img_size must be a multiple of 3, such as 6 or 9, got 8",
@@ -106,7 +122,7 @@ WRONG = {
     "optim.cooldown_epochs=-1": r"optim.cooldown_epochs must be >= 0, got -1",
     "optim.cooldown_epochs=60": r"trainer.epochs must be > optim.warmup_epochs \+ optim.cooldown_epochs, 62, got 60",
     "data.check_seconds=400": r"data.check_seconds must be at most half of trainer.timeout_minutes, 300 s, got 400",
-    "experiment=cifar10 recipe=null": r"recipe=none is no recipe",
+    "experiment=cifar10 recipe=null": r"omit it \(or use recipe=none\)",
     "data.check_seconds=-1": r"data.check_seconds must be >= 0, got -1",
     "model.depth=0": r"model.depth must be >= 1, got 0",
     "model.family=dait": r"model.family must be one of \['cswin', 'deit', 'dit', 'pvt', 'swin'\], got 'dait'",
@@ -114,12 +130,18 @@ WRONG = {
     "trainer.precision=fp8": r"trainer.precision must be one of fp32, tf32, bf16, fp16, got 'fp8'",
     "trainer.steps=0": r"trainer.steps must be >= 1 or null, got 0",
     "trainer.steps=1.5": r"trainer.steps must be an integer, got '1.5'",
-    "trainer.global_batch_size=60 trainer.micro_batch_size=16": r"global_batch_size must be a multiple of .* 16, got 60; try 48 or 64",
+    "trainer.global_batch_size=60 trainer.micro_batch_size=16": (
+        r"global_batch_size must be a multiple of .* 16, got 60; try 48 or "
+        r"64"
+    ),
     "trainer.ema_decay=1": r"trainer.ema_decay must be in \[0, 1\) or null, got 1",
     "trainer.checkpoint_every=0": r"trainer.checkpoint_every must be >= 1, got 0",
     "trainer.device=tpu": r"trainer.device must be one of auto, cpu, cuda, got 'tpu'",
     "augment.mixup=-1": r"augment.mixup must be >= 0, got -1",
-    "augment.mixup=1 trainer.global_batch_size=63": r"trainer.micro_batch_size .* must be even for Mixup and CutMix, .*, got 63",
+    "augment.mixup=1 trainer.global_batch_size=63": (
+        r"trainer.micro_batch_size .* must be even for Mixup and CutMix, .*, got "
+        r"63"
+    ),
     "augment.crop=center": r"augment.crop must be one of resized, padded, adm, none, got 'center'",
     "data.name=mnist": r"data.name must be one of \['cifar10', 'digits', 'imagefolder', 'latents'\], got 'mnist'",
     "data=cifar10 data.root=nowhere": r"data.root must be a folder that holds cifar-10-batches-py/, got 'nowhere'",
@@ -145,9 +167,9 @@ WRONG = {
     "model.img_size=abc": r"model.img_size must be an integer or two, >= 1, got 'abc'",
     "seed=99999999999999999999": r"seed must be >= 0 and below 2\^63",
     "optim.min_lr=1": r"optim.min_lr must be <= optim.lr 0.001, got 1",
-    "+experiment=cifar10": r"experiment has a value already; write experiment=cifar10 without '\+'",
-    "++model=deit_tiny": r"model has a value already; write model=deit_tiny without '\+\+'",
-    "+optim.lr=1": r"optim.lr has a value already; write optim.lr=1 without '\+'",
+    "+experiment=cifar10": r"experiment already has a value; write experiment=cifar10 without '\+'",
+    "++model=deit_tiny": r"model already has a value; write model=deit_tiny without '\+\+'",
+    "+optim.lr=1": r"optim.lr already has a value; write optim.lr=1 without '\+'",
     "hydra.run.dir=somewhere": r"hydra.run.dir has no effect; set out_dir and name instead",
     "++hydra.sweep.subdir=x": r"hydra.sweep.subdir has no effect; set out_dir and name instead",
     "--config-dir=/nowhere": r"--config-dir must be a folder, got '/nowhere'",
@@ -157,7 +179,7 @@ WRONG = {
 
 @pytest.mark.parametrize("line", WRONG)
 def test_config_wrong_train_cls_input_one_line_error(line, tmp_path, monkeypatch, capsys):
-    """Exit code 2 and one line with key, value and remedy; no image is read, nothing is written."""
+    """Exit code 2 and one line with key, value and remedy; no image is read and no file is written."""
     if line == "trainer.device=cuda":
         monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
 
@@ -177,24 +199,24 @@ LONG = "é" * 101  # 202 bytes
 WRONG_PATHS = [
     ("train_cls", "name", "a\nb", r"name must be without control characters, got 'a\\nb'"),
     ("train_cls", "name", "a\0b", r"name must be without control characters, got 'a\\x00b'"),
-    ("train_cls", "name", LONG, r"name must be made of names of at most 200 bytes, got '202 bytes in é+'"),
+    ("train_cls", "name", LONG, r"name must be a path of names of at most 200 bytes, got '202 bytes in é+'"),
     (
         "train_cls",
         "out_dir",
         f"runs/{LONG}/x",
-        r"out_dir must be made of names of at most 200 bytes, got '202 bytes in",
+        r"out_dir must be a path of names of at most 200 bytes, got '202 bytes in",
     ),
-    ("train_gen", "name", LONG, r"name must be made of names of at most 200 bytes, got '202 bytes in"),
+    ("train_gen", "name", LONG, r"name must be a path of names of at most 200 bytes, got '202 bytes in"),
     ("sample", "out", "a\rb", r"out must be without control characters, got 'a\\rb'"),
-    ("prepare_latents", "out", LONG, r"out must be made of names of at most 200 bytes, got '202 bytes in"),
-    ("eval_fid", "out", LONG, r"out must be made of names of at most 200 bytes, got '202 bytes in"),
+    ("prepare_latents", "out", LONG, r"out must be a path of names of at most 200 bytes, got '202 bytes in"),
+    ("eval_fid", "out", LONG, r"out must be a path of names of at most 200 bytes, got '202 bytes in"),
     ("reference_stats", "out", "a\0.npz", r"out must be without control characters, got 'a\\x00.npz'"),
 ]
 
 
 @pytest.mark.parametrize(("script", "key", "path", "message"), WRONG_PATHS)
 def test_config_name_that_no_file_can_have_refused(script, key, path, message):
-    """On the command line and from a file, before anything is written."""
+    """The error is raised on composition, before any file is written."""
     more = {"sample": ["run=r"], "eval_fid": ["run=r", "reference=data:test"]}.get(script, [])
     with pytest.raises(ConfigError, match=message) as error:
         compose(script, [f"{key}='{path}'", *more])
@@ -221,7 +243,10 @@ WRONG_GEN = {
     "autoencoder=sd_vae": r"data.in_chans must be 3 for an autoencoder, got 1",
     "autoencoder=sdvae": r"autoencoder=sdvae: no such option; did you mean 'sd_vae'",
     "autoencoder.factor=2": r"autoencoder.factor must be 1 in pixel space, got 2",
-    "data=latents data.root=x": r"autoencoder must be that of the latents for data=latents, such as sd_vae, got 'none'",
+    "data=latents data.root=x": (
+        r"autoencoder must be the autoencoder of the latent cache for data=latents, such as sd_vae, "
+        r"got 'none'"
+    ),
     "model.depht=3": r"unknown key 'model.depht'; did you mean 'model.depth'",
     "augment.mixup=0.8": r"augment.mixup must be 0 in generation, got 0.8",
     "sampled_classes=11": r"sampled_classes must be from 1 to 10, got 11",
@@ -239,7 +264,7 @@ def test_config_wrong_train_gen_input_one_line_error(line, tmp_path, monkeypatch
 
 
 def test_config_typo_in_experiment_file_refused(tmp_path, monkeypatch):
-    """A misspelt key in a file is refused as one on the command line is."""
+    """A misspelled key in a file is an error, as on the command line."""
     monkeypatch.setattr("vca.config.composition.CONFIGS", tmp_path)
     for path in (ROOT / "configs").rglob("*.yaml"):
         target = tmp_path / path.relative_to(ROOT / "configs")
@@ -248,6 +273,9 @@ def test_config_typo_in_experiment_file_refused(tmp_path, monkeypatch):
     (tmp_path / "experiment" / "typo.yaml").write_text("# @package _global_\nmodel:\n  dpeth: 3\n")
     with pytest.raises(ConfigError, match=r"unknown key 'model.dpeth'; did you mean 'model.depth'\?"):
         compose("train_cls", ["experiment=typo"])
+    (tmp_path / "experiment" / "broken.yaml").write_text("# @package _global_\nname: a: b\n")
+    with pytest.raises(ConfigError, match=r"broken.yaml, line 2: invalid YAML \(mapping values are not allowed here\)"):
+        compose("train_cls", ["experiment=broken"])
 
 
 @pytest.mark.process
@@ -258,13 +286,13 @@ def test_config_model_of_other_script_refused():
     ):
         done = run_script(script, f"model={option}")
         assert done.returncode == 2
-        assert done.stderr.startswith(f"config error: model={option}: not for this script ({fit}")
+        assert done.stderr.startswith(f"config error: model={option}: not for this script (options: {fit}")
         assert done.stderr.count("\n") == 1
 
 
 @pytest.mark.process
 def test_command_line_error_printed_once_under_torchrun():
-    """The same through a real process, also under torchrun: one line, once."""
+    """A real process prints one line, also under torchrun."""
     for ranks in (1, 2):
         python = [sys.executable] if ranks == 1 else torchrun(ranks)
         done = run_command(*python, "train_cls.py", "model.dpeth=3")
@@ -276,12 +304,12 @@ def test_command_line_error_printed_once_under_torchrun():
 
 @pytest.mark.parametrize("script", ["train_cls", "train_gen", "sample"])
 def test_command_line_help_lists_keys_and_groups(script, monkeypatch, capsys):
-    """What its dataclasses say about the keys, and the groups, without the schemas that Hydra lists beside them."""
+    """Help contains the keys' docstrings and the groups' options, but no schemas."""
     monkeypatch.setattr("sys.argv", [f"{script}.py", "--help"])
     command_line(script, lambda config: pytest.fail("ran"))
     said = capsys.readouterr().out
-    assert "seed: of" in said
+    assert "seed: seed of" in said
     assert "attention: agent, differential, " in said
-    assert ", vca, vca_embedding_streams, " in said  # builds on vca.yaml, which has the schema
+    assert ", vca, vca_embedding_streams, " in said  # gets its schema from vca.yaml
     assert "_schema" not in said
-    assert ("epochs: length of the training" in said) == (script != "sample")
+    assert ("time_minutes: time limit of a job" in said) == (script != "sample")

@@ -1,6 +1,6 @@
-"""The recipes, frozen: a library's new default or a slip in a group cannot change a training silently.
+"""Frozen recipes: a library's new default or an edit of a config group cannot change a recipe unnoticed.
 
-`python -m tests.config.test_recipes` writes `tests/golden/recipes/*.json` anew; the change then shows in the diff.
+`python -m tests.config.test_recipes` rewrites `tests/golden/recipes/*.json`.
 """
 
 import json
@@ -13,8 +13,8 @@ import pytest
 import torch
 from timm.scheduler import CosineLRScheduler
 
-import train_cls  # noqa: F401 - registers the schemas
-import train_gen  # noqa: F401 - registers the schemas
+import train_cls
+import train_gen
 from models import build_model
 from scripts.complexity import PAPER, complexity_of
 from tests.processes import ROOT, run_command
@@ -26,7 +26,7 @@ from vca.runtime.distributed import World
 from vca.training.optim import learning_rate
 from vca.training.step import TrainState
 
-# recipe -> the model it is for, at ImageNet's size
+# recipe -> its model
 RECIPES = {
     "deit_original": "deit_tiny",
     "pvt": "pvt_tiny",
@@ -52,9 +52,9 @@ def composed(recipe: str, attention: str, *overrides: str):
 
 
 def groups_of(config, world=None):
-    """Weight decay of each parameter, as the optimizer of a run has it: `{"0.05": {pattern of names: count}}`.
+    """Weight decay of each parameter in a run's optimizer: `{"0.05": {pattern of names: count}}`.
 
-    Without a `world` of processes nothing is computed, and the network has no memory.
+    Without a `world`, the network is on the meta device.
     """
     world = world or World(0, 0, 1, torch.device("meta"))
     with world.device:
@@ -71,12 +71,12 @@ def groups_of(config, world=None):
 
 
 def shown(step) -> str:
-    """A transform with its parameters; of RandAugment also what it fills with and how it resamples."""
+    """A transform with its parameters, including RandAugment's fill color and interpolation."""
     return f"{step} {step.ops[0].kwargs}" if hasattr(step, "ops") else str(step)
 
 
 def described(recipe: str) -> dict:
-    """Everything that the recipe decides, as the objects of a run have it."""
+    """Everything that the recipe determines, read from the objects of a run."""
     config = composed(recipe, "vca")
     trainer, optim = config.trainer, config.optim
     per_epoch = IMAGENET // trainer.global_batch_size
@@ -125,7 +125,7 @@ def test_parameter_groups_compiled_model_matches_golden(recipe):
 
 @pytest.mark.process
 def test_parameter_groups_under_ddp_match_golden(tmp_path):
-    """Two processes, each recipe's model wrapped in DDP: the same groups on both."""
+    """With two ranks and DDP, both ranks have the same groups as one process."""
     ranks = launch_script(Path(__file__), tmp_path, ranks=2)
     for seen in ranks:
         assert seen.keys() == RECIPES.keys()
@@ -134,7 +134,7 @@ def test_parameter_groups_under_ddp_match_golden(tmp_path):
             assert groups == golden["parameter_groups"]["vca"], recipe
 
 
-# recipe -> (warm-up, where it starts, peak, end, by how many epochs the original steps its schedule late)
+# recipe -> (warm-up epochs, warmup_lr, peak lr, min_lr, delay of the original schedule in epochs)
 ORIGINAL = {
     "deit_original": (5, 1e-6, 1e-3, 1e-5, 1),
     "pvt": (5, 1e-6, 1e-3, 1e-5, 1),
@@ -149,7 +149,7 @@ ORIGINAL = {
 
 @pytest.mark.parametrize("recipe", ORIGINAL)
 def test_learning_rate_equals_timm_scheduler(recipe):
-    """Every epoch as timm's own scheduler has it, stepped as the original code steps it."""
+    """Each epoch's learning rate equals that of timm's scheduler, stepped as in the original code."""
     warmup, start, peak, end, late = ORIGINAL[recipe]
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=peak)
     schedule = CosineLRScheduler(
@@ -164,14 +164,14 @@ def test_learning_rate_equals_timm_scheduler(recipe):
 
 
 def test_learning_rate_peak_below_min_lr():
-    """A smoke test with a tiny batch: the scaled peak lies below `min_lr`, and nothing rises above it."""
+    """With a small batch size, the scaled peak is below `min_lr`, and no learning rate exceeds the peak."""
     optim = composed("agent_deit_tiny", "vca").optim
     rates = [learning_rate(optim, step, 300, 10, optim.peak_lr(16)) for step in range(300)]
     assert max(rates) == rates[-1] == optim.peak_lr(16) == 5e-4 * 16 / 512
 
 
 def test_parameter_groups_no_decay_equals_original_code():
-    """The lists of the original code; everything else that is not a vector is decayed."""
+    """The no-decay lists of the original code; all other matrices are decayed."""
     listed = {
         "deit_original": {"cls_token", "pos_embed"},
         "pvt": {"cls_token"},
@@ -191,7 +191,7 @@ def test_parameter_groups_no_decay_equals_original_code():
 @pytest.mark.process
 @pytest.mark.parametrize("row", TABLE1)
 def test_table1_experiment_matches_paper_row(row):
-    """Each experiment states its row, the paper's accuracy and its cost, and composes into what it says."""
+    """Each experiment file states its row, the paper's accuracy and the cost, and composes to that row."""
     first, second = (ROOT / "configs" / "experiment" / "table1" / f"{row}.yaml").read_text().splitlines()[1:3]
     said = re.fullmatch(
         r"# Table 1, (.*), (VCA|softmax .*)\. Expected top-1: ([\d.]+) %\. About (\d+) GPU-hours\.", first
@@ -211,7 +211,7 @@ def test_table1_has_every_paper_row():
     assert {f"{model}_{attention}" for model, attention in PAPER} == set(TABLE1)
 
 
-# Table 2 of the paper: FID-50K without guidance after 400,000 updates. Of the other rows the figures are not at hand.
+# Table 2 of the paper: FID-50K without guidance after 400,000 steps. The values of the other rows are unknown.
 FID = {
     "dit_s_2": (67.2, 62.3),
     "dit_s_4": (97.9, 92.7),
@@ -225,9 +225,9 @@ TABLE2 = sorted(path.stem for path in (ROOT / "configs" / "experiment" / "table2
 @pytest.mark.process
 @pytest.mark.parametrize("row", TABLE2)
 def test_table2_experiment_matches_paper_row(row):
-    """As the rows of Table 1; on cached latents or, by an override, on images."""
+    """As for Table 1; also with images instead of cached latents."""
     first, second = (ROOT / "configs" / "experiment" / "table2" / f"{row}.yaml").read_text().splitlines()[1:3]
-    expected = r"(?:Expected FID-50K: ([\d.]+)|The paper's FID is not at hand)"
+    expected = r"(?:Expected FID-50K: ([\d.]+)|The paper's FID is unknown)"
     said = re.fullmatch(rf"# Table 2, (.*), (VCA|softmax .*)\. {expected}\. About (\d+) GPU-hours\.", first)
     size, attention = row.rsplit("_", 1)
     family, width, patch, *large = size.split("_")
@@ -269,8 +269,12 @@ def test_reproduce_table_scripts_commands_and_errors(tmp_path):
     printed = reproduce(1, "--print", "data.root=x", ROWS="deit_*")
     assert printed.returncode == 0
     assert len(re.findall(r"train_cls.py experiment=table1/deit_\w+ data.root=x\n", printed.stdout)) == 4
+    assert "estimates: 6 x multiply-adds" in printed.stdout
+    unspecified = run_command(str(ROOT / "scripts" / "reproduce_table1.sh"), "--print", PYTHON=sys.executable).stdout
+    assert "torchrun --standalone --nproc_per_node=8" in unspecified
+    assert unspecified.count(" data.root=DATA\n") == 10
     printed = reproduce(2, "--print", ROWS="sit_s_2_vca dit_s_8_vca", SEED="3", VAES=str(vaes))
-    own = f"seed=3 out_dir=outputs autoencoder.source={vaes}/sd-vae-ft-ema"
+    own = f"data.root=DATA seed=3 out_dir=outputs autoencoder.source={vaes}/sd-vae-ft-ema"
     assert f"train_gen.py experiment=table2/sit_s_2_vca {own}\n" in printed.stdout
     folder = "outputs/table2-sit_s_2_vca-seed3"
     assert (
@@ -287,11 +291,11 @@ def test_reproduce_table_scripts_commands_and_errors(tmp_path):
     assert "sample.py" not in failed.stdout
     assert reproduce(2).returncode == 2
     assert "prepare_latents.py" in reproduce(2).stderr
-    assert "no row is called 'dit_z'" in reproduce(1, "--print", ROWS="dit_z").stderr
+    assert "no row matches 'dit_z'" in reproduce(1, "--print", ROWS="dit_z").stderr
 
 
 def write() -> None:
-    """Freeze the recipes as they are now."""
+    """Write the golden files from the current recipes."""
     folder = GOLDEN / "recipes"
     folder.mkdir(exist_ok=True)
     for recipe in RECIPES:
@@ -301,7 +305,7 @@ def write() -> None:
 
 
 def main(out: Path) -> None:
-    """What a rank of `test_parameter_groups_under_ddp_match_golden` does."""
+    """Body of a rank of `test_parameter_groups_under_ddp_match_golden`."""
     from vca.runtime import distributed
 
     with distributed.start("cpu") as world:
@@ -309,4 +313,6 @@ def main(out: Path) -> None:
 
 
 if __name__ == "__main__":
+    train_cls.register_configs()
+    train_gen.register_configs()
     main(Path(sys.argv[1])) if len(sys.argv) > 1 else write()

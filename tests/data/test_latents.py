@@ -301,13 +301,13 @@ def test_latent_cache_mismatched_or_truncated_refused(photos, vaes, cache, tmp_p
     plain = tmp_path / "plain"
     prepared(photos, vaes / "sd-vae-ft-mse", plain, "flips=false")
     for root, more, message in (
-        (scaled, "", r"was made with another autoencoder \(autoencoder.scale: 0.13 there, 0.18215 here\)"),
+        (scaled, "", r"was made with another autoencoder \(autoencoder.scale: 0.13 -> 0.18215\)"),
         (
             cache,
             f"autoencoder.source={vaes / 'other'}",
             r"autoencoder.sha256: '\w+' there.*autoencoder.shift: 0.0 there",
         ),
-        (cache, "autoencoder.scale=1.0", r"autoencoder.scale: 0.18215 there, 1.0 here"),
+        (cache, "autoencoder.scale=1.0", r"autoencoder.scale: 0.18215 -> 1.0"),
         (short, "", "is not complete: 1 of 4 files are missing or cut short, such as shard_00002.npy"),
         (fewer, "", "is not complete: 2 of 5 files"),
         (labels, "", "1 of 5 files are not those of its manifest, such as labels.npy; run scripts/prepare_latents.py"),
@@ -453,8 +453,8 @@ def test_prepare_latents_changed_images_refused(photos, quick, tmp_path, whole):
 def test_prepare_latents_wrong_options_refused(photos, vaes, cache, tmp_path):
     for more, message in (
         ((f"autoencoder.source={vaes / 'other'}", f"out={cache}"), r"holds another cache \(autoencoder.sha256"),
-        (("shard_size=16", f"out={cache}"), r"holds another cache \(shard_size: 8 there, 16 here\)"),
-        (("data.img_size=64", f"out={cache}"), r"holds another cache \(img_size: 32 there, 64 here"),
+        (("shard_size=16", f"out={cache}"), r"holds another cache \(shard_size: 8 -> 16\)"),
+        (("data.img_size=64", f"out={cache}"), r"holds another cache \(img_size: 32 -> 64"),
         (("data=digits",), "data.in_chans must be 3 for an autoencoder, got 1"),
         (("shard_size=0",), "shard_size must be >= 1, got 0"),
     ):

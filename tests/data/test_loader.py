@@ -5,7 +5,6 @@ import pytest
 import torch
 from PIL import Image
 
-import train_cls  # noqa: F401 - registers the schemas
 from tests.support import write_png16
 from vca.config import compose
 from vca.data import load_dataset

@@ -9,9 +9,6 @@ import pytest
 import torch
 import yaml
 
-import sample  # noqa: F401 - registers its schema
-import train_cls  # noqa: F401
-import train_gen  # noqa: F401
 from tests.processes import ROOT, run_script
 from vca.config import compose, read_protocol
 from vca.evaluation.compare import Metrics
@@ -172,10 +169,10 @@ def test_tables_table3_and_table4_ablation_rows(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"reference": "other"}, "reference.sha256: 'r' there, 'other' here"),
-        ({"made": {"precision": "bf16"}}, "samples.made.precision: 'fp32' there, 'bf16' here"),
+        ({"reference": "other"}, "reference.sha256: 'r' -> 'other'"),
+        ({"made": {"precision": "bf16"}}, "samples.made.precision: 'fp32' -> 'bf16'"),
         ({"made": {"labels": "balanced"}}, "samples.made.labels"),
-        ({"extractor": {**EXTRACTOR, "sha256": "j"}}, "extractor.sha256: 'i' there, 'j' here"),
+        ({"extractor": {**EXTRACTOR, "sha256": "j"}}, "extractor.sha256: 'i' -> 'j'"),
     ],
 )
 def test_tables_different_measurements_refused(change, message, tmp_path):
@@ -188,15 +185,15 @@ def test_tables_different_measurements_refused(change, message, tmp_path):
 def test_tables_different_run_configs_refused(tmp_path):
     measured(tmp_path / "a", "dit_s_2_vca", 62.0)
     measured(tmp_path / "b", "dit_s_2_softmax", 62.0, "optim.lr=3e-4")
-    with pytest.raises(ConfigError, match=r"origin\.training\.optim\.lr: 0.0003 there, 0.0001 here"):
+    with pytest.raises(ConfigError, match=r"origin\.training\.optim\.lr: 0.0003 -> 0.0001"):
         table("table2", tmp_path)
     trained(tmp_path / "c", "deit_tiny_vca", 75.0)
     trained(tmp_path / "d", "deit_tiny_softmax", 72.0, "trainer.global_batch_size=512")
-    with pytest.raises(ConfigError, match=r"trainer.global_batch_size: 512 there, 1024 here"):
+    with pytest.raises(ConfigError, match=r"trainer.global_batch_size: 512 -> 1024"):
         table("table1", tmp_path)
     trained(tmp_path / "e" / "1", "pvt_tiny_vca", 75.0)
     trained(tmp_path / "e" / "2", "swin_tiny_vca", 75.0, **{"val/images": 49_999})
-    with pytest.raises(ConfigError, match=r"images: 50000 there, 49999 here"):
+    with pytest.raises(ConfigError, match=r"images: 50000 -> 49999"):
         table("table1", tmp_path / "e")
 
 

@@ -13,7 +13,6 @@ import models.cswin
 import models.deit
 import models.pvt
 import models.swin
-import train_cls  # noqa: F401 - registers the schemas
 import vca
 from models import CLASSIFIERS, MODELS, build_model
 from models.layers import Block

@@ -28,9 +28,9 @@ def replace_image(root):
 
 
 CHANGED = {
-    "added": (add_image, r"data_files.train.files: 8 there, 9 here; data_files.train.sha256"),
-    "renamed": (rename_image, r"\(data_files.train.sha256: '\w+' there, '\w+' here\)"),
-    "replaced": (replace_image, r"\(data_files.val.bytes: \d+ there, \d+ here; data_files.val.sha256"),
+    "added": (add_image, r"data_files.train.files: 8 -> 9; data_files.train.sha256"),
+    "renamed": (rename_image, r"\(data_files.train.sha256: '\w+' -> '\w+'\)"),
+    "replaced": (replace_image, r"\(data_files.val.bytes: \d+ -> \d+; data_files.val.sha256"),
 }
 
 
@@ -77,5 +77,5 @@ def test_resume_with_changed_images_refused_in_generation(tmp_path):
     ]
     train_gen.run(compose("train_gen", options))
     add_image(root)
-    with pytest.raises(ConfigError, match=r"the files changed since .*train.files: 8 there, 9 here"):
+    with pytest.raises(ConfigError, match=r"the files changed since .*train.files: 8 -> 9"):
         train_gen.run(compose("train_gen", options))

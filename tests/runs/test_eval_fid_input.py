@@ -188,7 +188,7 @@ BAD_REFERENCES = {
     "damaged": (lambda f: npz(f, about=np.array("{"), **STATISTICS), r"file.npz is damaged \(.*\); make it again"),
     "another extractor": (
         lambda f: npz(f, about=np.array(json.dumps(OTHER)), **STATISTICS),
-        r"was made with another extractor \(extractor.name: 'inception' there, 'file' here",
+        r"was made with another extractor \(extractor.name: 'inception' -> 'file'",
     ),
 }
 
@@ -222,15 +222,15 @@ def test_statistics_file_rounded_covariance_accepted(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("reference=x", "samples, run or checkpoint must be given, one of them, got None"),
-        ("samples=a run=b reference=x", r"given, one of them, got \['samples', 'run'\]"),
-        ("samples=a", "reference has no value; give it one: reference=..."),
+        ("reference=x", "samples, run or checkpoint must be set, exactly one of them, got None"),
+        ("samples=a run=b reference=x", r"set, exactly one of them, got \['samples', 'run'\]"),
+        ("samples=a", "reference has no value; set reference=..."),
         ("samples=SET reference=data:test", "data must be given for reference=data:test, such as data=cifar10"),
         ("samples=SET reference=data:test data=digits count=7", "count must be 40, which .* holds, got 7"),
         ("samples=SET reference=data:test data=digits protocol=dit_table", "protocol must be null with samples"),
         (
             "samples=SET reference=data:test data=digits sampler=ode_heun",
-            "sampler must be left out with samples, .* 'ode_heun'",
+            "sampler must be omitted with samples, .* 'ode_heun'",
         ),
         ("samples=SET reference=data:test data=digits extractor=clip", "extractor=clip: no such option"),
         ("samples=SET reference=data:test data=digits extractor=classifier", "extractor.run must be given"),

@@ -90,12 +90,12 @@ def block_checkpoints(launch, data):
 
 def kill_rank(launch, data):
     os.kill(launch.processes[-1].pid, signal.SIGKILL)
-    return "stopped: another rank has ended or is out of reach ("
+    return "stopped: another rank exited or is unreachable ("
 
 
 def stop_rank(launch, data):
     os.kill(launch.processes[-1].pid, signal.SIGSTOP)
-    return "stopped: another rank did not answer in time ("
+    return "stopped: another rank timed out ("
 
 
 FAULTS = [
@@ -151,7 +151,7 @@ def test_fault_full_shared_memory_ends_run(tmp_path, ranks):
     options = [*TINY, f"out_dir={tmp_path}", "name=run", "trainer.workers=2", "trainer.global_batch_size=1200"]
     done = run_script(tmp_path / "small.py", *options, ranks=ranks, timeout=60)
     assert done.returncode != 0
-    assert "stopped: a loader worker found /dev/shm full; give the container" in done.stderr, done.stderr[-3000:]
+    assert "stopped: /dev/shm is full; start the container" in done.stderr, done.stderr[-3000:]
 
 
 EVALUATIONS = {

@@ -278,7 +278,8 @@ def test_signal_seconds_bounds_time_to_save(tmp_path, save_seconds, saves):
     """`cluster.signal_seconds` reaches torchrun, which would kill after half a minute."""
     (tmp_path / "rank.py").write_text(SAVING_RANK)
     command = [*torchrun(1), str(tmp_path / "rank.py"), str(tmp_path)]
-    code = f"from pathlib import Path; from vca.sweep.job import *; run_and_survive({command}, Path('{tmp_path}/log'), {save_seconds}, False)"
+    call = f"run_torchrun({command}, Path('{tmp_path}/log'), {save_seconds}, False)"
+    code = f"from pathlib import Path; from vca.sweep.job import *; {call}"
     process = subprocess.Popen([sys.executable, "-c", code], env=environment(), cwd=ROOT)
     wait_for(lambda: (tmp_path / "started").exists(), process)
     process.terminate()

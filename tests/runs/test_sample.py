@@ -137,11 +137,11 @@ def test_sample_script_set_extended_but_not_changed(generator_run, tmp_path):
     again, _ = draw(tmp_path / "a", f"run={generator_run}", "count=8")
     assert again == more
     for other, message in (
-        ("seed=1", r"holds other samples \(seed: 0 there, 1 here\); choose another folder"),
-        ("sampler.cfg_scale=1.5", r"holds other samples \(sampler.cfg_scale: 1.0 there, 1.5 here\)"),
-        ("weights=raw", r"holds other samples \(origin.weights: 'ema' there, 'raw' here; origin.weights_sha256"),
-        ("step=1", r"holds other samples \(origin.step: 2 there, 1 here; origin.weights_sha256"),
-        ("labels=[1]", r"holds other samples \(labels: 'random' there, \[1\] here\)"),
+        ("seed=1", r"holds other samples \(seed: 0 -> 1\); choose another folder"),
+        ("sampler.cfg_scale=1.5", r"holds other samples \(sampler.cfg_scale: 1.0 -> 1.5\)"),
+        ("weights=raw", r"holds other samples \(origin.weights: 'ema' -> 'raw'; origin.weights_sha256"),
+        ("step=1", r"holds other samples \(origin.step: 2 -> 1; origin.weights_sha256"),
+        ("labels=[1]", r"holds other samples \(labels: 'random' -> \[1\]\)"),
         ("count=3", r"count must be >= 8, which .* holds already"),
     ):
         with pytest.raises(ConfigError, match=message):
@@ -274,10 +274,10 @@ def test_protocol_settings_applied_and_changes_refused(latent_run, vaes, tmp_pat
     assert manifest["protocol"] == name
     assert manifest["sampler"]["cfg_scale"] == (1.5 if name in ("dit_best", "sit_heun250") else 1.0)
     for change, message in (
-        ("sampler.cfg_scale=4.0", rf"protocol {name} has other values \(sampler.cfg_scale: 1.\d there, 4.0 here\)"),
-        ("precision=bf16", "precision: 'fp32' there, 'bf16' here"),
-        (f"decoder={vaes / 'other'}", r"decoder: 'sd-vae-ft-\w+' there, 'other' here"),
-        ("weights=raw", "weights: 'ema' there, 'raw' here"),
+        ("sampler.cfg_scale=4.0", rf"protocol {name} fixes other values \(sampler.cfg_scale: 1.\d -> 4.0\)"),
+        ("precision=bf16", "precision: 'fp32' -> 'bf16'"),
+        (f"decoder={vaes / 'other'}", r"decoder: 'sd-vae-ft-\w+' -> 'other'"),
+        ("weights=raw", "weights: 'ema' -> 'raw'"),
     ):
         with pytest.raises(ConfigError, match=message):
             sample.run(compose("sample", [*command, *change.split()]))
@@ -285,7 +285,7 @@ def test_protocol_settings_applied_and_changes_refused(latent_run, vaes, tmp_pat
 
 def test_protocol_with_sampler_group_refused(latent_run, vaes):
     command = ["out=x", f"run={latent_run['diffusion']}", "protocol=dit_table", f"decoder={vaes / 'sd-vae-ft-mse'}"]
-    with pytest.raises(ConfigError, match=r"sampler.method: 'ddpm' there, 'ddim' here"):
+    with pytest.raises(ConfigError, match=r"sampler.method: 'ddpm' -> 'ddim'"):
         sample.run(compose("sample", [*command, "sampler=ddim", "device=cpu"]))
 
 
@@ -334,11 +334,11 @@ def test_sample_script_damaged_set_or_checkpoint(generator_run, tmp_path):
 
 
 WRONG = {
-    "count=1": "run or checkpoint must be given, and not both",
-    "run=RUN checkpoint=x": "run or checkpoint must be given, and not both",
+    "count=1": "run or checkpoint must be set, but not both",
+    "run=RUN checkpoint=x": "run or checkpoint must be set, but not both",
     "run=nowhere": "run must be a run directory with a config.json, got 'nowhere'",
-    "run=RUN model=dit_s_2": "model must be left out with run, which has its own, got 'dit_s_2'",
-    "checkpoint=x model=dit_s_2": "attention must be given with checkpoint, got None",
+    "run=RUN model=dit_s_2": "model must be omitted with run, which determines it, got 'dit_s_2'",
+    "checkpoint=x model=dit_s_2": "attention must be set with checkpoint, got None",
     "checkpoint=x model=dit_s_2 attention=vca objective=diffusion": (
         "autoencoder must be given for a model of 4 channels"
     ),
@@ -355,9 +355,9 @@ WRONG = {
     "run=RUN labels=some": r"labels must be random, balanced or a list of classes such as \[207, 360\], got 'some'",
     "run=RUN labels=[3,10]": r"labels must be from 0 to 9, got \[3, 10\]",
     "run=RUN sampler=ode_heun": "sampler.method must be one of ddpm, ddim .sampler=ddpm or ddim., got 'ode_heun'",
-    "run=RUN protocol=dit_table": "protocol must be null for a model of pixels, got 'dit_table'",
+    "run=RUN protocol=dit_table": "protocol must be null for a pixel-space model, got 'dit_table'",
     "run=RUN protocol=dit_tabel": "protocol=dit_tabel: no such option; did you mean 'dit_table'",
-    "run=RUN decoder=x": "decoder must be null for a model of pixels, got 'x'",
+    "run=RUN decoder=x": "decoder must be null for a pixel-space model, got 'x'",
     "run=RUN cuont=3": "unknown key 'cuont'; did you mean 'count'",
 }
 

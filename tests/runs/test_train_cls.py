@@ -82,7 +82,7 @@ def test_eval_only_equals_evaluation_of_run(finished):
 
 def test_resume_with_other_config_refused(finished):
     folder, _ = finished
-    with pytest.raises(ConfigError, match=r"another config \(optim.lr: 0.001 there, 0.5 here\); choose another name"):
+    with pytest.raises(ConfigError, match=r"another config \(optim.lr: 0.001 -> 0.5\); choose another name"):
         run(folder, "optim.lr=0.5")
     run(folder, "trainer.workers=1", "trainer.checkpoint_every=3")  # these change nothing that is computed
 

@@ -1,4 +1,4 @@
-"""Real processes under torchrun and gloo: ranks, gradients, evaluation, one directory, and NaN on one of them."""
+"""Real processes with gloo: ranks, gradients, evaluation, the run directory, and a NaN on one rank."""
 
 import json
 import shutil
@@ -22,7 +22,7 @@ def free_port() -> int:
 
 
 def launch_script(script, out, ranks):
-    """A script on that many ranks of one node; what each of them wrote to `<out>/<rank>.pt`."""
+    """Run a script on several ranks of one node; return what each wrote to `<out>/<rank>.pt`."""
     done = run_script(script, str(out), ranks=ranks)
     assert done.returncode == 0, done.stderr[-3000:]
     return [torch.load(out / f"{rank}.pt", weights_only=True) for rank in range(ranks)]
@@ -30,7 +30,7 @@ def launch_script(script, out, ranks):
 
 @pytest.fixture(scope="module")
 def worlds(artefact):
-    """What each rank saw in worlds of 1, 2, 3 and 4; the last one is two nodes of two."""
+    """Results of each rank for world sizes 1, 2, 3 and 4, the last on two nodes."""
     worlds = {}
     for size, nodes in ((1, 1), (2, 1), (3, 1), (4, 2)):
 
@@ -44,7 +44,7 @@ def worlds(artefact):
 
 
 def test_world_rank_numbers_on_two_nodes(worlds):
-    """The device comes from the local rank, the data from the global one, and one process writes."""
+    """The local rank selects the device, the global rank the data, and only rank 0 is main."""
     ranks = worlds[4]
     assert [r["rank"] for r in ranks] == [0, 1, 2, 3]
     assert [r["local_rank"] for r in ranks] == [0, 1, 0, 1]
@@ -54,15 +54,15 @@ def test_world_rank_numbers_on_two_nodes(worlds):
 
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_loaders_ranks_cover_data_once(worlds, size):
-    """All ranks together have every image, each of them once."""
+    """Every image is on exactly one rank."""
     for split, count in (("train", 96), ("eval", 103)):
-        compute_batch_size = [index for r in worlds[size] for index in r["indices"][split]]
-        assert sorted(compute_batch_size) == list(range(count))
+        together = [index for r in worlds[size] for index in r["indices"][split]]
+        assert sorted(together) == list(range(count))
 
 
 @pytest.mark.parametrize("size", [2, 4])
 def test_gradient_independent_of_world_size(worlds, size):
-    """(ranks, accumulation) of (1, 4), (2, 2), (4, 1): the same lr and gradient, with drop path and Mixup on."""
+    """(ranks, accumulation) = (1, 4), (2, 2), (4, 1) give the same lr and gradient, with drop path and Mixup."""
     one, others = worlds[1][0]["gradients"], [r["gradients"] for r in worlds[size]]
     for other in others:
         assert other["accumulation"] * size == one["accumulation"] == 4
@@ -74,7 +74,7 @@ def test_gradient_independent_of_world_size(worlds, size):
 
 
 def test_evaluation_independent_of_world_size(worlds):
-    """103 images on 1, 2, 3, 4 ranks in batches of 1, 8, 16: the same counts."""
+    """103 images on 1, 2, 3 and 4 ranks with batch sizes 1, 8 and 16 give the same counts."""
     expected = worlds[1][0]["accuracies"][1]
     assert expected["images"] == 103
     for size, ranks in worlds.items():
@@ -86,7 +86,7 @@ def test_evaluation_independent_of_world_size(worlds):
 
 
 def by_two_torchruns(*command):
-    """Two nodes of a rank each, which two agents of torchrun on this machine start."""
+    """Run a command on two nodes with one rank each, started by two torchrun agents on this machine."""
     where = [f"--master_port={free_port()}", "--master_addr=127.0.0.1"]
     agent = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", *where]
     pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
@@ -101,7 +101,7 @@ def by_two_torchruns(*command):
 
 @pytest.mark.parametrize(("how", "ranks"), [("one node", 2), ("two nodes", 4), ("two torchruns", 2)])
 def test_run_directory_shared_by_all_ranks(tmp_path, how, ranks):
-    """All ranks write one directory, its name without a clock, nothing else, and log each step once."""
+    """All ranks share one directory, write nothing else, and log each step once."""
     options = [f"out_dir={tmp_path}/out", "name=run", *TINY, "trainer.steps=3"]
     if how == "two torchruns":
         by_two_torchruns("train_cls.py", *options)
@@ -123,22 +123,24 @@ NAN = """
 import sys
 import torch
 import train_cls
+from vca.cli import command_line
 from vca.training.step import TrainState
 
-update = TrainState.train_step
+train_step = TrainState.train_step
 def poisoned(self, batches, loss_of, seed):
     if self.step == 5 and self.world.rank == 1:
         batches[0].images[0, 0, 0, 0] = float("nan")
-    return update(self, batches, loss_of, seed)
+    return train_step(self, batches, loss_of, seed)
 TrainState.train_step = poisoned
 from vca.cli import command_line
 
+train_cls.register_configs()
 command_line("train_cls", train_cls.run)
 """
 
 
 def test_nan_on_one_rank_stops_all(tmp_path):
-    """All ranks stop in the step in which one of them meets a NaN; step, indices and gradient norm are written."""
+    """All ranks stop in the step in which one of them gets a NaN, and write step, indices and gradient norm."""
     script = tmp_path / "poisoned.py"
     script.write_text(NAN)
     options = [f"out_dir={tmp_path}/out", "name=run", *TINY, "trainer.checkpoint_every=2"]
@@ -156,7 +158,7 @@ def test_nan_on_one_rank_stops_all(tmp_path):
     assert saved == ["step_00000002.pt", "step_00000004.pt"]
 
 
-# Rank 1 is started by another command line, or from another checkout.
+# Rank 1 has other arguments or runs another checkout.
 OTHER_RANK = """
 import os, runpy, sys
 code, *more = sys.argv[1].split()
@@ -176,14 +178,14 @@ runpy.run_path(f"{code}/train_cls.py", run_name="__main__")
         (
             "optim.lr=0.5 trainer.micro_batch_size=30",
             None,
-            "config.optim.lr: 0.001 there, 0.5 here; config.trainer.micro_batch_size: None there, 30 here",
+            "config.optim.lr: 0.001 -> 0.5; config.trainer.micro_batch_size: None -> 30",
         ),
         ("", "models/deit.py", "code.models/deit.py: "),
     ],
     ids=["config", "code"],
 )
 def test_ranks_with_other_config_or_code_refused(tmp_path, more, edited, differs):
-    """By a real torchrun: one line on stderr, nothing is trained."""
+    """Under torchrun: one line on stderr, and no run starts."""
     code = ROOT
     if edited is not None:
         code = tmp_path / "code"
@@ -201,7 +203,7 @@ def test_ranks_with_other_config_or_code_refused(tmp_path, more, edited, differs
     lines = [line for line in done.stderr.splitlines() if line.startswith("config error:")]
     assert len(lines) == 1, done.stderr[-3000:]
     assert lines[0].startswith(
-        f"config error: ranks must agree in config and code; rank 1 differs from rank 0 ({differs}"
+        f"config error: all ranks must have the same config and code; rank 1 differs from rank 0 ({differs}"
     )
-    assert lines[0].endswith("); start all ranks by the same command, from the same code")
+    assert lines[0].endswith("); start all ranks with the same command and code")
     assert not (tmp_path / "out").exists()

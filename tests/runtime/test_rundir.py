@@ -1,4 +1,4 @@
-"""The files of a run directory, whole or corrupt, and disks that refuse to write them."""
+"""The files of a run directory: intact, corrupt, or on a full disk."""
 
 import json
 import warnings
@@ -16,9 +16,9 @@ def test_compare_names_every_difference():
     here = {"a": 1, "b": {"c": 2, "d": [1]}, "out_dir": "x", "trainer": {"workers": 1}}
     there = {"a": 1, "b": {"c": 3, "e": 0}, "out_dir": "y", "trainer": {"workers": 2}}
     assert diff_configs(there, here, RESUME_IGNORED_KEYS) == [
-        "b.c: 3 there, 2 here",
-        "b.d: None there, [1] here",
-        "b.e: 0 there, None here",
+        "b.c: 3 -> 2",
+        "b.d: None -> [1]",
+        "b.e: 0 -> None",
     ]
 
 
@@ -48,7 +48,7 @@ def test_run_directory_corrupt_line_dropped_and_kept_as_copy(tmp_path, damage):
     corrupt = b"".join(line + b"\n" for line in DAMAGES[damage](lines))
     folder.metrics_file.write_bytes(corrupt)
     assert folder.records() == [{"step": step} for step in (1, 2, 4, 5)]
-    with pytest.warns(UserWarning, match=r"1 of its lines are corrupt; the file is kept as metrics.jsonl.1"):
+    with pytest.warns(UserWarning, match=r"1 corrupt line\(s\); old file saved as metrics.jsonl.1"):
         folder.rewind(4)
     assert folder.metrics_file.read_text().splitlines() == [json.dumps({"step": step}) for step in (1, 2, 4)]
     assert (tmp_path / "metrics.jsonl.1").read_bytes() == corrupt
@@ -58,7 +58,7 @@ def test_run_directory_restart_at_step_0_keeps_copies(tmp_path):
     folder = RunDirectory(tmp_path)
     for number in (1, 2):
         folder.append({"step": 7 + number})
-        with pytest.warns(UserWarning, match=rf"starts again at step 0; the file is kept as metrics.jsonl.{number}"):
+        with pytest.warns(UserWarning, match=rf"restarts at step 0; old file saved as metrics.jsonl.{number}"):
             folder.rewind(0)
         assert folder.records() == []
     assert (tmp_path / "metrics.jsonl.1").read_text() == '{"step": 8}\n'

@@ -1,4 +1,4 @@
-"""What the ranks of `test_distributed.py` do: run under torchrun, each rank writes what it saw to `<out>/<rank>.pt`."""
+"""The script that the ranks of `test_distributed.py` run; each rank writes its results to `<out>/<rank>.pt`."""
 
 import os
 import sys
@@ -20,7 +20,7 @@ from vca.training.optim import OptimConfig
 from vca.training.step import TrainState
 
 
-class Pictures(torch.utils.data.Dataset):
+class NoiseImages(torch.utils.data.Dataset):
     """103 labelled noise images."""
 
     def __len__(self):
@@ -31,9 +31,10 @@ class Pictures(torch.utils.data.Dataset):
 
 
 def gradients(world):
-    """Learning rate and gradient of one update of the global batch 48, in micro-batches of 12."""
-    import train_cls  # noqa: F401 - registers the schemas
+    """Learning rate and gradient of one step with global batch size 48 in micro-batches of 12."""
+    import train_cls
 
+    train_cls.register_configs()
     config = compose("train_cls", ["model.depth=2", "model.drop_path_rate=0.3", "augment.mixup=0.8"])
     torch.manual_seed(0)
     model = build_model(config.model, config.attention)
@@ -44,29 +45,29 @@ def gradients(world):
     batches = next(train_loader(images, train_transform(config.augment, config.data), 0, share, 0))
     kept = {}
     state.optimizer.step = lambda *_: kept.update({n: p.grad.clone() for n, p in model.named_parameters()})
-    update = state.train_step(batches, ClassificationLoss(BatchMixer(config.augment, 10, 0)), seed=0)
-    return {"lr": update.lr, "gradients": kept, "accumulation": state.accumulation}
+    result = state.train_step(batches, ClassificationLoss(BatchMixer(config.augment, 10, 0)), seed=0)
+    return {"lr": result.lr, "gradients": kept, "accumulation": state.accumulation}
 
 
 def accuracies(world):
-    """Counts of an evaluation at several batch sizes."""
+    """Results of an evaluation with several batch sizes."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
     results = {}
     for batch in (1, 8, 16):
-        loader = eval_loader(Pictures(), lambda image: image, world, batch, 0)
+        loader = eval_loader(NoiseImages(), lambda image: image, world, batch, 0)
         results[batch] = evaluate(model, loader, world)
     return results
 
 
 def indices(world):
-    """Images of one epoch of 12 updates of 8, and of the evaluation set, on this rank."""
+    """Images of this rank in one epoch of 12 steps with batch size 8, and in the evaluation set."""
     order = TrainOrder(96, 8, seed=0)
     micro, accumulation = TrainerConfig(global_batch_size=8).micro_batch_on(world.size)
     share = MicroBatches(order, world, micro, accumulation, 0, 12)
     return {
         "train": [address.image for batch in share for address in batch],
-        "eval": list(eval_loader(Pictures(), None, world, 8, 0).dataset.indices),
+        "eval": list(eval_loader(NoiseImages(), None, world, 8, 0).dataset.indices),
     }
 
 

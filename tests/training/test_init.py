@@ -176,15 +176,15 @@ def test_read_weights_unusable_file_refused(tmp_path):
         read_weights(tmp_path / "text.safetensors")
     torch.save({"model": {}, "config": Fraction(1, 2)}, tmp_path / "object.pth")
     with pytest.raises(
-        ConfigError, match=r"checkpoint: it holds a fractions.Fraction, which is not loaded.*torch.save"
+        ConfigError, match=r"checkpoint: it contains a fractions.Fraction, which is not loaded.*torch.save"
     ):
         read_weights(tmp_path / "object.pth")
     torch.jit.script(torch.nn.Linear(2, 2)).save(tmp_path / "script.pth")
     torch.save({"model": Harmful()}, tmp_path / "harmful.pth")
     (tmp_path / "pickle.pth").write_bytes(pickle.dumps({"model": 1}, protocol=4))
     for name, reason in (
-        ("text", "it is cut short, damaged, or not a file of torch.save"),
-        ("pickle", "it is cut short, damaged, or not a file of torch.save"),
+        ("text", "it is truncated, corrupt, or not a torch.save file"),
+        ("pickle", "it is truncated, corrupt, or not a torch.save file"),
         ("script", r"it is a TorchScript archive; save its state_dict\(\) instead"),
         ("harmful", "loading it would run .*system; do not use it"),
     ):

@@ -10,7 +10,6 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-import train_cls  # noqa: F401 - registers the schemas
 from models import build_model
 from vca.config import compose
 from vca.runtime.compute import Precision

@@ -1,4 +1,4 @@
-"""Configs: the schema of each root script, and the strict way from YAML and overrides to dataclasses."""
+"""Config schemas of the scripts, and their strict composition from YAML files and overrides to dataclasses."""
 
 from vca.config.composition import (
     compose,

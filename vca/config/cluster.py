@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass, field
 
-from vca.runtime.errors import check
+from vca.runtime.errors import ConfigError, check
 
-# Options of sbatch that a key of the config sets.
+# sbatch option -> the config key that sets it.
 OWN_KEYS = {
     "nodes": "nodes",
     "ntasks-per-node": "ranks_per_node",
@@ -26,25 +26,25 @@ OWN_KEYS = {
 
 @dataclass
 class ClusterConfig:
-    """Where the jobs of a sweep run, `cluster=local` or `cluster=slurm`.
+    """Resources of the jobs of a sweep, `cluster=local` or `cluster=slurm`.
 
     Attributes:
         name: `local` or `slurm`.
-        nodes: of one job.
-        ranks_per_node: processes a node; with GPUs, one for each.
-        gpus_per_node: what SLURM is asked for; null asks for none.
-        cpus_per_rank: CPU cores for each process and its loader workers.
-        memory_gb: of a node; null leaves it to SLURM.
-        partition, account, qos, constraint: as for sbatch; null leaves them out.
+        nodes: nodes per job.
+        ranks_per_node: processes per node; with GPUs, one per GPU.
+        gpus_per_node: GPUs requested from SLURM; null requests none.
+        cpus_per_rank: CPU cores per process and its loader workers.
+        memory_gb: memory per node; null uses SLURM's default.
+        partition, account, qos, constraint: sbatch options; null omits them.
         time_minutes: time limit of a job.
-        requeue: put a job that was preempted, or ran out of its time, back into the queue.
-        max_requeues: how often a job that ran out of its time is requeued; preemption does not count, but in the last
-            fifth, or the last ten minutes, of a job's time, where submitit takes any signal for the end of it.
-        signal_seconds: how long before the end of its time a job is told to save, and how long it may take, also
-            when it is preempted; keep it below the partition's grace time (SLURM's GraceTime or KillWait).
-        max_restarts: how often torchrun starts the ranks again when one of them fails.
-        max_parallel_jobs: how many jobs of a sweep run at once.
-        sbatch: further options of sbatch, such as `['exclude=node7', 'mail-type=FAIL']`.
+        requeue: requeue a job that was preempted or reached its time limit.
+        max_requeues: maximum number of requeues at the time limit. Preemptions do not count, except in the last fifth
+            or the last ten minutes of a job's time, where submitit takes any signal for the time limit.
+        signal_seconds: how long before the time limit a job is signalled, and how long it may take to save a
+            checkpoint, also when preempted; must be below the partition's grace time (SLURM's GraceTime or KillWait).
+        max_restarts: how often torchrun restarts the ranks after one of them fails.
+        max_parallel_jobs: maximum number of jobs of a sweep that run at the same time.
+        sbatch: additional sbatch options, such as `['exclude=node7', 'mail-type=FAIL']`.
         setup: shell commands before the job, such as `['module load cuda']`.
     """
 
@@ -76,11 +76,11 @@ class ClusterConfig:
         for key in ("gpus_per_node", "memory_gb"):
             value = getattr(self, key)
             check(value is None or value >= 1, f"cluster.{key}", ">= 1 or null", value)
-        check(self.signal_seconds >= 20, "cluster.signal_seconds", ">= 20, in which a job saves", self.signal_seconds)
+        check(self.signal_seconds >= 20, "cluster.signal_seconds", ">= 20, to save a checkpoint", self.signal_seconds)
         rule = f"at most half of cluster.time_minutes={self.time_minutes}"
         check(2 * self.signal_seconds <= 60 * self.time_minutes, "cluster.signal_seconds", rule, self.signal_seconds)
         for line in self.sbatch:
             option = line.lstrip("-").partition("=")[0]
-            instead = f"used for what no key of its own sets; cluster.{OWN_KEYS.get(option)} sets {option}"
-            check(option not in OWN_KEYS, "cluster.sbatch", instead, line)
+            if option in OWN_KEYS:
+                raise ConfigError(f"cluster.sbatch must not set {option}, got '{line}'; set cluster.{OWN_KEYS[option]}")
         check(self.nodes == 1 or self.name == "slurm", "cluster.nodes", "1 for cluster=local", self.nodes)

@@ -1,7 +1,7 @@
-"""The strict way from YAML files and overrides to dataclasses.
+"""Strict composition of YAML files and overrides to dataclasses.
 
-Hydra composes; it refuses a misspelt key in a file or an override, but not one behind `+`, and what it says when it
-refuses is for people who know Hydra. Here every such mistake becomes one line that names key, value and remedy.
+Hydra composes. It accepts unknown keys behind `+`, and its errors assume knowledge of Hydra; here every unknown key is
+an error, and every error is one line with key, value and remedy.
 """
 
 import dataclasses
@@ -16,6 +16,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import MarkedYAMLError
 
 from vca.attention import variant_name
 from vca.config.hydra_errors import CONFIGS, did_you_mean, explain, keys_of
@@ -26,7 +27,7 @@ Registry = Mapping[str, tuple[type, Any]]  # name -> (config dataclass, what is 
 
 
 def register_schemas(root: Mapping[str, type], groups: Mapping[str, Registry]) -> None:
-    """Tell Hydra the dataclasses behind the YAML files, and OmegaConf what `${divide:a,b}`, ... in them are.
+    """Register the dataclasses behind the YAML files with Hydra, and the resolvers (`${divide:a,b}`) with OmegaConf.
 
     Args:
         root: script name -> its config dataclass, stored as `<name>_schema`.
@@ -46,30 +47,30 @@ def register_schemas(root: Mapping[str, type], groups: Mapping[str, Registry]) -
 
 
 def sbatch_options(lines: Iterable[str], requeue: bool) -> dict[str, Any]:
-    """`["exclude=node7", "exclusive"]` as submitit wants it, an option without a value as True."""
+    """Convert `["exclude=node7", "exclusive"]` to submitit's dict, in which an option without a value is True."""
     options = (line.lstrip("-").partition("=") for line in [*lines, "requeue" if requeue else "no-requeue"])
     return {name: value if equals else True for name, equals, value in options}
 
 
 def compose(config_name: str, overrides: Iterable[str] = ()) -> Any:
-    """The dataclass that `python <config_name>.py <overrides>` would run with.
+    """Return the config dataclass of `python <config_name>.py <overrides>`.
 
     Raises:
-        ConfigError: on anything wrong in the files or the overrides.
+        ConfigError: on an error in the files or the overrides.
     """
-    inside = GlobalHydra.instance().is_initialized()  # a root script, which has these configs already
+    inside = GlobalHydra.instance().is_initialized()  # in a root script, Hydra already uses these configs
     with nullcontext() if inside else hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
         try:
             return to_dataclass(hydra.compose(config_name, list(overrides)))
-        except (HydraException, OmegaConfBaseException) as error:
+        except (HydraException, OmegaConfBaseException, MarkedYAMLError) as error:
             raise ConfigError(explain(error)) from error
 
 
 def to_dataclass(config: DictConfig) -> Any:
-    """A composed config as its dataclasses, their ranges checked.
+    """Convert a composed config to its dataclasses and check their ranges.
 
     Raises:
-        ConfigError: on a key that no dataclass has, a missing value, or a value out of its range.
+        ConfigError: on an unknown key, a missing value, or a value out of range.
     """
     known = list(keys_of(config))
     for key in extra_keys(config):
@@ -77,7 +78,7 @@ def to_dataclass(config: DictConfig) -> Any:
     missing = OmegaConf.missing_keys(config)
     if missing:
         key = sorted(missing)[0]
-        raise ConfigError(f"{key} has no value; give it one: {key}=...")
+        raise ConfigError(f"{key} has no value; set {key}=...")
     with config_errors():
         try:
             values: Any = OmegaConf.to_object(config)
@@ -87,14 +88,14 @@ def to_dataclass(config: DictConfig) -> Any:
 
 
 def keep_references(config: DictConfig, node: Any, value: Any, key: str = "", kept: bool = False) -> Any:
-    """A value whose strings are `FromEnvironment`, below `REFERENCE_KEYS`, where environment variables decide them.
+    """Replace the strings of `REFERENCE_KEYS` that environment variables decide by `FromEnvironment`.
 
     Args:
-        config: as composed, its interpolations not resolved.
-        node: of `config`, from which the value was made.
-        value: dataclasses are changed in place.
-        key: of the node.
-        kept: whether the node is below one of those keys.
+        config: the composed config, interpolations not resolved.
+        node: the node of `config` that `value` was made from.
+        value: the value to convert; dataclasses and lists are changed in place.
+        key: full key of the node.
+        kept: whether the node is below one of `REFERENCE_KEYS`.
     """
     kept = kept or key in REFERENCE_KEYS
     if dataclasses.is_dataclass(value) and isinstance(node, DictConfig):
@@ -111,7 +112,7 @@ def keep_references(config: DictConfig, node: Any, value: Any, key: str = "", ke
 
 
 def reads_environment(config: DictConfig, node: Any) -> bool:
-    """Whether the text of a node has `${oc.env:...}`, or refers to a key whose text has it."""
+    """Whether a node contains `${oc.env:...}`, directly or through another key."""
     text = str(node._value() if node is not None else None)
     keys = re.findall(r"\$\{([\w.]+)\}", text)
     relative = "${." in text  # not followed
@@ -119,7 +120,7 @@ def reads_environment(config: DictConfig, node: Any) -> bool:
 
 
 def node_of(config: DictConfig, key: str) -> Any:
-    """The node of a full key, not resolved."""
+    """Return the node of a full key, not resolved."""
     node: Any = config
     for name in key.split("."):
         node = node._get_node(name) if isinstance(node, DictConfig) else None
@@ -127,16 +128,16 @@ def node_of(config: DictConfig, key: str) -> Any:
 
 
 def from_registry(registry: Registry, values: Mapping[str, Any], key: str = "name") -> Any:
-    """The dataclass of a registry that plain values, as a run's `config.json` holds them, name under `key`."""
+    """Build the dataclass that plain values, such as those of a `config.json`, name under `key`."""
     check(values[key] in registry, key, f"one of {sorted(registry)}", values[key])
     return from_plain(registry[values[key]][0], values)
 
 
 def from_plain(config_class: type, values: Mapping[str, Any]) -> Any:
-    """A dataclass from its plain values.
+    """Build a config dataclass from plain values.
 
     Raises:
-        ConfigError: if they are not those of that dataclass.
+        ConfigError: on an unknown key or an invalid value.
     """
     with config_errors():
         try:
@@ -146,7 +147,7 @@ def from_plain(config_class: type, values: Mapping[str, Any]) -> Any:
 
 
 def read_protocol(name: str) -> dict[str, Any]:
-    """What `configs/protocol/<name>.yaml` fixes, the sampler that it names included."""
+    """Return the values that `configs/protocol/<name>.yaml` fixes, including those of its sampler."""
     values: Any = OmegaConf.to_container(OmegaConf.load(CONFIGS / "protocol" / f"{name}.yaml"))
     (choice,) = values.pop("defaults")
     sampler: Any = OmegaConf.to_container(OmegaConf.load(CONFIGS / "sampler" / f"{choice['override /sampler']}.yaml"))
@@ -154,7 +155,7 @@ def read_protocol(name: str) -> dict[str, Any]:
 
 
 def extra_keys(config: DictConfig, prefix: str = "") -> list[str]:
-    """Full names of the keys in `config` that its dataclass does not have."""
+    """Return the full keys in `config` that its dataclass does not have."""
     schema = OmegaConf.get_type(config)
     if not dataclasses.is_dataclass(schema):
         return []

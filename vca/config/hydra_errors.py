@@ -1,4 +1,4 @@
-"""Errors of Hydra and OmegaConf as one line: key, value, remedy."""
+"""Converts errors of Hydra and OmegaConf to one line: key, value, remedy."""
 
 import dataclasses
 import difflib
@@ -7,16 +7,41 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from hydra.core.config_store import ConfigStore
+from hydra.errors import OverrideParseException
 from omegaconf import DictConfig, OmegaConf
+from yaml import MarkedYAMLError
 
 from vca.config.help import options
 from vca.runtime.renamed import RENAMED
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
+# Usual names in other codebases -> keys of this one, of which a script may have one.
+USUAL = {
+    "batch_size": ("trainer.global_batch_size", "batch_size"),
+    "bs": ("trainer.global_batch_size", "batch_size"),
+    "lr": ("optim.lr",),
+    "learning_rate": ("optim.lr",),
+    "wd": ("optim.weight_decay",),
+    "warmup": ("optim.warmup_epochs",),
+    "max_epochs": ("trainer.epochs",),
+    "max_steps": ("trainer.steps",),
+    "num_steps": ("trainer.steps", "sampler.steps"),
+    "num_workers": ("trainer.workers", "workers"),
+    "amp": ("trainer.precision", "precision"),
+    "resume": ("trainer.init_from", "run"),
+    "pretrained": ("trainer.init_from", "checkpoint"),
+    "drop_path": ("model.drop_path_rate",),
+    "grad_clip": ("optim.clip_grad",),
+    "data_path": ("data.root",),
+    "data_dir": ("data.root",),
+    "output_dir": ("out_dir", "out"),
+    "guidance_scale": ("sampler.cfg_scale",),
+}
+
 
 def keys_of(config: DictConfig, prefix: str = "") -> Iterable[str]:
-    """Full names of all keys that the dataclasses behind `config` have."""
+    """Yield the full keys of the dataclasses behind `config`."""
     schema = OmegaConf.get_type(config)
     if not dataclasses.is_dataclass(schema):
         return
@@ -28,12 +53,12 @@ def keys_of(config: DictConfig, prefix: str = "") -> Iterable[str]:
 
 
 def all_known_keys() -> list[str]:
-    """Keys of every registered schema: what a misspelt key may have meant when nothing could be composed."""
+    """Return the keys of all registered schemas, the candidates for a misspelled key."""
     store = ConfigStore.instance().repo
     keys: set[str] = set()
     for name, entry in store.items():
-        if isinstance(entry, dict):  # a group: its members' keys stand under the group's name
-            for member, node in entry.items():
+        if isinstance(entry, dict):
+            for member, node in entry.items():  # keys are prefixed with the group's name
                 if member.endswith("_schema.yaml"):
                     keys.update(keys_of(node.node, f"{name}."))
         elif name.endswith("_schema.yaml"):
@@ -42,19 +67,21 @@ def all_known_keys() -> list[str]:
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """`"; did you mean '...'?"`, or nothing where nothing is near."""
+    """Return `"; did you mean '...'?"`, or `""` without a close match."""
     if word in RENAMED:
-        return f"; it is '{RENAMED[word]}' now"
-    known = list(known)
-    near = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
-    if not near:  # the right key under the wrong parent
-        tail = word.rsplit(".", 1)[-1]
-        near = [key for key in known if key.rsplit(".", 1)[-1] == tail][:1]
+        return f"; it was renamed to '{RENAMED[word]}'"
+    known, tail = list(known), word.rsplit(".", 1)[-1]
+    near = [key for key in USUAL.get(tail, ()) if key in known][:1]
+    if not near and "." not in word:  # a key without its group
+        groups = ("trainer", "optim", "data", "model", "augment", "attention")
+        near = [f"{group}.{word}" for group in groups if f"{group}.{word}" in known][:1]
+    near = near or difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    near = near or [key for key in known if key.rsplit(".", 1)[-1] == tail][:1]  # the right key in the wrong group
     return f"; did you mean '{near[0]}'?" if near and near[0] != word else ""
 
 
 def registered_schemas() -> dict[str, set[str]]:
-    """Group -> names of the schemas that this script registered for it."""
+    """Return group -> names of the schemas that this script registered."""
     store = ConfigStore.instance().repo
     return {
         group: {name.removesuffix(".yaml") for name in members}
@@ -64,13 +91,13 @@ def registered_schemas() -> dict[str, set[str]]:
 
 
 def not_for_this_script(group: str, option: str) -> str:
-    """An option whose schema another script registers; names those whose schemas this one has."""
-    fit = options([CONFIGS / group], registered_schemas().get(group))
-    return f"{group}={option}: not for this script ({', '.join(fit)} are)"
+    """Explain that the option belongs to another script; list the options of this one."""
+    valid = options([CONFIGS / group], registered_schemas().get(group))
+    return f"{group}={option}: not for this script (options: {', '.join(valid)})"
 
 
 def explain(error: BaseException) -> str:
-    """What an exception of Hydra or OmegaConf means, in one line: key, value, remedy."""
+    """Explain an exception of Hydra or OmegaConf in one line: key, value, remedy."""
     chain: list[BaseException] = []
     current: BaseException | None = error
     while current is not None and current not in chain:
@@ -78,16 +105,27 @@ def explain(error: BaseException) -> str:
         current = current.__cause__ or current.__context__
     text = "\n".join(str(link) for link in chain)
 
+    for link in chain:
+        if isinstance(link, MarkedYAMLError) and (mark := link.problem_mark or link.context_mark) is not None:
+            return f"{mark.name}, line {mark.line + 1}: invalid YAML ({link.problem}); quote strings with ': ' or '#'"
+        if isinstance(link, OverrideParseException):
+            key, _, value = link.override.partition("=")
+            reason = str(link).splitlines()[0]
+            return f"{key}: invalid value {value} ({reason}); quote it for the shell and Hydra: \"{key}='{value}'\""
+    if match := re.search(r"Ambiguous value for argument '([^=']+)=(.*)'\n", text):
+        return f"{match[1]}={match[2]}: several values; add -m to sweep, or write a list: '{match[1]}=[{match[2]}]'"
+    if match := re.search(r"Unsupported interpolation type (\S+)\s+full_key: (\S+)", text):
+        return f"{match[2]} uses the unknown resolver '{match[1]}'; such as ${{oc.env:NAME}}"
     if match := re.search(r"In '([^']+)/([^']+)': Could not load '[^']+_schema'", text):
         return not_for_this_script(match[1], match[2])
     if match := re.search(r"Could not find '([^']+)'", text):
         group, _, option = match[1].rpartition("/")
         if (new := RENAMED.get(f"{group}={option}")) is not None:
-            return f"{group}={option}: no such option; it is {new} now"
+            return f"{group}={option} was renamed to {new}"
         folder = CONFIGS / group
-        there = sorted(str(p.relative_to(folder).with_suffix("")) for p in folder.rglob("*.yaml")) if group else []
-        choices = f" (there are {', '.join(there)})" if there else ""
-        return f"{group or 'config'}={option}: no such option" + did_you_mean(option, there) + choices
+        valid = sorted(str(p.relative_to(folder).with_suffix("")) for p in folder.rglob("*.yaml")) if group else []
+        choices = f" (options: {', '.join(valid)})" if valid else ""
+        return f"{group or 'config'}={option}: no such option" + did_you_mean(option, valid) + choices
     if match := re.search(r"In '([^']+)/([^']+)': Could not override '[^']+'\.\s*No match in the defaults list", text):
         return f"{match[1].replace('/', '=', 1)}/{match[2]}: not for this script"
     if match := re.search(r"Could not override '([^']+)'\.\s*No match in the defaults list", text):
@@ -98,7 +136,7 @@ def explain(error: BaseException) -> str:
         or re.search(r"already at '(?P<key>[^']+)'.*\nEither remove \+ prefix: '[^=]+=(?P<value>.*)'", text)
     ):
         plus = match.groupdict().get("plus", "+")
-        return f"{match['key']} has a value already; write {match['key']}={match['value']} without '{plus}'"
+        return f"{match['key']} already has a value; write {match['key']}={match['value']} without '{plus}'"
     full_key = re.search(r"full_key: (\S+)", text)
     if re.search(r"Key '[^']*' (is not in struct|not in '\w+')", text):
         key = re.search(r"Could not override '([^']+)'", text) or full_key
@@ -114,12 +152,12 @@ def explain(error: BaseException) -> str:
         return f"{full_key[1] if full_key else 'a value'} must be a list such as [1, 2], got a {match[1]}"
     if match := re.search(r"Invalid value '(.*)', expected one of \[(.*)\]", text):
         if full_key and (new := RENAMED.get(f"{full_key[1]}={match[1]}")):
-            return f"{full_key[1]}={match[1]}: no such value; it is {new} now"
+            return f"{full_key[1]}={match[1]} was renamed to {new}"
         return f"{full_key[1] if full_key else 'a value'} must be one of {match[2]}, got '{match[1]}'"
     if match := re.search(
         r"field '([\w.]+)' is not Optional|Incompatible value 'None' for field of type '(\w+)'", text
     ):
-        return f"{full_key[1] if full_key else match[1]} may not be null"
+        return f"{full_key[1] if full_key else match[1]} must not be null"
     if match := re.search(r"Interpolation key '([^']+)' not found", text):
         return f"{full_key[1] if full_key else 'a value'} refers to '{match[1]}', which does not exist"
     return " ".join(line.strip() for line in str(error).splitlines() if line.strip())

@@ -1,4 +1,4 @@
-"""Which generator a `GeneratorConfig` means: the configs that it was trained with, and the protocol it must keep to."""
+"""The configs of the generator that a `GeneratorConfig` names, and the check of its sampling protocol."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -17,18 +17,18 @@ from vca.training.restore import THE_ONLY_ONES
 
 
 def read_generator(config: GeneratorConfig, networks: Registry) -> dict[str, Any]:
-    """The configs of model, attention, objective and autoencoder: the run's, or those of the command line.
+    """Return the configs of model, attention, objective and autoencoder, from the run or from the command line.
 
     Args:
-        config: of `sample.py` or `eval_fid.py`.
-        networks: of what a run's `model.family` is one.
+        config: config of `sample.py` or `eval_fid.py`.
+        networks: registry of the model families.
 
     Returns:
-        Besides these, of a run: `training`, how it went, and unless another decoder is asked for `trained_with`, the
-        identity of its autoencoder.
+        A dict of these configs. For a run, also `training` (its other configs) and, unless `decoder` is set,
+        `trained_with` (the identity of its autoencoder).
 
     Raises:
-        ConfigError: if there is no such run, or the parts do not fit each other.
+        ConfigError: if the run does not exist, or the parts do not match.
     """
     if config.run is not None:
         configs = load_run_config(Path(config.run), networks)
@@ -37,13 +37,13 @@ def read_generator(config: GeneratorConfig, networks: Registry) -> dict[str, Any
     channels = configs["model"].in_channels
     autoencoder = configs["autoencoder"] or AutoencoderConfig(channels=channels)  # pixel space
     in_pixels = autoencoder.name == "none"
-    check(config.protocol is None or not in_pixels, "protocol", "null for a model of pixels", config.protocol)
-    check(not in_pixels or channels in (1, 3), "autoencoder", f"given for a model of {channels} channels", None)
+    check(config.protocol is None or not in_pixels, "protocol", "null for a pixel-space model", config.protocol)
+    check(not in_pixels or channels in (1, 3), "autoencoder", f"set for a model with {channels} channels", None)
     check(
         autoencoder.channels == channels, "autoencoder.channels", f"model.in_channels, {channels}", autoencoder.channels
     )
-    check(config.decoder is None or not in_pixels, "decoder", "null for a model of pixels", config.decoder)
-    if config.decoder is not None:  # the latents stay those of the training
+    check(config.decoder is None or not in_pixels, "decoder", "null for a pixel-space model", config.decoder)
+    if config.decoder is not None:  # the latents keep the scale that the model was trained with
         trained = configs.pop("trained_with", {})
         scale, shift = trained.get("scale", autoencoder.scale), trained.get("shift", autoencoder.shift)
         autoencoder = replace(autoencoder, source=config.decoder, scale=scale, shift=shift)
@@ -51,7 +51,7 @@ def read_generator(config: GeneratorConfig, networks: Registry) -> dict[str, Any
 
 
 def load_run_config(folder: Path, networks: Registry) -> dict[str, Any]:
-    """The configs of a run of `train_gen.py`."""
+    """Read the configs of a `train_gen.py` run."""
     check((folder / "config.json").is_file(), "run", "a run directory with a config.json", str(folder))
     saved = read_config(folder)
     check("inputs" in saved, "run", "a run of train_gen.py", str(folder))
@@ -66,14 +66,14 @@ def load_run_config(folder: Path, networks: Registry) -> dict[str, Any]:
 
 
 def drawn_set(config: GeneratorConfig, generator: DiffusionPipeline, count: int) -> GeneratedImages:
-    """The first `count` samples of a generator, as the config wants them."""
+    """Return the first `count` samples of a generator under the config's sampler, labels and seed."""
     return GeneratedImages(
         generator, config.sampler, config.labels, config.seed, config.precision, count, config.batch_size
     )
 
 
 def check_protocol(config: GeneratorConfig, origin: Mapping[str, Any]) -> None:
-    """Raise `ConfigError` if a field that the protocol fixes has another value; a decoder is known by its last name."""
+    """Raise `ConfigError` if a field that the protocol fixes has another value; decoders are compared by file name."""
     if config.protocol is None:
         return
     fixed, ours = read_protocol(config.protocol), to_dict(config)
@@ -81,6 +81,6 @@ def check_protocol(config: GeneratorConfig, origin: Mapping[str, Any]) -> None:
     for values in (fixed, ours):
         values["decoder"] = Path(values["decoder"] or "").name
     if differences := diff_configs(fixed, ours):
-        raise ConfigError(f"protocol {config.protocol} has other values ({'; '.join(differences)}); leave protocol out")
+        raise ConfigError(f"protocol {config.protocol} fixes other values ({'; '.join(differences)}); omit protocol")
     used = origin["weights"]
     check(used in (fixed["weights"], THE_ONLY_ONES), f"protocol {config.protocol}: weights", fixed["weights"], used)

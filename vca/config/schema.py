@@ -1,4 +1,4 @@
-"""The whole config of each root script, made of the dataclasses that stand beside the code they configure."""
+"""The config of each script, composed of the dataclasses that are defined next to the code they configure."""
 
 from dataclasses import dataclass, field, replace
 from enum import Enum
@@ -22,13 +22,12 @@ from vca.training.pretrained import InitWeights
 
 @dataclass
 class TrainConfig:
-    """What both trainers are told.
+    """Config that `train_cls.py` and `train_gen.py` share.
 
     Attributes:
-        name: of the run; its directory is `out_dir/name`.
-        seed: of everything random.
-        model, attention: dataclasses of `models.MODELS` and `vca.attention.ATTENTIONS`.
-        cluster: where the jobs of a sweep (`-m`) run.
+        name: name of the run; its directory is `out_dir/name`.
+        out_dir: folder of all runs and sweeps.
+        seed: seed of initialization, data order, augmentation and noise.
     """
 
     name: str = MISSING
@@ -52,18 +51,18 @@ class TrainConfig:
         if trainer.steps is None and optim.cooldown_epochs:
             length, rule = optim.warmup_epochs + optim.cooldown_epochs, "optim.warmup_epochs + optim.cooldown_epochs"
             check(trainer.epochs > length, "trainer.epochs", f"> {rule}, {length:g}", trainer.epochs)
-        patience = 30 * trainer.timeout_minutes  # seconds; the other ranks wait for the one that checks
+        patience = 30 * trainer.timeout_minutes  # seconds; the other ranks wait for the rank that checks
         rule = f"at most half of trainer.timeout_minutes, {patience:g} s"
         check(self.data.check_seconds <= patience, "data.check_seconds", rule, self.data.check_seconds)
 
     def check_model(self, key: str, wanted: int, rule: str) -> None:
-        """Raise `ConfigError` unless the model's field is what the data asks for."""
+        """Raise `ConfigError` unless the model's field matches the data."""
         check(getattr(self.model, key) == wanted, f"model.{key}", f"{rule}, {wanted}", getattr(self.model, key))
 
 
 @dataclass
 class TrainClsConfig(TrainConfig):
-    """`train_cls.py`."""
+    """Config of `train_cls.py`."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -74,17 +73,11 @@ class TrainClsConfig(TrainConfig):
 
 @dataclass
 class TrainGenConfig(TrainConfig):
-    """`train_gen.py`.
+    """Config of `train_gen.py`. Pixels are normalized to [-1, 1]: `data.mean` and `data.std` are set to 0.5.
 
     Attributes:
-        data: images, or latents of a cache. `mean` and `std` are set here: pixels are in [-1, 1].
-        objective: a dataclass of `vca.generation.objective.OBJECTIVES`.
-        autoencoder: one of `vca.generation.autoencoder.AUTOENCODERS`; between the images and the network, `none` is
-            pixel space.
-        sampler: of the pictures that a run draws while it trains.
-        samples_per_class: how many samples of each class these pictures show.
-        sampled_classes: of how many classes, the first ones.
-        fid, extractor: how it is measured while it trains.
+        samples_per_class: samples of each class in the image grids that a run writes.
+        sampled_classes: number of classes in these grids, from class 0.
     """
 
     objective: Any = MISSING
@@ -101,7 +94,7 @@ class TrainGenConfig(TrainConfig):
         check(
             self.data.name != "latents" or self.autoencoder.name != "none",
             "autoencoder",
-            "that of the latents for data=latents, such as sd_vae",
+            "the autoencoder of the latent cache for data=latents, such as sd_vae",
             self.autoencoder.name,
         )
         self.check_model("num_classes", self.data.num_classes, "data.num_classes")
@@ -114,17 +107,17 @@ class TrainGenConfig(TrainConfig):
         classes = self.data.num_classes
         check(1 <= self.sampled_classes <= classes, "sampled_classes", f"from 1 to {classes}", self.sampled_classes)
         if self.trainer.fid_every:
-            check(self.fid.reference is not None, "fid.reference", "given for trainer.fid_every", None)
-            check(self.extractor is not None, "extractor", "given for trainer.fid_every, such as inception", None)
+            check(self.fid.reference is not None, "fid.reference", "set with trainer.fid_every", None)
+            check(self.extractor is not None, "extractor", "set with trainer.fid_every, such as inception", None)
         check(self.trainer.init_from is None, "trainer.init_from", "null in train_gen.py", self.trainer.init_from)
         check(not self.trainer.eval_only, "trainer.eval_only", "false in train_gen.py", self.trainer.eval_only)
 
 
 def in_pixel_range(data: DataConfig, autoencoder: AutoencoderConfig) -> DataConfig:
-    """The same data normalised to [-1, 1], which generation reads.
+    """Return the data config with normalization to [-1, 1], which generation uses.
 
     Raises:
-        ConfigError: if the images do not fit the autoencoder.
+        ConfigError: if the image size or channels do not match the autoencoder.
     """
     rule = f"a multiple of autoencoder.factor, {autoencoder.factor}"
     check(data.img_size % autoencoder.factor == 0, "data.img_size", rule, data.img_size)
@@ -134,7 +127,7 @@ def in_pixel_range(data: DataConfig, autoencoder: AutoencoderConfig) -> DataConf
 
 
 class LatentType(Enum):
-    """How a cache stores its numbers."""
+    """Storage dtype of a latent cache."""
 
     float32 = "float32"
     float16 = "float16"
@@ -142,17 +135,16 @@ class LatentType(Enum):
 
 @dataclass
 class PrepareLatentsConfig:
-    """`scripts/prepare_latents.py`.
+    """Config of `scripts/prepare_latents.py`.
 
     Attributes:
         out: folder of the cache.
-        data: the images; their training split is taken.
-        autoencoder: what encodes them.
-        flips: encode every image a second time, flipped.
-        dtype: of the cache; `float16` is half as large, and its latents are rounded to 3 digits.
-        shard_size: images a file.
-        batch_size: images a rank encodes at once.
-        device, workers: as in `trainer`.
+        flips: also encode the horizontally flipped images.
+        dtype: dtype of the cache; `float16` halves its size and rounds latents to 3 digits.
+        shard_size: images per file.
+        batch_size: images per batch on each rank.
+        device: `auto`, `cpu` or `cuda`.
+        workers: loader processes per rank.
     """
 
     out: str = MISSING
@@ -169,7 +161,7 @@ class PrepareLatentsConfig:
         check_path("out", self.out)
         self.data = in_pixel_range(self.data, self.autoencoder)
         check(self.data.name != "latents", "data", "images", self.data.name)
-        check(self.autoencoder.name != "none", "autoencoder", "one, such as sd_vae", self.autoencoder.name)
+        check(self.autoencoder.name != "none", "autoencoder", "an autoencoder, such as sd_vae", self.autoencoder.name)
         for key in ("shard_size", "batch_size"):
             check(getattr(self, key) >= 1, key, ">= 1", getattr(self, key))
         check(self.workers >= 0, "workers", ">= 0", self.workers)
@@ -177,21 +169,21 @@ class PrepareLatentsConfig:
 
 @dataclass
 class GeneratorConfig:
-    """Which trained generator, and how samples of it are drawn.
+    """A trained generator and its sampling settings, shared by `sample.py` and `eval_fid.py`.
 
     Attributes:
-        run: run directory of `train_gen.py`, which says what the model is; or else
-        checkpoint: file of weights, such as those of the DiT and SiT repositories, for
-        model, attention, objective, autoencoder: as in `train_gen.py`; only with `checkpoint`.
-        step: of the run; null is its newest checkpoint.
-        weights: `ema`, the average where there is one, or `raw`.
-        decoder: another `autoencoder.source`, whose decoder is used.
-        sampler: how samples are made.
-        protocol: name of the file in `configs/protocol/` that fixed all this; no field of it may be overridden.
+        run: run directory of `train_gen.py`; its config determines the model.
+        checkpoint: file of weights, such as those of the DiT and SiT repositories, instead of `run`; needs model=...,
+            attention=..., objective=... and, for latents, autoencoder=...
+        step: step of the run's checkpoint; null uses the newest one.
+        weights: `ema` (raw weights if the run has no EMA) or `raw`.
+        decoder: an `autoencoder.source` whose decoder replaces the run's.
+        protocol: name of a file in `configs/protocol/`; the fields that it fixes must not be overridden.
         labels: `random`, `balanced` (0, 1, 2, ... in turn), or a list of classes that is repeated.
-        seed: of the set: labels and noise of sample i follow from it and i.
-        batch_size: samples a rank computes at once on a GPU; on CPUs samples are computed one by one.
-        precision, device: as in `trainer`.
+        seed: seed of the set; labels and noise of sample i depend only on it and i.
+        batch_size: samples per batch on each GPU; on CPUs samples are computed one at a time.
+        precision: `fp32`, `tf32`, `bf16` or `fp16`.
+        device: `auto`, `cpu` or `cuda`.
     """
 
     run: str | None = None
@@ -215,10 +207,10 @@ class GeneratorConfig:
         for key in ("model", "attention", "objective", "autoencoder"):
             value = getattr(self, key)
             if self.checkpoint is None:
-                rule = "left out with run, which has its own" if self.run else "null without checkpoint"
+                rule = "omitted with run, which determines it" if self.run else "null without checkpoint"
                 check(value is None, key, rule, getattr(value, "name", value))
             elif key != "autoencoder":
-                check(value is not None, key, "given with checkpoint", value)
+                check(value is not None, key, "set with checkpoint", value)
         check(self.run is not None or self.step is None, "step", "null without run", self.step)
         check(self.batch_size >= 1, "batch_size", ">= 1", self.batch_size)
         check(0 <= self.seed < 2**63, "seed", ">= 0 and below 2^63", self.seed)
@@ -229,12 +221,13 @@ class GeneratorConfig:
 
 @dataclass
 class SampleConfig(GeneratorConfig):
-    """`sample.py`.
+    """Config of `sample.py`.
 
     Attributes:
         out: folder of the samples.
-        count: how many samples.
-        npz, grid: besides the PNG files, write all images as `samples.npz` (`arr_0`), and the first ones as `grid.png`.
+        count: number of samples.
+        npz: also write all images as `samples.npz` (`arr_0`).
+        grid: also write the first images as `grid.png`.
     """
 
     out: str = MISSING
@@ -244,7 +237,7 @@ class SampleConfig(GeneratorConfig):
 
     def __post_init__(self) -> None:
         one = (self.run is None) != (self.checkpoint is None)
-        rule = "given, and not both: run=outputs/RUN, or checkpoint=FILE with its model=... and so on"
+        rule = "set, but not both: run=outputs/RUN, or checkpoint=FILE with model=... and so on"
         check(one, "run or checkpoint", rule, (self.run, self.checkpoint))
         super().__post_init__()
         check_path("out", self.out)
@@ -253,20 +246,18 @@ class SampleConfig(GeneratorConfig):
 
 @dataclass
 class EvalFidConfig(GeneratorConfig):
-    """`eval_fid.py`.
+    """Config of `eval_fid.py`.
 
     Attributes:
-        samples: what is measured: a folder of `sample.py` or of PNG files, an .npz, `data:train` or `data:test`; or
-            else `run` or `checkpoint`, whose samples are drawn.
-        reference: what it is measured against, likewise, or statistics as an .npz.
-        data: of `data:train` and `data:test`.
-        extractor: a group, see below: what looks at the images, with extractor.weights, .run or .source.
-        count: how many samples are drawn, null is 50,000; of samples that are there, how many these must be.
-        features: of how many images of each set, chosen at random, features are kept, for KID, precision and recall.
-        allow_few: evaluate fewer images than there are features, too.
-        out: file of the record; null puts it in the set or the run that it is about, or beside the samples.
-        precision_recall_dtype: of the distances of precision and recall: `float64`, or `float16` as ADM computes them.
-        picture: beside the record, draw the samples that are farthest from the reference and nearest to it.
+        samples: images to evaluate: a folder of `sample.py` or of PNG files, an .npz, `data:train` or `data:test`.
+            Instead, `run` or `checkpoint` generates them.
+        reference: reference images, as for `samples`, or an .npz of statistics.
+        count: number of samples to generate, null is 50,000; with `samples`, the number that the set must have.
+        features: number of random images of each set whose features are kept for KID, precision and recall.
+        allow_few: allow fewer images than feature dimensions.
+        out: file of the record; null writes it to the sample folder or the run, or next to the samples.
+        precision_recall_dtype: dtype of the distances of precision and recall: `float64`, or `float16` as in ADM.
+        picture: also plot the samples that are farthest from the reference and closest to it.
     """
 
     samples: str | None = None
@@ -282,7 +273,7 @@ class EvalFidConfig(GeneratorConfig):
 
     def __post_init__(self) -> None:
         given = [key for key in ("samples", "run", "checkpoint") if getattr(self, key) is not None]
-        check(len(given) == 1, "samples, run or checkpoint", "given, one of them", given or None)
+        check(len(given) == 1, "samples, run or checkpoint", "set, exactly one of them", given or None)
         super().__post_init__()
         check_path("out", self.out or "")
         check(self.count is None or self.count >= 2, "count", ">= 2 or null", self.count)
@@ -292,22 +283,20 @@ class EvalFidConfig(GeneratorConfig):
         if self.samples is not None:
             for key in ("protocol", "decoder"):
                 check(getattr(self, key) is None, key, "null with samples", getattr(self, key))
-            rule = "left out with samples, which are drawn already"
+            rule = "omitted with samples, which already exist"
             check(self.sampler == SamplerConfig(), "sampler", rule, self.sampler.method.value)
 
 
 @dataclass
 class ReferenceStatsConfig:
-    """`scripts/reference_stats.py`.
+    """Config of `scripts/reference_stats.py`.
 
     Attributes:
-        out: the npz that is written.
-        images: a set of images, see `vca.evaluation.sources`.
-        data: of `data:train` and `data:test`.
-        extractor: as in `eval_fid.py`.
-        features: of how many images, chosen at random, features are kept, for KID, precision and recall.
-        batch_size: images a rank looks at together.
-        device: as in `trainer`.
+        out: the .npz file to write.
+        images: a folder of images, an .npz, `data:train` or `data:test`.
+        features: number of random images whose features are kept for KID, precision and recall.
+        batch_size: images per batch on each rank.
+        device: `auto`, `cpu` or `cuda`.
     """
 
     out: str = MISSING
@@ -327,6 +316,6 @@ class ReferenceStatsConfig:
 
 @dataclass
 class DoctorConfig:
-    """`scripts/doctor.py`."""
+    """Config of `scripts/doctor.py`."""
 
     data: DataConfig = field(default_factory=DataConfig)

@@ -104,7 +104,7 @@ class Manifest:
         if not (folder / "manifest.json").exists():
             self.write(folder)
         there = read_manifest(folder)
-        differences = diff_configs(asdict(there), asdict(self), free=["files"])
+        differences = diff_configs(asdict(there), asdict(self), ["files"])
         if differences and all(line.startswith(OF_IMAGES) for line in differences):
             raise ConfigError(
                 f"data.root: the images changed since the cache {folder} was begun ({'; '.join(differences)}); "

@@ -50,7 +50,7 @@ class SampleFolder:
             ConfigError: if the folder holds another set (names what differs), or more samples, or none of ours.
         """
         if self.manifest_file.exists():
-            if differences := diff_configs(self.read_manifest(), manifest, free=FREE):
+            if differences := diff_configs(self.read_manifest(), manifest, FREE):
                 raise ConfigError(
                     f"out: {self.path} holds other samples ({'; '.join(differences)}); choose another folder"
                 )

@@ -1,2 +1,1 @@
-"""Running a job: ranks and devices, seeds, the run directory and what is written into it. torch and the standard
-library only."""
+"""Infrastructure of a run: ranks, devices, seeds, signals, errors, the run directory and its logs."""

@@ -1,4 +1,4 @@
-"""What torch computes with: the device, the arithmetic of the products, and its process-wide switches."""
+"""Device, precision, and torch's process-wide switches."""
 
 import os
 from collections.abc import Iterator
@@ -10,7 +10,7 @@ import torch
 
 
 class Device(Enum):
-    """Where to run; `auto` takes a GPU if there is one."""
+    """Device to run on; `auto` uses a GPU if one is visible."""
 
     auto = "auto"
     cpu = "cpu"
@@ -18,7 +18,7 @@ class Device(Enum):
 
 
 class Precision(Enum):
-    """Arithmetic of the products; parameters, optimizer and EMA are float32 in each."""
+    """Precision of matrix products; parameters, optimizer state and EMA are always float32."""
 
     fp32 = "fp32"
     tf32 = "tf32"
@@ -27,23 +27,23 @@ class Precision(Enum):
 
     @property
     def autocast_dtype(self) -> torch.dtype | None:
-        """The dtype of autocast, or None where it is off."""
+        """Autocast's dtype; None for fp32 and tf32, which do not use autocast."""
         return {Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16}.get(self)
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """The dtype that products are given."""
+        """Dtype of the inputs of matrix products."""
         return self.autocast_dtype or torch.float32
 
 
 def autocast(precision: Precision, device: torch.device) -> Any:
-    """Autocast context of a precision on a device; does nothing for fp32 and tf32."""
+    """Return the autocast context of a precision; it has no effect for fp32 and tf32."""
     dtype = precision.autocast_dtype
     return torch.autocast(device.type, dtype=dtype) if dtype is not None else nullcontext()
 
 
 def set_precision(precision: Precision, deterministic: bool = False) -> None:
-    """Set torch's process-wide switches: TF32 only where it is asked for, deterministic kernels where asked for."""
+    """Set torch's process-wide switches: TF32 for `tf32` only, and deterministic kernels if requested."""
     torch.set_float32_matmul_precision("high" if precision is Precision.tf32 else "highest")
     torch.backends.cudnn.allow_tf32 = precision is Precision.tf32
     if deterministic:
@@ -53,7 +53,7 @@ def set_precision(precision: Precision, deterministic: bool = False) -> None:
 
 @contextmanager
 def computing(precision: Precision, device: torch.device) -> Iterator[None]:
-    """Compute in a precision, whatever is set around it: TF32 only where it is asked for, autocast likewise."""
+    """Compute in a precision, overriding the surrounding TF32 and autocast settings."""
     before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     torch.set_float32_matmul_precision("high" if precision is Precision.tf32 else "highest")
     torch.backends.cudnn.allow_tf32 = precision is Precision.tf32

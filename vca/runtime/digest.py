@@ -1,4 +1,4 @@
-"""What a file, a set of tensors or of images is, as a sha256: records name what they were made from by it."""
+"""sha256 digests of files, tensors and images; records identify their inputs by them."""
 
 import hashlib
 from collections.abc import Iterable, Mapping
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def tensors_sha256(tensors: Mapping[str, Tensor], text: str = "") -> str:
-    """Hex digest of a text and of tensors by name: names, dtypes, shapes and bytes, in the order of the names."""
+    """Return the hex digest of a text and named tensors: names, dtypes, shapes and bytes, sorted by name."""
     digest = hashlib.sha256(text.encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
@@ -20,16 +20,16 @@ def tensors_sha256(tensors: Mapping[str, Tensor], text: str = "") -> str:
 
 
 def image_sha256(pixels: Any) -> bytes:
-    """Digest of one image, an array `(H, W, C)`: its shape and its bytes."""
+    """Return the digest of one image, an array `(H, W, C)`: its shape and its bytes."""
     return hashlib.sha256(f"{pixels.shape}".encode() + pixels.tobytes()).digest()
 
 
 def images_sha256(digests: Iterable[bytes]) -> str:
-    """Hex digest of a set of images, from those of its images in order: ranks can share the work."""
+    """Return the hex digest of a set of images from the ordered digests of its images, so that ranks can split it."""
     return hashlib.sha256(b"".join(digests)).hexdigest()
 
 
 def file_sha256(path: Path) -> str:
-    """Hex digest of a file."""
+    """Return the hex digest of a file."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

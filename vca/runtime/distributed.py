@@ -1,4 +1,4 @@
-"""Ranks and devices. One process is a world of one; every function here works there too."""
+"""Ranks and devices. A single process is a world of size 1, in which every function works too."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -14,10 +14,12 @@ from torch import Tensor
 from vca.runtime.errors import ConfigError
 from vca.runtime.signals import end_workers
 
+COLLECTIVE_TIMEOUT_MINUTES = 24 * 60.0  # of sampling and evaluation: ranks finish at different times
+
 
 @dataclass(frozen=True)
 class World:
-    """Where this process stands: the device comes from the local rank, the data from the global one."""
+    """Rank, world size and device of this process: the local rank selects the device, the global rank the data."""
 
     rank: int
     local_rank: int
@@ -26,17 +28,17 @@ class World:
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the one process that writes files and talks."""
+        """Whether this is rank 0, the only process that writes files and prints."""
         return self.rank == 0
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """Sum over all ranks, in place; the tensor must lie on `device`."""
+        """Sum a tensor over all ranks in place; it must be on `device`."""
         if self.size > 1:
             dist.all_reduce(tensor)
         return tensor
 
     def broadcast(self, value: Any) -> Any:
-        """Rank 0's picklable value, on every rank."""
+        """Return rank 0's picklable value on every rank."""
         if self.size == 1:
             return value
         box = [value]
@@ -44,7 +46,7 @@ class World:
         return box[0]
 
     def from_main(self, function: Callable[[], Any]) -> Any:
-        """What `function` returns on rank 0, on every rank; an error of it is raised on every rank alike."""
+        """Call `function` on rank 0 and return its result on every rank; its error is raised on every rank."""
         outcome: Any = None
         if self.is_main:
             try:
@@ -52,7 +54,7 @@ class World:
             except ConfigError as error:
                 outcome = error
             except Exception as error:
-                self.broadcast(RuntimeError(f"rank 0 failed: {error}"))  # the others would wait for it
+                self.broadcast(RuntimeError(f"rank 0 failed: {error}"))  # else the other ranks wait for it
                 raise
         outcome = self.broadcast(outcome)
         if isinstance(outcome, (ConfigError, RuntimeError)):
@@ -60,7 +62,7 @@ class World:
         return outcome
 
     def gather(self, value: Any) -> list[Any]:
-        """The picklable values of all ranks on rank 0, nothing on the others."""
+        """Return the picklable values of all ranks on rank 0, an empty list on the others."""
         if self.size == 1:
             return [value]
         values: list[Any] | None = [None] * self.size if self.is_main else None
@@ -68,7 +70,7 @@ class World:
         return values or []
 
     def raise_first(self, error: Exception | None) -> None:
-        """Raise on every rank alike the first of the errors that ranks bring; do nothing if none brings one."""
+        """Raise the error of the lowest rank that has one on every rank; return if no rank has one."""
         errors = [error]
         if self.size > 1:
             errors = [None] * self.size
@@ -78,13 +80,16 @@ class World:
                 raise first
 
     def barrier(self) -> None:
-        """Wait for all ranks."""
         if self.size > 1:
             dist.barrier()
 
 
 def pick_device(name: str, local_rank: int, key: str = "trainer.device") -> torch.device:
-    """The device for `cpu`, `cuda` or `auto` on this rank; `ConfigError` about `key` if there is no such GPU."""
+    """Return the device for `cpu`, `cuda` or `auto` on this rank.
+
+    Raises:
+        ConfigError: about `key`, if no GPU is visible for this local rank.
+    """
     gpus = torch.cuda.device_count() if name != "cpu" else 0
     if name == "cpu" or (name == "auto" and gpus == 0):
         return torch.device("cpu")
@@ -98,14 +103,14 @@ def pick_device(name: str, local_rank: int, key: str = "trainer.device") -> torc
 
 @contextmanager
 def start(device: str, timeout_minutes: float = 10.0, key: str = "trainer.device") -> Iterator[World]:
-    """Join the process group that torchrun describes in the environment; at the end leave it and end loader workers.
+    """Join the process group that torchrun describes in the environment; on exit, leave it and end loader workers.
 
-    Within another `start` it is the group of that one: a process joins once.
+    A nested `start` uses the group of the outer one.
 
     Args:
         device: `cpu`, `cuda` or `auto`.
-        timeout_minutes: how long a collective waits for a lost rank.
-        key: what the user calls the device.
+        timeout_minutes: timeout of a collective.
+        key: config key of the device, for error messages.
     """
     rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
     size = int(os.environ.get("WORLD_SIZE", 1))
@@ -126,12 +131,12 @@ def start(device: str, timeout_minutes: float = 10.0, key: str = "trainer.device
 
 
 def check_restart() -> None:
-    """Raise `ConfigError` where torchrun has started the ranks again and they would meet the dead ones' addresses."""
-    again, shared = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)), "TORCHELASTIC_USE_AGENT_STORE"
-    if again and os.environ.get(shared) == "True":  # https://github.com/pytorch/pytorch/issues/135712
-        raise ConfigError("torchrun --max_restarts works with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in its environment")
+    """Raise `ConfigError` if torchrun restarted the ranks with a store that contains the old ranks' addresses."""
+    restarts, shared = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)), "TORCHELASTIC_USE_AGENT_STORE"
+    if restarts and os.environ.get(shared) == "True":  # https://github.com/pytorch/pytorch/issues/135712
+        raise ConfigError("torchrun --max_restarts requires TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in the environment")
 
 
 def is_main_process() -> bool:
-    """Whether this is rank 0, before or after the process group exists."""
+    """Whether this is rank 0; does not need a process group."""
     return int(os.environ.get("RANK", 0)) == 0

@@ -1,4 +1,4 @@
-"""Writing files so that a kill or a crash leaves the old one or the new one, never a part; reading tensors safely."""
+"""Atomic file writes (a kill leaves the old file or the new one) and safe reading of tensors."""
 
 import errno
 import os
@@ -12,15 +12,15 @@ import torch
 
 
 class UnreadableError(RuntimeError):
-    """A file of tensors that cannot be read; one line that says why."""
+    """A file of tensors cannot be read; the message is one line with the reason."""
 
 
 def write_bytes(path: Path, content: bytes | memoryview) -> None:
-    """Write under a temporary name, flush to the disk, rename, flush the folder.
+    """Write a file atomically: write to a temporary name, sync, rename, sync the folder.
 
     Raises:
-        OSError: on a full disk, for example, with the space that is needed and free. The old file is still there, and
-            the temporary one is removed.
+        OSError: such as a full disk; names the needed and the free space. The old file is unchanged and the temporary
+            one is removed.
     """
     temporary = path.with_suffix(".tmp")
     try:
@@ -41,7 +41,7 @@ def write_bytes(path: Path, content: bytes | memoryview) -> None:
 
 
 def append_line(path: Path, line: str) -> None:
-    """Add a line to a file, or leave the file as it is.
+    """Append a line to a file; on failure the file is unchanged.
 
     Raises:
         OSError: as `write_bytes`.
@@ -58,7 +58,7 @@ def append_line(path: Path, line: str) -> None:
 
 
 def space(needed: int, folder: Path) -> str:
-    """`12.3 MB needed, 4.0 MB free`."""
+    """Format the needed and the free space, such as `12.3 MB needed, 4.0 MB free`."""
     try:
         free = f"{shutil.disk_usage(folder).free / 1e6:.1f} MB"
     except OSError:
@@ -67,35 +67,35 @@ def space(needed: int, folder: Path) -> str:
 
 
 def write_text(path: Path, text: str) -> None:
-    """`write_bytes` of a text."""
+    """Write a text file atomically, see `write_bytes`."""
     write_bytes(path, text.encode())
 
 
 def load_tensors(file: Path | BinaryIO) -> Any:
-    """Read a file of `torch.save` to the CPU: tensors and plain values only (`weights_only=True`), no code is run.
+    """Load a `torch.save` file to the CPU with `weights_only=True`: tensors and plain values only, no code is run.
 
     Raises:
-        UnreadableError: if it is not such a file, is cut short or damaged, or holds anything else.
+        UnreadableError: if the file is not from `torch.save`, is truncated or corrupt, or contains other objects.
         OSError: if it cannot be opened or read.
     """
     try:
         return torch.load(file, map_location="cpu", weights_only=True)
     except OSError:
         raise
-    except Exception as error:  # whatever the parser of unknown bytes ran into
+    except Exception as error:  # the parser of unknown bytes raises many types
         reason = why_unreadable(error)
-    raise UnreadableError(reason)  # without torch's own text, which advises to run whatever the file holds
+    raise UnreadableError(reason)  # without torch's own text, which recommends weights_only=False
 
 
 def why_unreadable(error: Exception) -> str:
-    """What a failed `torch.load` means, in one line."""
+    """Explain a failed `torch.load` in one line."""
     if blocked := re.search(r"unsupported GLOBAL (\S+) whose module \S+ is blocked", str(error)):
         return f"loading it would run {blocked[1]}; do not use it"
     if unsupported := re.search(r"Unsupported global: GLOBAL (\S+)", str(error)):
         return (
-            f"it holds a {unsupported[1]}, which is not loaded from a file; keep its weights alone, where you trust "
-            f"it: torch.save(torch.load(FILE, weights_only=False)['model'], NEW)"
+            f"it contains a {unsupported[1]}, which weights_only=True rejects; if you trust the file, convert it: "
+            f"torch.save(torch.load(FILE, weights_only=False)['model'], NEW)"
         )
     if "TorchScript" in str(error):
         return "it is a TorchScript archive; save its state_dict() instead"
-    return "it is cut short, damaged, or not a file of torch.save"
+    return "it is truncated, corrupt, or not a torch.save file"

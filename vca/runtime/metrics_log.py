@@ -1,4 +1,4 @@
-"""Reports of a run: `metrics.jsonl` (the truth), the terminal, and wandb (a copy that cannot stop a training)."""
+"""Logging of a run: `metrics.jsonl` (the source of truth), the terminal, and wandb (an optional copy)."""
 
 import queue
 import sys
@@ -18,7 +18,7 @@ from vca.runtime.rundir import RunDirectory
 
 
 class WandbMode(Enum):
-    """Off, or wandb's own modes."""
+    """`off`, or a mode of wandb."""
 
     off = "off"
     offline = "offline"
@@ -27,12 +27,12 @@ class WandbMode(Enum):
 
 @dataclass
 class WandbConfig:
-    """The copy on wandb.
+    """Settings of the copy on wandb.
 
     Attributes:
         mode: `off`, `offline` or `online`.
-        project, entity: where the run goes.
-        timeout_seconds: how long the end of a run waits for wandb.
+        project, entity: wandb project and entity of the run.
+        timeout_seconds: maximum time to wait for wandb at the end of a run.
     """
 
     mode: WandbMode = WandbMode.off
@@ -45,10 +45,10 @@ class WandbConfig:
 
 
 class WandbMirror:
-    """Sends records to wandb from a thread of its own: if wandb fails or hangs, the run does not notice.
+    """Sends records to wandb from a separate thread, so that a failing or hanging wandb does not affect the run.
 
-    A resumed run keeps its id (`wandb_id` in the run directory), and the step is an ordinary metric that the others
-    are plotted against, so that going back to a checkpoint does not collide with wandb's own counter.
+    A resumed run keeps its id (`wandb_id` in the run directory). The step is an ordinary metric that the others are
+    plotted against, because resuming from an earlier checkpoint would conflict with wandb's own step counter.
     """
 
     def __init__(self, config: WandbConfig, folder: Path, name: str, run_config: dict[str, Any]) -> None:
@@ -60,7 +60,7 @@ class WandbMirror:
             self.thread.start()
 
     def run_id(self) -> str:
-        """The run's id on wandb, made once."""
+        """Return the run's id on wandb; create it on first use."""
         file = self.folder / "wandb_id"
         known = file.read_text().strip() if file.exists() else ""
         if not known:
@@ -68,7 +68,7 @@ class WandbMirror:
         return known
 
     def work(self) -> None:
-        """Body of the thread."""
+        """Send the queued records until `close`; the body of the thread."""
         try:
             import wandb
 
@@ -87,19 +87,19 @@ class WandbMirror:
             while (record := self.queue.get()) is not None:
                 run.log(record)
             run.finish()
-        except Exception as error:  # whatever wandb raises, the training goes on
+        except Exception as error:  # the run continues whatever wandb raises
             warnings.warn(f"wandb is off for the rest of this run: {type(error).__name__}: {error}", stacklevel=2)
 
     def log(self, record: dict[str, Any]) -> None:
-        """Hand a record over; returns at once."""
+        """Queue a record; does not block."""
         if self.thread is not None and self.thread.is_alive():
             self.queue.put(record)
 
     def close(self) -> None:
-        """Let wandb finish, for at most `timeout_seconds`."""
+        """Wait at most `timeout_seconds` for wandb to finish."""
         if self.thread is None:
             return
-        print(f"waiting for wandb, at most {self.config.timeout_seconds:g} s", flush=True)
+        print(f"waiting for wandb (at most {self.config.timeout_seconds:g} s)", flush=True)
         self.queue.put(None)
         self.thread.join(self.config.timeout_seconds)
         if self.thread.is_alive():
@@ -108,7 +108,7 @@ class WandbMirror:
 
 
 def progress_bar(total: int, unit: str, show: bool) -> Any:
-    """tqdm's bar, after a second; where no person watches, it is renewed once a minute."""
+    """Return a tqdm bar that appears after one second; without a terminal it prints once a minute."""
     from tqdm import tqdm
 
     every = 0.1 if sys.stderr.isatty() else 60.0
@@ -116,12 +116,12 @@ def progress_bar(total: int, unit: str, show: bool) -> Any:
 
 
 class Reporter:
-    """Where rank 0's records go. One made without a run directory is what the other ranks hold: it does nothing.
+    """Writes rank 0's records. Without a run directory, as on the other ranks, it does nothing.
 
     Args:
         folder: the run directory.
-        step, total_steps: where the run stands, and its length.
-        batch: images an update.
+        step, total_steps: current step and length of the run.
+        batch: images per step.
     """
 
     def __init__(self, folder: RunDirectory | None = None, step: int = 0, total_steps: int = 0, batch: int = 0) -> None:
@@ -136,12 +136,12 @@ class Reporter:
             self.bar = tqdm(total=images, initial=done, unit="img", unit_scale=True, dynamic_ncols=True)
 
     def advance(self) -> None:
-        """One update more on the progress bar."""
+        """Advance the progress bar by one step."""
         if self.bar is not None:
             self.bar.update(self.batch)
 
     def write(self, record: dict[str, Any]) -> None:
-        """Put a record into `metrics.jsonl`, on the terminal, and on wandb."""
+        """Write a record to `metrics.jsonl`, the terminal and wandb."""
         if self.folder is None:
             return
         with self.expendable(self.folder.metrics_file):
@@ -152,7 +152,7 @@ class Reporter:
 
     @contextmanager
     def expendable(self, file: Path) -> Iterator[None]:
-        """Write a file that the run can do without: if that fails, it says so, once for each file, and continues."""
+        """Write an optional file: a failure is a warning, once per file."""
         try:
             yield
         except OSError as error:
@@ -161,14 +161,14 @@ class Reporter:
             self.unwritable.add(file)
 
     def log(self, line: str) -> None:
-        """Show a line above the bar, or print it."""
+        """Print a line, above the progress bar if there is one."""
         if self.bar is not None:
             self.bar.write(line, file=sys.stdout)
         elif self.folder is not None:
             print(line, flush=True)
 
     def close(self) -> None:
-        """End the bar and the copy on wandb."""
+        """Close the progress bar and wandb."""
         if self.bar is not None:
             self.bar.close()
         if self.wandb is not None:
@@ -176,7 +176,7 @@ class Reporter:
 
 
 def format_record(record: dict[str, Any], total_steps: int) -> str:
-    """A record as one line for people."""
+    """Format a record as one line of the terminal."""
     parts = [f"step {record['step']}/{total_steps}"]
     for key, value in record.items():
         if key not in ("step", "consumed"):

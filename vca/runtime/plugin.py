@@ -1,4 +1,4 @@
-"""Python files outside the project that make something for it: an autoencoder, a feature extractor."""
+"""User's Python files that define an autoencoder or a feature extractor."""
 
 import hashlib
 import importlib.util
@@ -12,11 +12,11 @@ from vca.runtime.errors import check
 
 
 def load_function(path: Path, name: str, key: str) -> Callable[..., Any]:
-    """The function `name` of a Python file, which is run; `key` is what the user calls the file.
+    """Import a Python file and return its function `name`; `key` is the config key of the file.
 
     Raises:
-        ConfigError: if there is no such file.
-        AttributeError: if it defines no such function; and whatever else its code raises.
+        ConfigError: if the file does not exist or is not a `.py` file.
+        AttributeError: if it does not define the function. Errors of its own code are passed on.
     """
     check(path.is_file() and path.suffix == ".py", key, "a Python file", str(path))
     module_name = f"{name}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
@@ -27,7 +27,10 @@ def load_function(path: Path, name: str, key: str) -> Callable[..., Any]:
 
 
 def describe_weights(weights: str | None) -> str:
-    """What a name of weights adds to an identity: the content of a file; a folder is known by the parameters."""
+    """Return the part of an identity that names weights: the sha256 of a file, a hub name, or `""` for a folder.
+
+    The weights of a folder are identified by the sha256 of the loaded parameters.
+    """
     if weights is None or Path(weights).is_dir():
         return ""
     return file_sha256(Path(weights)) if Path(weights).is_file() else weights

@@ -1,18 +1,17 @@
-"""Which code this is: the commit and what is not committed, also of a copy that a sweep made of it."""
+"""Commit and uncommitted changes of the running code, which may be a sweep's copy of it."""
 
 import subprocess
 from pathlib import Path
 
 from vca.runtime.digest import file_sha256
 
-CODE = Path(__file__).parents[2]  # this checkout, or a copy of it
-PARTS = ("configs", "models", "scripts", "vca")  # what runs, beside the root scripts
-COMMIT, DIFF = "COMMIT", "uncommitted.diff"  # in a copy, beside the code
+CODE = Path(__file__).parents[2]  # this checkout, or a sweep's copy of it
+PARTS = ("configs", "models", "scripts", "vca")  # folders of a copy, besides the root scripts
+COMMIT, DIFF = "COMMIT", "uncommitted.diff"  # files of a copy
 
 
 def provenance() -> tuple[str | None, str]:
-    """The commit, None where nothing says it, and the diff of this code against it, files that git does not know yet
-    included."""
+    """Return the commit (None if unknown) and the diff against it, untracked files included."""
     if (CODE / COMMIT).exists():
         return (CODE / COMMIT).read_text().strip() or None, (CODE / DIFF).read_text()
     new = (git("ls-files", "--others", "--exclude-standard", *PARTS, ":(glob)*.py") or "").splitlines()
@@ -21,7 +20,7 @@ def provenance() -> tuple[str | None, str]:
 
 
 def git(*arguments: str) -> str | None:
-    """Output of a git command on this checkout, or None where there is no git or no checkout."""
+    """Return the output of a git command on this checkout; None without git or a checkout."""
     differ = 1 if "--no-index" in arguments else 0
     try:
         done = subprocess.run(
@@ -33,6 +32,6 @@ def git(*arguments: str) -> str | None:
 
 
 def code_sha256() -> dict[str, str]:
-    """sha256 of each Python file of `vca`, `models` and the root scripts by its path, the first 12 digits."""
+    """Return the first 12 digits of the sha256 of each Python file of `vca`, `models` and the root scripts."""
     files = [*CODE.glob("*.py"), *CODE.glob("vca/**/*.py"), *CODE.glob("models/**/*.py")]
     return {str(path.relative_to(CODE)): file_sha256(path)[:12] for path in files}

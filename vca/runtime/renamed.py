@@ -1,7 +1,4 @@
-"""Config keys and options that have another name now: an old one is an error that names the new one.
-
-The `config.json` of runs made before is read with the new names.
-"""
+"""Renamed config keys and options: an old name is an error that gives the new one; old `config.json` files load."""
 
 from typing import Any
 
@@ -41,7 +38,7 @@ RENAMED = {
 
 
 def with_new_names(config: dict[str, Any]) -> dict[str, Any]:
-    """The config of a run with the keys that have another name now renamed."""
+    """Return a run's config with old keys renamed."""
     config = {key: dict(value) if isinstance(value, dict) else value for key, value in config.items()}
     for old, new in RENAMED.items():
         if "=" in old:

@@ -1,10 +1,10 @@
-"""One directory a run: what was asked for, what it ran on, what it measured, and its checkpoints.
+"""The directory of a run: config, launches, metrics and checkpoints.
 
-config.json       the resolved config, what identifies the files of an image folder, and of a generator the autoencoder
-                  and latent cache; others are refused
-launches.jsonl    a line a start: command, commit, versions, machine, ranks, first step
-uncommitted.diff  what the checkout held beside its commit, at the last start
-metrics.jsonl     a line a report; the truth, of which wandb and curves.png are copies
+config.json       the resolved config and the identity of the data (image files, latent cache, autoencoder); a run that
+                  differs in them is refused
+launches.jsonl    one line per start: command, commit, versions, machine, ranks, first step
+uncommitted.diff  uncommitted changes at the last start
+metrics.jsonl     one line per record; the source of truth, of which wandb and curves.png are copies
 checkpoints/      see vca.training.checkpoint
 """
 
@@ -31,7 +31,7 @@ from vca.runtime.files import append_line, write_bytes, write_text
 from vca.runtime.provenance import code_sha256, provenance
 from vca.runtime.renamed import with_new_names
 
-# Keys that may differ between two starts of one run: they change where and how it runs, not what it computes.
+# Keys that may change on resume: they cannot change the results of a run.
 RESUME_IGNORED_KEYS = (
     "attention.backend",
     "autoencoder.source",  # its sha256 is compared
@@ -42,29 +42,30 @@ RESUME_IGNORED_KEYS = (
     "out_dir",
     "data.check_seconds",
     "data.root",
-    "data_files",  # compared by themselves
+    "data_files",  # compared separately
     "sampled_classes",
     "sampler",
     "samples_per_class",
     "trainer.checkpoint_every",
     "trainer.device",
+    "trainer.eval_every",
     "trainer.eval_only",
     "trainer.fid_every",
     "trainer.grad_checkpointing",
     "trainer.keep_checkpoints",
+    "trainer.log_every",
     "trainer.timeout_minutes",
     "trainer.workers",
     "wandb",
 )
 
-
-# A string of these keys that comes from the environment is stored as its reference, since it may be a secret. Values of
-# the other keys change what is computed: they are stored, and compared at resume.
+# Strings of these keys that come from environment variables are stored as `${oc.env:...}`, since they may be secrets.
+# Values of other keys can change results, so they are stored, and compared on resume.
 REFERENCE_KEYS = (*RESUME_IGNORED_KEYS, "trainer.init_from")
 
 
 class RunDirectory:
-    """The files of a run. Rank 0 writes, and only through this class."""
+    """The files of a run; only rank 0 writes them."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -73,9 +74,9 @@ class RunDirectory:
         self.locked: Any = None
 
     def check(self, config: dict[str, Any]) -> None:
-        """Raise `ConfigError` if the directory belongs to a run with another config or other data; names what differs.
+        """Raise `ConfigError`, with the differences, if the directory contains a run with another config or other data.
 
-        Only a run and a config that both name their `data_files` are compared in them.
+        `data_files` are compared only if both the run and the config have them.
         """
         if not (self.path / "config.json").exists():
             return
@@ -88,15 +89,15 @@ class RunDirectory:
                 f"{self.path} holds a run with another config ({'; '.join(differences)}); "
                 f"choose another name=... or remove the folder"
             )
-        there, here = saved.get("data_files"), config.get("data_files")
-        if there and here and (differences := diff_configs(there, here, key="data_files")):
+        old, new = saved.get("data_files"), config.get("data_files")
+        if old and new and (differences := diff_configs(old, new, key="data_files")):
             raise ConfigError(
                 f"data.root={config['data']['root']}: the files changed since the run {self.path} was started "
                 f"({'; '.join(differences)}); restore them, or choose another name=..."
             )
 
     def begin(self, config: dict[str, Any], world: World, step: int) -> None:
-        """Make the directory, or enter it again at a step; from now on no other process may train here."""
+        """Create the directory, or rewind it to a step, and lock it against other processes."""
         try:
             self.create(config)
             self.rewind(step)
@@ -105,7 +106,7 @@ class RunDirectory:
             raise ConfigError(f"out_dir: {self.path} cannot be written ({error})") from error
 
     def create(self, config: dict[str, Any]) -> None:
-        """Make and lock the directory, write the config, and remove files whose writing a kill interrupted."""
+        """Create and lock the directory, write the config, and remove temporary files of a killed process."""
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         self.lock()
         for interrupted in (*self.path.glob("*.tmp"), *self.checkpoints.glob("*.tmp")):
@@ -113,12 +114,12 @@ class RunDirectory:
         write_text(self.path / "config.json", json.dumps(config, indent=2) + "\n")
 
     def lock(self) -> None:
-        """Lock the directory until this process ends, however it ends; its loader processes do not hold the lock.
+        """Lock the directory until this process exits; loader workers do not hold the lock.
 
         Raises:
-            ConfigError: if another process has it. A file system that knows no locks keeps nobody out.
+            ConfigError: if another process holds the lock. File systems without locks are not protected.
         """
-        self.locked = open(self.path / "lock", "w")  # noqa: SIM115 - open as long as it is locked
+        self.locked = open(self.path / "lock", "w")  # noqa: SIM115 - the lock lasts while the file is open
         try:
             fcntl.lockf(self.locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -126,7 +127,7 @@ class RunDirectory:
                 raise ConfigError(f"{self.path} is being trained by another process; wait for it or stop it") from error
 
     def record_launch(self, world: World, step: int) -> None:
-        """Append this start to `launches.jsonl`, and keep what is not committed."""
+        """Append this start to `launches.jsonl` and write `uncommitted.diff`."""
         commit, diff = provenance()
         launch = {
             "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -147,26 +148,26 @@ class RunDirectory:
         write_text(self.path / "uncommitted.diff", diff)
 
     def write_failure(self, rank: int, record: dict[str, Any]) -> None:
-        """Keep what a rank saw when a gradient was not finite."""
+        """Write the details of a non-finite gradient on a rank."""
         write_text(self.path / f"nonfinite_rank{rank}.json", json.dumps(record) + "\n")
 
     def append(self, record: dict[str, Any]) -> None:
-        """Add a line to `metrics.jsonl`."""
+        """Append a record to `metrics.jsonl`."""
         append_line(self.metrics_file, json.dumps(record))
 
     def lines(self) -> list[dict[str, Any] | None]:
-        """The records of `metrics.jsonl`, None where a line is corrupt; a line that a kill cut short has no end."""
+        """Return the records of `metrics.jsonl`, None for a corrupt line; an unfinished last line is ignored."""
         content = self.metrics_file.read_bytes() if self.metrics_file.exists() else b""
         return [parse_record(line) for line in content.split(b"\n")[:-1]]
 
     def records(self) -> list[dict[str, Any]]:
-        """The intact records of `metrics.jsonl`."""
+        """Return the valid records of `metrics.jsonl`."""
         return [record for record in self.lines() if record is not None]
 
     def rewind(self, step: int) -> None:
-        """Drop the records after `step`, which the run writes again, and corrupt lines.
+        """Remove corrupt lines and the records after `step`, which the run writes again.
 
-        Where lines are corrupt, or a run starts again at step 0, the file is first copied to `metrics.jsonl.<n>`.
+        If lines are corrupt, or the run restarts at step 0, the file is first copied to `metrics.jsonl.<n>`.
         """
         lines = self.lines()
         corrupt = lines.count(None)
@@ -174,14 +175,14 @@ class RunDirectory:
             number = 1 + len(list(self.path.glob("metrics.jsonl.*")))
             copy = self.metrics_file.with_name(f"metrics.jsonl.{number}")
             write_bytes(copy, self.metrics_file.read_bytes())
-            why = f"{corrupt} of its lines are corrupt" if corrupt else "the run starts again at step 0"
-            warnings.warn(f"{self.metrics_file}: {why}; the file is kept as {copy.name}", stacklevel=2)
+            why = f"{corrupt} corrupt line(s)" if corrupt else "the run restarts at step 0"
+            warnings.warn(f"{self.metrics_file}: {why}; old file saved as {copy.name}", stacklevel=2)
         kept = [json.dumps(record) + "\n" for record in self.records() if record["step"] <= step]
         write_text(self.metrics_file, "".join(kept))
 
 
 def parse_record(line: bytes) -> dict[str, Any] | None:
-    """A line of `metrics.jsonl`; None if it is corrupt."""
+    """Parse a line of `metrics.jsonl`; return None if it is corrupt."""
     try:
         record = json.loads(line)
     except ValueError:  # neither JSON nor text
@@ -190,10 +191,10 @@ def parse_record(line: bytes) -> dict[str, Any] | None:
 
 
 def read_config(run: Path) -> dict[str, Any]:
-    """The `config.json` of a run directory.
+    """Read the `config.json` of a run directory, with old keys renamed.
 
     Raises:
-        ConfigError: if it is not the JSON of a config.
+        ConfigError: if it cannot be read or is not a JSON object.
     """
     file = run / "config.json"
     try:
@@ -201,28 +202,27 @@ def read_config(run: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise ConfigError(f"{file} cannot be read ({error})") from error
     if not isinstance(config, dict):
-        raise ConfigError(f"{file} must hold a config, got {type(config).__name__}")
+        raise ConfigError(f"{file} must contain a config, got {type(config).__name__}")
     return with_new_names(config)
 
 
 class FromEnvironment(str):
-    """A string of a config that environment variables decide; `plain` gives its `reference`, as it may be a secret.
+    """A config string read from environment variables; `to_dict` returns its `reference`, since it may be a secret.
 
     Attributes:
-        reference: what the config says instead of the value, such as `${oc.env:TOKEN}`.
+        reference: the text in the config, such as `${oc.env:TOKEN}`.
     """
 
     reference: str
 
     def __new__(cls, value: str, reference: str = "") -> "FromEnvironment":
-        """Attach the reference to a value."""
         self = super().__new__(cls, value)
         self.reference = reference
         return self
 
 
 def to_dict(value: Any) -> Any:
-    """A config dataclass as plain values: dicts, lists, numbers, strings; enums by their value."""
+    """Convert a config dataclass to dicts, lists, numbers and strings; enums become their value."""
     if isinstance(value, FromEnvironment):
         return value.reference
     if dataclasses.is_dataclass(value):
@@ -234,21 +234,21 @@ def to_dict(value: Any) -> Any:
     return {key: to_dict(item) for key, item in value.items()} if isinstance(value, dict) else value
 
 
-def diff_configs(there: Any, here: Any, free: Collection[str] = (), key: str = "") -> list[str]:
-    """`"key: <there> there, <here> here"` for each leaf that differs, those under a `free` key left out."""
-    if key in free:
+def diff_configs(old: Any, new: Any, ignored: Collection[str] = (), key: str = "") -> list[str]:
+    """Return `"key: <old> -> <new>"` for each leaf that differs, except below the `ignored` keys."""
+    if key in ignored:
         return []
-    if isinstance(there, dict) and isinstance(here, dict):
+    if isinstance(old, dict) and isinstance(new, dict):
         differences = []
-        for name in sorted({*there, *here}):
+        for name in sorted({*old, *new}):
             path = f"{key}.{name}" if key else name
-            differences += diff_configs(there.get(name), here.get(name), free, path)
+            differences += diff_configs(old.get(name), new.get(name), ignored, path)
         return differences
-    return [] if there == here else [f"{key}: {there!r} there, {here!r} here"]
+    return [] if old == new else [f"{key}: {old!r} -> {new!r}"]
 
 
 def check_ranks_agree(world: World, config: Any) -> None:
-    """Raise `ConfigError` on every rank unless all ranks have the config, and run the code, of rank 0.
+    """Raise `ConfigError` on every rank unless all ranks have the same config and code as rank 0.
 
     Args:
         world: this process.
@@ -256,13 +256,13 @@ def check_ranks_agree(world: World, config: Any) -> None:
     """
     if world.size == 1:
         return
-    mine = {"config": to_dict(config), "code": code_sha256()}
-    found = world.broadcast(world.gather(diff_configs(world.broadcast(mine), mine)))
-    if different := [rank for rank, differences in enumerate(found) if differences]:
-        differences = found[different[0]]
+    own = {"config": to_dict(config), "code": code_sha256()}
+    per_rank = world.broadcast(world.gather(diff_configs(world.broadcast(own), own)))
+    if different := [rank for rank, differences in enumerate(per_rank) if differences]:
+        differences = per_rank[different[0]]
         more = f"; and {len(differences) - 5} more" if len(differences) > 5 else ""
         who = f"rank {different[0]} differs" if len(different) == 1 else f"ranks {different} differ"
         raise ConfigError(
-            f"ranks must agree in config and code; {who} from rank 0 ({'; '.join(differences[:5])}{more}); "
-            f"start all ranks by the same command, from the same code"
+            f"all ranks must have the same config and code; {who} from rank 0 ({'; '.join(differences[:5])}{more}); "
+            f"start all ranks with the same command and code"
         )

@@ -1,4 +1,4 @@
-"""Randomness is addressed, not drawn: every seed is a pure function of where the number is used."""
+"""Seeds as pure functions of an address such as `(seed, "augment", epoch, index)`, not of a generator's state."""
 
 import hashlib
 import random
@@ -8,7 +8,7 @@ import torch
 
 
 def derive_seed(*address: int | str) -> int:
-    """A 63-bit seed for an address such as `(seed, "augment", epoch, index)`: the same on every machine and rank."""
+    """Return the 63-bit seed of an address, the same on every machine and rank."""
     digest = hashlib.blake2b(digest_size=8)
     for part in address:
         if isinstance(part, str):
@@ -21,14 +21,14 @@ def derive_seed(*address: int | str) -> int:
 def seed_torch(*address: int | str) -> None:
     """Seed torch's global generators (dropout, stochastic depth, initialisation) from an address."""
     seed = derive_seed(*address)
-    # Not torch.manual_seed: until CUDA is in use, that keeps a stack trace of every call (200 us each) to replay later.
+    # Not torch.manual_seed: before CUDA is initialized, it records a stack trace of every call (200 us each).
     torch.default_generator.manual_seed(seed)
     if torch.cuda.is_initialized():
         torch.cuda.manual_seed(seed)
 
 
 def seed_everything(*address: int | str) -> None:
-    """Seed torch, `random` and numpy (where it is installed) from an address, for code that draws from any of them."""
+    """Seed torch, `random` and, if installed, numpy from an address."""
     seed_torch(*address)
     seed = derive_seed(*address)
     random.seed(seed)

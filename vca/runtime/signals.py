@@ -1,4 +1,4 @@
-"""Being asked to stop. SLURM, before it takes a node back, sends SIGTERM, SIGUSR1 or SIGUSR2; people press Ctrl-C."""
+"""Stop signals: SIGTERM, SIGUSR1 and SIGUSR2 from SLURM before a job ends, SIGINT from Ctrl-C."""
 
 import ctypes
 import multiprocessing
@@ -11,27 +11,27 @@ from dataclasses import dataclass
 from types import FrameType
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-EXIT_PREEMPTED = 75  # of a training that was asked to stop and has saved; EX_TEMPFAIL of sysexits.h: try again
+EXIT_PREEMPTED = 75  # a signal stopped the run after a checkpoint; EX_TEMPFAIL of sysexits.h
 
 
 @dataclass
 class StopRequest:
-    """Name of the last stop signal that came, None while there was none."""
+    """The last stop signal received, None if none was."""
 
     received: str | None = None
 
 
 @contextmanager
 def catch_stop_signals() -> Iterator[StopRequest]:
-    """Only note the stop signals, so that a training can end between two updates; afterwards they do what they did."""
+    """Record stop signals, so that a run can stop between two steps; restore the previous handlers on exit."""
     request = StopRequest()
 
     def note(number: int, frame: FrameType | None) -> None:
         request.received = signal.Signals(number).name
         if number == signal.SIGINT:
-            signal.signal(number, signal.default_int_handler)  # who presses Ctrl-C again means at once
+            signal.signal(number, signal.default_int_handler)  # a second Ctrl-C stops at once
 
-    if threading.current_thread() is not threading.main_thread():  # where Python lets nobody handle signals
+    if threading.current_thread() is not threading.main_thread():  # only the main thread may set handlers
         yield request
         return
     before = {number: signal.signal(number, note) for number in STOP_SIGNALS}
@@ -43,10 +43,10 @@ def catch_stop_signals() -> Iterator[StopRequest]:
 
 
 def start_worker(*_: object) -> None:
-    """Initialize a loader worker: it ignores the stop signals, which reach the whole job, and dies with its parent.
+    """Initialize a loader worker: ignore stop signals, which reach the whole job, and exit with the parent.
 
-    The parent ends its workers by `end_workers`. Where Linux's `prctl` is missing, a worker whose parent was killed
-    ends when torch's own watchdog notices, seconds later.
+    The parent ends its workers with `end_workers`. Without Linux's `prctl`, a worker whose parent was killed exits
+    seconds later, through torch's watchdog.
     """
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
@@ -57,11 +57,11 @@ def start_worker(*_: object) -> None:
 def end_workers() -> None:
     """Kill the loader workers of this process.
 
-    At exit Python sends SIGTERM to them and joins them. They ignore SIGTERM, so that would wait for ever.
+    Python's own exit handler sends SIGTERM, which they ignore, and would join them forever.
     """
     workers = [child for child in multiprocessing.active_children() if child.daemon]
     in_main_thread = threading.current_thread() is threading.main_thread()
-    if in_main_thread:  # torch's handler would raise an error for each worker that is killed
+    if in_main_thread:  # torch's handler raises an error for each killed worker
         handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for worker in workers:
         worker.kill()

@@ -1,7 +1,7 @@
-"""One job of a sweep on one node: torchrun, which starts the ranks, and what happens when the scheduler ends it.
+"""One job of a sweep on one node: torchrun and the handling of the scheduler's signals.
 
-The scheduler's signal reaches every process of the job. The ranks save and end (`vca.runtime.signals`), torchrun ends
-when they have, and only then does submitit put the job back into the queue.
+The scheduler signals every process of the job. The ranks save a checkpoint and exit (`vca.runtime.signals`), then
+torchrun exits, and then submitit requeues the job.
 """
 
 import json
@@ -23,14 +23,14 @@ from vca.runtime.files import write_text
 from vca.runtime.signals import EXIT_PREEMPTED, STOP_SIGNALS
 from vca.sweep.plan import read_jobs
 
-# Ranks that are started again must not meet at the addresses of the dead: pytorch issue 135712.
+# Restarted ranks must not use the store of the failed ones: https://github.com/pytorch/pytorch/issues/135712
 FRESH_STORE = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-ATTEMPT = "### started "  # begins the first line of each attempt in a log
+ATTEMPT = "### started "  # prefix of the first line of each attempt in a log
 REQUEUE_SIGNALS = (signal.SIGUSR1, signal.SIGUSR2)
 
 
 def torchrun(script: Path, arguments: Sequence[str], nodes: int, ranks_per_node: int, max_restarts: int) -> list[str]:
-    """The command that starts this node's ranks; with several nodes they meet at the one that runs the batch script."""
+    """Return the torchrun command of this node; the rendezvous is on the node that runs the batch script."""
     command = [sys.executable, "-m", "torch.distributed.run", f"--nnodes={nodes}", f"--nproc_per_node={ranks_per_node}"]
     command.append(f"--max_restarts={max_restarts}")
     if nodes == 1:
@@ -44,18 +44,17 @@ def torchrun(script: Path, arguments: Sequence[str], nodes: int, ranks_per_node:
     return [*command, str(script), *arguments]
 
 
-def run_and_survive(command: Sequence[str], log: Path, save_seconds: int, scheduled: bool) -> int:
-    """Run a command whose output goes to the end of a file; its exit code.
+def run_torchrun(command: Sequence[str], log: Path, save_seconds: int, scheduled: bool) -> int:
+    """Run a torchrun command, append its output to a file, and return its exit code.
 
-    A signal to stop is passed on, as SIGTERM, which torchrun gives to its ranks; after `save_seconds` it kills them (a
-    torch too old for that: after 30). Then SIGUSR1 and SIGUSR2 go on to submitit's handler of before, which requeues
-    the job and ends this process.
+    A stop signal is passed on as SIGTERM, which torchrun sends to its ranks; it kills them after `save_seconds` (older
+    torch: after 30 s). SIGUSR1 and SIGUSR2 are then passed to submitit's handler, which requeues the job and exits.
 
     Args:
-        command: what `torchrun` gave.
-        log: of this node.
-        save_seconds: how long the ranks may take to save and end.
-        scheduled: whether there is a scheduler, which ends the job after a signal that it gave.
+        command: command of `torchrun`.
+        log: log file of this node.
+        save_seconds: how long the ranks may take to save a checkpoint and exit.
+        scheduled: whether a scheduler ends the job after its signal.
 
     Raises:
         SystemExit: after a signal.
@@ -75,7 +74,7 @@ def run_and_survive(command: Sequence[str], log: Path, save_seconds: int, schedu
             stderr=subprocess.STDOUT,
             env=environment,
             preexec_fn=ignore_requeue_signals,
-            start_new_session=not scheduled,  # Ctrl-C comes to this process alone
+            start_new_session=not scheduled,  # Ctrl-C reaches only this process
         )
         while process.poll() is None and not received:
             time.sleep(0.2)
@@ -87,22 +86,22 @@ def run_and_survive(command: Sequence[str], log: Path, save_seconds: int, schedu
     if not received:
         return process.returncode
     name = signal.Signals(received[0]).name
-    print(f"stopped by {name}; what the ranks said is in {log}", flush=True)
+    print(f"stopped by {name}; log: {log}", flush=True)
     if set(received) & set(REQUEUE_SIGNALS) and callable(requeue := before[signal.SIGUSR2]):
         requeue(signal.SIGUSR2, None)  # on the first node it ends this process
     if scheduled:
-        time.sleep(save_seconds)  # after SIGTERM it requeues the job or cancels it, and ends this process either way
+        time.sleep(save_seconds)  # after SIGTERM the scheduler requeues or cancels the job, and ends this process
     sys.exit(EXIT_PREEMPTED)
 
 
 def ignore_requeue_signals() -> None:
-    """For torchrun, which would die of them; the ranks, its children, set handlers of their own."""
+    """Ignore SIGUSR1 and SIGUSR2 in torchrun, which they would kill; the ranks set their own handlers."""
     for number in REQUEUE_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
 
 
 def run_job(config: DictConfig, program: Sequence[str]) -> None:
-    """What Hydra's launcher calls, on the node where the job runs: all ranks of this node, to their end."""
+    """Run all ranks of this node to completion; Hydra's launcher calls this on the node of the job."""
     settings = HydraConfig.get()
     folder, number = Path(settings.sweep.dir).absolute(), settings.job.num
     cluster: Any = OmegaConf.to_object(config.cluster)
@@ -118,7 +117,7 @@ def run_job(config: DictConfig, program: Sequence[str]) -> None:
         cluster.max_restarts,
     )
     started = time.time()
-    code = run_and_survive(command, log, cluster.signal_seconds, scheduled=cluster.name == "slurm")
+    code = run_torchrun(command, log, cluster.signal_seconds, scheduled=cluster.name == "slurm")
     if node == 0:
         end = {
             "exit_code": code,
@@ -128,4 +127,4 @@ def run_job(config: DictConfig, program: Sequence[str]) -> None:
         }
         write_text(folder / "ends" / f"{number}.json", json.dumps(end) + "\n")
     if cluster.name == "slurm" and code != 0:
-        sys.exit(code)  # so that SLURM counts it as failed too
+        sys.exit(code)  # so that SLURM reports a failed job

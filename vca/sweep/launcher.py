@@ -1,4 +1,4 @@
-"""The two processes of a sweep: the one that plans and waits, and its copy that hands the jobs to Hydra's launcher."""
+"""The two processes of a sweep: one plans and waits; the other, run from the code copy, calls Hydra's launcher."""
 
 import json
 import logging
@@ -23,26 +23,26 @@ from vca.runtime.provenance import CODE, COMMIT, DIFF, PARTS, provenance
 from vca.sweep.job import run_job
 from vca.sweep.plan import config_dir, globs, plan, search_path
 from vca.sweep.slurm import queued, wait_for_jobs
-from vca.sweep.summary import table, tell
+from vca.sweep.summary import report, table
 
-LAUNCHER = "VCA_SWEEP_LAUNCHER"  # in the environment of the copy that hands the jobs to Hydra's launcher
+LAUNCHER = "VCA_SWEEP_LAUNCHER"  # environment variable of the process that calls Hydra's launcher
 
 
 def run_sweep(config_name: str, program: Sequence[str], summary: Callable[[Path], str] = table) -> int:
-    """Run the sweep that the command line asks for and print what came out; the exit code.
+    """Run the sweep of the command line, print its results and return the exit code.
 
     Args:
-        config_name: of the YAML file.
-        program: the script that every job runs, relative to the repository, and arguments before the job's own.
-        summary: what to print about the sweep of a folder.
+        config_name: name of the YAML file.
+        program: script of every job, relative to the repository, and arguments before those of the job.
+        summary: returns the text to print about the sweep in a folder.
 
     Raises:
-        ConfigError: before anything has started, if a job could not run.
+        ConfigError: if the config of a job is invalid; no job has started then.
     """
-    folder, arguments = begin(config_name)
+    folder, arguments = prepare(config_name)
     code = folder / "code"
     path = os.pathsep.join(filter(None, [str(code), os.environ.get("PYTHONPATH")]))
-    # Without a safe path Python would look for this project in the current folder first.
+    # PYTHONSAFEPATH: else Python would import this project from the current folder.
     environment = {**os.environ, LAUNCHER: "1", "PYTHONPATH": path, "PYTHONSAFEPATH": "1"}
     command = [sys.executable, str(code / program[0]), *program[1:], *sys.argv[1:], *arguments]
     launcher = subprocess.Popen(command, env=environment)
@@ -52,51 +52,51 @@ def run_sweep(config_name: str, program: Sequence[str], summary: Callable[[Path]
     except KeyboardInterrupt:
         launcher.wait()
         if queued(folder):
-            print(f"the jobs stay in the queue; their table: scripts/table.py {folder} --sweep", file=sys.stderr)
-    return tell(folder, summary)
+            print(f"the jobs stay queued; for their table run: scripts/table.py {folder} --sweep", file=sys.stderr)
+    return report(folder, summary)
 
 
-def begin(config_name: str) -> tuple[Path, list[str]]:
-    """Compose every job, refuse a wrong or doubled one, make the sweep's folder with `jobs.json` and the code.
+def prepare(config_name: str) -> tuple[Path, list[str]]:
+    """Compose and check every job, and create the sweep's folder with `jobs.json` and the code.
 
     Returns:
-        The folder, and what the launcher's command line needs besides this one's.
+        The folder, and additional arguments of the launcher's command line.
     """
     from hydra._internal.utils import get_args_parser
 
     if "RANK" in os.environ:
-        raise ConfigError("-m starts torchrun by itself, once for each job: python train_cls.py -m ...")
-    mine = config_dir()
-    overrides = [*get_args_parser().parse_args().overrides, *search_path(mine)]
+        raise ConfigError("-m must not run under torchrun, it starts torchrun per job; use python train_cls.py -m ...")
+    own = config_dir()
+    overrides = [*get_args_parser().parse_args().overrides, *search_path(own)]
     with hydra.initialize_config_dir(str(CODE / "configs"), version_base="1.3"):
         composer = GlobalHydra.instance().hydra
         assert composer is not None
         config = composer.compose_config(config_name, overrides, RunMode.MULTIRUN, with_log_configuration=False)
-        jobs = plan(config, config_name, mine)
+        jobs = plan(config, config_name, own)
         folder = Path(config.hydra.sweep.dir).absolute()
     commit, diff = provenance()
     record = {"command": shlex.join(sys.argv), "commit": commit, "jobs": jobs}
-    files = [] if mine is None else sorted(mine.rglob("*.yaml"))  # before the sweep's folder, which may be in there
-    arguments = [f"hydra.sweep.dir='{folder}'", *globs(config, mine).values()]
+    files = [] if own is None else sorted(own.rglob("*.yaml"))  # listed before the sweep's folder may be created in it
+    arguments = [f"hydra.sweep.dir='{folder}'", *globs(config, own).values()]
     try:
         for name in ("code", "logs", "ends"):
             (folder / name).mkdir(parents=True)
         write_text(folder / "jobs.json", json.dumps(record, indent=2) + "\n")
         copy_code(folder / "code", commit, diff)
-        if mine is not None:
+        if own is not None:
             for file in files:
-                target = folder / "config_dir" / file.relative_to(mine)
+                target = folder / "config_dir" / file.relative_to(own)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy2(file, target)
-            arguments += ["--config-dir", str(folder / "config_dir")]  # the last one of a command line counts
+            arguments += ["--config-dir", str(folder / "config_dir")]  # the last one takes effect
     except OSError as error:
         raise ConfigError(f"out_dir: {error}") from error
-    print(f"{len(jobs)} job(s), kept in {config.hydra.sweep.dir}", flush=True)
+    print(f"{len(jobs)} job(s), sweep folder {config.hydra.sweep.dir}", flush=True)
     return folder, arguments
 
 
 def copy_code(folder: Path, commit: str | None, diff: str) -> None:
-    """The part of this checkout that runs, and what it is."""
+    """Copy the code of this checkout, with its commit and diff."""
     leave = shutil.ignore_patterns("__pycache__")
     for name in PARTS:
         shutil.copytree(CODE / name, folder / name, ignore=leave)
@@ -107,25 +107,28 @@ def copy_code(folder: Path, commit: str | None, diff: str) -> None:
 
 
 def launch(start: Callable[[Any], Any], program: Sequence[str]) -> None:
-    """Hand the jobs to Hydra's launcher, in the copy of the code, and wait for them.
+    """Pass the jobs to Hydra's launcher, in the copy of the code, and wait for them.
 
     Args:
-        start: what `hydra.main(...)` gave.
-        program: see `main`.
+        start: the decorator that `hydra.main(...)` returned.
+        program: see `run_sweep`.
     """
     from submitit.core.utils import UncompletedJobError
 
-    logging.getLogger("submitit").setLevel(logging.ERROR)  # without accounting it warns at every look
+    logging.getLogger("submitit").setLevel(logging.ERROR)  # without accounting it warns at every poll
 
-    mine = config_dir()
-    program = [*program, *(["--config-dir", str(mine)] if mine is not None else [])]
+    own = config_dir()
+    program = [*program, *(["--config-dir", str(own)] if own is not None else [])]
 
     def job(config: DictConfig) -> None:
         run_job(config, program)
 
     try:
         start(job)()
-    except (KeyboardInterrupt, UncompletedJobError):  # a failed or cancelled job, which `main` tells
+    except (KeyboardInterrupt, UncompletedJobError):  # a failed or cancelled job, which `run_sweep` reports
         sys.exit(1)
     except Exception as error:
-        sys.exit(f"the launcher gave up: {' '.join(str(error).split())}")
+        reason = " ".join(str(error).split())
+        sys.exit(
+            f"sbatch: {reason.rpartition('sbatch: ')[2]}" if "sbatch: " in reason else f"the launcher failed: {reason}"
+        )

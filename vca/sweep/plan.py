@@ -1,4 +1,4 @@
-"""Planning a sweep: every job composed and checked before the first one starts."""
+"""Planning of a sweep: composes and checks every job before the first one starts."""
 
 import json
 from pathlib import Path
@@ -17,25 +17,25 @@ from vca.runtime.rundir import FromEnvironment
 
 
 def config_dir() -> Path | None:
-    """The folder of further configs, `--config-dir`, that the command line names; absolute."""
+    """Return the absolute path of the command line's `--config-dir`."""
     from hydra._internal.utils import get_args_parser
 
     given = get_args_parser().parse_known_args()[0].config_dir
     return None if given is None else Path(given).absolute()
 
 
-def search_path(mine: Path | None) -> list[str]:
-    """The override that makes Hydra find the configs of a `--config-dir`."""
-    return [] if mine is None else [f"hydra.searchpath=['file://{mine}']"]
+def search_path(own: Path | None) -> list[str]:
+    """Return the override that adds a `--config-dir` to Hydra's search path."""
+    return [] if own is None else [f"hydra.searchpath=['file://{own}']"]
 
 
 def ablations() -> list[str]:
-    """Names of the sweeps in `configs/ablation/`."""
+    """Return the names of the sweeps in `configs/ablation/`."""
     return sorted(path.stem for path in (CODE / "configs" / "ablation").glob("*.yaml"))
 
 
 def rows_of_ablation(name: str) -> list[list[str]]:
-    """The rows of an ablation, its seeds left out: the attention, then the overrides of each."""
+    """Return the rows of an ablation without seeds: each is the attention, then its overrides."""
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 
     params: Any = OmegaConf.load(CODE / "configs" / "ablation" / f"{name}.yaml").hydra.sweeper.params
@@ -44,73 +44,73 @@ def rows_of_ablation(name: str) -> list[list[str]]:
     return [[row[0].removeprefix("attention="), *row[1:]] for row in rows]
 
 
-def told(config: DictConfig) -> dict[str, Override]:
-    """The overrides of a sweep by their keys, the last of each: those of the config, then the command line's."""
+def sweep_overrides(config: DictConfig) -> dict[str, Override]:
+    """Return key -> override of a sweep; the command line takes precedence over the config."""
     swept = [f"{key}={value}" for key, value in (config.hydra.sweeper.params or {}).items()]
-    task: Any = OmegaConf.to_container(config.hydra.overrides.task, resolve=False)  # name='lr${optim.lr}' as it stands
+    task: Any = OmegaConf.to_container(config.hydra.overrides.task, resolve=False)  # keeps name='lr${optim.lr}'
     return {one.get_key_element(): one for one in OverridesParser.create().parse_overrides([*swept, *task])}
 
 
-def globs(config: DictConfig, mine: Path | None) -> dict[str, str]:
-    """The overrides `group=glob(...)` of a sweep by their keys, as choices: `group=a,b`.
+def globs(config: DictConfig, own: Path | None) -> dict[str, str]:
+    """Return the overrides `group=glob(...)` of a sweep by key, expanded to choices `group=a,b`.
 
-    Hydra's own expansion would also take the schemas, and options of other scripts.
+    Hydra's own expansion includes the schemas and the options of other scripts.
 
     Raises:
-        ConfigError: on one that matches no option.
+        ConfigError: if a pattern matches no option.
     """
-    roots, choices = [CODE / "configs", *([mine] if mine is not None else [])], {}
-    for key, override in told(config).items():
+    roots, choices = [CODE / "configs", *([own] if own is not None else [])], {}
+    for key, override in sweep_overrides(config).items():
         pattern: Any = override.value()
         if isinstance(pattern, Glob):
             group = override.key_or_group
-            there = options([root / group for root in roots], registered_schemas().get(group))
-            if not (names := pattern.filter(there)):
-                raise ConfigError(f"{key}=glob(): no option matches (there are {', '.join(there) or 'none'})")
+            valid = options([root / group for root in roots], registered_schemas().get(group))
+            if not (names := pattern.filter(valid)):
+                raise ConfigError(f"{key}=glob(): no option matches (options: {', '.join(valid) or 'none'})")
             choices[key] = f"{key}={','.join(names)}"
     return choices
 
 
-def plan(config: DictConfig, config_name: str, mine: Path | None = None) -> list[dict[str, Any]]:
-    """Every job of a sweep: its number, name, run directory and overrides.
+def plan(config: DictConfig, config_name: str, own: Path | None = None) -> list[dict[str, Any]]:
+    """Return number, name, run directory and overrides of every job of a sweep.
 
     Args:
-        config: of the sweep.
-        config_name: of the YAML file.
-        mine: the `--config-dir`.
+        config: config of the sweep.
+        config_name: name of the YAML file.
+        own: the `--config-dir`.
 
     Raises:
-        ConfigError: on a job that could not run, or two that would share a directory.
+        ConfigError: if the config of a job is invalid, or two jobs have the same run directory.
     """
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 
-    chosen = {key: OverridesParser.create().parse_override(text) for key, text in globs(config, mine).items()}
-    overrides = list({**told(config), **chosen}.values())
+    chosen = {key: OverridesParser.create().parse_override(text) for key, text in globs(config, own).items()}
+    overrides = list({**sweep_overrides(config), **chosen}.values())
     jobs: list[dict[str, Any]] = []
     for number, job in enumerate(BasicSweeper.split_arguments(overrides, None)[0]):
         try:
-            one = compose(config_name, [*job, *search_path(mine)])
+            one = compose(config_name, [*job, *search_path(own)])
         except ConfigError as error:
             raise ConfigError(f"{error} (job {number}: {' '.join(job)})") from error
         if one.out_dir != config.out_dir:
-            raise ConfigError("out_dir may not be swept, it holds the sweep itself; put what you sweep into the name")
+            raise ConfigError("out_dir must not be swept; put the swept values into the name, such as name='${seed}'")
         for line in (*one.cluster.setup, *one.cluster.sbatch):
             if isinstance(line, FromEnvironment):
                 raise ConfigError(
-                    f"cluster.setup and cluster.sbatch must not read the environment, SLURM's script would hold the "
-                    f"value, got '{line.reference}'; let the shell of the job read it: $NAME"
+                    f"cluster.setup and cluster.sbatch must not use oc.env, whose value would be stored in the sbatch "
+                    f"script, got '{line.reference}'; use a shell variable: $NAME"
                 )
         run = str(Path(one.out_dir, one.name).absolute())
         for other in jobs:
             if other["run"] == run:
                 raise ConfigError(
-                    f"jobs {other['number']} and {number} would both be {run}; put what you sweep into the name, "
-                    f"such as name='lr${{optim.lr}}-seed${{seed}}'"
+                    f"jobs {other['number']} and {number} have the same run directory {run}; put the swept values into "
+                    f"the name, such as name='lr${{optim.lr}}-seed${{seed}}'"
                 )
         jobs.append({"number": number, "name": one.name, "run": run, "overrides": job})
     return jobs
 
 
 def read_jobs(folder: Path) -> list[dict[str, Any]]:
-    """The jobs of a sweep, as `plan` made them."""
+    """Read the jobs of a sweep, see `plan`."""
     return json.loads((folder / "jobs.json").read_text())["jobs"]

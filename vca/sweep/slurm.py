@@ -1,4 +1,4 @@
-"""SLURM's queue: the jobs of a sweep that it still has."""
+"""The jobs of a sweep in SLURM's queue."""
 
 import subprocess
 import time
@@ -7,21 +7,22 @@ from pathlib import Path
 
 from vca.sweep.plan import read_jobs
 
-POLL = 10.0  # seconds between two questions to SLURM
+POLL = 10.0  # seconds between two calls of squeue
 
 
 def wait_for_jobs(launcher: subprocess.Popen, folder: Path) -> None:
-    """Wait for the launcher, and for what it left in SLURM's queue when it gave up on one job.
+    """Wait for the launcher, and for the jobs that it left in SLURM's queue when another job failed.
 
-    Where there is no accounting, submitit waits for a cancelled job for ever; then the empty queue ends it.
+    Without accounting, submitit waits forever for a cancelled job; the launcher is stopped once the queue is empty.
     """
-    empty, told = 0, False
+    empty, announced = 0, False
     while launcher.poll() is None or queued(folder):
         with suppress(subprocess.TimeoutExpired):
             launcher.wait(POLL)
-        if len(submitted(folder)) == len(read_jobs(folder)) and not told:
-            print(f"submitted as {', '.join(sorted(submitted(folder)))}; this waits for them, they do not need it")
-            told = True
+        if len(submitted(folder)) == len(read_jobs(folder)) and not announced:
+            ids = ", ".join(sorted(submitted(folder)))
+            print(f"submitted as {ids}; waiting for the jobs (safe to interrupt)", flush=True)
+            announced = True
         if launcher.returncode is not None:
             if not queued(folder):
                 return
@@ -33,12 +34,12 @@ def wait_for_jobs(launcher: subprocess.Popen, folder: Path) -> None:
 
 
 def submitted(folder: Path) -> set[str]:
-    """SLURM's ids of a sweep's jobs, such as `17_0`."""
+    """Return the SLURM ids of a sweep's jobs, such as `17_0`."""
     return {path.name.removesuffix("_submitted.pkl") for path in (folder / "slurm").glob("*/*_submitted.pkl")}
 
 
 def queued(folder: Path) -> set[str]:
-    """Those of them that SLURM has not done with; all, while it does not answer."""
+    """Return the SLURM ids of the jobs that are pending or running; all ids if squeue fails."""
     ids = submitted(folder)
     if not ids:
         return ids

@@ -1,4 +1,4 @@
-"""The end of a sweep: the table of its runs, and a line for each job that failed."""
+"""Results of a sweep: the table of its runs, and a line for each failed job."""
 
 import json
 import re
@@ -14,15 +14,15 @@ from vca.sweep.plan import read_jobs
 
 
 def table(folder: Path) -> str:
-    """The table of a sweep's runs: of those jobs that ended well, others may have met a run that is not theirs."""
+    """Return the table of the runs whose jobs succeeded; a failed job's directory may contain another run."""
     return sweep_table([Path(job["run"]) for job in read_jobs(folder) if exit_code(folder, job) == 0])
 
 
-def tell(folder: Path, summary: Callable[[Path], str] = table) -> int:
-    """Print what came of a sweep, then its failures; 1 if there are any."""
+def report(folder: Path, summary: Callable[[Path], str] = table) -> int:
+    """Print the summary of a sweep, then its failed jobs; return 1 if any failed, else 0."""
     failed = failures(folder)
     try:
-        print(summary(folder), flush=True)
+        print("\n".join([*outcomes(folder), summary(folder)]), flush=True)
     finally:
         for line in failed:
             print(line, file=sys.stderr, flush=True)
@@ -30,43 +30,61 @@ def tell(folder: Path, summary: Callable[[Path], str] = table) -> int:
 
 
 def failures(folder: Path) -> list[str]:
-    """A line for each job that did not end well: its name, how it ended, where its log is."""
+    """Return a line for each failed job: name, exit code, reason, log."""
     lines = []
     for job in read_jobs(folder):
         code = exit_code(folder, job)
         if code != 0:
-            how = "did not come to its end" if code is None else f"exit code {code}"
-            log, line = last_words(folder / "logs", job["name"])
+            how = "did not finish" if code is None else f"exit code {code}"
+            log, line = failure_reason(folder / "logs", job["name"])
             lines.append(f"failed: {job['name']}: {how}; {line} ({log})")
     return lines
 
 
-def exit_code(folder: Path, job: Mapping[str, Any]) -> int | None:
-    """How a job ended, None while it has not."""
+def outcomes(folder: Path) -> list[str]:
+    """Return a line for each finished job: name, last line of its log, duration, log."""
+    lines = []
+    for job in read_jobs(folder):
+        if exit_code(folder, job) == 0:
+            log = folder / "logs" / f"{job['name']}.log"
+            result = (last_attempt(log) if log.exists() else []) or ["no log"]
+            lines.append(
+                f"finished: {job['name']}: {result[-1]} ({ending(folder, job).get('seconds', 0):.0f} s; {log})"
+            )
+    return lines
+
+
+def ending(folder: Path, job: Mapping[str, Any]) -> dict[str, Any]:
+    """Read how a job ended, see `run_job`; empty if it did not finish."""
     file = folder / "ends" / f"{job['number']}.json"
-    return json.loads(file.read_text())["exit_code"] if file.exists() else None
+    return json.loads(file.read_text()) if file.exists() else {}
 
 
-def last_words(folder: Path, name: str) -> tuple[Path, str]:
-    """What a job said last, and the log that has it: that of the first node which named a reason."""
+def exit_code(folder: Path, job: Mapping[str, Any]) -> int | None:
+    """Return the exit code of a job; None if it did not finish."""
+    return ending(folder, job).get("exit_code")
+
+
+def failure_reason(folder: Path, name: str) -> tuple[Path, str]:
+    """Return the log and the line that explain a failure: those of the first node that printed a reason."""
     first = folder / f"{name}.log"
     logs = [log for log in (first, *sorted(folder.glob(f"{name}.node*.log"))) if log.exists()]
     if not logs:
-        return first, "it wrote no log"
+        return first, "no log"
     for log in logs:
         if reason := reason_in(last_attempt(log)):
             return log, reason
-    return logs[0], (last_attempt(logs[0]) or ["its log is empty"])[-1]
+    return logs[0], (last_attempt(logs[0]) or ["empty log"])[-1]
 
 
 def last_attempt(log: Path) -> list[str]:
-    """The lines of a log since its job was started the last time."""
+    """Return the lines of a log since the last start of its job."""
     text = log.read_text(errors="replace").rpartition(ATTEMPT)[2]
     return [line.strip() for line in text.splitlines()[1:] if line.strip()]
 
 
 def reason_in(lines: Iterable[str]) -> str | None:
-    """The line of a mistake, or the last one of a traceback; else the signal that killed a rank."""
+    """Return the line of a user error or the last line of a traceback; else the signal that killed a rank."""
     reason = None
     for line in lines:
         if "ChildFailedError" in line or "SignalException" in line or "torch.distributed.elastic" in line:

@@ -1,4 +1,4 @@
-"""Sweeps: planned and refused before anything starts, run to the end, tabulated, their failures named."""
+"""Sweeps: invalid ones are refused before a job starts; results are tabulated, and failures are reported."""
 
 import json
 import os
@@ -26,7 +26,7 @@ from vca.runtime.errors import ConfigError
 from vca.sweep import slurm
 from vca.sweep.plan import ablations, plan, rows_of_ablation
 from vca.sweep.slurm import wait_for_jobs
-from vca.sweep.summary import last_words, tell
+from vca.sweep.summary import failure_reason, report
 from vca.training.checkpoint import list_checkpoints
 
 ATTENTION_FILES = sorted(path.stem for path in (CONFIGS / "attention").glob("*.yaml"))
@@ -34,7 +34,7 @@ ATTENTION_FILES = sorted(path.stem for path in (CONFIGS / "attention").glob("*.y
 
 @pytest.mark.process
 def test_sweep_failing_job_named_others_tabulated(tmp_path):
-    """The others give their table, the failing one is named with its reason, and the exit code is not zero."""
+    """The table has the other jobs, the failed one is reported with its reason, and the exit code is 1."""
     out = tmp_path / "out"
     names = [f"digits-deit_mini-vca-seed{seed}" for seed in range(3)]
     (out / names[1]).mkdir(parents=True)
@@ -67,7 +67,7 @@ def test_sweep_failing_job_named_others_tabulated(tmp_path):
 
 @pytest.mark.process
 def test_secret_from_environment_stored_as_reference(tmp_path):
-    """No file of a sweep and its run holds the value, and the run resumes where it has changed."""
+    """No file of a sweep or its run contains the value, and the run resumes with another value."""
     secret = token_hex()  # not written here, as a diff of this file is stored too
     options = ["wandb.entity=${oc.env:TOKEN}", "wandb.project=of-${wandb.entity}", "trainer.steps=2"]
     command = [sys.executable, "train_cls.py", "-m", *TINY, *options, "name=run", f"out_dir={tmp_path}/out"]
@@ -84,7 +84,7 @@ def test_secret_from_environment_stored_as_reference(tmp_path):
 
 @pytest.mark.process
 def test_environment_value_of_result_key_is_compared(tmp_path, monkeypatch):
-    """A learning rate from the environment is stored as a number, so that another one is refused at resume."""
+    """A learning rate from the environment is stored as a number, and another one is refused on resume."""
     options = [*TINY, "trainer.steps=1", "optim.lr=${oc.env:LR}", "wandb.entity=${oc.env:LR}", f"out_dir={tmp_path}"]
     monkeypatch.setenv("LR", "0.01")
     config = compose("train_cls", [*options, "name=run"])
@@ -92,7 +92,7 @@ def test_environment_value_of_result_key_is_compared(tmp_path, monkeypatch):
     train_cls.run(config)
     assert json.loads((tmp_path / "run" / "config.json").read_text())["optim"]["lr"] == 0.01
     monkeypatch.setenv("LR", "0.02")
-    with pytest.raises(ConfigError, match=r"optim.lr: 0.01 there, 0.02 here\)"):
+    with pytest.raises(ConfigError, match=r"optim.lr: 0.01 -> 0.02\)"):
         train_cls.run(compose("train_cls", [*options, "name=run"]))
 
 
@@ -100,22 +100,28 @@ def test_environment_value_of_result_key_is_compared(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("overrides", "line"),
     [
-        (["optim.lr=1e-3,5e-4"], r"jobs 0 and 1 would both be .*; put what you sweep into the name, such as name='lr"),
+        (
+            ["optim.lr=1e-3,5e-4"],
+            r"jobs 0 and 1 have the same run directory .*; put the swept values into the name, such as name='lr",
+        ),
         (["seed=0,-1"], r"config error: seed must be >= 0 and below 2\^63, got -1 \(job 1: .*seed=-1\)"),
         (["ablation=stagse"], r"ablation=stagse: no such option; did you mean 'stages'\?"),
         (["cluster=local", "cluster.nodes=2"], r"cluster.nodes must be 1 for cluster=local, got 2"),
-        (["out_dir=/a,/b"], r"out_dir may not be swept"),
+        (["out_dir=/a,/b"], r"out_dir must not be swept"),
         (
             ["cluster=slurm", "cluster.time_minutes=3"],
             r"signal_seconds must be at most half of cluster.time_minutes=3, got 120",
         ),
-        (["cluster=slurm", "cluster.sbatch=['nodes=2']"], r"what no key of its own sets; cluster.nodes sets nodes"),
+        (
+            ["cluster=slurm", "cluster.sbatch=['nodes=2']"],
+            r"cluster.sbatch must not set nodes, got 'nodes=2'; set cluster.nodes",
+        ),
         (["cluster=slurm", "cluster.gpus_per_node=-1"], r"cluster.gpus_per_node must be >= 1 or null, got -1"),
-        (["model=glob(dit_*)"], r"model=glob\(\): no option matches \(there are .*, deit_tiny, pvt_"),  # not its own
+        (["model=glob(dit_*)"], r"model=glob\(\): no option matches \(options: .*, deit_tiny, pvt_"),  # not its own
         (["optim.lr=glob(*)"], r"optim.lr=glob\(\): no option matches"),
         (["--config-dir=/nowhere"], r"--config-dir must be a folder, got '/nowhere'"),
         (["hydra.run.dir=/x"], r"hydra.run.dir has no effect; set out_dir and name instead"),
-        (["cluster=slurm", "cluster.setup=['export A=${oc.env:HOME}']"], r"read it: \$NAME"),
+        (["cluster=slurm", "cluster.setup=['export A=${oc.env:HOME}']"], r"use a shell variable: \$NAME"),
         (["cluster.nodse=2"], r"unknown key 'cluster.nodse'; did you mean 'cluster.nodes'\?"),
     ],
     ids=lambda value: value[-1] if isinstance(value, list) else None,
@@ -151,7 +157,7 @@ def test_ablation_rows_match_tables_3_and_4():
 @pytest.mark.process
 @pytest.mark.parametrize("attention", ATTENTION_FILES)
 def test_attention_every_config_trains_20_steps(tmp_path, attention):
-    """As a classifier and as a generator; every loss is finite and the last ones are below the first."""
+    """As classifier and generator, every loss is finite, and the last losses are lower than the first."""
     short = ("trainer.steps=20", f"attention={attention}", f"out_dir={tmp_path}", "trainer.eval_every=0")
     short += ("trainer.log_every=1", "optim.lr=2e-3")
     plain = ("augment.mixup=0", "augment.cutmix=0", "optim.warmup_epochs=0")
@@ -205,7 +211,7 @@ def finished_run(folder, attention="vca", seed=0, top1=50.0, step=4, **data):
 
 
 def test_sweep_table_mean_over_seeds_and_excluded_runs(tmp_path):
-    """Mean and spread over seeds, a row for each config, a table for each data set; below, what has no figures."""
+    """Mean and std over seeds, one row per config, one table per data set, then the runs without results."""
     runs = [finished_run(tmp_path / f"a{seed}", seed=seed, top1=50 + seed) for seed in range(3)]
     runs += [finished_run(tmp_path / "b", attention="plain", top1=40.0)]
     short = finished_run(tmp_path / "short", seed=5, step=2)
@@ -236,7 +242,7 @@ def test_sweep_table_mean_over_seeds_and_excluded_runs(tmp_path):
 
 
 def test_sweep_report_lists_failed_jobs(tmp_path, capsys):
-    """Also when the process that waited for the jobs is gone."""
+    """Failures can be reported after the process that waited for the jobs was killed."""
     jobs = [
         {"number": 0, "name": "a", "run": str(finished_run(tmp_path / "a")), "overrides": []},
         {"number": 1, "name": "b", "run": str(tmp_path / "b"), "overrides": []},
@@ -244,14 +250,14 @@ def test_sweep_report_lists_failed_jobs(tmp_path, capsys):
     for name in ("ends", "logs"):
         (tmp_path / "sweep" / name).mkdir(parents=True)
     (tmp_path / "sweep" / "jobs.json").write_text(json.dumps({"jobs": jobs}))
-    (tmp_path / "sweep" / "ends" / "0.json").write_text('{"exit_code": 0}')
+    (tmp_path / "sweep" / "ends" / "0.json").write_text('{"exit_code": 0, "seconds": 7.1}')
+    (tmp_path / "sweep" / "logs" / "a.log").write_text("### started now\nstep 4\ntop-1 50\n")
     (tmp_path / "sweep" / "logs" / "b.log").write_text("### started now\nconfig error: x\n")
-    assert tell(tmp_path / "sweep") == 1
+    assert report(tmp_path / "sweep") == 1
     said = capsys.readouterr()
     assert "| vca | 50 |" in said.out
-    assert (
-        said.err == f"failed: b: did not come to its end; config error: x ({tmp_path / 'sweep' / 'logs' / 'b.log'})\n"
-    )
+    assert said.out.startswith(f"finished: a: top-1 50 (7 s; {tmp_path / 'sweep' / 'logs' / 'a.log'})\n")
+    assert said.err == f"failed: b: did not finish; config error: x ({tmp_path / 'sweep' / 'logs' / 'b.log'})\n"
 
 
 TORCHRUN = "torch.distributed.elastic.multiprocessing.errors.ChildFailedError:\n  exitcode  : -9 (pid: 7)\n=====\n"
@@ -260,8 +266,8 @@ TORCHRUN = "torch.distributed.elastic.multiprocessing.errors.ChildFailedError:\n
 @pytest.mark.parametrize(
     ("log", "second", "line"),
     [
-        (None, None, "it wrote no log"),
-        ("", None, "its log is empty"),
+        (None, None, "no log"),
+        ("", None, "empty log"),
         ("config error: data.root\nE1123 failed\nChildFailedError: x\n", None, "config error: data.root"),
         (f"Traceback\n  File\n[rank0]: ZeroDivisionError: by zero\n{TORCHRUN}", None, "[rank0]: Zero"),
         (f"step 4\n{TORCHRUN}", None, "a rank was killed by SIGKILL"),
@@ -270,19 +276,19 @@ TORCHRUN = "torch.distributed.elastic.multiprocessing.errors.ChildFailedError:\n
         ("waiting for node 1\n", "### started now\nOSError: no such disk\n", "OSError: no such disk"),
     ],
 )
-def test_last_words_reason_from_last_attempt(tmp_path, log, second, line):
-    """What counts is the last attempt, and the node that names a reason."""
+def test_failure_reason_reason_from_last_attempt(tmp_path, log, second, line):
+    """The reason is from the last attempt, and from the first node that printed one."""
     if log is not None:
         (tmp_path / "run.log").write_text(f"### started now\n{log}")
     if second is not None:
         (tmp_path / "run.node1.log").write_text(second)
-    file, said = last_words(tmp_path, "run")
+    file, said = failure_reason(tmp_path, "run")
     assert said.startswith(line)
     assert file.name == ("run.node1.log" if second else "run.log")
 
 
 def test_sweep_name_interpolates_swept_values(tmp_path):
-    """The remedy that a refusal of doubled names gives."""
+    """The remedy in the error about equal run directories works."""
     options = ["optim.lr=1e-3,5e-4", "name='lr${optim.lr}-seed${seed}'", f"out_dir={tmp_path}"]
     GlobalHydra.instance().clear()
     with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
@@ -307,7 +313,7 @@ def sweep_config(*options: str):
     ],
 )
 def test_sweep_glob_takes_matching_options(override, expected):
-    """Of what `--help` lists, so no schema."""
+    """A glob matches the options that `--help` lists, not schemas."""
     group = override.partition("=")[0]
     config = sweep_config(override, "seed=0,1", f"name='${{{group}.name}}-${{seed}}-${{variant:${{attention}}}}'")
     jobs = plan(config, "train_cls")
@@ -323,7 +329,7 @@ MINE_ATTENTION = "defaults: [vca_schema]\ncontrast_grid: [2, 3]\n"
 
 @pytest.mark.process
 def test_sweep_config_dir_and_glob(tmp_path):
-    """A user's own configs, named from where the user is, reach every job of the sweep as they were at its start."""
+    """Every job of a sweep uses the user's `--config-dir` as it was at the start; relative paths work."""
     for name, text in (("experiment/mine", MINE), ("attention/my_a", MINE_ATTENTION), ("attention/my_b", "")):
         file = tmp_path / "work" / "conf" / f"{name}.yaml"
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -347,7 +353,7 @@ def test_sweep_config_dir_and_glob(tmp_path):
 
 
 def test_wait_for_jobs_stops_when_slurm_job_cancelled(tmp_path, monkeypatch):
-    """SLURM no longer knows the jobs, and the launcher would wait for ever."""
+    """When SLURM no longer has the jobs, the launcher is stopped; it would wait forever."""
     (tmp_path / "slurm" / "7").mkdir(parents=True)
     (tmp_path / "slurm" / "7" / "7_0_submitted.pkl").touch()
     (tmp_path / "jobs.json").write_text('{"jobs": [{}]}')
@@ -362,7 +368,7 @@ def test_wait_for_jobs_stops_when_slurm_job_cancelled(tmp_path, monkeypatch):
 
 @pytest.mark.process
 def test_sweep_ctrl_c_saves_checkpoints(tmp_path):
-    """A sweep on this machine ends after the update at hand, and the same command goes on."""
+    """Ctrl-C ends a local sweep after the current step with a checkpoint."""
     command = [sys.executable, str(ROOT / "train_cls.py"), "-m", *TINY, "trainer.steps=4000", "seed=0,1"]
     pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     process = subprocess.Popen(

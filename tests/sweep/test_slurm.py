@@ -1,10 +1,10 @@
-"""On a real SLURM, two nodes on this machine: a job that is put back into the queue ends as one that was not.
+"""On a real SLURM with two simulated nodes: a requeued job gives the same results as an uninterrupted one.
 
-`scripts/slurm_sandbox.sh` sets it up. What the test reads, and where:
+`scripts/slurm_sandbox.sh` starts SLURM. The tests read:
 
-    outputs/RUN/metrics.jsonl       a JSON object a report, `step` in each
-    outputs/RUN/launches.jsonl      one a start: `first_step`, `slurm_job_id`, `slurm_restarts`
-    SWEEP/logs/RUN.log              what the ranks of the first node said, all attempts one after the other
+    outputs/RUN/metrics.jsonl       one JSON object per record, each with `step`
+    outputs/RUN/launches.jsonl      one JSON object per start: `first_step`, `slurm_job_id`, `slurm_restarts`
+    SWEEP/logs/RUN.log              output of the first node's ranks, all attempts
     SWEEP/ends/0.json               `exit_code`, `slurm_job_id`, `restarts`
 """
 
@@ -32,7 +32,7 @@ pytestmark = [
     ),
 ]
 
-# Nothing is saved on the way but by a signal.
+# Only a signal saves a checkpoint before the end.
 LONG = (*TINY, "trainer.steps=400", "trainer.checkpoint_every=1000", "trainer.eval_every=150")
 CLUSTER = (
     "cluster=slurm",
@@ -45,7 +45,7 @@ CLUSTER = (
 
 @pytest.fixture(scope="module")
 def slurm(tmp_path_factory):
-    """The environment of a client of a sandbox of two nodes."""
+    """Environment of a client of a SLURM sandbox with two nodes."""
     folder = tmp_path_factory.mktemp("slurm")
     sandbox = [str(ROOT / "scripts" / "slurm_sandbox.sh")]
     ports = environment(SANDBOX_PORT=str(30000 + os.getpid() % 20000))
@@ -57,7 +57,7 @@ def slurm(tmp_path_factory):
 
 @contextmanager
 def submitted(slurm, *overrides, script="train_cls.py"):
-    """`python train_cls.py -m cluster=slurm ...`, which waits for its jobs."""
+    """Run `python train_cls.py -m cluster=slurm ...`, which waits for its jobs."""
     command = [sys.executable, str(ROOT / script), "-m", *CLUSTER, *overrides]
     pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     process = subprocess.Popen(command, env=slurm, cwd=ROOT, **pipe)
@@ -87,7 +87,7 @@ def wait_for(condition, process, what):
 
 
 def test_slurm_requeue_mid_epoch_resume_is_exact(tmp_path, slurm):
-    """Preempted by SLURM itself (`scontrol requeue`), then told by SIGUSR2 that its time is over, it goes on twice."""
+    """A job that is preempted (`scontrol requeue`) and then reaches its time limit (SIGUSR2) resumes twice."""
     whole = run_script("train_cls.py", *LONG, f"out_dir={tmp_path}", "name=whole", ranks=2)
     assert whole.returncode == 0, whole.stderr[-3000:]
     folder = tmp_path / "broken"
@@ -97,7 +97,7 @@ def test_slurm_requeue_mid_epoch_resume_is_exact(tmp_path, slurm):
             wait_for(lambda n=attempt: len(launches(folder)) == n + 1, process, f"launch {attempt}")
             first = launches(folder)[-1]["first_step"]
             wait_for(
-                lambda s=first: bool(metrics(folder)) and metrics(folder)[-1]["step"] >= s + 20, process, "updates"
+                lambda s=first: bool(metrics(folder)) and metrics(folder)[-1]["step"] >= s + 20, process, "20 steps"
             )
             subprocess.run([*command, launches(folder)[-1]["slurm_job_id"]], env=slurm, check=True)
         said = process.communicate(timeout=300)[0]
@@ -122,7 +122,7 @@ def test_slurm_requeue_mid_epoch_resume_is_exact(tmp_path, slurm):
 
 
 def test_slurm_failed_and_cancelled_jobs_reported(tmp_path, slurm):
-    """Started from any folder: a job that fails fails in SLURM too, and one that is cancelled is not waited for."""
+    """Works from any folder: a failed job also fails in SLURM, and a cancelled one is not waited for."""
     outside = {key: value for key, value in slurm.items() if key != "PYTHONPATH"}
     command = [sys.executable, str(ROOT / "train_cls.py"), "-m", *CLUSTER, "cluster.nodes=1", "cluster.max_restarts=0"]
     command += ["cluster.max_parallel_jobs=1", "data=cifar10", "data.root=/nowhere", "trainer.device=cpu", "seed=0,1"]
@@ -141,6 +141,6 @@ def test_slurm_failed_and_cancelled_jobs_reported(tmp_path, slurm):
     names = [f"cifar10-deit_mini-vca-seed{seed}" for seed in (0, 1)]
     failed = [line for line in said[1].splitlines() if line.startswith("failed:")]
     assert f"{names[0]}: exit code 1; config error: data.root" in failed[0], said[1]
-    assert f"{names[1]}: did not come to its end; it wrote no log" in failed[1]
+    assert f"{names[1]}: did not finish; no log" in failed[1]
     shown = subprocess.run(["scontrol", "show", "job", first], env=slurm, capture_output=True, text=True, check=True)
     assert "JobState=FAILED" in shown.stdout
