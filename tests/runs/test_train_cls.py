@@ -1,4 +1,4 @@
-"""The run directory, the reports, wandb, evaluation of saved files: what stays when a run is over."""
+"""Results of a run: run directory, reports, wandb, evaluation of saved files."""
 
 import json
 import os
@@ -36,7 +36,7 @@ def run(tmp_path, *overrides, name="run"):
 
 @pytest.fixture
 def finished(artefact, tmp_path):
-    """A copy of a run that is over: its `out_dir`, and its result."""
+    """A copy of a finished run: its `out_dir` and its result."""
     made = artefact("finished", lambda folder: (folder / "result.json").write_text(json.dumps(run(folder))))
     folder = shutil.copytree(made, tmp_path / "finished")
     return folder, json.loads((folder / "result.json").read_text())
@@ -73,7 +73,7 @@ def test_resume_of_finished_run_returns_result(finished):
 
 
 def test_eval_only_equals_evaluation_of_run(finished):
-    """In training, by `trainer.eval_only=true`, and on two ranks: one figure."""
+    """The run, `trainer.eval_only=true`, and two ranks give the same accuracy."""
     folder, result = finished
     assert run(folder, "trainer.eval_only=true") == result
     done = run_script("train_cls.py", f"out_dir={folder}", "name=run", *SHORT, "trainer.eval_only=true", ranks=2)
@@ -84,7 +84,7 @@ def test_resume_with_other_config_refused(finished):
     folder, _ = finished
     with pytest.raises(ConfigError, match=r"another config \(optim.lr: 0.001 there, 0.5 here\); choose another name"):
         run(folder, "optim.lr=0.5")
-    run(folder, "trainer.workers=1", "trainer.checkpoint_every=3")  # these change nothing that is computed
+    run(folder, "trainer.workers=1", "trainer.checkpoint_every=3")  # these do not change results
 
 
 def test_train_cls_independent_of_workers(tmp_path):
@@ -95,7 +95,7 @@ def test_train_cls_independent_of_workers(tmp_path):
 
 
 def test_gradient_checkpointing_equals_plain(tmp_path):
-    """To the bit, and a run may change between them."""
+    """Bit-identical, and may change on resume."""
     run(tmp_path, name="plain")
     run(tmp_path, "trainer.grad_checkpointing=true", name="checkpointed")
     one, two = (load_latest(tmp_path / name / "checkpoints") for name in ("plain", "checkpointed"))
@@ -105,7 +105,7 @@ def test_gradient_checkpointing_equals_plain(tmp_path):
 
 @pytest.mark.parametrize("attention", ["vca", "softmax"])
 def test_compile_close_to_eager(tmp_path, attention):
-    """`trainer.compile=true` trains the same model: what differs is small beside what was learned."""
+    """The difference to `trainer.compile=true` is small compared with the change in training."""
     still = ["model.drop_rate=0", "model.drop_path_rate=0", "model.depth=1", "optim.warmup_epochs=0"]
     options = [f"attention={attention}", *still]
     run(tmp_path, *options, name="eager")
@@ -124,7 +124,7 @@ def test_compile_close_to_eager(tmp_path, attention):
 
 
 def test_progress_bar_on_terminal_only(tmp_path):
-    """On a terminal: images/s and the time left; in a file: lines."""
+    """A progress bar on a terminal, lines in a file."""
     main, second = pty.openpty()
     termios.tcsetwinsize(second, (24, 120))
     command = [sys.executable, "train_cls.py", f"out_dir={tmp_path}", "name=run", *SHORT, "trainer.log_every=3"]
@@ -172,7 +172,7 @@ def hangs(*_, **__):
     threading.Event().wait()
 
 
-# How wandb may fail: the module that stands in for it, None for one that is not installed.
+# Failures of wandb: a fake module, None if not installed.
 BROKEN = {
     "init raises": SimpleNamespace(init=raises),
     "init hangs": SimpleNamespace(init=hangs),
@@ -193,7 +193,7 @@ def test_wandb_failure_does_not_stop_run(tmp_path, how, finished, monkeypatch):
 
 
 def history(folder):
-    """What an offline run of wandb recorded, from its own file (leveldb's log format around protobuf records)."""
+    """Read the records of an offline wandb run (protobuf in leveldb's log format)."""
     from wandb.proto import wandb_internal_pb2
 
     rows = []
@@ -216,7 +216,7 @@ def history(folder):
 
 
 def test_wandb_offline_equals_metrics_file(tmp_path):
-    """Real wandb, offline, over an interruption: the same records, one id, the step as the axis."""
+    """Real wandb, offline, with an interruption: the same records, one id."""
     options = [f"out_dir={tmp_path}", "name=run", *SHORT, "wandb.mode=offline"]
     assert run_script("train_cls.py", *options).returncode == 0
     first = history(tmp_path / "run")
@@ -231,13 +231,13 @@ def test_wandb_offline_equals_metrics_file(tmp_path):
 
 
 def test_metrics_file_fp16_skipped_step_is_null(tmp_path, monkeypatch):
-    """A skipped update is no number: `metrics.jsonl` stays valid JSON."""
-    update = train_cls.TrainState.train_step
+    """The gradient norm of a skipped step is null: `metrics.jsonl` stays valid JSON."""
+    train_step = train_cls.TrainState.train_step
 
     def overflow(self, batches, loss_of, seed):
         if self.step == 2:
-            return update(self, batches, lambda *a: loss_of(*a) * 1e38, seed)
-        return update(self, batches, loss_of, seed)
+            return train_step(self, batches, lambda *a: loss_of(*a) * 1e38, seed)
+        return train_step(self, batches, loss_of, seed)
 
     monkeypatch.setattr(train_cls.TrainState, "train_step", overflow)
     run(tmp_path, "trainer.precision=fp16", "augment.mixup=0", "augment.cutmix=0")
@@ -255,7 +255,7 @@ def test_curves_drawn_by_rerun_when_missing(finished):
 
 
 def test_provenance_diff_of_uncommitted_files(tmp_path, monkeypatch):
-    """The diff of a start holds changed files and new ones; a copy gives what it was copied of."""
+    """The diff contains changed and new files; a code snapshot returns those of its source."""
     monkeypatch.setattr(provenance, "CODE", tmp_path)
     git = ["git", "-c", "user.name=a", "-c", "user.email=a@b"]
     (tmp_path / "vca").mkdir()

@@ -1,4 +1,4 @@
-"""Schedule, parameter groups, EMA, the update: each against its closed form, raw, under DDP and compiled."""
+"""Schedule, parameter groups, EMA, training step: against closed forms, raw, under DDP and compiled."""
 
 import copy
 import math
@@ -103,8 +103,8 @@ def test_train_state_ddp_or_compile_keeps_groups_and_ema(wrap, process_group, mo
     start = {name: p.detach().clone() for name, p in state.model.named_parameters()}
     history = []
     for _ in range(3):
-        update = state.train_step([torch.randn(8, 1, 8, 8)], lambda model, x, step: model(x).square().mean(), seed=0)
-        assert update.applied
+        result = state.train_step([torch.randn(8, 1, 8, 8)], lambda model, x, step: model(x).square().mean(), seed=0)
+        assert result.applied
         history.append({name: p.detach().clone() for name, p in state.model.named_parameters()})
     average = dict(state.ema.module.named_parameters())
     assert average.keys() == start.keys() == set(state.state_dict()["model"]) == set(state.state_dict()["ema"])
@@ -142,8 +142,8 @@ def test_train_state_accumulation_equals_larger_batch(accumulation):
         state.optimizer.step = lambda *_, gradients=gradients, model=state.model: gradients.extend(
             p.grad.clone() for p in model.parameters()
         )
-        update = state.train_step(list(images.chunk(parts)), lambda model, x, step: model(x).square().mean(), seed=0)
-        results.append((update, gradients))
+        result = state.train_step(list(images.chunk(parts)), lambda model, x, step: model(x).square().mean(), seed=0)
+        results.append((result, gradients))
     (one, grads), (other, other_grads) = results
     assert one.lr == other.lr
     assert float(one.loss) == pytest.approx(float(other.loss), rel=1e-6)
@@ -172,8 +172,8 @@ def test_train_state_clips_gradient_norm():
         return step(*args, **kwargs)
 
     state.optimizer.step = spy
-    update = state.train_step([torch.randn(4, 1, 8, 8)], lambda model, x, s: model(x).square().mean(), seed=0)
-    assert update.grad_norm > 0.01
+    result = state.train_step([torch.randn(4, 1, 8, 8)], lambda model, x, s: model(x).square().mean(), seed=0)
+    assert result.grad_norm > 0.01
     assert seen[0] == pytest.approx(1e-3, rel=1e-3)
 
 
@@ -182,8 +182,8 @@ def test_train_state_nonfinite_gradient_skips_step():
         digits_model(), TrainerConfig(steps=2, global_batch_size=4, ema_decay=0.9), OptimConfig(), WORLD, 1
     )
     before = copy.deepcopy(state.state_dict())
-    update = state.train_step([torch.randn(4, 1, 8, 8)], lambda model, x, s: model(x).mean() * float("nan"), seed=0)
-    assert not update.applied
+    result = state.train_step([torch.randn(4, 1, 8, 8)], lambda model, x, s: model(x).mean() * float("nan"), seed=0)
+    assert not result.applied
     after = state.state_dict()
     for part in ("model", "ema"):
         assert all(torch.equal(before[part][name], after[part][name]) for name in before[part])
