@@ -5,6 +5,7 @@ import os
 import pty
 import select
 import shutil
+import signal
 import subprocess
 import sys
 import termios
@@ -20,7 +21,7 @@ from tests.processes import ROOT, environment, run_script
 from tests.support import TINY, assert_same, metrics, untimed
 from vca.config import compose
 from vca.runtime import provenance
-from vca.runtime.errors import ConfigError
+from vca.runtime.errors import ConfigError, PreemptedError
 from vca.runtime.rundir import to_dict
 from vca.runtime.seeding import seed_torch
 from vca.training.checkpoint import load_latest
@@ -85,6 +86,62 @@ def test_resume_with_other_config_refused(finished):
     with pytest.raises(ConfigError, match=r"another config \(optim.lr: 0.001 there, 0.5 here\); choose another name"):
         run(folder, "optim.lr=0.5")
     run(folder, "trainer.workers=1", "trainer.checkpoint_every=3")  # these do not change results
+    checkpoint = f"{folder}/run/checkpoints/step_00000006.pt"
+    with pytest.raises(ConfigError, match=rf"steps: 6 there, 9 here.*name=\.\.\. trainer.init_from={checkpoint}$"):
+        run(folder, "trainer.steps=9")
+
+
+def test_resume_with_other_intervals_keeps_results(tmp_path, monkeypatch, capsys):
+    """Other `log_every` and `eval_every`: the same weights, and each report covers the steps since the last one."""
+    train_step = train_cls.TrainState.train_step
+
+    def overflow(self, batches, loss_of, seed):
+        scale = 1e38 if self.step == 4 else 1.0
+        return train_step(self, batches, lambda *arguments: loss_of(*arguments) * scale, seed)
+
+    monkeypatch.setattr(train_cls.TrainState, "train_step", overflow)
+    options = ["trainer.steps=12", "trainer.precision=fp16", "augment.mixup=0", "augment.cutmix=0"]
+    options += ["trainer.checkpoint_every=6", "trainer.keep_checkpoints=9"]
+    run(tmp_path, *options, name="whole")
+    run(tmp_path, *options, "trainer.log_every=4", name="changed")
+    changed = tmp_path / "changed" / "checkpoints"
+    (changed / "step_00000012.pt").unlink()
+    capsys.readouterr()
+    run(tmp_path, *options, "trainer.log_every=5", "trainer.eval_every=10", name="changed")
+    assert "\nresumed from step 6, 6 steps left\n" in capsys.readouterr().out
+    one, other = (load_latest(folder / "checkpoints") for folder in (tmp_path / "whole", tmp_path / "changed"))
+    assert_same(one["model"], other["model"])
+    losses = [record["loss"] for record in metrics(tmp_path / "whole") if "lr" in record]
+    records = metrics(tmp_path / "changed")
+    assert [(record["step"], "lr" in record) for record in records] == [
+        (4, True),
+        (10, True),
+        (10, False),
+        (12, True),
+        (12, False),
+    ]
+    assert records[1]["overflows"] == 1
+    assert records[1]["loss"] == pytest.approx(sum(losses[5:10]) / 5)
+    assert records[3]["loss"] == pytest.approx(sum(losses[10:]) / 2)
+    assert "overflows" not in records[3]
+
+
+def test_signal_during_evaluation_acknowledged(tmp_path, monkeypatch, capfd):
+    """At once on stderr; the run then stops after the next step."""
+    evaluate = train_cls.evaluate
+
+    def interrupted(*arguments):
+        signal.raise_signal(signal.SIGINT)
+        return evaluate(*arguments)
+
+    monkeypatch.setattr(train_cls, "evaluate", interrupted)
+    with pytest.raises(PreemptedError, match=r"run: SIGINT: checkpoint saved at step 3 of 6; rerun the same command"):
+        run(tmp_path, "trainer.eval_every=2", "trainer.ema_decay=null")
+    printed = capfd.readouterr()
+    assert "\nstarting, 6 steps\n" in printed.out
+    assert "evaluating 359 images\n" in printed.out
+    line = "SIGINT received: stopping after the current step or evaluation; press Ctrl-C again to stop at once\n"
+    assert printed.err.count(line) == 1
 
 
 def test_train_cls_independent_of_workers(tmp_path):

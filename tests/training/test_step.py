@@ -15,10 +15,11 @@ from models import build_model
 from vca.config import compose
 from vca.runtime.compute import Precision
 from vca.runtime.distributed import World
-from vca.runtime.errors import ConfigError
+from vca.runtime.errors import ConfigError, NonFiniteError
 from vca.training.config import TrainerConfig
 from vca.training.ema import Ema
 from vca.training.optim import OptimConfig, learning_rate, parameter_groups
+from vca.training.run import length_warnings
 from vca.training.step import TrainState
 
 WORLD = World(0, 0, 1, torch.device("cpu"))
@@ -187,6 +188,27 @@ def test_train_state_nonfinite_gradient_skips_step():
     after = state.state_dict()
     for part in ("model", "ema"):
         assert all(torch.equal(before[part][name], after[part][name]) for name in before[part])
+
+    def finite(model, x, step):
+        return model(x).square().mean()
+
+    with pytest.raises(NonFiniteError, match="the gradient of step 0 was not finite"):
+        state.train_step([torch.randn(4, 1, 8, 8)], finite, seed=0)
+    state.load_state_dict(before)
+    assert state.train_step([torch.randn(4, 1, 8, 8)], finite, seed=0).applied
+
+
+@pytest.mark.parametrize(("steps", "warnings"), [(19, 2), (20, 1), (100, 0)])
+def test_length_warnings_of_short_run(steps, warnings):
+    """A warm-up of 20 steps and an EMA over 100 steps."""
+    trainer = TrainerConfig(steps=steps, global_batch_size=4, ema_decay=0.99)
+    state = TrainState(nn.Linear(2, 1), trainer, OptimConfig(warmup_epochs=2), WORLD, steps_per_epoch=10)
+    messages = list(length_warnings(state))
+    assert len(messages) == warnings
+    if warnings:
+        assert messages[-1].startswith("trainer.ema_decay=0.99 averages over about 100 steps, but the run has")
+    if warnings == 2:
+        assert messages[0].startswith("optim.warmup_epochs=2 is 20 steps, but the run has 19: the learning rate never")
 
 
 @pytest.mark.parametrize("precision", list(Precision))
