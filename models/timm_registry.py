@@ -16,6 +16,11 @@ from vca.attention import ATTENTIONS
 
 SIZES = Path(__file__).parents[1] / "configs" / "model"
 
+# Fields that set the patch and image size in the name: those of the digits and CIFAR-10 experiments, otherwise 224 px.
+VARIANTS: dict[str, tuple[dict[str, int], ...]] = {
+    "deit_mini": ({"patch_size": 2, "img_size": 8}, {"patch_size": 4, "img_size": 32})
+}
+
 __all__: list[str] = []  # timm appends the names that it registers
 default_cfgs: dict[str, Any] = {}
 
@@ -45,10 +50,15 @@ def load_size(stem: str) -> dict[str, Any]:
     return fields
 
 
+def variants(name: str) -> list[dict[str, Any]]:
+    """Return the fields of each timm model of a file in `configs/model/`."""
+    return [{**load_sizes()[name], **fields} for fields in VARIANTS.get(name, ({"img_size": 224},))]
+
+
 def pretrained_cfg(size: Mapping[str, Any]) -> dict[str, Any]:
     """Return timm's `pretrained_cfg` of a model."""
     return {
-        "input_size": (3, 224, 224),
+        "input_size": (3, size["img_size"], size["img_size"]),
         "fixed_input_size": size["family"] == "cswin",  # its stripes divide few sizes
         "crop_pct": 0.9 if size["family"] == "cswin" else 0.875,
         "interpolation": "bicubic",
@@ -59,10 +69,10 @@ def pretrained_cfg(size: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def timm_name(size: Mapping[str, Any]) -> str:
-    """What timm calls a size: with its patch and window where timm's own models of the family have them."""
+    """Return the name of a timm model, with patch and window size where timm's models of the family have them."""
     patch, window = size.get("patch_size", 16), size.get("window_size", 7)
     parts = {"deit": f"_patch{patch}", "swin": f"_patch4_window{window}"}
-    return f"vca_{size['name']}{parts.get(size['family'], '')}_224"
+    return f"vca_{size['name']}{parts.get(size['family'], '')}_{size['img_size']}"
 
 
 def attention_config(attention: Any) -> Any:
@@ -100,7 +110,7 @@ def register(registry: Mapping[str, tuple[type, type]]) -> None:
     """Register every model of the families in `registry` with timm."""
     from timm.models import generate_default_cfgs, is_model, register_model
 
-    for size in load_sizes().values():
+    for size in (size for name in load_sizes() for size in variants(name)):
         if size["family"] not in registry or is_model(timm_name(size)):
             continue
         default_cfgs.update(generate_default_cfgs({timm_name(size): pretrained_cfg(size)}))

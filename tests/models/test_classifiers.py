@@ -435,8 +435,10 @@ def test_register_timm_models_follow_timm_interface(name):
 
 
 def test_register_timm_wrong_arguments_refused():
-    assert len(timm.list_models("vca_*")) == len([name for name in MODEL_FILES if not name.startswith("dit_")])
-    assert "vca_deit_tiny_patch16_224" in timm.list_models("vca_*")
+    names = timm.list_models("vca_*")
+    assert len(names) == 1 + len([name for name in MODEL_FILES if not name.startswith("dit_")])
+    assert {"vca_deit_tiny_patch16_224", "vca_deit_mini_patch2_8", "vca_deit_mini_patch4_32"} <= set(names)
+    assert timm.create_model("vca_deit_mini_patch4_32").config.size == (32, 32)
     with pytest.raises(RuntimeError, match="No pretrained weights exist"):
         timm.create_model("vca_pvt_tiny_224", pretrained=True)
     with pytest.raises(ValueError, match="has no key 'windows'"):

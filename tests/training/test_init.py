@@ -269,9 +269,10 @@ def test_export_loads_in_timm(tmp_path, attention, weights):
     run(tmp_path, "name=run", f"attention={attention}", "trainer.ema_decay=0.5")
     out = tmp_path / "exported"
     said = export(tmp_path / "run", weights, out)
-    assert said == f"{out}: vca_deit_mini_patch2_224, {weights} weights of step 3"
+    assert said == f"{out}: vca_deit_mini_patch2_8, {weights} weights of step 3"
     described = json.loads((out / "config.json").read_text())
     assert described["model_args"]["depth"] == 2
+    assert not {"img_size", "patch_size"} & set(described["model_args"])
     assert ("attention" in described["model_args"]) == (attention == "softmax")
     one = timm.create_model(
         described["architecture"], checkpoint_path=str(out / "model.safetensors"), **described["model_args"]
@@ -284,6 +285,15 @@ def test_export_loads_in_timm(tmp_path, attention, weights):
         assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
     report = init_from(one, out / "model.safetensors")
     assert (report.unexpected, report.missing) == ({}, [])
+
+
+def test_export_other_sizes_in_message(tmp_path):
+    """Without a timm model of these sizes, the name of another one and the sizes are printed."""
+    run(tmp_path, "name=run", "model.patch_size=4", "model.contrast_grid=[1,1]")
+    said = export(tmp_path / "run", "raw", tmp_path / "exported")
+    name = "vca_deit_mini_patch2_8 with patch_size=4"
+    assert said == f"{tmp_path}/exported: {name}, raw weights of step 3"
+    assert timm.create_model(f"local-dir:{tmp_path}/exported", pretrained=True).config.patch_size == 4
 
 
 @pytest.mark.process
@@ -308,7 +318,7 @@ def test_export_script_messages_and_errors(tmp_path):
 
     run(tmp_path, "name=run", "trainer.ema_decay=null")
     done = command(tmp_path / "run")
-    assert done.stdout == f"{tmp_path}/run/export: vca_deit_mini_patch2_224, raw weights of step 3\n"
+    assert done.stdout == f"{tmp_path}/run/export: vca_deit_mini_patch2_8, raw weights of step 3\n"
     assert (tmp_path / "run" / "export" / "model.safetensors").exists()
     done = command(tmp_path / "run", "--weights", "ema")
     assert (done.returncode, done.stderr) == (2, f"error: {tmp_path}/run keeps no EMA; use --weights raw\n")
