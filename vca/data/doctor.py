@@ -119,6 +119,9 @@ def check_before_training(
     Raises:
         ConfigError: on every rank, if a file is unusable.
     """
+    datasets = list(datasets)
+    if world.is_main and data.check_seconds and (image_files(datasets) or isinstance(datasets[0], LatentCache)):
+        print(f"data: checking files for up to {data.check_seconds:g} s", flush=True)
     result = world.broadcast(examine_datasets(datasets, data.check_seconds) if world.is_main else None)
     if result.errors:
         more = f" ({len(result.errors)} errors; scripts/doctor.py lists them)" if len(result.errors) > 1 else ""
