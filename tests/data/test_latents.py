@@ -192,7 +192,7 @@ def test_autoencoder_wrong_config_refused(vaes, tmp_path):
 
 
 def test_autoencoder_not_found_offline_refused(monkeypatch):
-    """Without a network: which one, and how to get it. (The hub's client is told to stay offline.)"""
+    """Without a network the error has the name and the download command."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     config = AutoencoderConfig("diffusers", "nobody/no-vae", channels=4, factor=8)
     with pytest.raises(ConfigError, match=r"'nobody/no-vae' cannot be loaded .* hf download nobody/no-vae --local-dir"):
@@ -261,8 +261,8 @@ def test_latent_cache_flips_are_encoded(cache):
 def test_prepare_latents_resume_on_two_ranks_is_exact(photos, quick, quick_cache, tmp_path):
     """Killed after the first file and resumed on two ranks: every byte equals an uninterrupted run."""
     command = [*options(quick), f"data.root={photos}", f"out={tmp_path / 'broken'}", *CACHE, "shard_size=1"]
-    begun = (tmp_path / "broken").glob
-    start_and_kill(lambda: any(begun("shard_*.npy")), "scripts/prepare_latents.py", *command)
+    broken = tmp_path / "broken"
+    start_and_kill(lambda: any(broken.glob("shard_*.npy")), "scripts/prepare_latents.py", *command)
     made = sorted((tmp_path / "broken").glob("shard_*.npy"))
     assert 1 <= len(made) < 31
     with pytest.raises(ConfigError, match=r"is not complete: \d+ of 31 files are missing or cut short"):

@@ -40,7 +40,7 @@ TIMM = {
     "swin_base_patch4_window7_224": ("swin", {"embed_dim": 128, "depths": [2, 2, 18, 2], "num_heads": [4, 8, 16, 32]}),
 }
 
-# Millions of parameters and billions of multiply-adds at 224 px that the paper's rounded figures stand for. PVT-Tiny's
+# Millions of parameters and billions of multiply-adds at 224 px behind the paper's rounded figures. PVT-Tiny's
 # 1.933 counts the class token in its last stage, as every other figure counts its tokens; without it, it is 1.926.
 SETTLED = {
     ("deit_tiny", "softmax"): (5.717416, 1.254),

@@ -126,9 +126,9 @@ def test_fault_with_workers_ends_run(tmp_path, fault, ranks):
     if stopped:
         launch.kill()
     assert launch.wait(20) != 0
-    told = any(said.startswith(line) for said in launch.stderr.splitlines())
+    reported = any(text.startswith(line) for text in launch.stderr.splitlines())
     by_launcher = fault is kill_rank and launch.processes[0].exitcode == -signal.SIGTERM  # which names the killed rank
-    assert told or by_launcher, launch.stderr[-3000:]
+    assert reported or by_launcher, launch.stderr[-3000:]
     assert 'train_cls.py", line' not in launch.stderr  # no traceback
     time.sleep(0.5)
     assert not [pid for pid in members if any(process.pid == pid for process in process_table())]

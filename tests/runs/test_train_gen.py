@@ -132,7 +132,7 @@ def test_generation_loss_draws_independent_of_batch():
 )
 def test_draw_samples_independent_of_batch(objective, sampler):
     """12 in one batch, or 5 + 7 in another order."""
-    model, config = network(f"objective={objective}", f"sampler={'ddim' if objective == 'diffusion' else 'ode'}")
+    model, config = network(f"objective={objective}", f"sampler={'ddim' if objective == 'diffusion' else 'ode_heun'}")
     chosen = build_objective(config.objective)
     check_sampler(chosen, sampler, 0.1)
     labels, shape = torch.arange(12) % 10, (1, 8, 8)
