@@ -347,7 +347,7 @@ WRONG = {
     ),
     "checkpoint=RUN/checkpoints/step_00000002.pt model=dit_mini model.hidden_size=16 model.num_heads=2 "
     "model.patch_size=2 model.in_channels=1 attention=vca objective=diffusion": (
-        r"checkpoint must be a file that with exactly this model; \d+ parameters differ, such as"
+        r"checkpoint must be a file with exactly this model; \d+ parameters differ, such as"
     ),
     "run=RUN step=7": "has no checkpoint of step 7; available: 1, 2",
     "run=RUN step=0": "has no checkpoint of step 0",
