@@ -1,4 +1,4 @@
-"""The backbones. To add one: a file here with its config dataclass, and one line in `MODELS`."""
+"""Architectures, one per file. To add one: a file with its config dataclass, and one line in `MODELS`."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -28,28 +28,28 @@ GENERATORS = {family: pair for family, pair in MODELS.items() if family not in C
 
 
 def build_model(config: Any, attention: Any) -> Any:
-    """Build the backbone that `config` (one of the dataclasses in `MODELS`) describes, with that attention."""
+    """Build a network from a model config (one of the dataclasses in `MODELS`) and an attention config."""
     if config.family not in MODELS:
         raise ValueError(f"model.family must be one of {sorted(MODELS)}, got '{config.family}'")
     config_class, module = MODELS[config.family]
     if type(config) is not config_class:
         raise ValueError(
-            f"model.family '{config.family}' goes with {config_class.__name__}, got {type(config).__name__}"
+            f"model.family '{config.family}' must come with a {config_class.__name__}, got {type(config).__name__}"
         )
     return module(config, attention)
 
 
 def rebuild(config: Mapping[str, Any]) -> Any:
-    """The network that a run's `config.json` describes, its weights new; on what it runs is not part of that."""
+    """Build the network of a run's `config.json` with new weights. `attention.backend` is left at its default."""
     model = config["model"]
     attention = {key: value for key, value in config["attention"].items() if key != "backend"}
     if model["family"] not in MODELS or attention["name"] not in ATTENTIONS:
-        raise ValueError(f"there is no model '{model['family']}' with attention '{attention['name']}' here")
+        raise ValueError(f"unknown model '{model['family']}' or attention '{attention['name']}'")
     return build_model(MODELS[model["family"]][0](**model), ATTENTIONS[attention["name"]][0](**attention))
 
 
 def register_timm() -> None:
-    """Register the classifiers of `configs/model/` with timm, as `vca_<name>...`; see `models.timm_registry`."""
+    """Register the classifiers of `configs/model/` with timm as `vca_<name>...`; see `models.timm_registry`."""
     from models import timm_registry
 
     timm_registry.register(CLASSIFIERS)

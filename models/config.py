@@ -1,4 +1,4 @@
-"""The fields that the configs of several backbones share, and their ranges."""
+"""Config fields that several backbones share."""
 
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -8,14 +8,14 @@ from vca.attention.geometry import is_pair
 
 @dataclass
 class BackboneConfig:
-    """Every backbone.
+    """Fields of every classifier.
 
     Attributes:
         family: the key in `models.MODELS`.
-        name: what runs and tables call this size.
-        img_size: pixels, one integer or `[height, width]`.
-        drop_rate: dropout after positions, projections and in the MLPs.
-        drop_path_rate: stochastic depth of the last block; it grows linearly from 0 at the first.
+        name: name of this size in run names and tables.
+        img_size: image size in pixels, an integer or `[height, width]`.
+        drop_rate: dropout after the position embedding, the attention projection and in the MLPs.
+        drop_path_rate: stochastic depth rate of the last block; linear from 0 at the first block.
     """
 
     family: str = ""
@@ -36,7 +36,7 @@ class BackboneConfig:
                 raise ValueError(f"model.{key} must be in [0, 1), got {getattr(self, key)}")
         size = self.img_size
         if not (type(size) is int and size >= 1) and not is_pair(size):
-            raise ValueError(f"model.img_size must be an integer or two, >= 1, got {size!r}")
+            raise ValueError(f"model.img_size must be one or two integers >= 1, got {size!r}")
         check_size(self.size, self.size_multiple, "model.img_size")
 
     @property
@@ -47,11 +47,11 @@ class BackboneConfig:
 
     @property
     def size_multiple(self) -> int:
-        """What height and width of an image must be multiples of."""
+        """Height and width of an image must be multiples of this."""
         raise NotImplementedError
 
     def check_positive(self, *keys: str) -> None:
-        """Raise `ValueError` unless each of these numbers is positive, or each entry of these lists."""
+        """Raise `ValueError` unless every number, and every entry of a list, is positive."""
         for key in keys:
             value = getattr(self, key)
             entries = value if isinstance(value, (list, tuple)) else [value]
@@ -62,14 +62,14 @@ class BackboneConfig:
 
 @dataclass
 class PyramidConfig(BackboneConfig):
-    """Backbones of several stages, each of half the resolution of the one before.
+    """Fields of backbones with several stages, each at half the resolution of the previous one.
 
     Attributes:
-        patch_size: stride of the first embedding, pixels.
-        depths, num_heads: blocks and heads of each stage.
-        attention_stages: the stages, from 1, in which a variant such as VCA takes the place of the backbone's own
-            attention and sees the whole grid. The softmax baseline keeps the backbone's own everywhere.
-        contrast_grid: `[h, w]` of the contrast tokens of each stage, unless `attention.contrast_grid` names another.
+        patch_size: stride of the first embedding, in pixels.
+        depths, num_heads: number of blocks and of heads per stage.
+        attention_stages: stages, counted from 1, in which the attention variant replaces the backbone's own attention
+            and attends globally. `attention=softmax` keeps the backbone's own attention in every stage.
+        contrast_grid: `[h, w]` of the contrast tokens per stage; `attention.contrast_grid` overrides it.
     """
 
     patch_size: int = 4
@@ -79,7 +79,7 @@ class PyramidConfig(BackboneConfig):
     attention_stages: list[int] = field(default_factory=lambda: [1, 2, 3, 4])
     contrast_grid: list[list[int]] = field(default_factory=lambda: [[3, 3], [4, 4], [7, 7], [7, 7]])
 
-    # Keys whose lists have one entry a stage.
+    # Keys whose lists have one entry per stage.
     per_stage: ClassVar[tuple[str, ...]] = ("num_heads", "contrast_grid")
 
     def __post_init__(self) -> None:
@@ -88,19 +88,21 @@ class PyramidConfig(BackboneConfig):
         stages = len(self.depths)
         for key in self.per_stage:
             if len(getattr(self, key)) != stages:
-                raise ValueError(f"model.{key} must have {stages} entries, one a stage, got {list(getattr(self, key))}")
+                raise ValueError(
+                    f"model.{key} must have {stages} entries, one per stage, got {list(getattr(self, key))}"
+                )
         if not set(self.attention_stages) <= set(range(1, stages + 1)):
-            raise ValueError(f"model.attention_stages must name stages from 1 to {stages}, got {self.attention_stages}")
+            raise ValueError(f"model.attention_stages must be stages from 1 to {stages}, got {self.attention_stages}")
         for pair in self.contrast_grid:
             if not is_pair(pair):
                 raise ValueError(f"model.contrast_grid must be pairs of integers >= 1, got {pair}")
         for stage, heads in enumerate(self.num_heads):
             if self.dim(stage) % heads:
-                raise ValueError(f"model.num_heads must divide the widths of the stages: {heads} and {self.dim(stage)}")
+                raise ValueError(f"model.num_heads must divide the width of its stage, {self.dim(stage)}, got {heads}")
 
     @property
     def size_multiple(self) -> int:
-        """The stride of the last stage."""
+        """Stride of the last stage."""
         return self.patch_size * 2 ** (len(self.depths) - 1)
 
     def dim(self, stage: int) -> int:
@@ -114,9 +116,9 @@ class PyramidConfig(BackboneConfig):
 
 
 def check_size(size: tuple[int, int], multiple: int, what: str) -> None:
-    """Raise `ValueError` with the nearest valid sizes unless both sides are multiples of `multiple`."""
+    """Raise `ValueError` with the nearest valid sizes unless height and width are multiples of `multiple`."""
     if size[0] % multiple == 0 and size[1] % multiple == 0:
         return
-    shown = f"{size[0]} x {size[1]}" if size[0] != size[1] else str(size[0])
+    got = f"{size[0]} x {size[1]}" if size[0] != size[1] else str(size[0])
     near = sorted({max(1, side // multiple + up) * multiple for side in size for up in (0, 1)})
-    raise ValueError(f"{what} must be a multiple of {multiple}, such as {' or '.join(map(str, near))}, got {shown}")
+    raise ValueError(f"{what} must be a multiple of {multiple}, such as {' or '.join(map(str, near))}, got {got}")

@@ -1,8 +1,8 @@
 """CSWin Transformer (arXiv 2107.00652).
 
-Its own attention is softmax attention within stripes, half of the heads in vertical and half in horizontal ones, and a
-depthwise convolution of v within each stripe (LePE). Under `attention=softmax` it is the original. With VCA it is the
-CSWin of Table 1 of the VCA paper: stages 1 and 2 see their whole grid, stages 3 and 4 keep their stripes.
+Its own attention is softmax attention within stripes, vertical for half of the heads and horizontal for the others,
+plus a depthwise convolution of v within each stripe (LePE). `attention=softmax` is the original. `attention=vca` is the
+CSWin of Table 1 of the VCA paper: stages 1 and 2 attend globally, stages 3 and 4 keep their stripes.
 
 Shape letters: B batch, N tokens of a grid H x W, C channels, M heads, D = C / M head dim, L tokens of a stripe, R
 stripes of an image.
@@ -26,11 +26,11 @@ from vca.attention import SoftmaxConfig, softmax_attention
 
 @dataclass
 class CSWinConfig(PyramidConfig):
-    """Size of a CSWin.
+    """Config of a CSWin.
 
     Attributes:
-        embed_dim: width of the first stage; each later one has twice the width.
-        split_size: width of the stripes of each stage, in tokens; the last stage always sees its whole grid.
+        embed_dim: width of the first stage; it doubles with each stage.
+        split_size: stripe width per stage, in tokens; the last stage always attends globally.
     """
 
     family: str = "cswin"
@@ -51,18 +51,17 @@ class CSWinConfig(PyramidConfig):
             raise ValueError(f"model.num_heads must be even before the last stage, got {list(self.num_heads)}")
 
     def dim(self, stage: int) -> int:
-        """Width of a stage, counted from 0."""
         return self.embed_dim * 2**stage
 
 
 class CrossShapedAttention(nn.Module):
-    """Softmax attention of half of the heads within vertical, of the others within horizontal stripes.
+    """Softmax attention within vertical stripes for half of the heads, horizontal stripes for the others.
 
-    The depthwise convolution of v is one layer over all channels, named as in VCA; it sees one stripe at a time.
+    The depthwise convolution of v (LePE) is one layer over all channels, `local` as in VCA, applied per stripe.
 
     Args:
         dim, num_heads: C, M.
-        split: width of a stripe; None makes the whole grid one stripe for all heads.
+        split: stripe width; None attends globally with all heads.
     """
 
     def __init__(self, dim: int, num_heads: int, split: int | None, qkv_bias: bool, proj_drop: float) -> None:
@@ -74,7 +73,7 @@ class CrossShapedAttention(nn.Module):
         self.local = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
 
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
-        """`(B, N, C)` to `(B, N, C)`."""
+        """Tokens `(B, N, C)` of a grid `(H, W)` to `(B, N, C)`."""
         stripes = [grid] if self.split is None else [(grid[0], self.split), (self.split, grid[1])]
         qkv = (
             self.qkv(x).unflatten(1, grid).unflatten(-1, (3, len(stripes), -1))
@@ -88,7 +87,7 @@ class CrossShapedAttention(nn.Module):
         return self.proj_drop(self.proj(torch.cat(branches, dim=-1)))  # (B, N, C)
 
     def attend(self, qkv: Tensor, stripe: tuple[int, int], weight: Tensor, bias: Tensor) -> Tensor:
-        """One branch, of C channels: `(B, H, W, 3, C)` to `(B, N, C)`."""
+        """Attend within the stripes of one branch of C channels: `(B, H, W, 3, C)` to `(B, N, C)`."""
         grid, dim = (qkv.shape[1], qkv.shape[2]), qkv.shape[-1]
         tokens = split_windows(qkv.flatten(3), stripe).flatten(0, 1)  # (B R, L, 3C)
         heads = tokens.unflatten(-1, (3, -1, self.qkv.in_features // self.num_heads))  # (B R, L, 3, M, D)
@@ -100,14 +99,14 @@ class CrossShapedAttention(nn.Module):
 
 
 class CSWin(Pyramid):
-    """Four stages of blocks with cross-shaped windows, the mean over the last tokens.
+    """Four stages of cross-shaped windows, then the mean over the final tokens.
 
     Args:
-        config: the size.
-        attention: config of an attention variant, one of `vca.attention.ATTENTIONS`.
+        config: `CSWinConfig`.
+        attention: config of an attention variant in `vca.attention.ATTENTIONS`.
 
     Raises:
-        ValueError: if `img_size` cannot be cut into stripes; names the sizes that can.
+        ValueError: if the stripes do not divide `img_size`; the message has the nearest valid sizes.
     """
 
     config: CSWinConfig
@@ -134,7 +133,7 @@ class CSWin(Pyramid):
         self.add_head()
 
     def convert_official(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Names of the CSWin repository to ours; the LePE convolutions of two branches become one `local`."""
+        """Convert names of the CSWin repository; the LePE convolutions of two branches become one `local`."""
         renamed = {}
         for name, tensor in state.items():
             if ".attns.1." in name:
@@ -152,16 +151,16 @@ class CSWin(Pyramid):
 
 
 def from_official(config: Mapping[str, Any], state_dict: Mapping[str, Any]) -> CSWin:
-    """The softmax baseline with the weights of the CSWin repository.
+    """Build the softmax baseline with weights of the CSWin repository.
 
     Args:
-        config: its own keys (`embed_dim`, `depth`, `split_size`, `num_heads`, ...); what is not named is that of the
-            original CSWin-Tiny, `CSWin_64_12211_tiny_224`.
-        state_dict: parameters by name, or a checkpoint that holds them.
+        config: the repository's keys (`embed_dim`, `depth`, `split_size`, `num_heads`, ...); default the original
+            CSWin-Tiny, `CSWin_64_12211_tiny_224`.
+        state_dict: parameters by name, or a checkpoint with them.
 
     Raises:
-        ValueError: on a key that CSWin does not have.
-        RuntimeError: on a missing, unexpected or misshapen parameter.
+        ValueError: if `config` has an unknown key.
+        RuntimeError: if a parameter is missing, unexpected or has another shape.
     """
     options = {"depths" if key == "depth" else key: value for key, value in config.items()}
     size = select_options(CSWinConfig, {"depths": [1, 2, 21, 1], **options})

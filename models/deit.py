@@ -1,9 +1,9 @@
-"""DeiT: the plain Vision Transformer (arXiv 2012.12877), every block with the attention that the config names.
+"""DeiT: a plain Vision Transformer (arXiv 2012.12877) in which every block uses the configured attention.
 
-With `attention=softmax` it is timm's `deit_*_patch16_224`, parameter for parameter; with `attention=vca` it is the
-DeiT of Table 1 of the VCA paper (the class token stays, as a prefix token of the contrast grid).
+`attention=softmax` is timm's `deit_*_patch16_224`, parameter for parameter. `attention=vca` is the DeiT of Table 1 of
+the VCA paper: the class token attends as a prefix token and is not pooled into the contrast grid.
 
-Shape letters: B batch, N = 1 + H W tokens (the class token first), C channels.
+Shape letters: B batch, N = 1 + H W tokens (class token first), C channels.
 """
 
 from collections.abc import Mapping
@@ -22,10 +22,10 @@ from vca.attention.pooling import check_layers
 
 @dataclass
 class DeiTConfig(BackboneConfig):
-    """Size of a DeiT; names as in timm.
+    """Config of a DeiT, with timm's names.
 
     Attributes:
-        contrast_grid: `[h, w]` of the contrast tokens, unless `attention.contrast_grid` names another.
+        contrast_grid: `[h, w]` of the contrast tokens; `attention.contrast_grid` overrides it.
     """
 
     family: str = "deit"
@@ -48,16 +48,15 @@ class DeiTConfig(BackboneConfig):
 
     @property
     def size_multiple(self) -> int:
-        """The patch size."""
         return self.patch_size
 
 
 class DeiT(Backbone):
-    """Vision Transformer with a class token and learned absolute positions.
+    """Vision Transformer with a class token and learned absolute position embeddings.
 
     Args:
-        config: the size; images of other sizes work too, by interpolating `pos_embed`.
-        attention: config of an attention variant, one of `vca.attention.ATTENTIONS`.
+        config: `DeiTConfig`; at other image sizes `forward` interpolates `pos_embed`.
+        attention: config of an attention variant in `vca.attention.ATTENTIONS`.
     """
 
     config: DeiTConfig
@@ -74,7 +73,7 @@ class DeiT(Backbone):
         self.pos_embed = nn.Parameter(torch.zeros(1, self.num_prefix_tokens + self.grid[0] * self.grid[1], dim))
         self.pos_drop = nn.Dropout(config.drop_rate)
 
-        def choose_attention(index: int) -> nn.Module:
+        def attention_of(index: int) -> nn.Module:
             return build_attention(
                 attention,
                 dim,
@@ -88,31 +87,30 @@ class DeiT(Backbone):
             )
 
         self.blocks = nn.ModuleList(
-            Block(dim, choose_attention(index), config.mlp_ratio, config.drop_rate, drop_path, norm_eps=1e-6)
+            Block(dim, attention_of(index), config.mlp_ratio, config.drop_rate, drop_path, norm_eps=1e-6)
             for index, drop_path in enumerate(drop_path_rates(config.drop_path_rate, depth))
         )
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.add_head()
 
     def init_weights(self) -> None:
-        """As timm: linear layers and positions truncated normal 0.02, biases zero, the class token almost zero."""
+        """Initialise as timm: truncated normal with std 0.02, biases zero, class token normal with std 1e-6."""
         super().init_weights()
         trunc_normal_(self.pos_embed, std=0.02)
         nn.init.normal_(self.cls_token, std=1e-6)
 
     def no_weight_decay(self) -> set[str]:
-        """The positions and the class token."""
         return {"pos_embed", "cls_token"}
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """As timm's ViT: each block is a layer, the last one with the last norm (99999 is timm's sign for it)."""
+        """Group as timm's ViT: one layer per block; the final norm joins the last block (timm marks it by 99999)."""
         return {
             "stem": r"^(?:cls_token|pos_embed|patch_embed)",
             "blocks": [(r"^blocks\.(\d+)", None), (r"^norm", (99999,))],
         }
 
     def adapt(self, name: str, tensor: Tensor) -> Tensor | None:
-        """Positions of a square image of another size, interpolated."""
+        """Interpolate a `pos_embed` of another (square) image size."""
         side = square_side(tensor.shape[1] - self.num_prefix_tokens) if name == "pos_embed" else None
         if side is None or tensor.shape[2] != self.pos_embed.shape[2]:
             return None
@@ -130,26 +128,26 @@ class DeiT(Backbone):
         return self.norm(x)  # (B, N, C)
 
     def positions(self, grid: tuple[int, int]) -> Tensor:
-        """`pos_embed` `(1, N, C)`, interpolated where the grid is not the one it was made for."""
+        """Position embedding `(1, N, C)` of a grid `(H, W)`; interpolated if it is not the configured one."""
         return self.pos_embed if grid == self.grid else resample_positions(self.pos_embed, self.grid, grid)
 
 
 def resample_positions(positions: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
-    """Interpolate positions `(1, 1 + h w, C)` of the class token and a grid `old = (h, w)` to the grid `new`."""
+    """Interpolate a position embedding `(1, 1 + h w, C)` from the grid `old = (h, w)` to the grid `new`."""
     from timm.layers import resample_abs_pos_embed
 
     return resample_abs_pos_embed(positions, list(new), list(old), num_prefix_tokens=1)
 
 
 def from_official(config: Mapping[str, Any], state_dict: Mapping[str, Any]) -> DeiT:
-    """The softmax baseline with the weights of timm's `deit_*_patch16_224` or of the DeiT repository.
+    """Build the softmax baseline with weights of timm's `deit_*_patch16_224` or of the DeiT repository.
 
     Args:
-        config: timm's own keys (`embed_dim`, `depth`, `num_heads`, `img_size`, ...); what is not named is DeiT-Tiny's.
-        state_dict: parameters by name, or a checkpoint that holds them under `model`.
+        config: fields of `DeiTConfig` (`embed_dim`, `depth`, `num_heads`, `img_size`, ...); default DeiT-Tiny.
+        state_dict: parameters by name, or a checkpoint with them under `model`.
 
     Raises:
-        ValueError: on a key that DeiT does not have.
-        RuntimeError: on a missing, unexpected or misshapen parameter.
+        ValueError: if `config` has an unknown key.
+        RuntimeError: if a parameter is missing, unexpected or has another shape.
     """
     return load_official(DeiT(select_options(DeiTConfig, config), SoftmaxConfig()), state_dict)

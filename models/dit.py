@@ -1,9 +1,9 @@
-"""DiT (arXiv 2212.09748), which is SiT (arXiv 2401.08740) as well: one network, two objectives.
+"""DiT (arXiv 2212.09748) and SiT (arXiv 2401.08740): one network, two objectives.
 
-A transformer over the patches of a noisy latent (or image), told the time and the class by adaLN-Zero. Under
-`attention=softmax` it is the original of both, parameter for parameter; with VCA every block has contrast tokens on
-half the token grid. What the output means is the objective's affair: DiT reads noise and variance, SiT a velocity and
-nothing from the second half of the channels.
+A transformer over the patches of a noisy latent or image, conditioned on time and class by adaLN-Zero.
+`attention=softmax` is the original of both, parameter for parameter. With VCA every block has contrast tokens on half
+the token grid. The objective interprets the output: DiT predicts noise and variance, SiT predicts a velocity and
+ignores the second half of the channels.
 
 Shape letters: B batch, I input channels, N = H W tokens, C width, K classes.
 """
@@ -24,24 +24,24 @@ from vca.attention import SoftmaxConfig, build_attention
 from vca.attention.geometry import is_pair
 from vca.attention.pooling import check_layers
 
-FREQUENCIES = 256  # of the time embedding
+FREQUENCIES = 256  # channels of the sinusoidal time embedding
 gelu_tanh: Any = partial(nn.GELU, approximate="tanh")
 MAX_PERIOD = 10_000
-LARGEST_CONTRAST = 8  # a side of the contrast grid, by default
+MAX_CONTRAST_SIDE = 8  # of the default contrast grid
 
 
 @dataclass
 class DiTConfig:
-    """Size of a DiT; names as in its repository.
+    """Config of a DiT, with the names of its repository.
 
     Attributes:
         family: the key in `models.MODELS`.
-        name: what runs and tables call this size.
-        input_size: side of the latent or image, or `[height, width]`.
-        class_dropout_prob: how often training replaces a label by the null label, `num_classes`.
-        learn_sigma: twice as many output channels as input channels.
-        contrast_grid: `[h, w]` of the contrast tokens, unless `attention.contrast_grid` names another; null is half the token
-            grid in each direction, 8 at most: the paper's at 256 and at 512 px.
+        name: name of this size in run names and tables.
+        input_size: size of the latent or image, an integer or `[height, width]`.
+        class_dropout_prob: probability of replacing a label by the null label, `num_classes`, in training.
+        learn_sigma: predict a variance too, which doubles the output channels.
+        contrast_grid: `[h, w]` of the contrast tokens; null is half the token grid per side, at most 8, as in the
+            paper at 256 and 512 px. `attention.contrast_grid` overrides it.
     """
 
     family: str = "dit"
@@ -67,7 +67,7 @@ class DiTConfig:
         if not 0 <= self.class_dropout_prob < 1:
             raise ValueError(f"model.class_dropout_prob must be in [0, 1), got {self.class_dropout_prob}")
         if not (type(self.input_size) is int and self.input_size >= 1) and not is_pair(self.input_size):
-            raise ValueError(f"model.input_size must be an integer or two, >= 1, got {self.input_size!r}")
+            raise ValueError(f"model.input_size must be one or two integers >= 1, got {self.input_size!r}")
         check_size(self.size, self.patch_size, "model.input_size")
         if self.hidden_size % self.num_heads or self.hidden_size % 4:
             rule = f"divisible by 4 and by model.num_heads {self.num_heads}"
@@ -87,60 +87,57 @@ class DiTConfig:
 
     @property
     def out_channels(self) -> int:
-        """Channels of the output."""
         return self.in_channels * (2 if self.learn_sigma else 1)
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """`x (1 + scale) + shift` for tokens `(B, N, C)` and a shift and a scale `(B, C)`."""
+    """Compute `x (1 + scale) + shift` for tokens `(B, N, C)`, shift and scale `(B, C)`."""
     return x * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
 
 
 def adaln(dim: int, parts: int) -> nn.Sequential:
-    """From the condition to shifts, scales and gates: `(B, C)` to `(B, parts C)`."""
+    """Build the MLP from the condition `(B, C)` to shifts, scales and gates `(B, parts C)`."""
     return nn.Sequential(nn.SiLU(), nn.Linear(dim, parts * dim))
 
 
 class PatchEmbedder(nn.Module):
-    """Patches of the input to tokens: `(B, I, height, width)` to `(B, N, C)`."""
+    """Embed patches: `(B, I, height, width)` to `(B, N, C)`."""
 
     def __init__(self, patch_size: int, in_channels: int, dim: int) -> None:
         super().__init__()
         self.proj = nn.Conv2d(in_channels, dim, patch_size, patch_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Embed."""
         return self.proj(x).flatten(2).transpose(1, 2)
 
 
 class TimestepEmbedder(nn.Module):
-    """A time `(B,)`, a step number or a fraction, to `(B, C)`: sinusoids, then an MLP."""
+    """Embed times `(B,)` as `(B, C)`: sinusoids, then an MLP."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.mlp = nn.Sequential(nn.Linear(FREQUENCIES, dim), nn.SiLU(), nn.Linear(dim, dim))
 
     def forward(self, t: Tensor) -> Tensor:
-        """Embed. The sinusoids are taken in float32, also under autocast."""
+        """The sinusoids are computed in float32, also under autocast."""
         half = torch.arange(FREQUENCIES // 2, dtype=torch.float32, device=t.device) / (FREQUENCIES // 2)
         angles = t[:, None].float() * torch.exp(-math.log(MAX_PERIOD) * half)  # (B, 128)
         return self.mlp(torch.cat((angles.cos(), angles.sin()), dim=-1).to(next(self.mlp.parameters()).dtype))
 
 
 class LabelEmbedder(nn.Module):
-    """A label `(B,)` to `(B, C)`; label `num_classes` is the null label of classifier-free guidance."""
+    """Embed labels `(B,)` as `(B, C)`; `num_classes` is the null label of classifier-free guidance."""
 
     def __init__(self, num_classes: int, dim: int, null: bool) -> None:
         super().__init__()
         self.embedding_table = nn.Embedding(num_classes + null, dim)
 
     def forward(self, y: Tensor) -> Tensor:
-        """Embed."""
         return self.embedding_table(y)
 
 
 class DiTBlock(nn.Module):
-    """Transformer block with adaptive norms that start as the identity (adaLN-Zero)."""
+    """Transformer block with adaLN-Zero: adaptive norms and gates that start at zero."""
 
     def __init__(self, dim: int, attention: nn.Module, mlp_ratio: float) -> None:
         from timm.layers import Mlp
@@ -153,14 +150,14 @@ class DiTBlock(nn.Module):
         self.adaLN_modulation = adaln(dim, 6)
 
     def forward(self, x: Tensor, c: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Tokens `(B, N, C)` under the condition `(B, C)`: `(B, N, C)`."""
+        """Tokens `(B, N, C)` and condition `(B, C)` to `(B, N, C)`."""
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c).chunk(6, dim=1)
         x = x + gate_msa.unsqueeze(1) * self.attn(modulate(self.norm1(x), shift_msa, scale_msa), grid)
         return x + gate_mlp.unsqueeze(1) * self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))
 
 
 class FinalLayer(nn.Module):
-    """Tokens `(B, N, C)` to the pixels of their patches `(B, N, patch_size^2 out_channels)`."""
+    """Project tokens `(B, N, C)` to the pixels of their patches `(B, N, patch_size^2 out_channels)`."""
 
     def __init__(self, dim: int, patch_size: int, out_channels: int) -> None:
         super().__init__()
@@ -169,7 +166,6 @@ class FinalLayer(nn.Module):
         self.adaLN_modulation = adaln(dim, 2)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        """Read out."""
         shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
         return self.linear(modulate(self.norm_final(x), shift, scale))
 
@@ -178,8 +174,8 @@ class DiT(nn.Module):
     """Diffusion transformer.
 
     Args:
-        config: the size.
-        attention: config of an attention variant, one of `vca.attention.ATTENTIONS`.
+        config: `DiTConfig`.
+        attention: config of an attention variant in `vca.attention.ATTENTIONS`.
     """
 
     def __init__(self, config: DiTConfig, attention: Any) -> None:
@@ -188,11 +184,11 @@ class DiT(nn.Module):
         self.config = config
         dim, grid = config.hidden_size, config.grid
         self.grad_checkpointing = False
-        contrast_grid = config.contrast_grid or [min(max(1, side // 2), LARGEST_CONTRAST) for side in grid]
+        contrast_grid = config.contrast_grid or [min(max(1, side // 2), MAX_CONTRAST_SIDE) for side in grid]
         self.x_embedder = PatchEmbedder(config.patch_size, config.in_channels, dim)
         self.t_embedder = TimestepEmbedder(dim)
         self.y_embedder = LabelEmbedder(config.num_classes, dim, null=config.class_dropout_prob > 0)
-        # A parameter in the original's files, although it never changes.
+        # Constant, but a parameter in the original's checkpoints.
         self.pos_embed = nn.Parameter(sincos_positions(dim, grid), requires_grad=False)
         self.blocks = nn.ModuleList(
             DiTBlock(
@@ -208,13 +204,13 @@ class DiT(nn.Module):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """As the original.
+        """Initialise as the original.
 
-        | parameter | start |
+        | parameter | initial value |
         |---|---|
-        | linear layers and the patch embedding | Xavier uniform, bias zero |
-        | the class table, the MLP of the time | normal 0.02 |
-        | every adaLN layer, the output layer | zero: each block starts as the identity, the output as zero |
+        | linear layers, patch embedding | Xavier uniform, bias zero |
+        | label embedding, MLP of the time embedding | normal with std 0.02 |
+        | adaLN layers, output layer | zero: each block is the identity, the output is zero |
         """
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -232,15 +228,15 @@ class DiT(nn.Module):
 
     @property
     def null_label(self) -> int:
-        """The label that stands for no class."""
+        """Label of the unconditional model."""
         return self.config.num_classes
 
     def no_weight_decay(self) -> set[str]:
-        """Nothing besides vectors: the recipe does not decay at all."""
+        """None beyond the 1-D parameters: the recipe has no weight decay."""
         return set()
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Keep only the input of each block for the backward pass, and compute the rest again there."""
+        """Save only the input of each block for backward, and recompute the block there."""
         self.grad_checkpointing = enable
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
@@ -260,7 +256,7 @@ class DiT(nn.Module):
         return x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)  # (B, out_channels, height, width)
 
     def positions(self, grid: tuple[int, int]) -> Tensor:
-        """Fixed positions `(1, N, C)` of a grid."""
+        """Position embedding `(1, N, C)` of a grid `(H, W)`."""
         if grid == self.config.grid:
             return self.pos_embed
         return sincos_positions(self.config.hidden_size, grid).to(self.pos_embed)
@@ -268,13 +264,13 @@ class DiT(nn.Module):
     def forward_with_cfg(self, x: Tensor, t: Tensor, y: Tensor, scale: float, channels: int | None = 3) -> Tensor:
         """Classifier-free guidance: `uncond + scale (cond - uncond)` in the first `channels`, `cond` in the others.
 
-        Both are computed in one batch of 2 B. The original guides the first 3 channels of 4 "for exact reproducibility"
-        of its table; None guides all that predict noise or velocity, the first half of the output.
+        Both halves run as one batch of 2 B.
 
         Args:
             x, t, y: as in `forward`.
-            scale: 1 is no guidance.
-            channels: how many.
+            scale: guidance scale; 1 is no guidance.
+            channels: number of guided channels. The original guides 3 of 4 "for exact reproducibility" of its table;
+                None guides every channel of the noise or velocity.
 
         Returns:
             `(B, out_channels, height, width)`.
@@ -282,20 +278,20 @@ class DiT(nn.Module):
         null = torch.full_like(y, self.null_label)
         out = self(torch.cat((x, x)), torch.cat((t, t)), torch.cat((y, null)))
         channels = min(channels or self.config.in_channels, self.config.in_channels)
-        # Not by chunk, under which an export would take no other batch size.
+        # unflatten instead of chunk, which would fix the batch size in an export.
         cond, uncond = out.unflatten(0, (2, -1)).unbind()  # 2 x (B, out_channels, height, width)
         guided = uncond[:, :channels] + scale * (cond[:, :channels] - uncond[:, :channels])
         return torch.cat((guided, cond[:, channels:]), dim=1)
 
     def convert_official(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The names of the DiT and SiT repositories are ours."""
+        """The DiT and SiT repositories use the same names."""
         return dict(state)
 
 
 def sincos_positions(dim: int, grid: tuple[int, int]) -> Tensor:
-    """Sine-cosine positions `(1, H W, dim)`, float32: half of the channels for the column, then half for the row.
+    """Sine-cosine position embedding `(1, H W, dim)`, float32: first half of the channels column, second half row.
 
-    Taken in float64 and rounded, as in the original (there from MAE).
+    Computed in float64 and rounded, as in the original (from MAE).
     """
     rows, columns = (torch.arange(side, dtype=torch.float64) for side in grid)
     frequencies = MAX_PERIOD ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim // 4))
@@ -305,16 +301,16 @@ def sincos_positions(dim: int, grid: tuple[int, int]) -> Tensor:
 
 
 def from_official(config: Mapping[str, Any], state_dict: Mapping[str, Any]) -> DiT:
-    """The softmax baseline with the weights of the DiT or the SiT repository.
+    """Build the softmax baseline with weights of the DiT or SiT repository.
 
     Args:
-        config: their own keys (`input_size`, `patch_size`, `hidden_size`, `depth`, `num_heads`, ...); what is not named
-            is DiT-S/2's.
-        state_dict: parameters by name, or a checkpoint that holds them under `ema` or `model` (of both, the average).
+        config: fields of `DiTConfig` (`input_size`, `patch_size`, `hidden_size`, `depth`, `num_heads`, ...); default
+            DiT-S/2.
+        state_dict: parameters by name, or a checkpoint with them under `ema` (preferred) or `model`.
 
     Raises:
-        ValueError: on a key that DiT does not have.
-        RuntimeError: on a missing, unexpected or misshapen parameter.
+        ValueError: if `config` has an unknown key.
+        RuntimeError: if a parameter is missing, unexpected or has another shape.
     """
-    state_dict = state_dict.get("ema") or state_dict  # the trainers of both store model and ema, and sample from ema
+    state_dict = state_dict.get("ema") or state_dict  # both trainers store model and ema, and sample from ema
     return load_official(DiT(select_options(DiTConfig, config), SoftmaxConfig()), state_dict)

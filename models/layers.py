@@ -1,6 +1,6 @@
-"""What several backbones are made of.
+"""Layers that several backbones share.
 
-What timm provides is imported where it is used: `import timm` takes as long as `import torch`, and `--help` needs none.
+timm is imported where it is used: `import timm` takes as long as `import torch`, and `--help` needs neither.
 
 Shape letters: B batch, N tokens (of a grid H x W, after P prefix tokens), C channels, K classes, L tokens of a window.
 """
@@ -20,7 +20,7 @@ Config = TypeVar("Config")
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block: `x + Attention(LN(x))`, then `x + MLP(LN(x))`, each under stochastic depth."""
+    """Pre-norm transformer block: `x + Attention(LN(x))`, then `x + MLP(LN(x))`, both with stochastic depth."""
 
     def __init__(
         self, dim: int, attention: nn.Module, mlp_ratio: float, drop: float, drop_path: float, norm_eps: float
@@ -41,14 +41,14 @@ class Block(nn.Module):
 
 
 class Backbone(nn.Module):
-    """An image classifier: the size check, the head, and what timm's models offer around them.
+    """Base class of the image classifiers: size check, head, and the methods that timm expects of a model.
 
-    A subclass defines `forward_features` and `group_matcher`, and calls `add_head` at the end of its constructor.
+    A subclass defines `forward_features` and `group_matcher`, and calls `add_head()` at the end of `__init__`.
 
     Args:
-        config: the size.
-        num_features: width of the last tokens.
-        num_prefix_tokens: P of the last tokens.
+        config: config of the backbone.
+        num_features: width of the final tokens.
+        num_prefix_tokens: number of prefix tokens among the final tokens, P.
     """
 
     def __init__(self, config: BackboneConfig, num_features: int, num_prefix_tokens: int) -> None:
@@ -60,70 +60,69 @@ class Backbone(nn.Module):
         self.grad_checkpointing = False
 
     def add_head(self) -> None:
-        """The last layer, and the initialisation of all of them."""
+        """Add the classifier and initialise all weights."""
         self.num_classes = self.config.num_classes
         self.head = self.new_head(self.num_classes)
         self.init_weights()
 
     def new_head(self, num_classes: int) -> nn.Module:
-        """A linear layer, or nothing for no classes."""
+        """Build a linear classifier; an identity for `num_classes=0`."""
         return nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
 
     def init_weights(self) -> None:
-        """Linear layers truncated normal 0.02, their biases zero."""
+        """Initialise linear layers: weight truncated normal with std 0.02, bias zero."""
         self.apply(init_linear)
 
     def no_weight_decay(self) -> set[str]:
-        """Names of parameters with two or more dimensions that the recipe does not decay."""
+        """Names of parameters with two or more dimensions that get no weight decay."""
         return set()
 
     def convert_official(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Parameters by their names in the original code to this model's; names that are ours already stay."""
+        """Convert a state dict of the original code to this model's names; names of this model are kept."""
         return dict(state)
 
     def adapt(self, name: str, tensor: Tensor) -> Tensor | None:
-        """A parameter that a file holds in another shape, made to fit; None where that has no meaning."""
+        """Resize a parameter of another shape to this model's; None if it cannot be resized."""
         return None
 
     def check_images(self, images: Tensor) -> None:
-        """Raise `ValueError` with the valid sizes if images `(B, in_chans, height, width)` do not fit."""
+        """Raise `ValueError` unless the size of images `(B, in_chans, height, width)` is valid."""
         check_size((images.shape[-2], images.shape[-1]), self.size_multiple, "image height and width")
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Keep only the input of each block for the backward pass, and compute the rest again there."""
+        """Save only the input of each block for backward, and recompute the block there."""
         self.grad_checkpointing = enable
 
     def run_block(self, block: nn.Module, x: Tensor, grid: tuple[int, int]) -> Tensor:
-        """A block, under gradient checkpointing if it is on: `(B, N, C)` to `(B, N, C)`."""
+        """Run a block, with gradient checkpointing if enabled: `(B, N, C)` to `(B, N, C)`."""
         if self.grad_checkpointing and self.training and torch.is_grad_enabled():
             return checkpoint(block, x, grid, use_reentrant=False)
         return block(x, grid)
 
     def get_classifier(self) -> nn.Module:
-        """The last linear layer."""
         return self.head
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Patterns of parameter names, as timm has them: the stem, then the blocks (`coarse`: the stages) in order.
+        """Return timm's patterns of parameter names: the stem, then the blocks (`coarse=True`: the stages) in order.
 
-        timm's `--layer-decay` lowers the learning rate by one factor for each of these layers below the head.
+        timm's `--layer-decay` scales the learning rate by one factor per layer below the head.
         """
         raise NotImplementedError
 
     @property
     def global_pool(self) -> str:
-        """What `contrast_grid` does, by timm's name: `token` or `avg`."""
+        """timm's name of the pooling: `token` (class token) or `avg`."""
         return "token" if self.num_prefix_tokens else "avg"
 
     def check_global_pool(self, global_pool: str | None) -> None:
-        """Raise `ValueError` unless it is what the architecture does, or None."""
+        """Raise `ValueError` unless `global_pool` is None or the pooling of this architecture."""
         if global_pool not in (None, self.global_pool):
             raise ValueError(
-                f"global_pool must be '{self.global_pool}', which the architecture has, or None, got '{global_pool}'"
+                f"global_pool must be '{self.global_pool}' (fixed by the architecture) or None, got '{global_pool}'"
             )
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A new head for that many classes; 0 leaves the pooled features. `global_pool` cannot be changed."""
+        """Replace the classifier; `num_classes=0` returns the pooled features. `global_pool` is fixed."""
         self.check_global_pool(global_pool)
         like = next(self.parameters())
         self.num_classes = num_classes
@@ -134,13 +133,9 @@ class Backbone(nn.Module):
         """Images `(B, in_chans, height, width)` to normalised tokens `(B, N, C)`."""
         raise NotImplementedError
 
-    def pool_tokens(self, x: Tensor) -> Tensor:
-        """Tokens `(B, N, C)` to features `(B, C)`: the class token if there is one, or the mean."""
-        return x[:, 0] if self.num_prefix_tokens else x.mean(dim=1)
-
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Tokens `(B, N, C)` to logits `(B, K)`, or to the features `(B, C)` before them."""
-        x = self.pool_tokens(x)
+        """Tokens `(B, N, C)` to logits `(B, K)`, or with `pre_logits` to the pooled features `(B, C)`."""
+        x = x[:, 0] if self.num_prefix_tokens else x.mean(dim=1)
         return x if pre_logits else self.head(x)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -149,7 +144,7 @@ class Backbone(nn.Module):
 
 
 class ConvEmbed(nn.Module):
-    """A strided convolution and a norm: an image, or the tokens of a stage as one, to the tokens of the next."""
+    """Embed an image, or the tokens of a stage as an image, with a strided convolution and a LayerNorm."""
 
     def __init__(self, in_chans: int, dim: int, kernel: int, stride: int, padding: int = 0) -> None:
         super().__init__()
@@ -157,32 +152,32 @@ class ConvEmbed(nn.Module):
         self.norm = nn.LayerNorm(dim)
 
     def forward(self, image: Tensor) -> tuple[Tensor, tuple[int, int]]:
-        """`(B, in_chans, height, width)` to tokens `(B, N, C)` and their grid."""
+        """`(B, in_chans, height, width)` to tokens `(B, N, C)` and their grid `(H, W)`."""
         image = self.proj(image)  # (B, C, H, W)
         return self.norm(image.flatten(2).transpose(1, 2)), (image.shape[2], image.shape[3])
 
 
 def split_windows(x: Tensor, window: tuple[int, int]) -> Tensor:
-    """Cut `(B, H, W, C)` into windows `(B, H W / L, L, C)`, row by row; `window` must divide the grid."""
+    """Split `(B, H, W, C)` into windows `(B, H W / L, L, C)`, row by row; `window` must divide the grid."""
     x = x.unflatten(2, (-1, window[1])).unflatten(1, (-1, window[0]))  # (B, H / h, h, W / w, w, C)
     return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)
 
 
 def join_windows(x: Tensor, window: tuple[int, int], grid: tuple[int, int]) -> Tensor:
-    """Windows `(B, H W / L, L, C)` back to `(B, H, W, C)`."""
+    """Inverse of `split_windows`: `(B, H W / L, L, C)` to `(B, H, W, C)`."""
     x = x.unflatten(2, window).unflatten(1, (grid[0] // window[0], grid[1] // window[1]))  # (B, H/h, W/w, h, w, C)
     return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)
 
 
 def trunc_normal_(tensor: Tensor, std: float) -> None:
-    """Fill `tensor` in place from a normal distribution truncated at +-2, with timm's draws for a given seed."""
+    """Fill `tensor` in place from a normal distribution truncated at +-2, with timm's random numbers."""
     import timm.layers
 
     timm.layers.trunc_normal_(tensor, std=std)
 
 
 def init_linear(module: nn.Module) -> None:
-    """Truncated normal 0.02 for the weight of a linear layer, zero for its bias; other modules are left alone."""
+    """Initialise a linear layer: weight truncated normal with std 0.02, bias zero. Other modules are unchanged."""
     if isinstance(module, nn.Linear):
         trunc_normal_(module.weight, std=0.02)
         if module.bias is not None:
@@ -190,12 +185,12 @@ def init_linear(module: nn.Module) -> None:
 
 
 def drop_path_rates(rate: float, depth: int) -> list[float]:
-    """Stochastic depth of each of `depth` blocks: from 0 to `rate`, linearly."""
+    """Stochastic depth rates of `depth` blocks, linear from 0 to `rate`."""
     return [rate * index / max(depth - 1, 1) for index in range(depth)]
 
 
 def select_options(config_class: type[Config], options: Mapping[str, Any]) -> Config:
-    """Build a config dataclass from a mapping of its fields; `ValueError` names a key that it does not have."""
+    """Build a config dataclass from a mapping of its fields; an unknown key is a `ValueError`."""
     known = {f.name for f in fields(config_class)}  # type: ignore[arg-type]
     unknown = sorted(set(options) - known)
     if unknown:
@@ -204,20 +199,20 @@ def select_options(config_class: type[Config], options: Mapping[str, Any]) -> Co
 
 
 def load_official(model: Any, state_dict: Mapping[str, Any]) -> Any:
-    """`model` with the weights of the original code, which may lie under `model`, `state_dict` or `state_dict_ema`.
+    """Load a state dict of the original code, optionally under `model`, `state_dict` or `state_dict_ema`.
 
     Raises:
-        ValueError: if they lie under more than one of these.
-        RuntimeError: on a missing, unexpected or misshapen parameter.
+        ValueError: if the file has more than one of these keys.
+        RuntimeError: if a parameter is missing, unexpected or has another shape.
     """
     held = [key for key in ("model", "state_dict", "state_dict_ema") if isinstance(state_dict.get(key), Mapping)]
     if len(held) > 1:
-        raise ValueError(f"the checkpoint holds {' and '.join(held)}; pass the one that is meant")
+        raise ValueError(f"the checkpoint contains {' and '.join(held)}; pass one of them")
     model.load_state_dict(model.convert_official(state_dict[held[0]] if held else state_dict))
     return model
 
 
 def square_side(count: int) -> int | None:
-    """The side of a square of `count` tokens, or None if there is none: the grid of a file that does not name it."""
+    """Side of a square grid of `count` tokens, or None if `count` is not a square."""
     side = math.isqrt(count)
     return side if side * side == count else None

@@ -1,8 +1,8 @@
 """PVT v1: the Pyramid Vision Transformer (arXiv 2102.12122).
 
-Its own attention is spatial-reduction attention: keys and values come from a strided convolution of the grid. Under
-`attention=softmax` it is the original, class token included. With VCA in all four stages it is the PVT of Table 1 of
-the VCA paper: no spatial reduction, and the mean over the last tokens in the place of the class token.
+Its own attention is spatial-reduction attention: keys and values come from a strided convolution of the grid.
+`attention=softmax` is the original with its class token. `attention=vca`, in all four stages, is the PVT of Table 1 of
+the VCA paper: no spatial reduction, and the mean over the final tokens instead of a class token.
 
 Shape letters: B batch, N tokens of a grid H x W (in stage 4 after the class token), C channels, M heads, D = C / M head
 dim, S tokens after the spatial reduction.
@@ -26,12 +26,12 @@ from vca.attention.geometry import to_image
 
 @dataclass
 class PVTConfig(PyramidConfig):
-    """Size of a PVT; names as in its repository.
+    """Config of a PVT, with the names of its repository.
 
     Attributes:
-        embed_dims, mlp_ratios: width and MLP ratio of each stage.
-        sr_ratios: of each stage, how far height and width shrink for the keys and values; 1 does not.
-        norm_eps: of the norms in the blocks and after them.
+        embed_dims, mlp_ratios: width and MLP ratio per stage.
+        sr_ratios: reduction of height and width of the keys and values per stage; 1 is none.
+        norm_eps: epsilon of every LayerNorm in and after the blocks.
     """
 
     family: str = "pvt"
@@ -48,20 +48,19 @@ class PVTConfig(PyramidConfig):
         self.check_positive("embed_dims", "mlp_ratios", "sr_ratios", "norm_eps")
         super().__post_init__()
         if self.sr_ratios[-1] != 1:
-            raise ValueError(f"model.sr_ratios must end with 1, the stage of the class token, got {self.sr_ratios}")
+            raise ValueError(f"model.sr_ratios must end with 1 (the stage with the class token), got {self.sr_ratios}")
         for stage, ratio in enumerate(self.sr_ratios):
             if min(self.grid(stage)) < ratio:
-                raise ValueError(f"model.sr_ratios: {ratio} is larger than the grid {self.grid(stage)} of its stage")
+                raise ValueError(f"model.sr_ratios must fit the grid of its stage, {self.grid(stage)}, got {ratio}")
 
     def dim(self, stage: int) -> int:
-        """Width of a stage, counted from 0."""
         return self.embed_dims[stage]
 
 
 class SpatialReductionAttention(nn.Module):
-    """MHSA whose keys and values are taken from a grid `sr_ratio` times smaller in each direction.
+    """Softmax attention with keys and values from a grid that is `sr_ratio` times smaller per side.
 
-    `qkv` is one layer, as in every attention here, although its rows for q and for k, v see different tokens.
+    `qkv` is one layer, as in every attention of this project, but q and k, v project different tokens.
     """
 
     def __init__(self, dim: int, num_heads: int, sr_ratio: int, qkv_bias: bool, proj_drop: float) -> None:
@@ -74,7 +73,7 @@ class SpatialReductionAttention(nn.Module):
         self.norm = nn.LayerNorm(dim) if sr_ratio > 1 else None
 
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
-        """`(B, N, C)` to `(B, N, C)`."""
+        """Tokens `(B, N, C)` of a grid `(H, W)` to `(B, N, C)`."""
         dim = x.shape[-1]
         source = x  # (B, S, C)
         if self.sr is not None and self.norm is not None:
@@ -90,7 +89,7 @@ class SpatialReductionAttention(nn.Module):
 
 
 def resize_positions(embed: Tensor, old: tuple[int, int], new: tuple[int, int], prefix: int) -> Tensor:
-    """Positions `(1, N, C)` of one grid, after those of `prefix` tokens, interpolated for another."""
+    """Interpolate positions `(1, prefix + h w, C)` from the grid `old = (h, w)` to the grid `new`."""
     if new == old:
         return embed
     image = to_image(embed, old, prefix)  # (1, C, H, W)
@@ -99,11 +98,11 @@ def resize_positions(embed: Tensor, old: tuple[int, int], new: tuple[int, int], 
 
 
 class PVT(Pyramid):
-    """Four stages with learned positions; a class token in the last, as long as that keeps the original attention.
+    """Four stages with learned positions; a class token in the last stage if it keeps its own attention.
 
     Args:
-        config: the size.
-        attention: config of an attention variant, one of `vca.attention.ATTENTIONS`.
+        config: `PVTConfig`.
+        attention: config of an attention variant in `vca.attention.ATTENTIONS`.
     """
 
     config: PVTConfig
@@ -137,24 +136,24 @@ class PVT(Pyramid):
         self.add_head()
 
     def init_weights(self) -> None:
-        """As the original: linear layers, positions and the class token truncated normal 0.02, biases zero."""
+        """Initialise as the original: truncated normal with std 0.02, biases zero."""
         super().init_weights()
         for tokens in [*self.pos_embeds, *([self.cls_token] if self.cls_token is not None else [])]:
             trunc_normal_(tokens, std=0.02)
 
     def no_weight_decay(self) -> set[str]:
-        """The class token; the original does decay its positions."""
+        """The class token; positions are decayed, as in the original."""
         return {"cls_token"} if self.cls_token is not None else set()
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """As timm's PVT v2: each stage is a layer, `coarse` or not, with the positions and the class token it adds."""
+        """Group as timm's PVT v2: one layer per stage, with its positions and class token, `coarse` or not."""
         return {
             "stem": r"^(?:stages\.0\.embed|pos_embeds\.0)",
             "blocks": [(r"^(?:stages|pos_embeds)\.(\d+)", None), (r"^(?:cls_token|norm)", (99999,))],
         }
 
     def enter(self, stage: int, x: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Put the class token before the tokens `(B, H W, C)` of the last stage, and add the positions."""
+        """Prepend the class token in the last stage, and add the positions: `(B, H W, C)` to `(B, N, C)`."""
         prefix = 0
         if self.cls_token is not None and stage == len(self.stages) - 1:
             prefix = 1
@@ -162,12 +161,11 @@ class PVT(Pyramid):
         return self.pos_drop(x + self.positions(stage, grid, prefix))  # (B, N, C)
 
     def positions(self, stage: int, grid: tuple[int, int], prefix: int) -> Tensor:
-        """Positions `(1, N, C)` of a stage, interpolated where the grid is not the one they were made for."""
-        made_for = self.config.grid(stage)
-        return resize_positions(self.pos_embeds[stage], made_for, grid, prefix)
+        """Positions `(1, N, C)` of a stage for a grid; interpolated if it is not the configured one."""
+        return resize_positions(self.pos_embeds[stage], self.config.grid(stage), grid, prefix)
 
     def adapt(self, name: str, tensor: Tensor) -> Tensor | None:
-        """Positions of a square image of another size, interpolated; that of a class token goes where there is none."""
+        """Interpolate positions of another (square) image size; drop the class token's if the model has none."""
         if not (match := re.fullmatch(r"pos_embeds\.(\d)", name)):
             return None
         stage = int(match[1])
@@ -179,7 +177,7 @@ class PVT(Pyramid):
         return resized[:, -self.pos_embeds[stage].shape[1] :]
 
     def convert_official(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Names of the PVT repository to ours; its `q` and `kv` become one `qkv`."""
+        """Convert names of the PVT repository; its `q` and `kv` become one `qkv`."""
         renamed = {}
         for name, tensor in state.items():
             if ".attn.kv." in name:
@@ -194,15 +192,15 @@ class PVT(Pyramid):
 
 
 def from_official(config: Mapping[str, Any], state_dict: Mapping[str, Any]) -> PVT:
-    """The softmax baseline with the weights of the PVT repository.
+    """Build the softmax baseline with weights of the PVT repository.
 
     Args:
-        config: its own keys (`embed_dims`, `depths`, `num_heads`, `mlp_ratios`, `sr_ratios`, ...); what is not named is
-            PVT-Tiny's.
-        state_dict: parameters by name, or a checkpoint that holds them.
+        config: fields of `PVTConfig` (`embed_dims`, `depths`, `num_heads`, `mlp_ratios`, `sr_ratios`, ...); default
+            PVT-Tiny.
+        state_dict: parameters by name, or a checkpoint with them.
 
     Raises:
-        ValueError: on a key that PVT does not have.
-        RuntimeError: on a missing, unexpected or misshapen parameter.
+        ValueError: if `config` has an unknown key.
+        RuntimeError: if a parameter is missing, unexpected or has another shape.
     """
     return load_official(PVT(select_options(PVTConfig, config), SoftmaxConfig()), state_dict)

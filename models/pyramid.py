@@ -1,8 +1,8 @@
-"""What PVT, Swin and CSWin share: stages of blocks over token grids, each grid half as high and wide as the last.
+"""Base of PVT, Swin and CSWin: stages of transformer blocks, each at half the height and width of the previous one.
 
-In the stages that `attention_stages` names, the attention is the variant of the config and sees the whole grid; in the
-others, and everywhere under `attention=softmax`, it is the backbone's own, with its windows, stripes or reductions.
-Both are called `attn(x, grid)`, and no block knows which it holds.
+The stages in `attention_stages` use the configured attention variant on the whole grid. The other stages, and all
+stages under `attention=softmax`, use the backbone's own attention with its windows, stripes or spatial reduction. Both
+are called as `attn(x, grid)`.
 
 Shape letters: B batch, N tokens of a grid H x W (after P prefix tokens), C channels of the stage.
 """
@@ -20,7 +20,7 @@ from vca.attention.pooling import check_layers
 
 
 class Stage(nn.Module):
-    """An embedding, which also halves the grid, and the blocks after it."""
+    """A downsampling embedding followed by transformer blocks."""
 
     def __init__(self, embed: nn.Module, blocks: Sequence[Block]) -> None:
         super().__init__()
@@ -29,24 +29,24 @@ class Stage(nn.Module):
 
 
 def keeps_own(config: PyramidConfig, attention: Any, stage: int) -> bool:
-    """Whether a stage, counted from 0, keeps the backbone's own attention."""
+    """Whether a stage, counted from 0, uses the backbone's own attention."""
     return attention.name == SoftmaxConfig.name or stage + 1 not in config.attention_stages
 
 
 class Pyramid(Backbone):
-    """Stages over shrinking grids.
+    """Hierarchical backbone.
 
     Args:
-        config: the size.
-        attention: config of an attention variant, one of `vca.attention.ATTENTIONS`.
-        embeds: of each stage: maps an image `(B, C, H, W)` to tokens and their grid.
-        own_attention: `(stage, block) -> module`, the backbone's own attention of that block.
-        mlp_ratios: of each stage.
-        norm_eps: of the norms in the blocks and after them.
-        num_prefix_tokens: of the last stage.
+        config: config of the backbone.
+        attention: config of an attention variant in `vca.attention.ATTENTIONS`.
+        embeds: one module per stage, from an image `(B, C, H, W)` to tokens and their grid.
+        own_attention: `(stage, block) -> module`, the backbone's own attention.
+        mlp_ratios: one per stage.
+        norm_eps: epsilon of every LayerNorm in and after the blocks.
+        num_prefix_tokens: prefix tokens of the last stage.
 
     Raises:
-        ValueError: if the backbone's own attention is to have a local branch.
+        ValueError: if `attention` is softmax with a local branch.
     """
 
     config: PyramidConfig
@@ -63,15 +63,15 @@ class Pyramid(Backbone):
     ) -> None:
         if attention.name == SoftmaxConfig.name and attention.local_branch:
             raise ValueError(
-                f"attention.local_branch must be false with attention=softmax, under which {config.family} keeps its "
-                f"own attention, got {attention.local_branch}"
+                f"attention.local_branch must be false with attention=softmax, where {config.family} keeps its own "
+                f"attention, got {attention.local_branch}"
             )
         check_layers(attention, sum(config.depths))
         last = len(config.depths) - 1
         super().__init__(config, config.dim(last), num_prefix_tokens)
         rates = iter(drop_path_rates(config.drop_path_rate, sum(config.depths)))
 
-        def choose_attention(stage: int, block: int) -> nn.Module:
+        def attention_of(stage: int, block: int) -> nn.Module:
             if keeps_own(config, attention, stage):
                 return own_attention(stage, block)
             return build_attention(
@@ -92,7 +92,7 @@ class Pyramid(Backbone):
                 [
                     Block(
                         config.dim(stage),
-                        choose_attention(stage, block),
+                        attention_of(stage, block),
                         mlp_ratios[stage],
                         config.drop_rate,
                         next(rates),
@@ -106,9 +106,9 @@ class Pyramid(Backbone):
         self.norm = nn.LayerNorm(self.num_features, eps=norm_eps)
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """As timm's Swin: each block is a layer, which for the first of a stage includes the stage's embedding.
+        """Group as timm's Swin: one layer per block; a stage's embedding joins its first block.
 
-        The last norm belongs to the last block (99999 is timm's sign for that).
+        The final norm joins the last block (timm marks it by 99999).
         """
         blocks: list[tuple[str, Any]] = [(r"^stages\.(\d+)", None)]
         if not coarse:
@@ -116,7 +116,7 @@ class Pyramid(Backbone):
         return {"stem": r"^stages\.0\.embed", "blocks": [*blocks, (r"^norm", (99999,))]}
 
     def enter(self, stage: int, x: Tensor, grid: tuple[int, int]) -> Tensor:
-        """What happens to the tokens `(B, H W, C)` between the embedding and the blocks of a stage."""
+        """Hook between the embedding and the blocks of a stage: `(B, H W, C)` to `(B, N, C)`."""
         return x
 
     def forward_features(self, x: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """Swin Transformer (arXiv 2103.14030).
 
-Its own attention is softmax attention in windows, every second block's shifted by half a window, with a learned bias
-for each relative position. Under `attention=softmax` it is timm's `swin_*_patch4_window7_224`. With VCA it is the Swin
-of Table 1 of the VCA paper: stages 1 to 3 see their whole grid, without windows; stage 4 keeps its one window.
+Its own attention is softmax attention within windows, shifted by half a window in every second block, with a learned
+relative position bias. `attention=softmax` is timm's `swin_*_patch4_window7_224`. `attention=vca` is the Swin of
+Table 1 of the VCA paper: stages 1 to 3 attend globally, stage 4 keeps its single window.
 
 Shape letters: B batch, N tokens of a grid H x W, C channels, M heads, D = C / M head dim, L tokens of a window, R
 windows of an image.
@@ -30,15 +30,15 @@ from models.layers import (
 from models.pyramid import Pyramid
 from vca.attention import SoftmaxConfig, softmax_attention
 
-MASKED = -100.0  # added to the score of two tokens that the shift brought into one window; the original's value
+MASKED = -100.0  # added to the score of tokens from different regions of a shifted window; the original's value
 
 
 @dataclass
 class SwinConfig(PyramidConfig):
-    """Size of a Swin; names as in timm.
+    """Config of a Swin, with timm's names.
 
     Attributes:
-        embed_dim: width of the first stage; each later one has twice the width.
+        embed_dim: width of the first stage; it doubles with each stage.
         window_size: side of a window, in tokens; a smaller grid is one window.
     """
 
@@ -56,12 +56,11 @@ class SwinConfig(PyramidConfig):
         super().__post_init__()
 
     def dim(self, stage: int) -> int:
-        """Width of a stage, counted from 0."""
         return self.embed_dim * 2**stage
 
 
 class PatchMerging(nn.Module):
-    """The next stage's tokens: each made of 2 x 2 of this one's."""
+    """Merge 2 x 2 tokens into one of twice the width."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -77,13 +76,13 @@ class PatchMerging(nn.Module):
 
 
 class WindowAttention(nn.Module):
-    """Softmax attention within windows, which may be shifted.
+    """Softmax attention within windows, optionally shifted.
 
     Args:
         dim, num_heads: C, M.
-        grid: the stage's; where it is no larger than a window, the window is the grid and nothing is shifted.
+        grid: `(H, W)` of the stage; a grid no larger than a window is one window, without shift.
         window_size: side of a window.
-        shifted: whether to move the windows by half their side.
+        shifted: shift the windows by half their side.
     """
 
     relative_position_index: Tensor
@@ -110,7 +109,7 @@ class WindowAttention(nn.Module):
         trunc_normal_(self.relative_position_bias_table, std=0.02)
 
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
-        """`(B, N, C)` to `(B, N, C)`; a grid that the windows do not divide is padded with zeros at its far sides."""
+        """Tokens `(B, N, C)` of a grid `(H, W)` to `(B, N, C)`; zero-pads bottom and right to whole windows."""
         window = self.window
         shift = [s if side > w else 0 for s, side, w in zip(self.shift, grid, window, strict=True)]
         padded = (-(-grid[0] // window[0]) * window[0], -(-grid[1] // window[1]) * window[1])
@@ -119,7 +118,7 @@ class WindowAttention(nn.Module):
         x = x.roll((-shift[0], -shift[1]), (1, 2)) if any(shift) else x
         x = F.pad(x, (0, 0, 0, padded[1] - grid[1], 0, padded[0] - grid[0])) if padded != grid else x
         qkv = self.qkv(split_windows(x, window)).unflatten(-1, (3, self.num_heads, -1))  # (B, R, L, 3, M, D)
-        # Windows stand beside heads, so that one mask serves the whole batch.
+        # Windows and heads share a dimension, so that one mask serves the whole batch.
         q, k, v = qkv.permute(3, 0, 1, 4, 2, 5).flatten(2, 3).unbind(0)  # 3 x (B, R M, L, D)
         out = softmax_attention(q, k, v, self.bias(padded, shift))  # (B, R M, L, D)
         out = out.unflatten(1, (-1, self.num_heads)).transpose(2, 3).flatten(3)  # (B, R, L, C)
@@ -128,7 +127,7 @@ class WindowAttention(nn.Module):
         return self.proj_drop(out.flatten(1, 2))  # (B, N, C)
 
     def bias(self, grid: tuple[int, int], shift: list[int]) -> Tensor:
-        """What is added to the scores of all windows: `(R M, L, L)`."""
+        """Relative position bias plus shift mask of all windows: `(R M, L, L)`."""
         windows = (grid[0] // self.window[0]) * (grid[1] // self.window[1])
         bias = self.relative_position_bias_table[self.relative_position_index]  # (L, L, M)
         bias = bias.permute(2, 0, 1).expand(windows, -1, -1, -1)  # (R, M, L, L)
@@ -138,7 +137,7 @@ class WindowAttention(nn.Module):
 
 
 def relative_positions(height: int, width: int) -> Tensor:
-    """Row of the bias table for each pair of tokens in a window: `(L, L)`."""
+    """Index into the bias table for each pair of tokens in a window: `(L, L)`."""
     rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
     rows, columns = rows.flatten(), columns.flatten()
     down = rows[:, None] - rows[None, :] + height - 1  # (L, L), from 0
@@ -147,7 +146,7 @@ def relative_positions(height: int, width: int) -> Tensor:
 
 
 def shift_mask(grid: tuple[int, int], window: tuple[int, int], shift: list[int], device: torch.device) -> Tensor:
-    """`(R, L, L)`: 0, or `MASKED` between tokens that were not neighbours before the grid was rolled."""
+    """Attention mask `(R, L, L)`: `MASKED` between tokens that were not neighbours before the roll, else 0."""
 
     def parts(side: int, window_side: int, by: int) -> Tensor:
         place = torch.arange(side, device=device)
@@ -159,11 +158,11 @@ def shift_mask(grid: tuple[int, int], window: tuple[int, int], shift: list[int],
 
 
 class Swin(Pyramid):
-    """Four stages of windowed blocks, the mean over the last tokens.
+    """Four stages of window attention, then the mean over the final tokens.
 
     Args:
-        config: the size.
-        attention: config of an attention variant, one of `vca.attention.ATTENTIONS`.
+        config: `SwinConfig`.
+        attention: config of an attention variant in `vca.attention.ATTENTIONS`.
     """
 
     config: SwinConfig
@@ -187,11 +186,11 @@ class Swin(Pyramid):
         self.add_head()
 
     def no_weight_decay(self) -> set[str]:
-        """The tables of the relative position bias."""
+        """The relative position bias tables."""
         return {name for name, _ in self.named_parameters() if name.endswith("relative_position_bias_table")}
 
     def adapt(self, name: str, tensor: Tensor) -> Tensor | None:
-        """A table of the relative position bias for windows of another size, interpolated."""
+        """Interpolate a relative position bias table of another window size."""
         from timm.layers import resize_rel_pos_bias_table
 
         if not name.endswith("relative_position_bias_table"):
@@ -203,9 +202,9 @@ class Swin(Pyramid):
         return resize_rel_pos_bias_table(tensor, new_window_size=attention.window, new_bias_shape=table.shape)
 
     def convert_official(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Names of timm, or of the Swin repository, to ours.
+        """Convert names of timm or of the Swin repository.
 
-        The repository counts a merging to the stage before it, and stores two buffers that follow from the config.
+        The repository assigns a merging to the preceding stage, and stores two buffers that the config determines.
         """
         merges_after = any(name.startswith("layers.0.downsample.") for name in state)
         renamed = {}
@@ -220,15 +219,14 @@ class Swin(Pyramid):
 
 
 def from_official(config: Mapping[str, Any], state_dict: Mapping[str, Any]) -> Swin:
-    """The softmax baseline with the weights of timm's `swin_*` or of the Swin repository.
+    """Build the softmax baseline with weights of timm's `swin_*` or of the Swin repository.
 
     Args:
-        config: timm's own keys (`embed_dim`, `depths`, `num_heads`, `window_size`, ...); what is not named is
-            Swin-Tiny's.
-        state_dict: parameters by name, or a checkpoint that holds them.
+        config: fields of `SwinConfig` (`embed_dim`, `depths`, `num_heads`, `window_size`, ...); default Swin-Tiny.
+        state_dict: parameters by name, or a checkpoint with them.
 
     Raises:
-        ValueError: on a key that Swin does not have.
-        RuntimeError: on a missing, unexpected or misshapen parameter.
+        ValueError: if `config` has an unknown key.
+        RuntimeError: if a parameter is missing, unexpected or has another shape.
     """
     return load_official(Swin(select_options(SwinConfig, config), SoftmaxConfig()), state_dict)

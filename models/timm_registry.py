@@ -1,8 +1,7 @@
-"""The model configs as timm models: after `models.register_timm()`, timm has `vca_deit_tiny_patch16_224` and so on.
+"""timm models from `configs/model/`: `models.register_timm()` adds `vca_deit_tiny_patch16_224` and so on.
 
-Every file of `configs/model/` that describes a classifier is one name. Keyword arguments override its fields
-(`num_classes`, `img_size`, `drop_path_rate`, `depth`, ...); `attention` is the name of a variant, a mapping of its
-options, or its config.
+Each YAML of a classifier is one timm model. Keyword arguments override its fields (`num_classes`, `img_size`,
+`drop_path_rate`, `depth`, ...). `attention` is the name of a variant, a mapping of its options, or its config.
 """
 
 from collections.abc import Callable, Mapping
@@ -17,20 +16,25 @@ from vca.attention import ATTENTIONS
 
 SIZES = Path(__file__).parents[1] / "configs" / "model"
 
-__all__: list[str] = []  # timm adds the names that it registers
+# Fields that set the patch and image size in the name: those of the digits and CIFAR-10 experiments, otherwise 224 px.
+VARIANTS: dict[str, tuple[dict[str, int], ...]] = {
+    "deit_mini": ({"patch_size": 2, "img_size": 8}, {"patch_size": 4, "img_size": 32})
+}
+
+__all__: list[str] = []  # timm appends the names that it registers
 default_cfgs: dict[str, Any] = {}
 
 
 @cache
 def load_sizes() -> dict[str, dict[str, Any]]:
-    """Fields of each file of `configs/model/` by the file's name, with its `family`."""
+    """Load the fields of every file in `configs/model/`, by file name, with `family`."""
     return {file.stem: {"name": file.stem, **load_size(file.stem)} for file in sorted(SIZES.glob("*.yaml"))}
 
 
 def load_size(stem: str) -> dict[str, Any]:
-    """Fields of one file as Hydra composes them: the files of its defaults list in their order, itself at `_self_`.
+    """Compose the fields of one file as Hydra does: the files of its defaults list in order, itself at `_self_`.
 
-    What refers to another part of the config (`${...}`) is left out: a timm model has only itself.
+    References to other config groups (`${...}`) are dropped: a timm model has none.
     """
     own = yaml.safe_load((SIZES / f"{stem}.yaml").read_text()) or {}
     defaults = own.pop("defaults", [])
@@ -46,11 +50,16 @@ def load_size(stem: str) -> dict[str, Any]:
     return fields
 
 
+def variants(name: str) -> list[dict[str, Any]]:
+    """Return the fields of each timm model of a file in `configs/model/`."""
+    return [{**load_sizes()[name], **fields} for fields in VARIANTS.get(name, ({"img_size": 224},))]
+
+
 def pretrained_cfg(size: Mapping[str, Any]) -> dict[str, Any]:
-    """What timm wants to know of a model besides its arguments."""
+    """Return timm's `pretrained_cfg` of a model."""
     return {
-        "input_size": (3, 224, 224),
-        "fixed_input_size": size["family"] == "cswin",  # its stripes take few sizes
+        "input_size": (3, size["img_size"], size["img_size"]),
+        "fixed_input_size": size["family"] == "cswin",  # its stripes divide few sizes
         "crop_pct": 0.9 if size["family"] == "cswin" else 0.875,
         "interpolation": "bicubic",
         "first_conv": "patch_embed.proj" if size["family"] == "deit" else "stages.0.embed.proj",
@@ -60,24 +69,24 @@ def pretrained_cfg(size: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def timm_name(size: Mapping[str, Any]) -> str:
-    """What timm calls a size: with its patch and window where timm's own models of the family have them."""
+    """Return the name of a timm model, with patch and window size where timm's models of the family have them."""
     patch, window = size.get("patch_size", 16), size.get("window_size", 7)
     parts = {"deit": f"_patch{patch}", "swin": f"_patch4_window{window}"}
-    return f"vca_{size['name']}{parts.get(size['family'], '')}_224"
+    return f"vca_{size['name']}{parts.get(size['family'], '')}_{size['img_size']}"
 
 
 def attention_config(attention: Any) -> Any:
-    """An attention's config from its name, a mapping of its options with `name` among them, or itself."""
+    """Build an attention config from its name or from a mapping with `name`; a config is returned as it is."""
     options = {"name": attention} if isinstance(attention, str) else attention
     if not isinstance(options, Mapping):
         return attention
     if options.get("name") not in ATTENTIONS:
-        raise ValueError(f"attention must name one of {sorted(ATTENTIONS)}, got {attention!r}")
+        raise ValueError(f"attention must be one of {sorted(ATTENTIONS)}, got {attention!r}")
     return select_options(ATTENTIONS[options["name"]][0], options)
 
 
 def entry_point(size: Mapping[str, Any], registry: Mapping[str, tuple[type, type]]) -> Callable[..., Any]:
-    """The function that timm calls for one name."""
+    """Build the function that timm calls to create one model."""
     config_class, module = registry[size["family"]]
 
     def build(attention: Any = "vca", global_pool: str | None = None, **fields: Any) -> Any:
@@ -89,7 +98,7 @@ def entry_point(size: Mapping[str, Any], registry: Mapping[str, tuple[type, type
         from timm.models import build_model_with_cfg
 
         if kwargs.get("features_only"):
-            raise ValueError(f"{create.__name__} has no features_only; use forward_features")
+            raise ValueError(f"{create.__name__} does not support features_only; use forward_features()")
         return build_model_with_cfg(build, create.__name__, pretrained, **kwargs)
 
     create.__name__, create.__module__ = timm_name(size), __name__
@@ -98,10 +107,10 @@ def entry_point(size: Mapping[str, Any], registry: Mapping[str, tuple[type, type
 
 
 def register(registry: Mapping[str, tuple[type, type]]) -> None:
-    """Register every size of the families in `registry` with timm."""
+    """Register every model of the families in `registry` with timm."""
     from timm.models import generate_default_cfgs, is_model, register_model
 
-    for size in load_sizes().values():
+    for size in (size for name in load_sizes() for size in variants(name)):
         if size["family"] not in registry or is_model(timm_name(size)):
             continue
         default_cfgs.update(generate_default_cfgs({timm_name(size): pretrained_cfg(size)}))

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from safetensors.torch import save
 
 from models import CLASSIFIERS
-from models.timm_registry import load_sizes, pretrained_cfg, timm_name
+from models.timm_registry import load_sizes, pretrained_cfg, timm_name, variants
 from vca.attention import VCAConfig
 from vca.runtime.errors import ConfigError
 from vca.runtime.files import write_bytes
@@ -40,7 +40,9 @@ def describe(config: dict[str, Any]) -> dict[str, Any]:
     sizes = load_sizes()
     if model["name"] not in sizes:
         raise ConfigError(f"model.name must be one of {', '.join(sizes)} to have a name in timm, got '{model['name']}'")
-    size = sizes[model["name"]]
+    named = ("patch_size", "window_size", "img_size")  # sizes in the name
+    candidates = variants(model["name"])
+    size = next((v for v in candidates if all(model[key] == v[key] for key in named if key in v)), candidates[0])
     usual = {**vars(CLASSIFIERS[size["family"]][0]()), **size}
     differs = {key: value for key, value in model.items() if value != usual[key]}
     if attention != to_dict(VCAConfig()):
@@ -81,7 +83,10 @@ def export(run: Path, weights: str | None, out: Path) -> str:
     content = save({name: tensor.contiguous() for name, tensor in parameters.items()})
     write_bytes(out / "model.safetensors", content)  # save_file would leave a file that only its owner reads
     (out / "config.json").write_text(json.dumps(description, indent=2) + "\n")
-    return f"{out}: {description['architecture']}, {weights} weights of step {saved['step']}"
+    sizes = {key: description["model_args"].get(key) for key in ("patch_size", "window_size", "img_size")}
+    other = ", ".join(f"{key}={value}" for key, value in sizes.items() if value is not None)
+    name = description["architecture"] + (f" with {other}" if other else "")
+    return f"{out}: {name}, {weights} weights of step {saved['step']}"
 
 
 def main() -> None:

@@ -113,9 +113,9 @@ WRONG = {
     "model.num_heads=5": r"model.num_heads must divide model.embed_dim 96, got 5",
     "model.patch_size=3": r"model.img_size must be a multiple of 3, such as 6 or 9, got 8",
     "model=pvt_tiny": r"model.img_size must be a multiple of 32, such as 32, got 8",
-    "model=swin_tiny model.depths=[2,2]": r"model.num_heads must have 2 entries, one a stage, got \[3, 6, 12, 24\]",
+    "model=swin_tiny model.depths=[2,2]": r"model.num_heads must have 2 entries, one per stage, got \[3, 6, 12, 24\]",
     "model=cswin_tiny data.img_size=384": r"with model.split_size \[1, 2, 7, 7\], model.img_size must be .* 224, .*448",
-    "model=pvt_tiny data.img_size=64 model.attention_stages=[5]": r"model.attention_stages must name .* from 1 to 4",
+    "model=pvt_tiny data.img_size=64 model.attention_stages=[5]": r"model.attention_stages must be stages from 1 to 4",
     "trainer.init_from=nowhere.pth": r"trainer.init_from must be a file, got 'nowhere.pth'",
     "recipe=dait": r"recipe=dait: no such option.*agent_deit_small",
     "optim.schedule=step": r"optim.schedule must be one of cosine, constant, got 'step'",
@@ -144,9 +144,9 @@ WRONG = {
     ),
     "augment.crop=center": r"augment.crop must be one of resized, padded, adm, none, got 'center'",
     "data.name=mnist": r"data.name must be one of \['cifar10', 'digits', 'imagefolder', 'latents'\], got 'mnist'",
-    "data=cifar10 data.root=nowhere": r"data.root must be a folder that holds cifar-10-batches-py/, got 'nowhere'",
-    "data=imagefolder data.root=nowhere": r"data.root must be a folder that holds train/ and val/.*got 'nowhere'",
-    "data=imagefolder": r"data.root must be a folder that holds train/ and val/ class folders, got None",
+    "data=cifar10 data.root=nowhere": r"data.root must be a folder with cifar-10-batches-py/, got 'nowhere'",
+    "data=imagefolder data.root=nowhere": r"data.root must be a folder with train/ and val/.*got 'nowhere'",
+    "data=imagefolder": r"data.root must be a folder with train/ and val/ class folders, got None",
     "data.std=[0.0]": r"data.std must be 1 numbers > 0, got \[0.0\]",
     "name=a/b": r"name must be a folder name, got 'a/b'",
     "seed=-1": r"seed must be >= 0 and below 2\^63, got -1",
@@ -164,7 +164,7 @@ WRONG = {
     "data.in_chans=3 data.mean=[0,0,0] data.std=[1,1,1]": r"data.in_chans must be 1 for digits, got 3",
     "augment.auto_augment=foo": r"augment.auto_augment must be null or a policy of timm .*, got 'foo'",
     "model.patch_size=0": r"model.patch_size must be >= 1, got 0",
-    "model.img_size=abc": r"model.img_size must be an integer or two, >= 1, got 'abc'",
+    "model.img_size=abc": r"model.img_size must be one or two integers >= 1, got 'abc'",
     "seed=99999999999999999999": r"seed must be >= 0 and below 2\^63",
     "optim.min_lr=1": r"optim.min_lr must be <= optim.lr 0.001, got 1",
     "+experiment=cifar10": r"experiment already has a value; write experiment=cifar10 without '\+'",
@@ -312,4 +312,4 @@ def test_command_line_help_lists_keys_and_groups(script, monkeypatch, capsys):
     assert "attention: agent, differential, " in said
     assert ", vca, vca_embedding_streams, " in said  # gets its schema from vca.yaml
     assert "_schema" not in said
-    assert ("time_minutes: time limit of a job" in said) == (script != "sample")
+    assert ("epochs: length of the run" in said) == (script != "sample")

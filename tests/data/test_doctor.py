@@ -1,4 +1,4 @@
-"""The data check: every kind of broken folder gives its line, from the script and at the start of a training."""
+"""The data check: each kind of broken folder gives its message, in the script and at the start of a run."""
 
 import os
 import platform
@@ -68,29 +68,29 @@ def bad_exif(root):
     Image.new("RGB", (30, 30), (9, 9, 9)).save(root / "train" / "cat" / "camera.jpg", exif=exif)
 
 
-# What a training cannot use. kind -> (damage, what the line must say)
+# Unusable data. kind -> (damage, message)
 BROKEN = {
-    "flat val": (flat_val, r"val/ holds 8 files and no class folders; sort them into val/<class>/"),
+    "flat val": (flat_val, r"val/ has 8 files and no class folders; sort them into val/<class>/"),
     "a class too few": (
         lambda root: [shutil.rmtree(root / split / "dog") for split in ("train", "val")],
-        r"data.num_classes is 2, but .*train holds 1 class folders; complete it, or set data.num_classes=1",
+        r"data.num_classes is 2, but .*train has 1 class folders; complete it or set data.num_classes=1",
     ),
-    "a class in val only": (lambda root: shutil.rmtree(root / "train" / "dog"), r"'dog' is in val/ and not in train/"),
+    "a class in val only": (lambda root: shutil.rmtree(root / "train" / "dog"), r"'dog' is in val/ but not in train/"),
     "an empty class": (
         lambda root: [file.unlink() for file in (root / "val" / "cat").iterdir()],
         r"val/: .*no valid file for the classes cat",
     ),
-    "a missing file": (dangling_link, r"train/dog/2.jpg: is a link to nothing; restore or remove it"),
+    "a missing file": (dangling_link, r"train/dog/2.jpg: is a dangling link; restore or remove it"),
     "an empty file": (lambda root: (root / "val" / "cat" / "0.jpg").write_bytes(b""), r"val/cat/0.jpg: is empty; copy"),
     "a truncated file": (truncate, r"train/cat/1.jpg: cannot be decoded \(.*truncated.*\); copy it again"),
     "no image": (lambda root: (root / "val" / "cat" / "0.jpg").write_text("hello"), r"0.jpg: is not an image; replace"),
     "16-bit grey": (
         sixteen_bits,
-        r"val/dog/deep.png: has more than 8 bits a pixel .*values up to 40000\); it would be clipped",
+        r"val/dog/deep.png: has more than 8 bits per pixel .*values up to 40000\); it would be clipped",
     ),
     "16-bit RGB": (
         sixteen_bits_rgb,
-        r"train/dog/deep.png: has 16 bits a channel, and half of them would be lost; convert it to 8 bits$",
+        r"train/dog/deep.png: has 16 bits per channel, which would be truncated; convert it to 8 bits$",
     ),
 }
 NOTED = {
@@ -116,7 +116,7 @@ def test_data_check_broken_folder_stops_run(tmp_path, kind):
 
 @pytest.mark.parametrize("kind", NOTED)
 def test_data_check_harmless_image_noted(tmp_path, kind, capsys):
-    """ImageNet has such images: they are told, and read."""
+    """ImageNet has such images: they are reported and read."""
     root = tmp_path / "data"
     write_image_folder(root)
     damage, message = NOTED[kind]
@@ -130,7 +130,7 @@ def test_data_check_harmless_image_noted(tmp_path, kind, capsys):
 
 @pytest.mark.process
 def test_doctor_lists_every_damaged_file(tmp_path):
-    """All damages of files at once: a line each, exit code 2; a sound folder: exit code 0."""
+    """One line per corrupt file and exit code 2; exit code 0 for an intact folder."""
     write_image_folder(tmp_path)
     sound = doctor(tmp_path, "data.num_classes=2")
     assert sound.returncode == 0, sound.stderr
@@ -151,23 +151,23 @@ def test_doctor_lists_every_damaged_file(tmp_path):
 
 @pytest.mark.process
 def test_doctor_reports_folder_and_file_errors(tmp_path):
-    """Folders that are wrong do not hide files that are broken."""
+    """Errors of folders do not hide errors of files."""
     write_image_folder(tmp_path)
     truncate(tmp_path)
     flat_val(tmp_path)
     done = doctor(tmp_path, "data.num_classes=2")
     assert done.returncode == 2
-    assert done.stdout.count("val/ holds 8 files and no class folders") == 1
+    assert done.stdout.count("val/ has 8 files and no class folders") == 1
     assert re.search(r"error: .*train/cat/1.jpg: cannot be decoded", done.stdout)
     assert "read all 16 images" in done.stdout
     assert done.stderr == f"config error: data.root={tmp_path}: 2 errors\n"
     nowhere = doctor(tmp_path / "nowhere")
     assert nowhere.returncode == 2
-    assert "must be a folder that holds train/ and val/" in nowhere.stdout
+    assert "must be a folder with train/ and val/" in nowhere.stdout
 
 
 def test_examine_time_limit_leaves_files_unread(tmp_path):
-    """A time that is over leaves the rest unread, and says so."""
+    """The summary counts the files that were not read."""
     write_image_folder(tmp_path)
     config = compose("train_cls", ["data=imagefolder", f"data.root={tmp_path}", "data.num_classes=2"])
     files = image_files([load_dataset(config.data, True), object()])
@@ -188,7 +188,7 @@ def test_examine_image_valid_images_pass(tmp_path):
 
 
 def test_examine_image_decompression_bomb_refused(tmp_path):
-    """PIL refuses to decode it, with an error of its own kind."""
+    """PIL raises its own error."""
     Image.new("1", (20_000, 10_000)).save(tmp_path / "huge.png")
     (finding,) = examine_image(os.fspath(tmp_path / "huge.png"))
     assert finding.fatal
@@ -200,25 +200,25 @@ def test_shared_memory_note_when_too_little():
     free = shutil.disk_usage("/dev/shm").free
     assert shared_memory_note(4, free // 10) is None
     note = shared_memory_note(4, free)
-    assert re.fullmatch(r"/dev/shm has \d+ MiB free, and 4 workers may fill \d+ MiB; give .*", note)
+    assert re.fullmatch(r"/dev/shm has \d+ MiB free, but 4 workers may need \d+ MiB; give .*", note)
     assert shared_memory_note(0, 10 * free) is None
     assert shared_memory_note(4, 10 * free, folder="/nowhere") is None
 
 
 def test_imagefolder_without_val_loads_train_split(tmp_path):
-    """Only what reads `val/` asks for it."""
+    """`val/` is required only by its readers."""
     for name in ("a", "b"):
         (tmp_path / "train" / name).mkdir(parents=True)
         Image.new("RGB", (8, 8)).save(tmp_path / "train" / name / "0.png")
     config = DataConfig(name="imagefolder", root=str(tmp_path), num_classes=2)
     assert len(load_dataset(config, train=True)) == 2
-    with pytest.raises(ConfigError, match="must be a folder that holds train/ and val/ class folders"):
+    with pytest.raises(ConfigError, match="must be a folder with train/ and val/ class folders"):
         load_dataset(config, train=False)
 
 
 @pytest.mark.process
 def test_doctor_cluster_all_checks_pass_on_two_ranks(tmp_path):
-    """Two ranks of this machine, which it starts by itself: a line for each check, nothing left behind."""
+    """The script starts two local ranks, prints one line per check, and leaves no files."""
     command = ("scripts/doctor.py", "--cluster", "trainer.device=cpu", f"out_dir={tmp_path}")
     done = run_command(sys.executable, *command)
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
@@ -232,7 +232,7 @@ def test_doctor_cluster_all_checks_pass_on_two_ranks(tmp_path):
 
 @pytest.mark.process
 def test_doctor_cluster_failed_checks_reported(tmp_path):
-    """Data that are not there and a folder that cannot be: their lines, and the other checks all the same."""
+    """Missing data and an invalid folder are reported, and the other checks still run."""
     (tmp_path / "file").write_text("")
     command = ("scripts/doctor.py", "--cluster", "trainer.device=cpu", f"out_dir={tmp_path}/file/runs")
     done = run_script(*command, "data=cifar10", "data.root=/nowhere", ranks=2)
@@ -278,7 +278,7 @@ with distributed.start("cpu", 0.5) as world:
 
 @pytest.mark.process
 def test_doctor_cluster_error_on_one_rank_reported(tmp_path):
-    """It is told with the rank and its machine, and the checks after it go on."""
+    """The message has the rank and its node, and the following checks run."""
     script = tmp_path / "bad.py"
     script.write_text(ONE_BAD_NODE)
     done = run_script(script, ranks=2)

@@ -1,4 +1,4 @@
-"""Autoencoders and the latent cache: a batch from the cache is the batch of the images, and a cache cannot lie."""
+"""Autoencoders and the latent cache: equality with the images, and errors of invalid caches."""
 
 import json
 import re
@@ -192,7 +192,7 @@ def test_autoencoder_wrong_config_refused(vaes, tmp_path):
 
 
 def test_autoencoder_not_found_offline_refused(monkeypatch):
-    """Without a network: which one, and how to get it. (The hub's client is told to stay offline.)"""
+    """Without a network the error has the name and the download command."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     config = AutoencoderConfig("diffusers", "nobody/no-vae", channels=4, factor=8)
     with pytest.raises(ConfigError, match=r"'nobody/no-vae' cannot be loaded .* hf download nobody/no-vae --local-dir"):
@@ -233,7 +233,7 @@ def batches_of(config, steps):
 
 @pytest.mark.parametrize("hflip", [0.5, 0.0])
 def test_latent_cache_batch_equals_online_batch(photos, vaes, cache, hflip):
-    """Over more than an epoch: images come again, flipped or not, with another sample of their posterior."""
+    """Over more than an epoch: images recur, flipped or not, with another sample of their posterior."""
     chosen = [*options(vaes / "sd-vae-ft-mse"), *NETWORK, f"augment.hflip={hflip}", "trainer.global_batch_size=10"]
     online = compose("train_gen", [*chosen, "data=imagefolder", f"data.root={photos}"])
     cached = compose("train_gen", [*chosen, "data=latents", f"data.root={cache}"])
@@ -259,10 +259,10 @@ def test_latent_cache_flips_are_encoded(cache):
 
 
 def test_prepare_latents_resume_on_two_ranks_is_exact(photos, quick, quick_cache, tmp_path):
-    """Killed after its first file, continued by two ranks: every byte as in one go."""
+    """Killed after the first file and resumed on two ranks: every byte equals an uninterrupted run."""
     command = [*options(quick), f"data.root={photos}", f"out={tmp_path / 'broken'}", *CACHE, "shard_size=1"]
-    begun = (tmp_path / "broken").glob
-    start_and_kill(lambda: any(begun("shard_*.npy")), "scripts/prepare_latents.py", *command)
+    broken = tmp_path / "broken"
+    start_and_kill(lambda: any(broken.glob("shard_*.npy")), "scripts/prepare_latents.py", *command)
     made = sorted((tmp_path / "broken").glob("shard_*.npy"))
     assert 1 <= len(made) < 31
     with pytest.raises(ConfigError, match=r"is not complete: \d+ of 31 files are missing or cut short"):
@@ -281,7 +281,7 @@ def test_prepare_latents_resume_on_two_ranks_is_exact(photos, quick, quick_cache
 
 
 def changed(cache, tmp_path, name="changed", **fields):
-    """A copy of the cache whose manifest says something else."""
+    """Copy a cache with other values in its manifest."""
     folder = shutil.copytree(cache, tmp_path / name)
     manifest = json.loads((folder / "manifest.json").read_text())
     (folder / "manifest.json").write_text(json.dumps({**manifest, **fields}))
@@ -289,7 +289,7 @@ def changed(cache, tmp_path, name="changed", **fields):
 
 
 def test_latent_cache_mismatched_or_truncated_refused(photos, vaes, cache, tmp_path):
-    """Each gives one line, and nothing is written."""
+    """Each is a one-line error, and nothing is written."""
     there = json.loads((cache / "manifest.json").read_text())
     scaled = changed(cache, tmp_path, autoencoder={**there["autoencoder"], "scale": 0.13})
     short = shutil.copytree(cache, tmp_path / "short")
@@ -310,14 +310,18 @@ def test_latent_cache_mismatched_or_truncated_refused(photos, vaes, cache, tmp_p
         (cache, "autoencoder.scale=1.0", r"autoencoder.scale: 0.18215 -> 1.0"),
         (short, "", "is not complete: 1 of 4 files are missing or cut short, such as shard_00002.npy"),
         (fewer, "", "is not complete: 2 of 5 files"),
-        (labels, "", "1 of 5 files are not those of its manifest, such as labels.npy; run scripts/prepare_latents.py"),
-        (changed(cache, tmp_path, "crop", crop="adm-0"), "", "crop must be 'adm-1', as it is made now, got 'adm-0'"),
-        (photos, "", "data.root must be a latent cache, a folder with manifest.json"),
-        (cache, "data.img_size=64", "data.img_size must be 32, as the latents in"),
+        (
+            labels,
+            "",
+            "1 of 5 files have another sha256 than in the manifest, such as labels.npy; rerun scripts/prepare_latents",
+        ),
+        (changed(cache, tmp_path, "crop", crop="adm-0"), "", "crop must be 'adm-1', got 'adm-0'"),
+        (photos, "", "data.root must be a latent cache .a folder with manifest.json."),
+        (cache, "data.img_size=64", "data.img_size must be 32, as in"),
         (cache, "data.img_size=34", "data.img_size must be a multiple of autoencoder.factor, 4, got 34"),
-        (cache, "data.num_classes=4", "data.num_classes must be 3, as the latents in"),
-        (cache, "augment.crop=none", "augment.crop must be adm, as the latents are, got 'none'"),
-        (cache, "augment.re_prob=0.5", "augment.re_prob must be off on latents"),
+        (cache, "data.num_classes=4", "data.num_classes must be 3, as in"),
+        (cache, "augment.crop=none", "augment.crop must be adm, as the crop of the latents, got 'none'"),
+        (cache, "augment.re_prob=0.5", "augment.re_prob must be off with data=latents"),
         (plain, "augment.hflip=0.5", r"augment.hflip must be 0: .* has no flipped images, got 0.5"),
     ):
         chosen = [*options(vaes / "sd-vae-ft-mse"), *NETWORK, "data=latents", f"data.root={root}", *more.split()]
@@ -345,7 +349,7 @@ def swap(folder, one=0, other=1):
 
 
 def move_labels(folder):
-    """Labels that no class has, in a file whose sha256 is right."""
+    """Invalid labels in a file with a valid sha256."""
     save_array(folder / "labels.npy", np.arange(31))
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["files"]["labels.npy"] = json.loads((folder / "labels.json").read_text())
@@ -365,7 +369,7 @@ def rewrite(**fields):
 
 
 NOT_OF_MANIFEST = (
-    "{}: {} of 5 files are not those of its manifest, such as {}; run scripts/prepare_latents.py again, which"
+    "{}: {} of 5 files have another sha256 than in the manifest, such as {}; rerun scripts/prepare_latents.py"
 )
 DAMAGED_CACHES = {
     "swapped": (swap, NOT_OF_MANIFEST.format(".*", 2, "shard_00000.npy")),
@@ -378,18 +382,18 @@ DAMAGED_CACHES = {
     "labels out of range": (move_labels, r"labels.npy: labels must be from 0 to 2, got \(0, 30\)"),
     "no files": (
         rewrite(files={}),
-        "is not complete: its manifest has no sha256 of all its files; run scripts/prepare",
+        "is not complete: its manifest lacks the sha256 of some files; rerun scripts/prepare",
     ),
     "older": (
         rewrite(files=None),
-        r"has no sha256 of the files, an older version made it; make the cache again in ano",
+        r"has no sha256 of the files \(written by an older version\); write a new cache",
     ),
     "no images": (
         rewrite(images=0),
-        "manifest.json is damaged: images is 0; restore it, or run scripts/prepare_latents",
+        "manifest.json is corrupt: images is 0; restore it, or rerun scripts/prepare_latents",
     ),
-    "no shape": (rewrite(shape=[2, 8]), r"manifest.json is damaged: shape is \[2, 8\]"),
-    "no digest": (rewrite(files={"labels.npy": "0"}), r"manifest.json is damaged: files is"),
+    "no shape": (rewrite(shape=[2, 8]), r"manifest.json is corrupt: shape is \[2, 8\]"),
+    "no digest": (rewrite(files={"labels.npy": "0"}), r"manifest.json is corrupt: files is"),
     "no json": (
         lambda folder: (folder / "manifest.json").write_bytes(b"\0" * 64),
         "is not the manifest of a latent cache",
@@ -400,7 +404,7 @@ DAMAGED_CACHES = {
 
 @pytest.mark.parametrize("damage", DAMAGED_CACHES)
 def test_latent_cache_damaged_refused_at_start(cache, tmp_path, damage):
-    """The start of a run and `doctor.py` refuse it by one line, without reading it whole."""
+    """A one-line error at the start of a run and in `doctor.py`, without reading all files."""
     folder = shutil.copytree(cache, tmp_path / "cache")
     change, message = DAMAGED_CACHES[damage]
     change(folder)
@@ -413,7 +417,7 @@ def test_latent_cache_damaged_refused_at_start(cache, tmp_path, damage):
 
 
 def test_latent_cache_flipped_bit_found_by_full_check(photos, quick, tmp_path, monkeypatch, capsys):
-    """Behind the first bytes of a file: `data.check_seconds` decides how much is read; the next prepare mends it."""
+    """Beyond the first bytes of a file: found within `data.check_seconds`, repaired by the next prepare."""
     monkeypatch.setattr("vca.data.latents.START", 200)
     folder = tmp_path / "cache"
     prepared(photos, quick, folder)
@@ -423,7 +427,7 @@ def test_latent_cache_flipped_bit_found_by_full_check(photos, quick, tmp_path, m
     assert "read all 4 files of latents" in capsys.readouterr().out
     flip(folder / "shard_00001.npy", -1)
     LatentCache(folder)
-    line = f"{folder}/shard_00001.npy: is not the file of the manifest (sha256); run scripts/prepare_latents.py again"
+    line = f"{folder}/shard_00001.npy: has another sha256 than in the manifest; rerun scripts/prepare_latents.py"
     with pytest.raises(ConfigError, match="1 error"):
         doctor.run(compose("doctor", data))
     assert f"error: {line}" in capsys.readouterr().out
@@ -437,7 +441,7 @@ def test_latent_cache_flipped_bit_found_by_full_check(photos, quick, tmp_path, m
 
 @pytest.mark.parametrize("whole", [True, False])
 def test_prepare_latents_changed_images_refused(photos, quick, tmp_path, whole):
-    """Whether the cache is finished or not."""
+    """For a finished and an unfinished cache."""
     mine = shutil.copytree(photos, tmp_path / "photos")
     folder = tmp_path / "cache"
     prepared(mine, quick, folder)
@@ -445,16 +449,16 @@ def test_prepare_latents_changed_images_refused(photos, quick, tmp_path, whole):
         (folder / "shard_00001.npy").unlink()
     before = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
     Image.new("RGB", (40, 40)).save(mine / "train" / "bee" / "03.png")
-    with pytest.raises(ConfigError, match=r"^data.root: the images changed since .*cache was begun \(files_sha256"):
+    with pytest.raises(ConfigError, match=r"^data.root: the images changed since .*cache was started \(files_sha256"):
         prepared(mine, quick, folder)
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
 
 
 def test_prepare_latents_wrong_options_refused(photos, vaes, cache, tmp_path):
     for more, message in (
-        ((f"autoencoder.source={vaes / 'other'}", f"out={cache}"), r"holds another cache \(autoencoder.sha256"),
-        (("shard_size=16", f"out={cache}"), r"holds another cache \(shard_size: 8 -> 16\)"),
-        (("data.img_size=64", f"out={cache}"), r"holds another cache \(img_size: 32 -> 64"),
+        ((f"autoencoder.source={vaes / 'other'}", f"out={cache}"), r"has another cache \(autoencoder.sha256"),
+        (("shard_size=16", f"out={cache}"), r"has another cache \(shard_size: 8 -> 16\)"),
+        (("data.img_size=64", f"out={cache}"), r"has another cache \(img_size: 32 -> 64"),
         (("data=digits",), "data.in_chans must be 3 for an autoencoder, got 1"),
         (("shard_size=0",), "shard_size must be >= 1, got 0"),
     ):
@@ -465,7 +469,7 @@ def test_prepare_latents_wrong_options_refused(photos, vaes, cache, tmp_path):
 
 
 def test_latent_cache_open_files_bounded(photos, quick, tmp_path, monkeypatch):
-    """ImageNet has more files than a process may have open."""
+    """ImageNet's cache has more files than a process may open."""
     prepared(photos, quick, tmp_path, "shard_size=1")
     monkeypatch.setattr("vca.data.latents.OPEN_FILES", 3)
     images, again = LatentCache(tmp_path), LatentCache(tmp_path)
@@ -523,7 +527,7 @@ def test_autoencoder_runs_in_float32_despite_tf32(vaes):
 
 
 def test_resume_with_other_latents_refused(photos, quick, quick_cache, tmp_path):
-    """Not with another cache or autoencoder; with the same ones at another place, yes."""
+    """Another cache or autoencoder is an error; the same ones may move."""
     moved = shutil.copytree(quick_cache, tmp_path / "moved")
     elsewhere = shutil.copy(quick, tmp_path / "elsewhere.py")
     other = tmp_path / "other"
@@ -543,7 +547,7 @@ def test_resume_with_other_latents_refused(photos, quick, quick_cache, tmp_path)
 
 
 def test_latent_cache_float16_close_to_float32(photos, vaes, cache, tmp_path):
-    """Half the bytes, the same to three digits."""
+    """Half the size, equal to three digits."""
     prepared(photos, vaes / "sd-vae-ft-mse", tmp_path / "half", "dtype=float16")
     one, other = LatentCache(cache)[5][0], LatentCache(tmp_path / "half")[5][0]
     assert (one.dtype, other.dtype) == (np.float32, np.float16)

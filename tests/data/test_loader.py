@@ -28,7 +28,7 @@ def digits(*overrides):
 
 
 def step_batches(size, micro, first=0, last=4, workers=0, repeats=1, global_batch_size=48):
-    """Images, labels and indices of each step's global batch, gathered from all ranks and put back in place."""
+    """Images, labels and indices of each step's global batch, gathered from all ranks in order."""
     config, images = digits("augment.hflip=0.5", "augment.re_prob=0.5")
     order = TrainOrder(len(images), global_batch_size, seed=3, repeats=repeats)
     steps = [[] for _ in range(first, last)]
@@ -89,7 +89,7 @@ def test_train_order_epoch_visits_every_image_once(images, batch):
 
 
 def test_train_order_repeated_augmentation():
-    """Every image stands three times in an epoch that sees a third of them; copies are not always mixed."""
+    """An epoch has three copies of a third of the images; most copies are not mixed with each other."""
     order = TrainOrder(120, 60, seed=0, repeats=3)
     epoch = [a for step in range(2) for a in order.batch(step, 0, 60)]
     counts = np.bincount([a.image for a in epoch], minlength=120)
@@ -103,7 +103,7 @@ def test_train_order_repeated_augmentation():
 
 @pytest.mark.parametrize("cut", [1, 2, 4])
 def test_batch_mixer_independent_of_micro_batches(cut):
-    """Mixup and CutMix of a global batch are the same however many micro-batches it is cut into."""
+    """Mixup and CutMix of a global batch do not depend on the number of micro-batches."""
     mixer = BatchMixer(AugmentConfig(mixup=0.8, cutmix=1.0, label_smoothing=0.1), num_classes=5, seed=0)
     torch.manual_seed(0)
     images, labels = torch.randn(16, 1, 8, 8), torch.randint(5, (16,))
@@ -180,7 +180,7 @@ def test_imagefolder_loads_and_transforms(tmp_path):
 
 
 def test_randaugment_accepts_every_magnitude():
-    """Magnitude 9 with noise of 0.5 comes to 10, where posterize keeps 0 bits; Pillow 13 refuses that."""
+    """Magnitude 9 with noise of 0.5 can be 10, where posterize keeps 0 bits, an error in Pillow 13."""
     config = compose("train_cls", ["data=imagefolder", "augment=imagenet"])
     randaugment = next(t for t in train_transform(config.augment, config.data).transforms if hasattr(t, "ops"))
     picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (24, 24, 3), dtype=np.uint8))
@@ -195,7 +195,7 @@ def test_seeding_deterministic_and_distinct_per_address():
     assert derive_seed(1, "a", 2) == derive_seed(1, "a", 2)
     addresses = [(1, "a", 2), (1, "a", 3), (2, "a", 1), (1, "b", 2), (1, 2), (12,)]
     assert len({derive_seed(*address) for address in addresses}) == len(addresses)
-    assert derive_seed(0, "order", 0) == 3801269635843653784  # the same on every machine, or no run can be repeated
+    assert derive_seed(0, "order", 0) == 3801269635843653784  # the same on every machine, or runs are not reproducible
     seed_everything(5, "x")
     drawn = (torch.rand(1), np.random.rand())
     seed_everything(5, "x")
@@ -204,13 +204,13 @@ def test_seeding_deterministic_and_distinct_per_address():
 
 @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.process)])
 def test_load_imagefolder_16_bit_rgb_refused_when_read(tmp_path, workers):
-    """The check before a run reads only a sample of a large data set: reading one later names it too."""
+    """The check before a run reads only a sample of a large data set, so the error also comes from reading."""
     write_image_folder(tmp_path)
     write_png16(tmp_path / "train" / "cat" / "deep.png")
     _, images = digits("data=imagefolder", f"data.root={tmp_path}", "data.num_classes=2")
     assert images[0][0].mode == "RGB"
     number = next(index for index, (path, _) in enumerate(images.samples) if path.endswith("deep.png"))
-    problem = "has 16 bits a channel, and half of them would be lost; convert it to 8 bits"
+    problem = "has 16 bits per channel, which would be truncated; convert it to 8 bits"
     with pytest.raises(ImageError, match=rf"cat/deep.png cannot be read \({problem}\)"):
         list(eval_loader(images, lambda image: torch.zeros(1), world(), 4, workers))
     with pytest.raises(ConfigError, match=rf"^\S+cat/deep.png: {problem}$"):

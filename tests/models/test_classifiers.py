@@ -1,4 +1,4 @@
-"""Backbones: the original code's figures, the checkpoints people have, counts of the paper, gradients, other sizes."""
+"""Backbones: golden outputs, published checkpoints, counts of the paper, gradients, other image sizes."""
 
 import json
 from pathlib import Path
@@ -39,7 +39,7 @@ TIMM = {
     "swin_base_patch4_window7_224": ("swin", {"embed_dim": 128, "depths": [2, 2, 18, 2], "num_heads": [4, 8, 16, 32]}),
 }
 
-# Millions of parameters and billions of multiply-adds at 224 px that the paper's rounded figures stand for. PVT-Tiny's
+# Millions of parameters and billions of multiply-adds at 224 px behind the paper's rounded figures. PVT-Tiny's
 # 1.933 counts the class token in its last stage, as every other figure counts its tokens; without it, it is 1.926.
 SETTLED = {
     ("deit_tiny", "softmax"): (5.717416, 1.254),
@@ -128,7 +128,7 @@ CONTRACT_OF = {
 
 @pytest.mark.parametrize("family", CONTRACT_OF)
 def test_from_official_published_layouts_load(family):
-    """Every name and shape of the published files loads, also from under `model`; what is wrong is named."""
+    """Every name and shape of the published files loads, also under `model`; errors have the name."""
     state = {name: torch.randn(shape) for name, shape in CONTRACTS[CONTRACT_OF[family]].items()}
     model = official(family)({}, {"model": state})
     assert sum(p.numel() for p in model.parameters()) == sum(tensor.numel() for tensor in state.values())
@@ -142,7 +142,7 @@ def test_from_official_published_layouts_load(family):
 
 
 def test_from_official_swin_repository_layout_loads():
-    """It counts a merging to the stage before, calls the head `head`, and stores two buffers."""
+    """It assigns a merging to the preceding stage, names the head `head`, and stores two buffers."""
     state = {}
     for name, tensor in timm.create_model("swin_tiny_patch4_window7_224").state_dict().items():
         stage = name.split(".")[1]
@@ -158,7 +158,7 @@ def test_from_official_swin_repository_layout_loads():
     converted = ours.convert_official(headless)
     assert set(ours.state_dict()) - set(converted) == {"head.weight", "head.bias"}
     assert torch.equal(converted["stages.2.embed.reduction.weight"], merged)
-    with pytest.raises(ValueError, match="holds model and state_dict_ema; pass the one that is meant"):
+    with pytest.raises(ValueError, match="contains model and state_dict_ema; pass one of them"):
         models.swin.from_official({}, {"model": state, "state_dict_ema": state})
 
 
@@ -175,7 +175,7 @@ INPUTS = {"deit_tiny": [3, 224, 224], "dit_s_2": [4, 32, 32], "deit_mini": [3, 3
 @pytest.mark.process
 @pytest.mark.parametrize(("model", "attention"), sorted({*SETTLED, *PARAMS, *((model, "vca") for model in INPUTS)}))
 def test_complexity_counts_equal_paper(model, attention):
-    """What `scripts/complexity.py` prints: the paper's figures in its rows, an exact count in some."""
+    """`scripts/complexity.py` equals the paper's figures, and exact parameter counts."""
     counts = complexity_of(model, attention)
     params, macs = SETTLED.get((model, attention), (counts.params / 1e6, counts.macs / 1e9))
     assert counts.params / 1e6 == pytest.approx(params, abs=1e-3)
@@ -267,7 +267,7 @@ def test_classifiers_gradient_checkpointing_exact(family, attention):
         torch.manual_seed(1)
         out = network(images)
         out.square().mean().backward()
-        assert len(calls) == expected  # with checkpointing the forward pass of a block is made again
+        assert len(calls) == expected  # checkpointing recomputes the block
         seen.append((out.detach(), {name: p.grad.clone() for name, p in network.named_parameters()}))
     assert torch.equal(seen[0][0], seen[1][0])
     assert all(torch.equal(seen[0][1][name], seen[1][1][name]) for name in seen[0][1])
@@ -284,7 +284,7 @@ OTHER_SIZES = {
 @pytest.mark.parametrize("attention", ATTENTION_NAMES)
 @pytest.mark.parametrize("family", CLASSIFIERS)
 def test_classifiers_other_image_sizes(family, attention):
-    """Also ones that are not square, and each image for itself; other sizes are refused with the nearest valid ones."""
+    """Also non-square; images are independent; an invalid size is an error with the nearest valid ones."""
     network = small(family, attention).eval()
     for size in OTHER_SIZES[family]:
         images = torch.randn(2, 3, *size)
@@ -300,7 +300,7 @@ def test_classifiers_other_image_sizes(family, attention):
 
 
 def test_cswin_stripes_decide_valid_sizes():
-    """With VCA in the first stages, only the stripes that are left count."""
+    """Only stages that keep their stripes constrain the image size."""
     assert models.cswin.CSWin(models.cswin.CSWinConfig(), SoftmaxConfig()).size_multiple == 224
     with pytest.raises(
         ValueError, match=r"split_size \[1, 2, 7, 7\], model.img_size must be a multiple of 224, .* 448"
@@ -336,17 +336,17 @@ def test_pyramid_attention_stages_and_contrast_grids(family):
 
 
 def test_pyramid_layout_equals_table1():
-    """Where VCA stands in the networks of the paper, and with which grids."""
+    """Stages with VCA in the paper's networks, and their contrast grids."""
     layout = {
         "pvt_tiny": [(3, 3), (4, 4), (7, 7), (7, 7)],
         "swin_tiny": [(3, 3), (4, 4), (7, 7), None],
         "cswin_tiny": [(3, 3), (4, 4), None, None],
     }
-    for name, pools in layout.items():
+    for name, grids in layout.items():
         config = compose("train_cls", [f"model={name}", "attention=vca", "data=imagefolder"])
         with torch.device("meta"):
             network = build_model(config.model, config.attention)
-        assert [getattr(stage.blocks[0].attn, "contrast_grid", None) for stage in network.stages] == pools
+        assert [getattr(stage.blocks[0].attn, "contrast_grid", None) for stage in network.stages] == grids
         assert network.num_prefix_tokens == 0
     config = compose("train_cls", ["model=pvt_tiny", "attention=softmax", "data=imagefolder"])
     assert build_model(config.model, config.attention).num_prefix_tokens == 1
@@ -359,7 +359,7 @@ def test_deit_non_square_images():
 
 
 def test_classifiers_share_attention_core():
-    """Every family gets its attention from the one core: the very same functions, and no softmax of its own."""
+    """Every family uses the functions of `vca.attention`, and no softmax of its own."""
     import models.pyramid
 
     assert models.deit.build_attention is models.pyramid.build_attention is vca.attention.build_attention
@@ -390,7 +390,7 @@ def test_classifiers_wrong_config_refused(family):
             small(family, "vca", **fields)
 
 
-def test_models_pool_of_too_many_layers_refused():
+def test_models_contrast_grid_of_too_many_layers_refused():
     depths = {"deit": 2, "pvt": 8, "swin": 8, "cswin": 5, "dit": 1}
     fields = {**SMALL, "pvt": {**SMALL["pvt"], "depths": [2] * 4}, "dit": {"depth": 1}}
     for family, depth in depths.items():
@@ -416,7 +416,7 @@ def test_classifiers_without_head_return_features():
 
 @pytest.mark.parametrize("name", timm.list_models("vca_*"))
 def test_register_timm_models_follow_timm_interface(name):
-    """What timm's users expect of a model, on the meta device."""
+    """timm's model interface, on the meta device."""
     size = 8 if "mini" in name else 448
     with torch.device("meta"):
         network = timm.create_model(name, num_classes=0, img_size=size, in_chans=1, drop_path_rate=0.1)
@@ -434,15 +434,17 @@ def test_register_timm_models_follow_timm_interface(name):
 
 
 def test_register_timm_wrong_arguments_refused():
-    assert len(timm.list_models("vca_*")) == len([name for name in MODEL_FILES if not name.startswith("dit_")])
-    assert "vca_deit_tiny_patch16_224" in timm.list_models("vca_*")
+    names = timm.list_models("vca_*")
+    assert len(names) == 1 + len([name for name in MODEL_FILES if not name.startswith("dit_")])
+    assert {"vca_deit_tiny_patch16_224", "vca_deit_mini_patch2_8", "vca_deit_mini_patch4_32"} <= set(names)
+    assert timm.create_model("vca_deit_mini_patch4_32").config.size == (32, 32)
     with pytest.raises(RuntimeError, match="No pretrained weights exist"):
         timm.create_model("vca_pvt_tiny_224", pretrained=True)
     with pytest.raises(ValueError, match="has no key 'windows'"):
         timm.create_model("vca_pvt_tiny_224", windows=3)
-    with pytest.raises(ValueError, match=r"attention must name one of \['agent', .*'vca'\], got 'linear'"):
+    with pytest.raises(ValueError, match=r"attention must be one of \['agent', .*'vca'\], got 'linear'"):
         timm.create_model("vca_pvt_tiny_224", attention="linear")
-    with pytest.raises(ValueError, match="has no features_only"):
+    with pytest.raises(ValueError, match="does not support features_only"):
         timm.create_model("vca_pvt_tiny_224", features_only=True)
 
 

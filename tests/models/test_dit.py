@@ -1,4 +1,4 @@
-"""DiT and SiT, one network: the original code's figures, checkpoints, guidance, gradients, other sizes."""
+"""DiT and SiT: golden outputs, checkpoints, guidance, gradients, other input sizes."""
 
 import json
 
@@ -18,7 +18,7 @@ XL = {"hidden_size": 1152, "depth": 28, "num_heads": 16}
 
 
 def small(attention, **fields):
-    """A small network that is not at its start, where every block and the output would be zero."""
+    """A small network without its zero initialisation."""
     torch.manual_seed(0)
     network = DiT(DiTConfig(**{**SMALL, **fields}), ATTENTIONS[attention][0]())
     for parameter in network.parameters():

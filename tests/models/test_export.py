@@ -18,7 +18,7 @@ FIELDS = {
 
 
 class GuidedStep(nn.Module):
-    """What a step of DiT's sampler asks of the network: noise and variance under guidance."""
+    """Network evaluation of a DiT sampling step: noise and variance under guidance."""
 
     def __init__(self, network: DiT) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What timm's scripts ask of a model besides its output: layer decay, global_pool, its default config."""
+"""The timm interface of the models: layer decay, global_pool, pretrained_cfg."""
 
 import pytest
 import timm
@@ -27,7 +27,7 @@ def on_meta(name: str, **options) -> torch.nn.Module:
 
 
 def decay_groups(name: str, **options) -> list[dict]:
-    """What `train.py --layer-decay 0.75` of timm makes of a model."""
+    """Parameter groups of `train.py --layer-decay 0.75` of timm."""
     network = on_meta(name, **options)
     return param_groups_layer_decay(network, layer_decay=0.75, no_weight_decay_list=network.no_weight_decay())
 
@@ -67,7 +67,7 @@ def test_group_matcher_layer_decay_groups_equal_timm(ours, theirs, count, attent
     ],
 )
 def test_group_matcher_every_parameter_in_timm_layer(ours, theirs):
-    """Parameter for parameter, by the conversion of names that loads timm's weights."""
+    """For each parameter, by the name conversion that loads timm's weights."""
     network, original = on_meta(ours, attention="softmax"), on_meta(theirs)
     ids = {name: torch.tensor(layer) for name, layer in layers(original).items()}
     expected = {name: int(layer) for name, layer in network.convert_official(ids).items()}
@@ -108,7 +108,7 @@ def test_register_timm_global_pool_of_architecture_accepted(name, attention):
     assert network.global_pool == pooling
     network.reset_classifier(3, pooling)
     assert network.get_classifier().out_features == 3
-    refusal = f"global_pool must be '{pooling}', which the architecture has, or None, got '{other}'"
+    refusal = rf"global_pool must be '{pooling}' \(fixed by the architecture\) or None, got '{other}'"
     with pytest.raises(ValueError, match=refusal):
         network.reset_classifier(4, other)
     assert network.num_classes == 3
@@ -118,7 +118,7 @@ def test_register_timm_global_pool_of_architecture_accepted(name, attention):
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_register_timm_fixed_input_size_of_cswin_alone(name):
-    """Its stripes take multiples of 224 px alone; timm then hands over the size, which can still be another."""
+    """Its stripes divide multiples of 224 px only; timm passes the size on, which can be overridden."""
     network = on_meta(name)
     assert network.default_cfg["fixed_input_size"] == ("cswin" in name)
     assert network.config.size == (224, 224)

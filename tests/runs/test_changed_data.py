@@ -1,4 +1,4 @@
-"""A run is resumed on the data that it began with, or not at all."""
+"""A resume on changed data is an error."""
 
 import shutil
 
@@ -36,7 +36,7 @@ CHANGED = {
 
 @pytest.mark.parametrize("change", CHANGED)
 def test_resume_with_changed_images_refused(tmp_path, change):
-    """An image more or less changes the order of all; the same files at another place change nothing."""
+    """Added, renamed or replaced images are an error; the same files in another folder are not."""
     root, moved = tmp_path / "data", tmp_path / "moved"
     write_image_folder(root)
     options = ["data=imagefolder", "data.num_classes=2", f"out_dir={tmp_path}/out", "name=run", "model=deit_mini"]
@@ -61,7 +61,7 @@ def test_resume_with_changed_images_refused(tmp_path, change):
     assert "\n" not in line
     assert line.startswith(f"data.root={root}: the files changed since the run {tmp_path}/out/run was started (")
     assert line.endswith("; restore them, or choose another name=...")
-    assert "val/top1" in go(root, "trainer.eval_only=true")  # an evaluation on other images is no mistake
+    assert "val/top1" in go(root, "trainer.eval_only=true")  # an evaluation may use other images
 
 
 def test_resume_with_changed_images_refused_in_generation(tmp_path):

@@ -1,4 +1,4 @@
-"""Faults in the middle of a run: it continues, or ends with one line and loses nothing that was saved."""
+"""Faults during a run: it continues, or exits with one line and keeps its checkpoints."""
 
 import os
 import re
@@ -34,7 +34,7 @@ GENERATOR = (
     "trainer.eval_every=10",
 )
 
-# A training with a function replaced: `faulty` may call `original`, and `folder` is its own.
+# A root script with a function replaced; `faulty` may call `original` and use `folder`.
 FAULTY = """
 import importlib, os, runpy
 from pathlib import Path
@@ -56,7 +56,7 @@ runpy.run_path("{script}", run_name="__main__")
 
 
 def faulty(folder, script, target, body):
-    """A copy of a root script in which `target`, `module.function`, does what `body` says."""
+    """Write a root script in which the function `target` (`module.function`) has another body."""
     module, _, name = target.rpartition(".")
     lines = "\n".join(f"    {line}" for line in body.splitlines())
     path = folder / f"faulty_{script}"
@@ -106,7 +106,7 @@ FAULTS += [(kill_rank, 2), (stop_rank, 2)]
 
 @pytest.mark.parametrize(("fault", "ranks"), FAULTS)
 def test_fault_with_workers_ends_run(tmp_path, fault, ranks):
-    """Within 20 seconds, with one line of the cause; no worker outlives its rank."""
+    """Exits within 20 s with a one-line reason; no loader worker outlives its rank."""
     data = tmp_path / "data"
     write_image_folder(data)
     options = ["data=imagefolder", f"data.root={data}", "data.num_classes=2", "data.check_seconds=0", "data.img_size=8"]
@@ -126,15 +126,15 @@ def test_fault_with_workers_ends_run(tmp_path, fault, ranks):
     if stopped:
         launch.kill()
     assert launch.wait(20) != 0
-    told = any(said.startswith(line) for said in launch.stderr.splitlines())
+    reported = any(text.startswith(line) for text in launch.stderr.splitlines())
     by_launcher = fault is kill_rank and launch.processes[0].exitcode == -signal.SIGTERM  # which names the killed rank
-    assert told or by_launcher, launch.stderr[-3000:]
-    assert 'train_cls.py", line' not in launch.stderr  # a traceback of the training
+    assert reported or by_launcher, launch.stderr[-3000:]
+    assert 'train_cls.py", line' not in launch.stderr  # no traceback
     time.sleep(0.5)
     assert not [pid for pid in members if any(process.pid == pid for process in process_table())]
 
 
-# A training in a mount namespace of its own, where shared memory holds less than the batches of its workers.
+# A run in its own mount namespace, with less shared memory than its batches need.
 SMALL_SHM = """
 import ctypes, runpy, subprocess
 assert ctypes.CDLL(None).unshare(0x20000) == 0  # CLONE_NEWNS
@@ -162,7 +162,7 @@ EVALUATIONS = {
 
 @pytest.mark.parametrize("script", EVALUATIONS)
 def test_kill_during_evaluation_loses_no_step(tmp_path, script):
-    """The checkpoint comes first, and the evaluation that is missing is made when the run resumes."""
+    """The checkpoint is written first; the missing evaluation runs on resume."""
     options, target = EVALUATIONS[script]
     whole = run_script(script, *options, f"out_dir={tmp_path}", "name=whole")
     assert whole.returncode == 0, whole.stderr[-3000:]
@@ -183,7 +183,7 @@ def test_kill_during_evaluation_loses_no_step(tmp_path, script):
 
 
 def test_sample_not_finite_is_warning(tmp_path, use):
-    """In a picture and in a measurement; the run continues."""
+    """In a sample grid and in an FID; the run continues."""
     fid = ("trainer.fid_every=10", "fid.reference=data:test", f"fid.count={DRAWN}", *use)
     target, body = "vca.generation.pipeline.sample_latents", "found = original(*arguments, **options)\n"
     body += "import torch\nwith torch.inference_mode():\n    found.x[0] = float('nan')\nreturn found"
@@ -204,14 +204,14 @@ def test_sample_not_finite_is_warning(tmp_path, use):
 
 
 def overflow_from(step, monkeypatch):
-    """Let fp16 overflow in every step from one on."""
+    """Overflow in every step from `step` on."""
     original = train_cls.TrainState.train_step
 
-    def update(self, batches, loss_of, seed):
+    def train_step(self, batches, loss_of, seed):
         scale = 1e38 if self.step >= step else 1.0
         return original(self, batches, lambda *arguments: loss_of(*arguments) * scale, seed)
 
-    monkeypatch.setattr(train_cls.TrainState, "train_step", update)
+    monkeypatch.setattr(train_cls.TrainState, "train_step", train_step)
 
 
 FP16 = (*TINY, "trainer.precision=fp16", "augment.mixup=0", "augment.cutmix=0", "trainer.checkpoint_every=2")
@@ -219,7 +219,7 @@ FP16 = (*TINY, "trainer.precision=fp16", "augment.mixup=0", "augment.cutmix=0", 
 
 @pytest.mark.parametrize(("first", "newest"), [(4, 4), (0, None)])
 def test_fp16_overflow_in_every_step_saves_nothing(tmp_path, monkeypatch, first, newest):
-    """Until the loss scale is below 1: the newest checkpoint is the last one that holds a new state."""
+    """Until the loss scale is below 1: the newest checkpoint is the last one with an applied step."""
     overflow_from(first, monkeypatch)
     config = compose("train_cls", [*FP16, f"out_dir={tmp_path}", "name=run", "trainer.log_every=2"])
     said = "the newest checkpoint is of step 4" if newest else "no checkpoint exists"
@@ -232,7 +232,7 @@ def test_fp16_overflow_in_every_step_saves_nothing(tmp_path, monkeypatch, first,
 
 
 def test_fp16_overflow_of_all_steps_is_no_success(tmp_path, monkeypatch):
-    """A run too short to bring the loss scale below 1."""
+    """A run too short to lower the loss scale below 1."""
     overflow_from(0, monkeypatch)
     config = compose("train_cls", [*FP16, f"out_dir={tmp_path}", "name=run", "trainer.steps=5"])
     with pytest.raises(NonFiniteError, match=r"in step 4; .* no checkpoint exists"):
@@ -246,7 +246,7 @@ def test_fp16_overflow_in_last_step_ends_run(tmp_path, monkeypatch):
 
 
 def test_checkpoint_of_another_model_refused(tmp_path):
-    """Copied into a run by mistake: one line, and it is not renamed."""
+    """A checkpoint of another model in the run directory: a one-line error, and it is not renamed."""
     for name, depth in (("small", 1), ("large", 2)):
         options = [*TINY, f"out_dir={tmp_path}", f"name={name}", "trainer.steps=2", f"model.depth={depth}"]
         assert run_script("train_cls.py", *options).returncode == 0
@@ -261,7 +261,7 @@ def test_checkpoint_of_another_model_refused(tmp_path):
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_full_disk_stops_at_checkpoint_and_resumes(small_disk, tmp_path, ranks):
-    """Full from the picture at step 15 on: the picture is lost with a warning, the checkpoint at step 20 is not."""
+    """Full from step 15 on: the sample grid is lost with a warning, the checkpoint at step 20 is an error."""
     options = [*GENERATOR, "trainer.steps=30", "trainer.eval_every=15", "name=run"]
     whole = run_script("train_gen.py", *options, f"out_dir={tmp_path}", ranks=ranks)
     assert whole.returncode == 0, whole.stderr[-3000:]

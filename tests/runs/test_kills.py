@@ -1,4 +1,4 @@
-"""Kills at random moments, by every signal, in a save and out of it: the end equals the unbroken run."""
+"""Kills at random moments, by every signal: the result equals that of an uninterrupted run."""
 
 import inspect
 import os
@@ -27,11 +27,11 @@ TRAINERS = {
     "train_gen.py": (*SMALL_DIT, "trainer.log_every=1", "trainer.eval_every=50", "trainer.global_batch_size=60"),
 }
 KILLS = ("SIGKILL", "SIGTERM", "SIGUSR1", "SIGUSR2")
-ENDLESS = ("trainer.steps=4000", "trainer.checkpoint_every=3000")  # nothing is saved but by a signal
+ENDLESS = ("trainer.steps=4000", "trainer.checkpoint_every=3000")  # only a signal saves
 
 
 class Moment:
-    """When a kill comes: so many steps (or files) after a start, in a save, or so many seconds after the start."""
+    """Moment of a kill: a number of steps, files or seconds after the start, or during a save."""
 
     def __init__(self, rng, folder, progress):
         self.kind = rng.choice(["progress", "save", "time"])
@@ -64,7 +64,7 @@ def interrupt(rng, name, launch, moment):
 
 
 def storm(tmp_path, script, kills, seed, steps, ranks=1, workers=0):
-    """Interrupt runs again and again, let them end, and compare them with one that was not interrupted."""
+    """Interrupt runs repeatedly, finish them, and compare them with an uninterrupted one."""
     rng = random.Random(seed)
     options = [*TRAINERS[script], f"out_dir={tmp_path}", f"trainer.steps={steps}", f"trainer.checkpoint_every={EVERY}"]
     options += [f"trainer.workers={workers}", "trainer.micro_batch_size=30"]
@@ -88,11 +88,11 @@ def storm(tmp_path, script, kills, seed, steps, ranks=1, workers=0):
             lost.append(reported - saved)
             if name == "SIGKILL":
                 assert lost[-1] <= EVERY, said
-            elif "saved after step" in said:
-                assert f"saved after step {saved} of {steps}" in said
+            elif "checkpoint saved at step" in said:
+                assert f"checkpoint saved at step {saved} of {steps}" in said
                 assert lost[-1] == 0
                 assert ranks > 1 or launch.returncode == 75, said[-3000:]
-            else:  # the process had not begun to train
+            else:  # before the first step
                 assert reported <= max(before, saved), said[-3000:]
                 early += 1
         ended = run_script(script, *arguments, ranks=ranks)
@@ -131,7 +131,7 @@ def contents(folder):
 
 
 def storm_of_files(tmp_path, script, options, kills, seed, ranks):
-    """The same for a script that makes files and continues with those that are missing."""
+    """The same for a script that writes files and resumes with the missing ones."""
     rng, whole, done = random.Random(seed), tmp_path / "whole", 0
     assert run_script(script, *options, f"out={whole}").returncode == 0
     while done < kills:
@@ -191,7 +191,7 @@ def wait_for(ready, process):
 
 
 def test_signal_sigterm_to_torchrun_stops_both_ranks(tmp_path):
-    """torchrun passes it on; both leave after the same step."""
+    """torchrun forwards it; both ranks exit after the same step."""
     options = [*TINY, f"out_dir={tmp_path}", "name=run", *ENDLESS, "trainer.workers=1"]
     process = start_torchrun(*options, ranks=2)
     wait_for(lambda: last_step(tmp_path / "run") >= 3, process)
@@ -206,7 +206,7 @@ def test_signal_sigusr1_to_one_rank_stops_both_ranks(tmp_path):
     launch = Launch("train_cls.py", *options, ranks=2)
     launch.wait_until(lambda: last_step(tmp_path / "run") >= 3)
     members = launch.members(rank=1)
-    assert len(members) >= 2  # and its loader worker, which must not mind
+    assert len(members) >= 2  # and its loader worker, which must ignore the signal
     for pid in members:
         os.kill(pid, signal.SIGUSR1)
     assert launch.wait(60) != 0
@@ -214,14 +214,14 @@ def test_signal_sigusr1_to_one_rank_stops_both_ranks(tmp_path):
 
 
 def check_one_save(folder, said):
-    """The last step that was reported is the one that was saved, once."""
+    """The last reported step is the saved one, and the only checkpoint."""
     saved = load_latest(folder / "checkpoints")["step"]
     assert saved == last_step(folder) < 4000
-    assert f"saved after step {saved} of 4000" in said
+    assert f"checkpoint saved at step {saved} of 4000" in said
     assert len(list_checkpoints(folder / "checkpoints")) == 1
 
 
-# A training whose checkpoints take long to write.
+# A run with slow checkpoints.
 SLOW_SAVE = """
 import runpy, sys, time
 from vca.training import checkpoint
@@ -244,18 +244,18 @@ def slow_save(tmp_path, seconds):
 
 
 def test_signal_all_ranks_wait_for_slow_save(tmp_path):
-    """Or torchrun would kill the one that writes, half a minute after another has left."""
+    """Otherwise torchrun would kill the writing rank, 30 s after another one exits."""
     options = [*TINY, f"out_dir={tmp_path}", "name=run", *ENDLESS]
     launch = Launch(slow_save(tmp_path, 9), *options, ranks=2)
     launch.wait_until(lambda: last_step(tmp_path / "run") >= 3)
     os.kill(launch.processes[1].pid, signal.SIGUSR1)
-    time.sleep(7)  # three of them is how long a rank that fails gives the first one to tell
+    time.sleep(7)  # a failing rank waits 3 s for the message of rank 0
     assert [process.exitcode for process in launch.processes] == [None, None]
     assert not list_checkpoints(tmp_path / "run" / "checkpoints")
     launch.wait(90)
     saved = load_latest(tmp_path / "run" / "checkpoints")
     assert saved is not None, launch.stderr[-3000:]
-    assert f"saved after step {saved['step']} of 4000" in launch.stderr
+    assert f"checkpoint saved at step {saved['step']} of 4000" in launch.stderr
 
 
 # A rank that takes five seconds to save when it is asked to stop.
@@ -289,8 +289,8 @@ def test_signal_seconds_bounds_time_to_save(tmp_path, save_seconds, saves):
 
 @pytest.mark.parametrize("name", ["SIGKILL", pytest.param("SIGSTOP", marks=pytest.mark.slow)])
 def test_resume_after_lost_rank_is_exact(tmp_path, name):
-    """A rank that dies ends the others within seconds, one that hangs after `trainer.timeout_minutes`; torchrun starts
-    all of them again, and the end equals the unbroken run."""
+    """A lost rank ends the others within seconds, a hanging one after `trainer.timeout_minutes`; torchrun restarts all
+    of them, and the result equals that of an uninterrupted run."""
     limit = 12.0  # seconds
     options = [*TINY, f"out_dir={tmp_path}", "trainer.steps=100", "trainer.checkpoint_every=20", "trainer.workers=2"]
     options += [f"trainer.timeout_minutes={limit / 60}", "data.check_seconds=1"]
@@ -317,7 +317,7 @@ def test_resume_after_lost_rank_is_exact(tmp_path, name):
 
 
 def test_run_directory_second_process_refused(tmp_path):
-    """The second is refused while the first goes on, its loader process dead or alive, and not after it was killed."""
+    """A second process is an error while the first runs, not after it was killed, even if its workers live."""
     options = [*TINY, f"out_dir={tmp_path}", "name=run", "trainer.steps=4000", "trainer.checkpoint_every=10"]
     launch = Launch("train_cls.py", *options, "trainer.workers=1")
     folder = tmp_path / "run"
@@ -326,7 +326,7 @@ def test_run_directory_second_process_refused(tmp_path):
     assert refused.returncode == 2
     line = f"config error: {folder} is being trained by another process; wait for it or stop it"
     assert refused.stderr.count(line) == 1, refused.stderr[-3000:]
-    os.kill(launch.processes[0].pid, signal.SIGKILL)  # the training alone: its loader process lives on for some seconds
+    os.kill(launch.processes[0].pid, signal.SIGKILL)  # the main process only: its loader worker lives for some seconds
     assert launch.wait() == -signal.SIGKILL
     again = Launch("train_cls.py", *options)
     at = last_step(folder)

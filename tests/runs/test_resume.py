@@ -1,4 +1,4 @@
-"""A run that is killed and started again by the same command equals the unbroken one, to the bit."""
+"""A killed and resumed run is bit-identical to an uninterrupted one."""
 
 import pytest
 import torch
@@ -35,7 +35,7 @@ def test_resume_after_kill_is_exact(tmp_path, ranks, workers):
 
 
 def test_resume_from_two_ranks_to_one(tmp_path):
-    """The number of ranks may change: the step and the images go on, the numbers agree to rounding."""
+    """The world size may change: steps and images are the same, weights agree up to rounding."""
     micro = "trainer.micro_batch_size=60"
     whole = run(tmp_path, "whole", micro)
     folder = tmp_path / "moved"
@@ -50,7 +50,7 @@ def test_resume_from_two_ranks_to_one(tmp_path):
 
 
 def test_resume_damaged_checkpoint_uses_previous(tmp_path):
-    """The newest file is cut short: the run goes on from the one before it, and says so."""
+    """The newest checkpoint is truncated: the run resumes from the previous one, with a warning."""
     folder = run(tmp_path, "whole")
     before = load_latest(folder / "checkpoints")
     newest = list_checkpoints(folder / "checkpoints")[-1]

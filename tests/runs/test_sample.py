@@ -347,10 +347,10 @@ WRONG = {
     ),
     "checkpoint=RUN/checkpoints/step_00000002.pt model=dit_mini model.hidden_size=16 model.num_heads=2 "
     "model.patch_size=2 model.in_channels=1 attention=vca objective=diffusion": (
-        r"checkpoint must be a file that holds this model exactly; \d+ parameters differ, such as"
+        r"checkpoint must be a file with exactly this model; \d+ parameters differ, such as"
     ),
-    "run=RUN step=7": "holds no checkpoint of step 7, but of 1, 2",
-    "run=RUN step=0": "holds no checkpoint of step 0",
+    "run=RUN step=7": "has no checkpoint of step 7; available: 1, 2",
+    "run=RUN step=0": "has no checkpoint of step 0",
     "run=RUN count=0": "count must be >= 1, got 0",
     "run=RUN labels=some": r"labels must be random, balanced or a list of classes such as \[207, 360\], got 'some'",
     "run=RUN labels=[3,10]": r"labels must be from 0 to 9, got \[3, 10\]",

@@ -1,10 +1,11 @@
-"""The run directory, the reports, wandb, evaluation of saved files: what stays when a run is over."""
+"""Results of a run: run directory, reports, wandb, evaluation of saved files."""
 
 import json
 import os
 import pty
 import select
 import shutil
+import signal
 import subprocess
 import sys
 import termios
@@ -20,7 +21,7 @@ from tests.processes import ROOT, environment, run_script
 from tests.support import TINY, assert_same, metrics, untimed
 from vca.config import compose
 from vca.runtime import provenance
-from vca.runtime.errors import ConfigError
+from vca.runtime.errors import ConfigError, PreemptedError
 from vca.runtime.rundir import to_dict
 from vca.runtime.seeding import seed_torch
 from vca.training.checkpoint import load_latest
@@ -36,7 +37,7 @@ def run(tmp_path, *overrides, name="run"):
 
 @pytest.fixture
 def finished(artefact, tmp_path):
-    """A copy of a run that is over: its `out_dir`, and its result."""
+    """A copy of a finished run: its `out_dir` and its result."""
     made = artefact("finished", lambda folder: (folder / "result.json").write_text(json.dumps(run(folder))))
     folder = shutil.copytree(made, tmp_path / "finished")
     return folder, json.loads((folder / "result.json").read_text())
@@ -73,7 +74,7 @@ def test_resume_of_finished_run_returns_result(finished):
 
 
 def test_eval_only_equals_evaluation_of_run(finished):
-    """In training, by `trainer.eval_only=true`, and on two ranks: one figure."""
+    """The run, `trainer.eval_only=true`, and two ranks give the same accuracy."""
     folder, result = finished
     assert run(folder, "trainer.eval_only=true") == result
     done = run_script("train_cls.py", f"out_dir={folder}", "name=run", *SHORT, "trainer.eval_only=true", ranks=2)
@@ -84,7 +85,63 @@ def test_resume_with_other_config_refused(finished):
     folder, _ = finished
     with pytest.raises(ConfigError, match=r"another config \(optim.lr: 0.001 -> 0.5\); choose another name"):
         run(folder, "optim.lr=0.5")
-    run(folder, "trainer.workers=1", "trainer.checkpoint_every=3")  # these change nothing that is computed
+    run(folder, "trainer.workers=1", "trainer.checkpoint_every=3")  # these do not change results
+    checkpoint = f"{folder}/run/checkpoints/step_00000006.pt"
+    with pytest.raises(ConfigError, match=rf"steps: 6 there, 9 here.*name=\.\.\. trainer.init_from={checkpoint}$"):
+        run(folder, "trainer.steps=9")
+
+
+def test_resume_with_other_intervals_keeps_results(tmp_path, monkeypatch, capsys):
+    """Other `log_every` and `eval_every`: the same weights, and each report covers the steps since the last one."""
+    train_step = train_cls.TrainState.train_step
+
+    def overflow(self, batches, loss_of, seed):
+        scale = 1e38 if self.step == 4 else 1.0
+        return train_step(self, batches, lambda *arguments: loss_of(*arguments) * scale, seed)
+
+    monkeypatch.setattr(train_cls.TrainState, "train_step", overflow)
+    options = ["trainer.steps=12", "trainer.precision=fp16", "augment.mixup=0", "augment.cutmix=0"]
+    options += ["trainer.checkpoint_every=6", "trainer.keep_checkpoints=9"]
+    run(tmp_path, *options, name="whole")
+    run(tmp_path, *options, "trainer.log_every=4", name="changed")
+    changed = tmp_path / "changed" / "checkpoints"
+    (changed / "step_00000012.pt").unlink()
+    capsys.readouterr()
+    run(tmp_path, *options, "trainer.log_every=5", "trainer.eval_every=10", name="changed")
+    assert "\nresumed from step 6, 6 steps left\n" in capsys.readouterr().out
+    one, other = (load_latest(folder / "checkpoints") for folder in (tmp_path / "whole", tmp_path / "changed"))
+    assert_same(one["model"], other["model"])
+    losses = [record["loss"] for record in metrics(tmp_path / "whole") if "lr" in record]
+    records = metrics(tmp_path / "changed")
+    assert [(record["step"], "lr" in record) for record in records] == [
+        (4, True),
+        (10, True),
+        (10, False),
+        (12, True),
+        (12, False),
+    ]
+    assert records[1]["overflows"] == 1
+    assert records[1]["loss"] == pytest.approx(sum(losses[5:10]) / 5)
+    assert records[3]["loss"] == pytest.approx(sum(losses[10:]) / 2)
+    assert "overflows" not in records[3]
+
+
+def test_signal_during_evaluation_acknowledged(tmp_path, monkeypatch, capfd):
+    """At once on stderr; the run then stops after the next step."""
+    evaluate = train_cls.evaluate
+
+    def interrupted(*arguments):
+        signal.raise_signal(signal.SIGINT)
+        return evaluate(*arguments)
+
+    monkeypatch.setattr(train_cls, "evaluate", interrupted)
+    with pytest.raises(PreemptedError, match=r"run: SIGINT: checkpoint saved at step 3 of 6; rerun the same command"):
+        run(tmp_path, "trainer.eval_every=2", "trainer.ema_decay=null")
+    printed = capfd.readouterr()
+    assert "\nstarting, 6 steps\n" in printed.out
+    assert "evaluating 359 images\n" in printed.out
+    line = "SIGINT received: stopping after the current step or evaluation; press Ctrl-C again to stop at once\n"
+    assert printed.err.count(line) == 1
 
 
 def test_train_cls_independent_of_workers(tmp_path):
@@ -95,7 +152,7 @@ def test_train_cls_independent_of_workers(tmp_path):
 
 
 def test_gradient_checkpointing_equals_plain(tmp_path):
-    """To the bit, and a run may change between them."""
+    """Bit-identical, and may change on resume."""
     run(tmp_path, name="plain")
     run(tmp_path, "trainer.grad_checkpointing=true", name="checkpointed")
     one, two = (load_latest(tmp_path / name / "checkpoints") for name in ("plain", "checkpointed"))
@@ -105,7 +162,7 @@ def test_gradient_checkpointing_equals_plain(tmp_path):
 
 @pytest.mark.parametrize("attention", ["vca", "softmax"])
 def test_compile_close_to_eager(tmp_path, attention):
-    """`trainer.compile=true` trains the same model: what differs is small beside what was learned."""
+    """The difference to `trainer.compile=true` is small compared with the change in training."""
     still = ["model.drop_rate=0", "model.drop_path_rate=0", "model.depth=1", "optim.warmup_epochs=0"]
     options = [f"attention={attention}", *still]
     run(tmp_path, *options, name="eager")
@@ -124,7 +181,7 @@ def test_compile_close_to_eager(tmp_path, attention):
 
 
 def test_progress_bar_on_terminal_only(tmp_path):
-    """On a terminal: images/s and the time left; in a file: lines."""
+    """A progress bar on a terminal, lines in a file."""
     main, second = pty.openpty()
     termios.tcsetwinsize(second, (24, 120))
     command = [sys.executable, "train_cls.py", f"out_dir={tmp_path}", "name=run", *SHORT, "trainer.log_every=3"]
@@ -172,7 +229,7 @@ def hangs(*_, **__):
     threading.Event().wait()
 
 
-# How wandb may fail: the module that stands in for it, None for one that is not installed.
+# Failures of wandb: a fake module, None if not installed.
 BROKEN = {
     "init raises": SimpleNamespace(init=raises),
     "init hangs": SimpleNamespace(init=hangs),
@@ -193,7 +250,7 @@ def test_wandb_failure_does_not_stop_run(tmp_path, how, finished, monkeypatch):
 
 
 def history(folder):
-    """What an offline run of wandb recorded, from its own file (leveldb's log format around protobuf records)."""
+    """Read the records of an offline wandb run (protobuf in leveldb's log format)."""
     from wandb.proto import wandb_internal_pb2
 
     rows = []
@@ -216,7 +273,7 @@ def history(folder):
 
 
 def test_wandb_offline_equals_metrics_file(tmp_path):
-    """Real wandb, offline, over an interruption: the same records, one id, the step as the axis."""
+    """Real wandb, offline, with an interruption: the same records, one id."""
     options = [f"out_dir={tmp_path}", "name=run", *SHORT, "wandb.mode=offline"]
     assert run_script("train_cls.py", *options).returncode == 0
     first = history(tmp_path / "run")
@@ -231,13 +288,13 @@ def test_wandb_offline_equals_metrics_file(tmp_path):
 
 
 def test_metrics_file_fp16_skipped_step_is_null(tmp_path, monkeypatch):
-    """A skipped update is no number: `metrics.jsonl` stays valid JSON."""
-    update = train_cls.TrainState.train_step
+    """The gradient norm of a skipped step is null: `metrics.jsonl` stays valid JSON."""
+    train_step = train_cls.TrainState.train_step
 
     def overflow(self, batches, loss_of, seed):
         if self.step == 2:
-            return update(self, batches, lambda *a: loss_of(*a) * 1e38, seed)
-        return update(self, batches, loss_of, seed)
+            return train_step(self, batches, lambda *a: loss_of(*a) * 1e38, seed)
+        return train_step(self, batches, loss_of, seed)
 
     monkeypatch.setattr(train_cls.TrainState, "train_step", overflow)
     run(tmp_path, "trainer.precision=fp16", "augment.mixup=0", "augment.cutmix=0")
@@ -255,7 +312,7 @@ def test_curves_drawn_by_rerun_when_missing(finished):
 
 
 def test_provenance_diff_of_uncommitted_files(tmp_path, monkeypatch):
-    """The diff of a start holds changed files and new ones; a copy gives what it was copied of."""
+    """The diff contains changed and new files; a code snapshot returns those of its source."""
     monkeypatch.setattr(provenance, "CODE", tmp_path)
     git = ["git", "-c", "user.name=a", "-c", "user.email=a@b"]
     (tmp_path / "vca").mkdir()

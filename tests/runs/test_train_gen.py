@@ -20,7 +20,7 @@ from vca.training.generation import GenerationLoss
 
 pytestmark = pytest.mark.process
 
-# 40 updates of 120 of the 1,438 digits: every cut is in mid-epoch.
+# 40 steps of 120 of the 1,438 digits: every cut is in mid-epoch.
 LONG = (
     *SMALL_DIT,
     "trainer.global_batch_size=120",
@@ -37,7 +37,7 @@ PIXELS = load_autoencoder(AutoencoderConfig(channels=1), torch.device("cpu"))
 
 
 def network(*overrides, **fields):
-    """A small network that is not at its start, where its output is zero, and its config."""
+    """A small network without its zero initialisation, and its config."""
     config = compose("train_gen", [*SMALL_DIT, *overrides])
     torch.manual_seed(0)
     model = build_model(config.model, config.attention).eval()
@@ -79,9 +79,9 @@ def test_resume_of_finished_run_returns_result(tmp_path):
     )
     result = train_gen.run(config)
     before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
-    *_, last_update, picture = map(json.loads, before.splitlines())
-    assert picture == {"step": 2, "samples": 10, "nfe": 4}
-    assert train_gen.run(config) == result == {"loss": last_update["loss"]}
+    *_, last_step, samples = map(json.loads, before.splitlines())
+    assert samples == {"step": 2, "samples": 10, "nfe": 4}
+    assert train_gen.run(config) == result == {"loss": last_step["loss"]}
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
 
 
@@ -92,7 +92,7 @@ def batch_of(count, start=0):
 
 
 def test_generation_loss_draws_independent_of_batch():
-    """What an image meets depends on its address and the seed, not on the batch it stands in."""
+    """Time, noise and label of an image depend on its address and the seed, not on its batch."""
     objective = build_objective(network()[1].objective)
     seen = {}
 
@@ -131,7 +131,7 @@ def test_generation_loss_draws_independent_of_batch():
     ],
 )
 def test_draw_samples_independent_of_batch(objective, sampler):
-    """12 at once, or 5 + 7 in another order."""
+    """12 in one batch, or 5 + 7 in another order."""
     model, config = network(f"objective={objective}", f"sampler={'ddim' if objective == 'diffusion' else 'ode_heun'}")
     chosen = build_objective(config.objective)
     check_sampler(chosen, sampler, 0.1)

@@ -110,7 +110,7 @@ def test_slurm_requeue_mid_epoch_resume_is_exact(tmp_path, slurm):
     (sweep,) = (tmp_path / "sweeps").iterdir()
     log = (sweep / "logs" / "broken.log").read_text() + (sweep / "logs" / "broken.node1.log").read_text()
     for start in starts[1:]:
-        assert f"saved after step {start['first_step']} of 400" in log
+        assert f"checkpoint saved at step {start['first_step']} of 400" in log
     end = json.loads((sweep / "ends" / "0.json").read_text())
     assert (end["exit_code"], end["restarts"]) == (0, 2)
     assert "| vca |" in said

@@ -1,4 +1,4 @@
-"""Checkpoints: complete or absent, whatever happens while they are written."""
+"""Checkpoints: complete or absent, also after a kill or an error while they are written."""
 
 import errno
 import multiprocessing
@@ -20,7 +20,7 @@ from vca.training.checkpoint import KEYS, list_checkpoints, load_checkpoint, loa
 
 
 def state(step, size=1000):
-    """What a checkpoint of that step holds."""
+    """State of a checkpoint at a step."""
     return {**dict.fromkeys(KEYS), "step": step, "model": {"x": torch.full((size,), float(step))}}
 
 
@@ -40,7 +40,7 @@ def saved(tmp_path):
 
 @pytest.mark.process
 def test_checkpoint_kill_during_save_keeps_newest(tmp_path):
-    """`kill -9` inside save, 50 times: the newest checkpoint always loads, and none is lost."""
+    """After each of 50 `kill -9` during a save the newest checkpoint loads, and none is lost."""
     newest, context = 0, multiprocessing.get_context("fork")
     for attempt in range(50):
         here, there = context.Pipe()
@@ -125,17 +125,17 @@ def test_checkpoint_flipped_byte_of_zip_directory_never_unseen(saved):
 
 
 def test_checkpoint_all_damaged_refused_every_time(saved):
-    """Starting at step 0 would write over what is left of the run."""
+    """Starting at step 0 would overwrite the run."""
     for path in list_checkpoints(saved):
         path.write_bytes(b"")
     with pytest.warns(UserWarning, match="corrupt"), pytest.raises(ConfigError, match="all checkpoints in"):
         load_latest(saved)
-    with pytest.raises(ConfigError, match=r"all checkpoints in .* are corrupt; restore one from a copy"):
+    with pytest.raises(ConfigError, match=r"all checkpoints in .* are corrupt; restore one from a backup"):
         load_latest(saved)
 
 
 def test_checkpoint_unreadable_disk_is_no_damage(saved, monkeypatch):
-    """A file that the disk refuses to read for a moment keeps its name."""
+    """A file is not renamed after a transient read error."""
 
     def refuse(path):
         raise OSError(errno.EIO, "Input/output error")
@@ -152,7 +152,7 @@ def test_checkpoint_empty_folder_gives_none(tmp_path):
 
 @pytest.mark.parametrize("keep", [1, 2])
 def test_checkpoint_damaged_file_set_aside_not_kept(saved, keep):
-    """A damaged newer file is set aside; what is written next is kept, whatever its number."""
+    """A corrupt file is renamed; the next checkpoint is kept, even with a lower or equal step."""
     list_checkpoints(saved)[-1].write_bytes(b"")
     with pytest.warns(UserWarning, match="corrupt"):
         assert load_latest(saved)["step"] == 2
@@ -176,7 +176,7 @@ def test_checkpoint_keep_retains_newest(saved):
 
 @pytest.mark.parametrize("failures", [1, 2])
 def test_checkpoint_oserror_retried_once(saved, monkeypatch, failures):
-    """The disk refuses the bytes, once or twice."""
+    """Writing fails once or twice."""
     fsync, calls = os.fsync, []
 
     def flaky(descriptor):
@@ -188,13 +188,13 @@ def test_checkpoint_oserror_retried_once(saved, monkeypatch, failures):
     monkeypatch.setattr(os, "fsync", flaky)
     monkeypatch.setattr(checkpoint.time, "sleep", lambda seconds: None)
     twice = pytest.raises(OSError, match="No space left") if failures == 2 else nullcontext()
-    with pytest.warns(UserWarning, match="trying once more"), twice:
+    with pytest.warns(UserWarning, match="retrying once"), twice:
         save_checkpoint(saved, 4, state(4))
     assert load_latest(saved)["step"] == (4 if failures == 1 else 3)
 
 
 def test_checkpoint_full_disk_raises_oserror(tmp_path):
-    """Really: a limit on the size of files."""
+    """With a real limit on the size of files."""
 
     def child():
         resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))

@@ -1,4 +1,4 @@
-"""Starting from, evaluating and exporting weights: official files, this project's own, whole and in part."""
+"""Loading, evaluating and exporting weights: official files and this project's, complete and partial."""
 
 import argparse
 import json
@@ -45,18 +45,18 @@ def network(family: str, attention, **fields):
 
 @pytest.mark.parametrize("family", CONTRACT_OF)
 def test_init_from_official_weights_fill_baseline(family, tmp_path):
-    """Everything is taken."""
+    """Every parameter is loaded."""
     torch.save({"model": state_of(family)}, tmp_path / "official.pth")
     model = network(family, SoftmaxConfig())
     report = init_from(model, tmp_path / "official.pth")
     assert report.complete
     assert report.source == "model"
-    assert len(report.taken) == len(model.state_dict())
+    assert len(report.loaded) == len(model.state_dict())
 
 
-# What only the VCA variant has, and what of the file it has no place for.
+# Parameters that only the VCA variant has, and parameters of the file that it does not have.
 VCA_PARTS = ("e_pos", "e_neg", "lambda1", "lambda2", "norm1_weight", "norm2_weight", "local")
-LEFT = {
+UNEXPECTED = {
     "deit": (),
     "pvt": ("cls_token", "attn.sr.", "attn.norm."),
     "swin": ("relative_position_bias_table",),
@@ -66,18 +66,18 @@ LEFT = {
 
 @pytest.mark.parametrize("family", CONTRACT_OF)
 def test_init_from_official_weights_into_vca_variant(family, tmp_path):
-    """Projections, MLPs, norms and embeddings are taken, PVT's split q and kv and CSWin's LePE among them."""
+    """Loads projections, MLPs, norms and embeddings, including PVT's split q and kv and CSWin's LePE."""
     torch.save(state_of(family), tmp_path / "official.pth")
     model = network(family, VCAConfig())
     report = init_from(model, tmp_path / "official.pth")
-    assert all(any(part in name for part in VCA_PARTS) for name in report.new), report.new
-    assert all(any(part in name for part in LEFT[family]) for name in report.left), report.left
-    assert set(report.left.values()) <= {"the model has none"}
-    if family == "pvt":  # the class token's position goes, the others stay as they are
-        assert report.adapted == {"pos_embeds.3": "1 x 50 x 512 there, 1 x 49 x 512 here"}
+    assert all(any(part in name for part in VCA_PARTS) for name in report.missing), report.missing
+    assert all(any(part in name for part in UNEXPECTED[family]) for name in report.unexpected), report.unexpected
+    assert set(report.unexpected.values()) <= {"not in the model"}
+    if family == "pvt":  # the class token's position is dropped
+        assert report.resized == {"pos_embeds.3": "1 x 50 x 512 in the file, 1 x 49 x 512 in the model"}
         assert torch.equal(model.pos_embeds[3], state_of(family)["pos_embed4"][:, 1:])
     if family == "cswin":
-        assert not any(".local." in name for name in report.new)  # LePE is the local branch
+        assert not any(".local." in name for name in report.missing)  # LePE is the local branch
     taken = dict(model.state_dict())
     official = state_of(family)
     first = {
@@ -93,21 +93,21 @@ def test_init_from_official_weights_into_vca_variant(family, tmp_path):
     assert torch.equal(taken[name], expected)
 
 
-def test_init_from_other_num_classes_leaves_head(tmp_path):
-    """Fine-tuning on ten classes: all but the head, and the report says why."""
+def test_init_from_other_num_classes_skips_head(tmp_path):
+    """Fine-tuning on ten classes: all but the head is loaded, and the report gives the reason."""
     torch.save(state_of("deit"), tmp_path / "official.pth")
     report = init_from(network("deit", SoftmaxConfig(), num_classes=10), tmp_path / "official.pth")
-    assert report.left == {
-        "head.weight": "1000 x 192 there, 10 x 192 here",
-        "head.bias": "1000 there, 10 here",
+    assert report.unexpected == {
+        "head.weight": "1000 x 192 in the file, 10 x 192 in the model",
+        "head.bias": "1000 in the file, 10 in the model",
     }
-    assert report.new == ["head.weight", "head.bias"]
+    assert report.missing == ["head.weight", "head.bias"]
     assert str(report).splitlines() == [
-        "taken: 150 parameters",
-        "left: head.weight (1000 x 192 there, 10 x 192 here)",
-        "left: head.bias (1000 there, 10 here)",
-        "new: head.weight",
-        "new: head.bias",
+        "loaded: 150 parameters",
+        "unexpected: head.weight (1000 x 192 in the file, 10 x 192 in the model)",
+        "unexpected: head.bias (1000 in the file, 10 in the model)",
+        "missing: head.weight",
+        "missing: head.bias",
     ]
 
 
@@ -120,18 +120,18 @@ def test_init_from_other_num_classes_leaves_head(tmp_path):
     ],
 )
 def test_init_from_other_image_size_interpolates(family, fields, adapted, tmp_path):
-    """Positions are interpolated: nothing starts from random ones."""
+    """Positions are interpolated, not left at their random initial values."""
     torch.save(state_of(family), tmp_path / "official.pth")
     model = network(family, SoftmaxConfig(), **fields)
     report = init_from(model, tmp_path / "official.pth")
-    assert (report.left, report.new) == ({}, [])
+    assert (report.unexpected, report.missing) == ({}, [])
     assert not report.complete
     if adapted is not None:
-        assert set(report.adapted) == adapted
-    assert all("pos" in name for name in report.adapted)
-    shapes = "1 x 197 x 192 there, 1 x 577 x 192 here"
-    assert family != "deit" or f"adapted: pos_embed ({shapes})" in str(report).splitlines()
-    if family == "deit":  # the class token's is taken, a constant field stays one
+        assert set(report.resized) == adapted
+    assert all("pos" in name for name in report.resized)
+    shapes = "1 x 197 x 192 in the file, 1 x 577 x 192 in the model"
+    assert family != "deit" or f"resized: pos_embed ({shapes})" in str(report).splitlines()
+    if family == "deit":  # the class token's is copied, a constant field stays constant
         position = torch.ones(1, 197, 192)
         assert torch.equal(model.pos_embed[:, 0], state_of(family)["pos_embed"][:, 0])
         torch.testing.assert_close(model.adapt("pos_embed", position), torch.ones(1, 577, 192))
@@ -139,7 +139,7 @@ def test_init_from_other_image_size_interpolates(family, fields, adapted, tmp_pa
 
 
 def test_read_weights_every_file_format(tmp_path):
-    """Plain, wrapped, with an average, from DDP, with the command line of the original trainers, safetensors."""
+    """Plain, wrapped, with EMA, from DDP, with the command line of the original trainers, safetensors."""
     raw, average = {"head.bias": torch.zeros(2)}, {"head.bias": torch.ones(2)}
     files = {
         "plain.pth": (raw, 0, 0),
@@ -159,7 +159,7 @@ def test_read_weights_every_file_format(tmp_path):
 
 
 class Harmful:
-    """What a pickle can do."""
+    """A pickle that runs code."""
 
     def __reduce__(self):
         return os.system, ("true",)
@@ -194,10 +194,10 @@ def test_read_weights_unusable_file_refused(tmp_path):
             read_weights(tmp_path / f"{name}.pth")
         assert "weights_only" not in str(e.value)
     torch.save({"epoch": 3}, tmp_path / "empty.pth")
-    with pytest.raises(ConfigError, match="holds no parameters by name"):
+    with pytest.raises(ConfigError, match="contains no parameters by name"):
         read_weights(tmp_path / "empty.pth")
     torch.save({"fc.weight": torch.zeros(1)}, tmp_path / "other.pth")
-    with pytest.raises(ConfigError, match=r"none of the 1 parameters in '.*other.pth' fits the model"):
+    with pytest.raises(ConfigError, match=r"none of the 1 parameters in '.*other.pth' matches the model"):
         init_from(network("deit", SoftmaxConfig(), depth=1), tmp_path / "other.pth")
 
 
@@ -228,21 +228,21 @@ def test_eval_only_official_checkpoint_equals_timm(tmp_path):
     assert result["val/top1"] == 100 * (logits.argmax(1) == labels).float().mean().item()
     assert not (tmp_path / "out").exists()
 
-    for other in ("attention=vca", "model.depth=1"):  # parameters that are new, and ones that are left
-        with pytest.raises(ConfigError, match=r"init_from that holds this model exactly; \d+ parameters differ"):
+    for other in ("attention=vca", "model.depth=1"):  # missing and unexpected parameters
+        with pytest.raises(ConfigError, match=r"init_from with exactly this model; \d+ parameters differ"):
             train_cls.run(compose("train_cls", [*options, other]))
 
 
 def test_init_from_run_takes_ema(tmp_path, capsys):
-    """The EMA of another run is where this one starts, and resuming does not start over."""
+    """A run starts from the EMA weights of another one; a resume does not load them again."""
     finished = run(tmp_path, "name=first", "trainer.ema_decay=0.5")
     file = tmp_path / "first" / "checkpoints" / "step_00000003.pt"
     capsys.readouterr()
     again = ["name=second", f"trainer.init_from={file}", "optim.lr=1e-12", "optim.warmup_lr=0", "optim.min_lr=0"]
     run(tmp_path, *again, "trainer.ema_decay=null")
     said = capsys.readouterr().out
-    assert f"starting from {file}\ntaken: " in said
-    assert "parameters under 'ema'\nleft: none\nnew: none" in said
+    assert f"initialized from {file}\nloaded: " in said
+    assert "parameters from 'ema'\nunexpected: none\nmissing: none" in said
     first, second = (
         torch.load(tmp_path / n / "checkpoints" / file.name, weights_only=True) for n in ("first", "second")
     )
@@ -256,22 +256,23 @@ def test_init_from_run_takes_ema(tmp_path, capsys):
     assert {f"val/{key.split('/')[1]}": value for key, value in finished.items() if key[:3] == "ema"} == ema
     assert {key: value for key, value in finished.items() if key[:3] == "val"} == raw
 
-    file.unlink()  # a run that has a checkpoint of its own does not need it any more
+    file.unlink()  # a run with its own checkpoint does not need it
     capsys.readouterr()
     run(tmp_path, *again, "trainer.ema_decay=null")
-    assert "starting from" not in capsys.readouterr().out
+    assert "initialized from" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("attention", ["vca", "softmax"])
 @pytest.mark.parametrize("weights", ["ema", "raw"])
 def test_export_loads_in_timm(tmp_path, attention, weights):
-    """What timm loads, by both of its ways, is what was evaluated."""
+    """timm loads the exported weights in both ways."""
     run(tmp_path, "name=run", f"attention={attention}", "trainer.ema_decay=0.5")
     out = tmp_path / "exported"
     said = export(tmp_path / "run", weights, out)
-    assert said == f"{out}: vca_deit_mini_patch2_224, {weights} weights of step 3"
+    assert said == f"{out}: vca_deit_mini_patch2_8, {weights} weights of step 3"
     described = json.loads((out / "config.json").read_text())
     assert described["model_args"]["depth"] == 2
+    assert not {"img_size", "patch_size"} & set(described["model_args"])
     assert ("attention" in described["model_args"]) == (attention == "softmax")
     one = timm.create_model(
         described["architecture"], checkpoint_path=str(out / "model.safetensors"), **described["model_args"]
@@ -283,7 +284,16 @@ def test_export_loads_in_timm(tmp_path, attention, weights):
     for model in (one, two):
         assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
     report = init_from(one, out / "model.safetensors")
-    assert (report.left, report.new) == ({}, [])
+    assert (report.unexpected, report.missing) == ({}, [])
+
+
+def test_export_other_sizes_in_message(tmp_path):
+    """Without a timm model of these sizes, the name of another one and the sizes are printed."""
+    run(tmp_path, "name=run", "model.patch_size=4", "model.contrast_grid=[1,1]")
+    said = export(tmp_path / "run", "raw", tmp_path / "exported")
+    name = "vca_deit_mini_patch2_8 with patch_size=4"
+    assert said == f"{tmp_path}/exported: {name}, raw weights of step 3"
+    assert timm.create_model(f"local-dir:{tmp_path}/exported", pretrained=True).config.patch_size == 4
 
 
 @pytest.mark.process
@@ -308,7 +318,7 @@ def test_export_script_messages_and_errors(tmp_path):
 
     run(tmp_path, "name=run", "trainer.ema_decay=null")
     done = command(tmp_path / "run")
-    assert done.stdout == f"{tmp_path}/run/export: vca_deit_mini_patch2_224, raw weights of step 3\n"
+    assert done.stdout == f"{tmp_path}/run/export: vca_deit_mini_patch2_8, raw weights of step 3\n"
     assert (tmp_path / "run" / "export" / "model.safetensors").exists()
     done = command(tmp_path / "run", "--weights", "ema")
     assert (done.returncode, done.stderr) == (2, f"error: {tmp_path}/run keeps no EMA; use --weights raw\n")

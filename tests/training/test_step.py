@@ -1,4 +1,4 @@
-"""Schedule, parameter groups, EMA, the update: each against its closed form, raw, under DDP and compiled."""
+"""Schedule, parameter groups, EMA, training step: against closed forms, raw, under DDP and compiled."""
 
 import copy
 import math
@@ -14,10 +14,11 @@ from models import build_model
 from vca.config import compose
 from vca.runtime.compute import Precision
 from vca.runtime.distributed import World
-from vca.runtime.errors import ConfigError
+from vca.runtime.errors import ConfigError, NonFiniteError
 from vca.training.config import TrainerConfig
 from vca.training.ema import Ema
 from vca.training.optim import OptimConfig, learning_rate, parameter_groups
+from vca.training.run import length_warnings
 from vca.training.step import TrainState
 
 WORLD = World(0, 0, 1, torch.device("cpu"))
@@ -102,8 +103,8 @@ def test_train_state_ddp_or_compile_keeps_groups_and_ema(wrap, process_group, mo
     start = {name: p.detach().clone() for name, p in state.model.named_parameters()}
     history = []
     for _ in range(3):
-        update = state.train_step([torch.randn(8, 1, 8, 8)], lambda model, x, step: model(x).square().mean(), seed=0)
-        assert update.applied
+        result = state.train_step([torch.randn(8, 1, 8, 8)], lambda model, x, step: model(x).square().mean(), seed=0)
+        assert result.applied
         history.append({name: p.detach().clone() for name, p in state.model.named_parameters()})
     average = dict(state.ema.module.named_parameters())
     assert average.keys() == start.keys() == set(state.state_dict()["model"]) == set(state.state_dict()["ema"])
@@ -141,8 +142,8 @@ def test_train_state_accumulation_equals_larger_batch(accumulation):
         state.optimizer.step = lambda *_, gradients=gradients, model=state.model: gradients.extend(
             p.grad.clone() for p in model.parameters()
         )
-        update = state.train_step(list(images.chunk(parts)), lambda model, x, step: model(x).square().mean(), seed=0)
-        results.append((update, gradients))
+        result = state.train_step(list(images.chunk(parts)), lambda model, x, step: model(x).square().mean(), seed=0)
+        results.append((result, gradients))
     (one, grads), (other, other_grads) = results
     assert one.lr == other.lr
     assert float(one.loss) == pytest.approx(float(other.loss), rel=1e-6)
@@ -171,8 +172,8 @@ def test_train_state_clips_gradient_norm():
         return step(*args, **kwargs)
 
     state.optimizer.step = spy
-    update = state.train_step([torch.randn(4, 1, 8, 8)], lambda model, x, s: model(x).square().mean(), seed=0)
-    assert update.grad_norm > 0.01
+    result = state.train_step([torch.randn(4, 1, 8, 8)], lambda model, x, s: model(x).square().mean(), seed=0)
+    assert result.grad_norm > 0.01
     assert seen[0] == pytest.approx(1e-3, rel=1e-3)
 
 
@@ -181,11 +182,32 @@ def test_train_state_nonfinite_gradient_skips_step():
         digits_model(), TrainerConfig(steps=2, global_batch_size=4, ema_decay=0.9), OptimConfig(), WORLD, 1
     )
     before = copy.deepcopy(state.state_dict())
-    update = state.train_step([torch.randn(4, 1, 8, 8)], lambda model, x, s: model(x).mean() * float("nan"), seed=0)
-    assert not update.applied
+    result = state.train_step([torch.randn(4, 1, 8, 8)], lambda model, x, s: model(x).mean() * float("nan"), seed=0)
+    assert not result.applied
     after = state.state_dict()
     for part in ("model", "ema"):
         assert all(torch.equal(before[part][name], after[part][name]) for name in before[part])
+
+    def finite(model, x, step):
+        return model(x).square().mean()
+
+    with pytest.raises(NonFiniteError, match="the gradient of step 0 was not finite"):
+        state.train_step([torch.randn(4, 1, 8, 8)], finite, seed=0)
+    state.load_state_dict(before)
+    assert state.train_step([torch.randn(4, 1, 8, 8)], finite, seed=0).applied
+
+
+@pytest.mark.parametrize(("steps", "warnings"), [(19, 2), (20, 1), (100, 0)])
+def test_length_warnings_of_short_run(steps, warnings):
+    """A warm-up of 20 steps and an EMA over 100 steps."""
+    trainer = TrainerConfig(steps=steps, global_batch_size=4, ema_decay=0.99)
+    state = TrainState(nn.Linear(2, 1), trainer, OptimConfig(warmup_epochs=2), WORLD, steps_per_epoch=10)
+    messages = list(length_warnings(state))
+    assert len(messages) == warnings
+    if warnings:
+        assert messages[-1].startswith("trainer.ema_decay=0.99 averages over about 100 steps, but the run has")
+    if warnings == 2:
+        assert messages[0].startswith("optim.warmup_epochs=2 is 20 steps, but the run has 19: the learning rate never")
 
 
 @pytest.mark.parametrize("precision", list(Precision))

@@ -139,9 +139,9 @@ def explain(error: BaseException) -> str:
         return f"{match['key']} already has a value; write {match['key']}={match['value']} without '{plus}'"
     full_key = re.search(r"full_key: (\S+)", text)
     if re.search(r"Key '[^']*' (is not in struct|not in '\w+')", text):
-        key = re.search(r"Could not override '([^']+)'", text) or full_key
-        if key is not None:
-            return f"unknown key '{key[1]}'" + did_you_mean(key[1], all_known_keys())
+        unknown = re.search(r"Could not override '([^']+)'", text) or full_key
+        if unknown is not None:
+            return f"unknown key '{unknown[1]}'" + did_you_mean(unknown[1], all_known_keys())
     if match := re.search(r"Value '(.*)' of type '\w+' could not be converted to (\w+)", text):
         null = " (write null for no value)" if match[1].lower() == "none" else ""
         kind = {"Integer": "an integer"}.get(match[2], f"a {match[2].lower()}")

@@ -1,4 +1,4 @@
-"""Data sets, augmentation and the step-addressed loader. To add a data set: a file here and a line in `DATASETS`."""
+"""Data sets, augmentation and the step-addressed loader. To add a data set: one file, and one line in `DATASETS`."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +11,7 @@ from vca.data.latents import load_latents
 from vca.runtime.distributed import World
 from vca.runtime.errors import check
 
-# name -> loader of a split: (config, train) -> data set of (PIL image, label); of `latents`: (moments, label)
+# name -> (config, train) -> data set of (PIL image, label); for `latents`: (moments, label)
 DATASETS: dict[str, Callable[[DataConfig, bool], Any]] = {
     "cifar10": load_cifar10,
     "digits": load_digits_images,
@@ -21,12 +21,12 @@ DATASETS: dict[str, Callable[[DataConfig, bool], Any]] = {
 
 
 def load_dataset(config: DataConfig, train: bool) -> Any:
-    """The training or the evaluation split as a data set of `(PIL image, label)`."""
+    """Load the training or the evaluation split as a data set of `(PIL image, label)`."""
     check(config.name in DATASETS, "data.name", f"one of {sorted(DATASETS)}", config.name)
     return DATASETS[config.name](config, train)
 
 
 def identify_files(world: World, **splits: Any) -> dict[str, Any]:
-    """`{"data_files": {split: identity}}` of image folders, for the record of a run; `{}` for other data."""
-    found = world.from_main(lambda: {name: files_identity(images) for name, images in splits.items()})
-    return {"data_files": found} if all(found.values()) else {}
+    """Return `{"data_files": {split: identity}}` for image folders, `{}` for other data; compared at resume."""
+    identities = world.from_main(lambda: {name: files_identity(images) for name, images in splits.items()})
+    return {"data_files": identities} if all(identities.values()) else {}

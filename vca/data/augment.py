@@ -1,4 +1,4 @@
-"""Transforms of one image, and the mixing of a batch; timm's, by config."""
+"""Image transforms and batch mixing, built from timm."""
 
 from dataclasses import dataclass, field
 from enum import Enum
@@ -18,8 +18,7 @@ if TYPE_CHECKING:
 
 
 class Crop(Enum):
-    """How a training image is cut: a random resized crop, a random crop after zero padding, ADM's centre crop of
-    generation, or not at all."""
+    """Crop of a training image: random resized crop, random crop after zero padding, ADM's centre crop, or none."""
 
     resized = "resized"
     padded = "padded"
@@ -29,21 +28,22 @@ class Crop(Enum):
 
 @dataclass
 class AugmentConfig:
-    """Augmentation of the training images; the defaults change nothing.
+    """Augmentation of the training images; off by default.
 
     Attributes:
-        crop: `resized` (area in `scale`, aspect in `ratio`), `padded` (by `padding` pixels), `adm` (the whole shorter
-            side) or `none` (the whole image, squeezed to a square).
+        crop: `resized` (area in `scale`, aspect ratio in `ratio`), `padded` (by `padding` pixels), `adm` (centre crop
+            of the shorter side) or `none` (the image resized to a square).
         interpolation: of the resized crop: `bicubic`, `bilinear` or `random`.
         hflip: probability of a horizontal flip.
-        color_jitter: strength; ignored while `auto_augment` is set, as in timm.
-        auto_augment: timm's policy string, such as `rand-m9-mstd0.5-inc1`; null for none.
-        re_prob, re_mode, re_count: random erasing.
-        mixup, cutmix: their alphas; 0 switches one off.
-        mixup_prob, mixup_switch_prob: probability of mixing a batch at all, and of CutMix where both are on.
-        label_smoothing: of the targets.
-        aug_repeats: repeated augmentation: every image is that many times in a batch; an epoch sees a 1 / `aug_repeats`
-            of the images.
+        color_jitter: strength; ignored if `auto_augment` is set, as in timm.
+        auto_augment: timm's policy string, such as `rand-m9-mstd0.5-inc1`; null is none.
+        re_prob, re_mode, re_count: probability, fill mode and number of boxes of random erasing.
+        mixup, cutmix: their alphas; 0 is off.
+        mixup_prob: probability of mixing a batch.
+        mixup_switch_prob: probability of CutMix instead of Mixup if both are on.
+        label_smoothing: smoothing of the targets.
+        aug_repeats: repeated augmentation: copies of an image per batch; an epoch contains 1 / `aug_repeats` of the
+            images.
     """
 
     crop: Crop = Crop.none
@@ -92,7 +92,7 @@ class AugmentConfig:
 
 
 def train_transform(augment: AugmentConfig, data: DataConfig) -> "Compose":
-    """PIL image to a normalised `(in_chans, img_size, img_size)` tensor, with the random changes of training."""
+    """Build the training transform: PIL image to a normalised `(in_chans, img_size, img_size)` tensor."""
     from timm.data import create_transform
     from torchvision import transforms
 
@@ -112,7 +112,7 @@ def train_transform(augment: AugmentConfig, data: DataConfig) -> "Compose":
         re_mode=augment.re_mode,
         re_count=augment.re_count,
     )
-    if augment.crop is not Crop.resized:  # timm's list starts with the resized crop
+    if augment.crop is not Crop.resized:  # the first of timm's transforms is the resized crop
         whole: Any = AdmCrop(size) if augment.crop is Crop.adm else transforms.Resize((size, size))
         crop = [transforms.RandomCrop(size, padding=augment.padding)] if augment.crop is Crop.padded else []
         transform.transforms[:1] = [whole, *crop]
@@ -120,10 +120,10 @@ def train_transform(augment: AugmentConfig, data: DataConfig) -> "Compose":
 
 
 class AdmCrop:
-    """The square in the middle of an image, over its whole shorter side, scaled to `size` pixels.
+    """Centre crop of the shorter side, resized to `size` pixels, as in ADM (arXiv 2105.05233).
 
-    Large images are halved by box averaging for as long as they stay large enough, then scaled bicubically: the crop of
-    ADM (arXiv 2105.05233), with which DiT, SiT and the usual reference statistics of ImageNet are made.
+    The image is halved by box averaging while its shorter side is at least twice `size`, then resized bicubically. DiT,
+    SiT and ADM's reference statistics of ImageNet use this crop.
     """
 
     def __init__(self, size: int) -> None:
@@ -133,7 +133,6 @@ class AdmCrop:
         return f"AdmCrop({self.size})"
 
     def __call__(self, image: Image.Image) -> Image.Image:
-        """Cut."""
         while min(image.size) >= 2 * self.size:
             image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
         scale = self.size / min(image.size)
@@ -144,7 +143,7 @@ class AdmCrop:
 
 
 def eval_transform(data: DataConfig) -> "Compose":
-    """PIL image to a normalised `(in_chans, img_size, img_size)` tensor: resize, centre crop."""
+    """Build the evaluation transform: resize, centre crop, to a normalised `(in_chans, img_size, img_size)` tensor."""
     from timm.data import create_transform
 
     return create_transform(
@@ -158,11 +157,11 @@ def eval_transform(data: DataConfig) -> "Compose":
 
 
 class BatchMixer:
-    """Mixup and CutMix of a micro-batch, and its soft targets.
+    """Apply Mixup or CutMix to a micro-batch, and build its soft targets.
 
-    What is drawn (mixup or cutmix, lambda, the box) depends on `(seed, step)` only, so it is one draw for the whole
-    global batch. timm pairs image i with image b - 1 - i; the loader orders a micro-batch so that these are always
-    positions 2 j and 2 j + 1 of the global batch, whichever rank holds them.
+    The random choices (Mixup or CutMix, lambda, the box) depend on `(seed, step)` only: one choice per global batch.
+    timm pairs image i with image b - 1 - i; the loader orders a micro-batch so that these are always places 2 j and
+    2 j + 1 of the global batch, on any number of ranks.
     """
 
     def __init__(self, augment: AugmentConfig, num_classes: int, seed: int) -> None:
@@ -181,10 +180,10 @@ class BatchMixer:
             )
 
     def __call__(self, images: Tensor, labels: Tensor, step: int) -> tuple[Tensor, Tensor]:
-        """`(b, in_chans, H, W)` and `(b,)` to mixed images and soft targets `(b, num_classes)`."""
+        """Images `(b, in_chans, H, W)` and labels `(b,)` to mixed images and soft targets `(b, num_classes)`."""
         if self.mixup is None:
             off = self.smoothing / self.num_classes
             targets = F.one_hot(labels, self.num_classes).to(images.dtype)
             return images, targets * (1 - self.smoothing) + off
         np.random.seed(derive_seed(self.seed, "mix", step) % 2**32)  # timm's Mixup draws from numpy's global state
-        return self.mixup(images.clone(), labels)  # it mixes in place
+        return self.mixup(images.clone(), labels)  # timm mixes in place

@@ -1,4 +1,4 @@
-"""What a data set is, for the schema; the loaders are in the files named after the data sets."""
+"""Config of a data set; the loaders are in the files named after the data sets."""
 
 from dataclasses import dataclass, field
 
@@ -7,17 +7,17 @@ from vca.runtime.errors import check
 
 @dataclass
 class DataConfig:
-    """A data set and its evaluation transform.
+    """Data set and evaluation transform.
 
     Attributes:
         name: the key in `vca.data.DATASETS`.
-        root: local folder; null for data that needs none.
-        img_size: pixels of a training and of an evaluation image.
-        in_chans, num_classes: of the images and labels.
-        mean, std: normalisation, one number a channel, for pixels in [0, 1].
-        crop_pct: the evaluation image is the centre `crop_pct` of the shorter side.
-        interpolation: of the evaluation resize.
-        check_seconds: how long to read image files, in a random order, before a training starts; 0 does not.
+        root: local folder; null for `digits`.
+        img_size: side of training and evaluation images, in pixels.
+        in_chans, num_classes: channels of the images, number of classes.
+        mean, std: normalisation of pixels in [0, 1], one number per channel.
+        crop_pct: fraction of the shorter side that the evaluation centre crop keeps.
+        interpolation: of the evaluation resize: `bicubic` or `bilinear`.
+        check_seconds: seconds to check files of the data set, in random order, before a run starts; 0 disables it.
     """
 
     name: str = "digits"
@@ -33,7 +33,7 @@ class DataConfig:
 
     @property
     def image_bytes(self) -> int:
-        """Of one image as a float32 tensor."""
+        """Size of one image as a float32 tensor, in bytes."""
         return 4 * self.in_chans * self.img_size**2
 
     def __post_init__(self) -> None:

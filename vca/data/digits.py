@@ -1,4 +1,4 @@
-"""Handwritten digits: the 1,797 real 8 x 8 images that scikit-learn carries, so that nothing is downloaded."""
+"""Handwritten digits: the 1,797 images of 8 x 8 pixels in scikit-learn; nothing is downloaded."""
 
 import numpy as np
 from PIL import Image
@@ -9,7 +9,7 @@ from vca.runtime.errors import check
 
 
 class Digits(Dataset):
-    """`(grey PIL image, label)`; the fifth of the images whose index is 4 modulo 5 is held out for evaluation."""
+    """Digits as `(grey PIL image, label)`; every fifth image (index 4 modulo 5) is held out for evaluation."""
 
     def __init__(self, train: bool) -> None:
         from sklearn.datasets import load_digits
@@ -17,7 +17,7 @@ class Digits(Dataset):
         digits = load_digits()
         held_out = np.arange(len(digits.target)) % 5 == 4
         chosen = ~held_out if train else held_out
-        # Ink is counted from 0 to 16.
+        # Pixels are from 0 to 16.
         self.images = np.rint(digits.images[chosen] * (255 / 16)).astype(np.uint8)
         self.labels = digits.target[chosen].tolist()
 
@@ -29,7 +29,7 @@ class Digits(Dataset):
 
 
 def load_digits_images(config: DataConfig, train: bool) -> Dataset:
-    """The training (1,438) or the held-out (359) digits."""
+    """Load the 1,438 training or the 359 held-out digits."""
     check(config.in_chans == 1, "data.in_chans", "1 for digits", config.in_chans)
     check(config.num_classes == 10, "data.num_classes", "10 for digits", config.num_classes)
     return Digits(train)

@@ -1,8 +1,7 @@
-"""The check of a data set's files before a training reads them for days.
+"""Check the files of a data set before a run.
 
-Images, or the files of a latent cache, are visited in a random order until a time is spent, so that a set of thousands
-is read whole and one of a million is sampled. What stops a training, or would spoil it, is an error; what is only worth
-knowing is a note.
+Images, or the files of a latent cache, are read in random order within a time limit: a set of thousands completely, a
+set of millions by a sample. A file that would stop or spoil a run is an error; a harmless one is a note.
 """
 
 import os
@@ -19,16 +18,16 @@ from typing import Any, BinaryIO
 from PIL import Image, UnidentifiedImageError
 
 from vca.data.config import DataConfig
-from vca.data.latents import AGAIN, LatentCache
+from vca.data.latents import RERUN, LatentCache
 from vca.runtime.distributed import World
 from vca.runtime.errors import ConfigError
 
-HIGH_DEPTH = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")  # PIL's modes of more than 8 bits a channel
+HIGH_DEPTH = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")  # PIL's modes with more than 8 bits per channel
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing wrong with one file, and what to do about it; a training cannot use it if it is `fatal`."""
+    """A problem of a file and its remedy; `fatal` if a run cannot use the file."""
 
     path: str
     problem: str
@@ -41,7 +40,7 @@ class Finding:
 
 @dataclass
 class Examination:
-    """What was found in how many images (or files of latents) of how many, in how many seconds."""
+    """Findings in the `checked` first of `images` files, after `seconds`."""
 
     findings: list[Finding]
     checked: int
@@ -51,7 +50,7 @@ class Examination:
 
     @property
     def errors(self) -> list[Finding]:
-        """The findings that a training cannot live with."""
+        """The fatal findings."""
         return [finding for finding in self.findings if finding.fatal]
 
     def __str__(self) -> str:
@@ -63,7 +62,7 @@ class Examination:
 
 
 def image_files(datasets: Iterable[Any]) -> list[str]:
-    """Files of data sets that list them as `samples`, as torchvision's `ImageFolder` does; others have none."""
+    """List the files of data sets with `samples`, such as torchvision's `ImageFolder`."""
     return [path for dataset in datasets for path, _ in getattr(dataset, "samples", ())]
 
 
@@ -73,13 +72,13 @@ def examine(
     examine_file: Callable[[str], list[Finding]] | None = None,
     unit: str = "images",
 ) -> Examination:
-    """Read files in a random order, for at most so many seconds.
+    """Check files in random order.
 
     Args:
-        paths: of image files, or others.
-        seconds: after which no further file is read.
-        examine_file: `examine_image` if it is None.
-        unit: what the files are called.
+        paths: image files, or files for `examine_file`.
+        seconds: time limit; no file is read after it.
+        examine_file: returns the findings of a file; default `examine_image`.
+        unit: name of the files in the summary.
     """
     paths = list(paths)
     random.Random(0).shuffle(paths)
@@ -93,7 +92,7 @@ def examine(
 
 
 def examine_datasets(datasets: Iterable[Any], seconds: float) -> Examination:
-    """Read the image files of data sets, or compare those of a latent cache with their sha256, for so many seconds."""
+    """Check the image files of data sets, or the sha256 of a latent cache's files, for up to `seconds`."""
     datasets = list(datasets)
     if isinstance(datasets[0], LatentCache):
         return examine(datasets[0].paths(), seconds, partial(examine_latents, datasets[0]), "files of latents")
@@ -101,31 +100,33 @@ def examine_datasets(datasets: Iterable[Any], seconds: float) -> Examination:
 
 
 def examine_latents(cache: LatentCache, path: str) -> list[Finding]:
-    """What is wrong with one file of a latent cache."""
-    return [] if cache.is_intact(path) else [Finding(path, "is not the file of the manifest (sha256)", AGAIN, True)]
+    """Compare a file of a latent cache with its sha256 in the manifest."""
+    return [] if cache.is_intact(path) else [Finding(path, "has another sha256 than in the manifest", RERUN, True)]
 
 
 def check_before_training(
     data: DataConfig, datasets: Iterable[Any], workers: int, batch_bytes: int, world: World
 ) -> None:
-    """Read files for `data.check_seconds` on one rank, and print what is found.
+    """Check files for `data.check_seconds` on rank 0, and print the findings.
 
     Args:
-        data: config of the data.
-        datasets: what it was loaded as.
-        workers: loader processes a rank.
-        batch_bytes: of what a worker hands over at once.
+        data: config of the data set.
+        datasets: its splits.
+        workers: loader workers per rank.
+        batch_bytes: size of a micro-batch.
         world: this process.
 
     Raises:
-        ConfigError: on every rank, if a training cannot use what was found.
+        ConfigError: on every rank, if a file is unusable.
     """
+    datasets = list(datasets)
+    if world.is_main and data.check_seconds and (image_files(datasets) or isinstance(datasets[0], LatentCache)):
+        print(f"data: checking files for up to {data.check_seconds:g} s", flush=True)
     result = world.broadcast(examine_datasets(datasets, data.check_seconds) if world.is_main else None)
     if result.errors:
-        more = f" ({len(result.errors)} such files; scripts/doctor.py lists them)" if len(result.errors) > 1 else ""
+        more = f" ({len(result.errors)} errors; scripts/doctor.py lists them)" if len(result.errors) > 1 else ""
         raise ConfigError(f"{result.errors[0]}{more}")
-    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    shortage = shared_memory_note(workers * ranks_here, batch_bytes)
+    shortage = shared_memory_note(workers * int(os.environ.get("LOCAL_WORLD_SIZE", 1)), batch_bytes)
     if world.is_main and result.findings:
         print(f"data: {result}, such as {result.findings[0]}", flush=True)
     if world.is_main and shortage:
@@ -133,31 +134,31 @@ def check_before_training(
 
 
 def shared_memory_note(workers: int, batch_bytes: int, folder: str = "/dev/shm") -> str | None:
-    """A line if the batches that loader workers hold ready may not fit into shared memory, which kills them (SIGBUS).
+    """Return a warning if the prefetched batches may exceed shared memory, which kills loader workers (SIGBUS).
 
     Args:
-        workers: of all ranks on this machine.
-        batch_bytes: of one batch.
-        folder: where shared memory is mounted.
+        workers: loader workers of all ranks on this node.
+        batch_bytes: size of a batch.
+        folder: mount point of shared memory.
     """
     if not workers or not Path(folder).is_dir():
         return None
-    needed, free = workers * 2 * batch_bytes, shutil.disk_usage(folder).free  # a worker keeps two batches ready
+    needed, free = workers * 2 * batch_bytes, shutil.disk_usage(folder).free  # a worker prefetches two batches
     if free >= needed:
         return None
     return (
-        f"{folder} has {free >> 20} MiB free, and {workers} workers may fill {needed >> 20} MiB; "
-        f"give the container a larger --shm-size, or take fewer workers"
+        f"{folder} has {free >> 20} MiB free, but {workers} workers may need {needed >> 20} MiB; "
+        f"give the container a larger --shm-size or reduce trainer.workers"
     )
 
 
 def examine_image(path: str) -> list[Finding]:
-    """What is wrong with one image file; mostly nothing."""
+    """Decode an image file and return its findings."""
     try:
         file = Path(path)
         if not file.exists():
             return [
-                Finding(path, "is a link to nothing" if file.is_symlink() else "is gone", "restore or remove it", True)
+                Finding(path, "is a dangling link" if file.is_symlink() else "is missing", "restore or remove it", True)
             ]
         if file.stat().st_size == 0:
             return [Finding(path, "is empty", "copy it again", True)]
@@ -165,45 +166,45 @@ def examine_image(path: str) -> list[Finding]:
             warnings.simplefilter("always")
             with open(path, "rb") as content, Image.open(content) as image:
                 deep = is_16_bit_color(content)
-                # All of the file is decoded, but only few of its pixels are made.
+                # Decodes the whole file at a reduced resolution.
                 image.draft("RGB", (max(1, image.width // 8), max(1, image.height // 8)))
                 image.load()
                 highest: Any = image.getextrema()[1] if image.mode in HIGH_DEPTH else 0
                 mode, exif_problem = image.mode, read_exif(image)
     except UnidentifiedImageError:
         return [Finding(path, "is not an image", "replace it or remove it", True)]
-    except Exception as error:  # whatever PIL's parsers of unknown bytes ran into
+    except Exception as error:  # PIL raises many kinds of errors on corrupt files
         return [Finding(path, f"cannot be decoded ({error or type(error).__name__})", "copy it again", True)]
 
     findings = []
     exif_problem = exif_problem or next((str(w.message) for w in caught if "EXIF" in str(w.message)), None)
     if exif_problem:
-        remedy = "harmless; `exiftool -all= FILE` drops it"
+        remedy = "harmless; `exiftool -all= FILE` removes it"
         findings.append(Finding(path, f"has bad EXIF data ({exif_problem.strip()})", remedy, False))
     if mode == "F" or highest > 255:
-        problem = f"has more than 8 bits a pixel (mode {mode}, values up to {highest:g})"
-        findings.append(Finding(path, problem, "it would be clipped to black or white; convert it to 8 bits", True))
+        problem = f"has more than 8 bits per pixel (mode {mode}, values up to {highest:g})"
+        findings.append(Finding(path, problem, "it would be clipped; convert it to 8 bits", True))
     if deep:
-        problem = "has 16 bits a channel, and half of them would be lost"
+        problem = "has 16 bits per channel, which would be truncated"
         findings.append(Finding(path, problem, "convert it to 8 bits", True))
     if mode == "CMYK":
-        findings.append(Finding(path, "is CMYK", "harmless; it is read as RGB without its colour profile", False))
+        findings.append(Finding(path, "is CMYK", "harmless; read as RGB without its colour profile", False))
     return findings
 
 
 def read_exif(image: Image.Image) -> str | None:
-    """What goes wrong when the EXIF data is read, or None."""
+    """Return the error of reading the EXIF data, or None."""
     try:
         image.getexif().get_ifd(0x8769)
-    except Exception as error:  # PIL lets through whatever its parser of untrusted bytes ran into
+    except Exception as error:  # PIL does not wrap the errors of its parser
         return f"{type(error).__name__}: {error}"
     return None
 
 
 def is_16_bit_color(file: BinaryIO) -> bool:
-    """Whether a file is a PNG of 16 bits a channel; grey ones, which Pillow opens with a mode of their own, left out.
+    """Whether a file is a colour PNG with 16 bits per channel, according to its header.
 
-    Pillow opens the others as mode `RGB`, like those of 8 bits: bit depth and colour type are read from the header.
+    Pillow opens it as `RGB`, like one with 8 bits. Grey ones have a mode of their own.
     """
     position = file.tell()
     file.seek(0)

@@ -1,4 +1,4 @@
-"""Images in class folders, as ImageNet is laid out: `root/train/<class>/*.jpg` and `root/val/<class>/*.jpg`."""
+"""Image folders in ImageNet's layout: `root/train/<class>/*.jpg` and `root/val/<class>/*.jpg`."""
 
 import hashlib
 import os
@@ -18,39 +18,40 @@ SPLITS = ("train", "val")
 
 
 def load_imagefolder(config: DataConfig, train: bool) -> Dataset:
-    """`(RGB PIL image, label)`; classes are numbered by the sorted names of the folders in `train`.
+    """Load a split as `(RGB PIL image, label)`; labels are the sorted names of the folders in `train/`.
 
-    For the training split `val/` need not be there (generation has no use for it); where it is, it must fit.
+    `val/` is optional for the training split (generation does not read it).
 
     Raises:
-        ConfigError: if a folder is missing or has no class folders, a class has no image, or the classes are not
-            `data.num_classes` ones or not the same in both splits.
+        ConfigError: if a folder is missing or has no class folders, a class has no image, the splits have different
+            classes, or their number is not `data.num_classes`.
     """
     from torchvision.datasets import ImageFolder
 
     root = Path(config.root or "")
     splits = SPLITS if not train or (root / "val").is_dir() else SPLITS[:1]
     if config.root is None or not all((root / split).is_dir() for split in splits):
-        raise ConfigError(f"data.root must be a folder that holds train/ and val/ class folders, got {config.root!r}")
+        raise ConfigError(f"data.root must be a folder with train/ and val/ class folders, got {config.root!r}")
     classes = {split: {entry.name for entry in os.scandir(root / split) if entry.is_dir()} for split in splits}
     for split in splits:
         if not classes[split]:
             files = sum(1 for entry in os.scandir(root / split) if entry.is_file())
             raise ConfigError(
-                f"data.root={config.root}: {split}/ holds {files} files and no class folders; "
+                f"data.root={config.root}: {split}/ has {files} files and no class folders; "
                 f"sort them into {split}/<class>/"
             )
     if odd := sorted(classes["train"] ^ classes[splits[-1]]):
-        there, lacking = SPLITS if odd[0] in classes["train"] else SPLITS[::-1]
+        present, absent = SPLITS if odd[0] in classes["train"] else SPLITS[::-1]
         others = f" and {len(odd) - 1} more" if len(odd) > 1 else ""
         raise ConfigError(
-            f"data.root={config.root}: class folder '{odd[0]}'{others} is in {there}/ and not in {lacking}/; "
-            f"complete {lacking}/ or remove it"
+            f"data.root={config.root}: class folder '{odd[0]}'{others} is in {present}/ but not in {absent}/; "
+            f"complete {absent}/ or remove it"
         )
     if len(classes["train"]) != config.num_classes:
+        count = len(classes["train"])
         raise ConfigError(
-            f"data.num_classes is {config.num_classes}, but {root / 'train'} holds {len(classes['train'])} class "
-            f"folders; complete it, or set data.num_classes={len(classes['train'])}"
+            f"data.num_classes is {config.num_classes}, but {root / 'train'} has {count} class folders; "
+            f"complete it or set data.num_classes={count}"
         )
     split = "train" if train else "val"
     try:
@@ -60,29 +61,29 @@ def load_imagefolder(config: DataConfig, train: bool) -> Dataset:
 
 
 def read_rgb(path: str) -> Image.Image:
-    """An image file as RGB.
+    """Read an image file as RGB.
 
     Raises:
-        ConfigError: if it has 16 bits a channel, of which Pillow would drop half without a word.
+        ConfigError: if it has 16 bits per channel, which Pillow truncates to 8 without a warning.
     """
     with open(path, "rb") as file:
         if is_16_bit_color(file):
-            raise ConfigError(f"{path}: has 16 bits a channel, and half of them would be lost; convert it to 8 bits")
+            raise ConfigError(f"{path}: has 16 bits per channel, which would be truncated; convert it to 8 bits")
         return Image.open(file).convert("RGB")
 
 
 def files_identity(images: Any) -> dict[str, Any] | None:
-    """Number, bytes and a sha256 of the paths and sizes, in order, of an image folder's files; None for other data.
+    """Return number, total bytes, and a sha256 over paths and sizes of an image folder's files; None for other data.
 
     Raises:
-        ConfigError: if a file is gone.
+        ConfigError: if a file is missing.
     """
     if not hasattr(images, "samples"):
         return None
     paths, prefix = [path for path, _ in images.samples], f"{images.root}/"
-    shares = [paths[start : start + 4096] for start in range(0, len(paths), 4096)]
-    with ThreadPoolExecutor(16) as threads:  # a network file system answers many questions at once
-        sizes = [size for share in threads.map(file_sizes, shares) for size in share]
+    chunks = [paths[start : start + 4096] for start in range(0, len(paths), 4096)]
+    with ThreadPoolExecutor(16) as threads:  # hides the latency of a network file system
+        sizes = [size for chunk in threads.map(file_sizes, chunks) for size in chunk]
     digest = hashlib.sha256()
     for path, size in zip(paths, sizes, strict=True):
         digest.update(os.fsencode(path.removeprefix(prefix)) + b"\0%d\0" % size)
@@ -90,7 +91,6 @@ def files_identity(images: Any) -> dict[str, Any] | None:
 
 
 def file_sizes(paths: Sequence[str]) -> list[int]:
-    """Bytes of each file."""
     sizes = []
     for path in paths:
         try:

@@ -1,13 +1,13 @@
-"""A cache of latents: what an autoencoder made of an image folder, and a manifest that says all that it depends on.
+"""A latent cache: the encoded images of an image folder, with a manifest of everything the latents depend on.
 
     manifest.json      see `Manifest`
     labels.npy         (images,) int64
-    shard_00000.npy    (shard_size, V, K, h, w): V versions of an image (as it is, and flipped), K channels of moments
-    shard_00000.json   sha256 of a file that is made; the manifest holds it once all are made
+    shard_00000.npy    (shard_size, V, K, h, w): V versions of an image (original, flipped), K channels of moments
+    shard_00000.json   sha256 of a finished file, until the manifest has all of them
 
-`scripts/prepare_latents.py` writes it. Mean and standard deviation are kept apart, so that every epoch samples its own
-latents, and a flipped image is encoded by itself, because the latent of a flipped image is not a flipped latent. A
-training on the cache therefore sees what a training on the images would, to the rounding of the encoder.
+`scripts/prepare_latents.py` writes it. It stores mean and standard deviation, so that every epoch samples new latents,
+and encodes flipped images, because the latent of a flipped image is not a flipped latent. A run on the cache therefore
+equals a run on the images, up to rounding of the encoder.
 """
 
 import hashlib
@@ -30,27 +30,27 @@ from vca.runtime.files import write_bytes, write_text
 from vca.runtime.rundir import diff_configs
 
 DTYPES = ("float32", "float16")
-START = 2**16  # bytes; a training reads no more of a file to know which one it is
-OF_IMAGES = ("images", "classes", "files_sha256")  # fields of the manifest that the image folder decides
-AGAIN = "run scripts/prepare_latents.py again, which makes what is missing or damaged"
-OPEN_FILES = 512  # that a process keeps open; the usual limit is 1024
-CROP = "adm-1"  # ADM's centre crop as this project makes it; a change of its pixels is another number
+START = 2**16  # bytes of a file that are compared with the manifest at the start of a run
+IMAGE_FIELDS = ("images", "classes", "files_sha256")  # fields of the manifest that depend on the image folder
+RERUN = "rerun scripts/prepare_latents.py to write the missing or corrupt files"
+OPEN_FILES = 512  # per process; the usual limit is 1024
+CROP = "adm-1"  # ADM's centre crop; the number changes with the pixels of `AdmCrop`
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What the latents of a cache depend on, and how they are laid out.
+    """What the latents of a cache depend on, and their layout.
 
     Attributes:
-        images: how many.
-        classes: names, in the order of their labels.
-        files_sha256: of the images' paths, relative to the folder, and sizes, in their order.
-        img_size, crop: how an image was cut.
+        images: number of images.
+        classes: class names in the order of their labels.
+        files_sha256: sha256 of the relative paths and sizes of the images, in order.
+        img_size, crop: size and crop of the images.
         autoencoder: `Autoencoder.identity()`.
         shape: `[V, K, h, w]` of one image.
         dtype: `float32` or `float16`.
-        shard_size: images a file; the last has the rest.
-        files: `digest` of each file by its name; empty until all are made.
+        shard_size: images per file; the last file has the rest.
+        files: `digest` of each file by name; empty until all are written.
     """
 
     images: int
@@ -66,20 +66,19 @@ class Manifest:
 
     @property
     def shards(self) -> int:
-        """How many files there are."""
         return -(-self.images // self.shard_size)
 
     def rows(self, shard: int) -> range:
-        """The images of a file."""
+        """Indices of the images in a shard."""
         return range(shard * self.shard_size, min((shard + 1) * self.shard_size, self.images))
 
     @property
     def names(self) -> list[str]:
-        """Names of the files of a whole cache."""
+        """Names of all files of a complete cache."""
         return ["labels.npy", *(shard_path(Path(), shard).name for shard in range(self.shards))]
 
     def identity(self) -> dict[str, Any]:
-        """What a run on the cache records: the manifest with one sha256 for all files."""
+        """Return the manifest with one sha256 for all files; a run on the cache records it."""
         return {**asdict(self), "files": hashlib.sha256(json.dumps(self.files, sort_keys=True).encode()).hexdigest()}
 
     def write(self, folder: Path) -> None:
@@ -91,34 +90,33 @@ class Manifest:
         write_text(folder / "manifest.json", json.dumps(asdict(self), indent=2) + "\n")
 
     def begin(self, folder: Path) -> "Manifest":
-        """Write `manifest.json` where there is none; the one that is there, with the files that are made.
+        """Write `manifest.json` unless it exists; return it with the digests of all finished files.
 
         Raises:
-            ConfigError: if the folder holds the manifest of another cache, or one of images that have changed since;
-                names what differs.
+            ConfigError: if the folder has another cache, or the images changed; the message lists the differences.
         """
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise ConfigError(f"out: {folder} cannot be made: {error.strerror}") from error
+            raise ConfigError(f"out: {folder} cannot be created: {error.strerror}") from error
         if not (folder / "manifest.json").exists():
             self.write(folder)
-        there = read_manifest(folder)
-        differences = diff_configs(asdict(there), asdict(self), ["files"])
-        if differences and all(line.startswith(OF_IMAGES) for line in differences):
+        saved = read_manifest(folder)
+        differences = diff_configs(asdict(saved), asdict(self), ["files"])
+        if differences and all(line.startswith(IMAGE_FIELDS) for line in differences):
             raise ConfigError(
-                f"data.root: the images changed since the cache {folder} was begun ({'; '.join(differences)}); "
-                f"restore them, or choose another out=..."
+                f"data.root: the images changed since the cache {folder} was started ({'; '.join(differences)}); "
+                f"restore them or choose another out=..."
             )
         if differences:
-            raise ConfigError(f"{folder} holds another cache ({'; '.join(differences)}); choose another folder")
-        made = {
+            raise ConfigError(f"{folder} has another cache ({'; '.join(differences)}); choose another out=...")
+        finished = {
             name: json.loads(path.read_text()) for name in self.names if (path := digest_path(folder / name)).exists()
         }
-        return replace(there, files={**there.files, **made})
+        return replace(saved, files={**saved.files, **finished})
 
     def finish(self, folder: Path) -> None:
-        """Put the digests of all files into `manifest.json`."""
+        """Move the digests of all files into `manifest.json`."""
         paths = [digest_path(folder / name) for name in self.names]
         replace(self, files=self.begin(folder).files).write(folder)
         for path in paths:
@@ -129,10 +127,10 @@ def read_manifest(folder: Path) -> Manifest:
     """Read `manifest.json`.
 
     Raises:
-        ConfigError: if there is none, or it is not one.
+        ConfigError: if it does not exist or is invalid.
     """
     file = folder / "manifest.json"
-    check(file.is_file(), "data.root", "a latent cache, a folder with manifest.json", str(folder))
+    check(file.is_file(), "data.root", "a latent cache (a folder with manifest.json)", str(folder))
     try:
         content = json.loads(file.read_text())
         manifest = Manifest(**content)
@@ -140,22 +138,23 @@ def read_manifest(folder: Path) -> Manifest:
         raise ConfigError(f"{file} is not the manifest of a latent cache: {error}") from error
     if "files" not in content:
         raise ConfigError(
-            f"{file} has no sha256 of the files, an older version made it; "
-            f"make the cache again in another folder: scripts/prepare_latents.py out=..."
+            f"{file} has no sha256 of the files (written by an older version); "
+            f"write a new cache: scripts/prepare_latents.py out=..."
         )
-    if wrong := wrong_fields(manifest):
-        raise ConfigError(f"{file} is damaged: {wrong[0]} is {getattr(manifest, wrong[0])!r}; restore it, or {AGAIN}")
+    if invalid := invalid_fields(manifest):
+        value = getattr(manifest, invalid[0])
+        raise ConfigError(f"{file} is corrupt: {invalid[0]} is {value!r}; restore it, or {RERUN}")
     return manifest
 
 
-def wrong_fields(manifest: Manifest) -> list[str]:
-    """Fields of a manifest whose value is none that a cache can have."""
+def invalid_fields(manifest: Manifest) -> list[str]:
+    """Names of the fields with an invalid value."""
 
     def counts(*values: Any) -> bool:
         return all(type(value) is int and value >= 1 for value in values)
 
     shape, files = manifest.shape, manifest.files
-    fits = {
+    valid = {
         **{name: counts(getattr(manifest, name)) for name in ("images", "img_size", "shard_size")},
         **{name: isinstance(getattr(manifest, name), str) for name in ("files_sha256", "crop")},
         "classes": isinstance(manifest.classes, list) and len(manifest.classes) >= 1,
@@ -165,21 +164,20 @@ def wrong_fields(manifest: Manifest) -> list[str]:
         "files": isinstance(files, dict)
         and all(isinstance(one, dict) and set(one) == set(digest(b"")) for one in files.values()),
     }
-    return [name for name, right in fits.items() if not right]
+    return [name for name, is_valid in valid.items() if not is_valid]
 
 
 def shard_path(folder: Path, shard: int) -> Path:
-    """Where a file of latents lies."""
     return folder / f"shard_{shard:05d}.npy"
 
 
 def digest_path(path: Path) -> Path:
-    """Where the digest of a file lies until the manifest has it."""
+    """Path of a file's digest until the manifest has it."""
     return path.with_suffix(".json")
 
 
 def digest(content: bytes | memoryview) -> dict[str, str]:
-    """sha256 of a file's content, and of its first bytes."""
+    """Hash the content of a file, and its first `START` bytes."""
     return {
         "sha256": hashlib.sha256(content).hexdigest(),
         "start_sha256": hashlib.sha256(content[:START]).hexdigest(),
@@ -187,7 +185,7 @@ def digest(content: bytes | memoryview) -> dict[str, str]:
 
 
 def save_array(path: Path, array: np.ndarray) -> None:
-    """Write an array as a whole file, and before it its digest."""
+    """Write the digest of an array's file, then the file, both atomically."""
     content = io.BytesIO()
     np.save(content, array)
     write_text(digest_path(path), json.dumps(digest(content.getbuffer())) + "\n")
@@ -195,18 +193,18 @@ def save_array(path: Path, array: np.ndarray) -> None:
 
 
 def file_is_made(path: Path, expected: dict[str, str] | None) -> bool:
-    """Whether a file is there and has that digest; reads all of it."""
+    """Whether a file exists with the expected digest; reads the whole file."""
     return expected is not None and path.is_file() and file_sha256(path) == expected["sha256"]
 
 
 def start_sha256(path: Path) -> str:
-    """sha256 of a file's first bytes."""
+    """Hash the first `START` bytes of a file."""
     with open(path, "rb") as file:
         return hashlib.sha256(file.read(START)).hexdigest()
 
 
 def shard_is_whole(folder: Path, manifest: Manifest, shard: int) -> bool:
-    """Whether a file is there, with the shape and size that the manifest says."""
+    """Whether a file exists with the shape and size of the manifest."""
     path = shard_path(folder, shard)
     try:
         latents: Any = np.load(path, mmap_mode="r")
@@ -218,44 +216,44 @@ def shard_is_whole(folder: Path, manifest: Manifest, shard: int) -> bool:
 
 
 class LatentCache(Dataset):
-    """`(latents (V, K, h, w), label)` of a finished cache, read from the disk as they are asked for.
+    """Data set of `(latents (V, K, h, w), label)`, memory-mapped from a finished cache.
 
     Args:
-        folder: of the cache.
+        folder: folder of the cache.
 
     Raises:
-        ConfigError: if it is not whole.
+        ConfigError: if the cache is incomplete or corrupt.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.manifest = folder, read_manifest(folder)
-        check(self.manifest.crop == CROP, f"{folder}: crop", f"'{CROP}', as it is made now", self.manifest.crop)
+        check(self.manifest.crop == CROP, f"{folder}: crop", f"'{CROP}'", self.manifest.crop)
         missing = [s for s in range(self.manifest.shards) if not shard_is_whole(folder, self.manifest, s)]
         if missing:
             raise ConfigError(
                 f"{folder} is not complete: {len(missing)} of {self.manifest.shards} files are missing or cut short, "
-                f"such as {shard_path(folder, missing[0]).name}; {AGAIN}"
+                f"such as {shard_path(folder, missing[0]).name}; {RERUN}"
             )
         names, digests = self.manifest.names, self.manifest.files
         if set(names) != set(digests):
-            raise ConfigError(f"{folder} is not complete: its manifest has no sha256 of all its files; {AGAIN}")
+            raise ConfigError(f"{folder} is not complete: its manifest lacks the sha256 of some files; {RERUN}")
         others = [name for name in names[1:] if start_sha256(folder / name) != digests[name]["start_sha256"]]
         others += [name for name in names[:1] if not file_is_made(folder / name, digests[name])]
         if others:
             raise ConfigError(
-                f"{folder}: {len(others)} of {len(names)} files are not those of its manifest, such as {others[0]}; "
-                f"{AGAIN}"
+                f"{folder}: {len(others)} of {len(names)} files have another sha256 than in the manifest, such as "
+                f"{others[0]}; {RERUN}"
             )
         self.labels = self.read_labels()
-        self.files: dict[int, np.ndarray] = {}  # opened by each process for itself
+        self.files: dict[int, np.ndarray] = {}  # memory maps of this process
 
     def read_labels(self) -> np.ndarray:
-        """The labels `(images,)`."""
+        """Read and validate the labels `(images,)`."""
         path, classes = self.folder / "labels.npy", len(self.manifest.classes)
         try:
             labels = np.load(path)
         except (OSError, ValueError, EOFError) as error:
-            raise ConfigError(f"{path} cannot be read; {AGAIN}") from error
+            raise ConfigError(f"{path} cannot be read; {RERUN}") from error
         shape = (self.manifest.images,)
         check(labels.shape == shape, f"{path}: shape", str(shape), labels.shape)
         check(labels.dtype == np.int64, f"{path}: dtype", "int64", str(labels.dtype))
@@ -264,11 +262,11 @@ class LatentCache(Dataset):
         return labels
 
     def paths(self) -> list[str]:
-        """The files of latents."""
+        """Paths of the shards."""
         return [str(self.folder / name) for name in self.manifest.names[1:]]
 
     def is_intact(self, path: str) -> bool:
-        """Whether a file of latents has the sha256 of the manifest; reads all of it."""
+        """Whether a shard has the sha256 of the manifest; reads the whole file."""
         return file_is_made(Path(path), self.manifest.files[Path(path).name])
 
     def __getstate__(self) -> dict[str, Any]:
@@ -281,47 +279,51 @@ class LatentCache(Dataset):
         shard, row = divmod(index, self.manifest.shard_size)
         if shard not in self.files:
             if len(self.files) >= OPEN_FILES:
-                del self.files[next(iter(self.files))]  # the one opened first
+                del self.files[next(iter(self.files))]  # the oldest
             self.files[shard] = np.load(shard_path(self.folder, shard), mmap_mode="r")
         return self.files[shard][row], int(self.labels[index])
 
     def check(self, autoencoder: dict[str, Any], augment: AugmentConfig) -> None:
-        """Raise `ConfigError` unless these are the latents of that autoencoder, and allow that augmentation."""
+        """Raise `ConfigError` unless the cache was made by this autoencoder and supports this augmentation."""
         if differences := diff_configs(self.manifest.autoencoder, autoencoder, key="autoencoder"):
             raise ConfigError(f"{self.folder} was made with another autoencoder ({'; '.join(differences)})")
-        check(augment.crop is Crop.adm, "augment.crop", "adm, as the latents are", augment.crop.value)
+        check(augment.crop is Crop.adm, "augment.crop", "adm, as the crop of the latents", augment.crop.value)
         for key in ("auto_augment", "color_jitter", "re_prob"):
-            check(not getattr(augment, key), f"augment.{key}", "off on latents", getattr(augment, key))
+            check(not getattr(augment, key), f"augment.{key}", "off with data=latents", getattr(augment, key))
         flips = self.manifest.shape[0] == 2
-        check(flips or augment.hflip == 0, "augment.hflip", f"0: {self.folder} has no flipped images", augment.hflip)
+        check(
+            flips or augment.hflip == 0,
+            "augment.hflip",
+            f"0: {self.folder} has no flipped images",
+            augment.hflip,
+        )
 
 
 class RandomVersion:
-    """Latents `(V, K, h, w)` to those of one version `(K, h, w)`, float32: with probability `hflip` the flipped one.
+    """Choose a version: latents `(V, K, h, w)` to `(K, h, w)`, float32; flipped with probability `hflip`.
 
-    It draws as `RandomHorizontalFlip` does, so that the same images are flipped as in a training on the images.
+    It draws one random number as `RandomHorizontalFlip` does, so the same images are flipped as in a run on the images.
     """
 
     def __init__(self, hflip: float) -> None:
         self.hflip = hflip
 
     def __call__(self, versions: np.ndarray) -> Tensor:
-        """Choose."""
         flipped = self.hflip > 0 and bool(torch.rand(1) < self.hflip)
         return torch.from_numpy(versions[int(flipped)].astype(np.float32))
 
 
 def load_latents(config: DataConfig, train: bool) -> LatentCache:
-    """The cache at `data.root`; it has no evaluation split.
+    """Open the cache at `data.root`; it has no evaluation split.
 
     Raises:
-        ConfigError: if it is not whole, or is of another image size or number of classes.
+        ConfigError: if it is incomplete, or has another image size or number of classes.
     """
-    check(config.root is not None, "data.root", "a latent cache, as scripts/prepare_latents.py makes it", config.root)
-    check(train, "data.name", "another than 'latents' for an evaluation", config.name)
+    check(config.root is not None, "data.root", "a latent cache of scripts/prepare_latents.py", config.root)
+    if not train:
+        raise ConfigError("data=latents has no evaluation split")
     cache = LatentCache(Path(str(config.root)))
     size, classes = cache.manifest.img_size, len(cache.manifest.classes)
-    check(config.img_size == size, "data.img_size", f"{size}, as the latents in {config.root} are", config.img_size)
-    rule = f"{classes}, as the latents in {config.root} are"
-    check(config.num_classes == classes, "data.num_classes", rule, config.num_classes)
+    check(config.img_size == size, "data.img_size", f"{size}, as in {config.root}", config.img_size)
+    check(config.num_classes == classes, "data.num_classes", f"{classes}, as in {config.root}", config.num_classes)
     return cache

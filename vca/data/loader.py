@@ -1,9 +1,10 @@
-"""The step-addressed loader: which image stands where in the batch of step s, and how it is augmented, are functions
-of `(seed, s)` alone. They depend on neither workers, nor ranks, nor on where a run was interrupted.
+"""The step-addressed loader: the images of step s, their order and their augmentation depend on `(seed, s)` alone.
 
-The training images form one endless stream of positions. Epoch e holds `num_images` positions, a new permutation of
-the images (with repeated augmentation: of the first part of them, each standing `repeats` times). The global batch of
-step s is positions `s B .. (s + 1) B`; a rank takes its share of it in micro-batches.
+They do not depend on the number of workers or ranks, or on where a run was interrupted.
+
+The training images form an endless stream of positions. Each epoch is `num_images` positions: a new permutation of the
+images, or with repeated augmentation the first part of one, each image `repeats` times in a row. The global batch of
+step s is positions `s B .. (s + 1) B`; each rank loads its part of it in micro-batches.
 """
 
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ from vca.runtime.signals import start_worker
 
 
 class Address(NamedTuple):
-    """One training image: the `repeat`-th version of image number `image` in `epoch`."""
+    """Address of an augmented training image: version `repeat` of image `image` in `epoch`."""
 
     epoch: int
     image: int
@@ -29,7 +30,7 @@ class Address(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Images `(b, in_chans, H, W)`, labels `(b,)`, indices `(b,)`, and the fingerprints `(b,)` of their addresses."""
+    """Images `(b, in_chans, H, W)`, labels `(b,)`, indices `(b,)` and hashes of their addresses `(b,)`."""
 
     images: Tensor
     labels: Tensor
@@ -37,19 +38,19 @@ class Batch(NamedTuple):
     fingerprints: Tensor
 
     def to(self, device: torch.device) -> "Batch":
-        """Images and labels on a device; indices and fingerprints stay on the CPU, where they are read."""
+        """Move images and labels; indices and fingerprints are read on the CPU."""
         images, labels = (tensor.to(device, non_blocking=True) for tensor in self[:2])
         return Batch(images, labels, self.indices, self.fingerprints)
 
 
 class TrainOrder:
-    """The stream of training positions as a pure function.
+    """The order of the training images, as a pure function of seed and position.
 
     Args:
         num_images: size of the training set.
-        global_batch_size: B.
-        seed: the run's.
-        repeats: of repeated augmentation.
+        global_batch_size: images per step over all ranks, B.
+        seed: seed of the run.
+        repeats: copies of an image, for repeated augmentation.
     """
 
     def __init__(self, num_images: int, global_batch_size: int, seed: int, repeats: int = 1) -> None:
@@ -58,7 +59,6 @@ class TrainOrder:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Updates that count as an epoch, at least 1."""
         return max(1, self.num_images // self.global_batch_size)
 
     def _permutation(self, epoch: int) -> list[int]:
@@ -66,15 +66,14 @@ class TrainOrder:
         return torch.randperm(self.num_images, generator=generator).tolist()
 
     def address(self, position: int) -> Address:
-        """What stands at a position of the stream."""
+        """Return the image at a position of the stream."""
         epoch, offset = divmod(position, self.num_images)
         return Address(epoch, self.permutation(epoch)[offset // self.repeats], offset % self.repeats)
 
     def batch(self, step: int, start: int, stop: int) -> list[Address]:
-        """Places `start .. stop` of the global batch of a step.
+        """Return the images at places `start .. stop` of the global batch of a step.
 
-        With repeated augmentation the places are shuffled, so that the versions of an image are not neighbours, which
-        Mixup would mix with each other.
+        With repeated augmentation the places are shuffled: Mixup mixes neighbours, which would be copies of one image.
         """
         places = list(range(self.global_batch_size))
         if self.repeats > 1:
@@ -84,10 +83,10 @@ class TrainOrder:
 
 
 class MicroBatches(Sampler[list[Address]]):
-    """This rank's micro-batches from `first_step` to `last_step`, `accumulation` of them a step.
+    """This rank's micro-batches of the steps `first_step .. last_step`, `accumulation` per step.
 
-    Micro-batch m of a step (counted over all ranks) holds places `m b .. (m + 1) b`, even places first and odd ones
-    last, backwards: timm's Mixup pairs the i-th with the i-th from the end, here always places 2 j and 2 j + 1.
+    Micro-batch m of a step, counted over all ranks, is places `m b .. (m + 1) b`: the even ones in order, then the odd
+    ones in reverse, because timm's Mixup pairs image i with image b - 1 - i and the pairs must be places 2 j, 2 j + 1.
     """
 
     def __init__(
@@ -109,14 +108,14 @@ class MicroBatches(Sampler[list[Address]]):
 
 
 def read_image(images: Any, index: int) -> tuple[Any, int]:
-    """An image of a data set and its label.
+    """Read an image and its label.
 
     Raises:
-        ImageError: if it cannot be read; names its file.
+        ImageError: if the image cannot be read; the message has its file.
     """
     try:
         return images[index]
-    except Exception as error:  # PIL's parsers of unknown bytes raise anything
+    except Exception as error:  # PIL raises many kinds of errors on corrupt files
         files = getattr(images, "samples", None)
         file = files[index][0] if files else f"image {index} of the data set"
         reason = " ".join(str(error).removeprefix(f"{file}: ").split()) or type(error).__name__
@@ -124,19 +123,19 @@ def read_image(images: Any, index: int) -> tuple[Any, int]:
 
 
 class AddressedImages(Dataset):
-    """Training images by address: everything random in the transform is seeded by `(seed, epoch, image, repeat)`."""
+    """Augmented training images by address; the transform is seeded by `(seed, epoch, image, repeat)`."""
 
     def __init__(self, images: Any, transform: Any, seed: int) -> None:
         self.images, self.transform, self.seed = images, transform, seed
 
     def __getitem__(self, address: Address) -> tuple[Tensor, int, int, int]:
-        picture, label = read_image(self.images, address.image)
+        image, label = read_image(self.images, address.image)
         seed_everything(self.seed, "augment", *address)
-        return self.transform(picture), label, address.image, derive_seed(*address)
+        return self.transform(image), label, address.image, derive_seed(*address)
 
 
 class EvalImages(Dataset):
-    """`(transformed image, label)` in the order of the data set."""
+    """Evaluation images as `(transformed image, label)`, in the order of the data set."""
 
     def __init__(self, images: Any, transform: Any) -> None:
         self.images, self.transform = images, transform
@@ -152,7 +151,7 @@ class EvalImages(Dataset):
 def train_loader(
     images: Any, transform: Any, seed: int, micro_batches: MicroBatches, workers: int
 ) -> Iterator[list[Batch]]:
-    """Yield, for each step, this rank's micro-batches on the CPU."""
+    """Yield this rank's micro-batches of each step, on the CPU."""
     loader: DataLoader = DataLoader(
         AddressedImages(images, transform, seed),
         batch_sampler=micro_batches,
@@ -166,7 +165,7 @@ def train_loader(
 
 
 def eval_loader(images: Any, transform: Any, world: World, batch_size: int, workers: int) -> DataLoader:
-    """This rank's share of an evaluation set: every image on exactly one rank, nothing padded."""
-    share = Subset(EvalImages(images, transform), range(world.rank, len(images), world.size))
+    """Build the loader of this rank's part of an evaluation set; each image is on exactly one rank, without padding."""
+    part = Subset(EvalImages(images, transform), range(world.rank, len(images), world.size))
     pin = world.device.type == "cuda"
-    return DataLoader(share, batch_size, num_workers=workers, pin_memory=pin, worker_init_fn=start_worker)
+    return DataLoader(part, batch_size, num_workers=workers, pin_memory=pin, worker_init_fn=start_worker)

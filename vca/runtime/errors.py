@@ -61,7 +61,7 @@ def known_cause(error: Exception) -> str | None:
         how = f"by {reason[1]}" if reason else "by another process"
         return f"a loader worker was killed {how}, probably out of memory; rerun the command to resume"
     # torch's DistNetworkError, DistStoreError and so on are RuntimeErrors; gloo and NCCL also raise bare ones.
-    if type(error).__name__.startswith("Dist") or re.search("gloo|by peer|NCCL", text):
+    if type(error).__name__.startswith("Dist") or re.search("gloo|by peer|pair closure|NCCL", text):
         what = "timed out" if re.search("[Tt]imed out|timeout", text) else "exited or is unreachable"
         detail = re.sub(r"^\[\S+\] ", "", lines[0])[:200]  # without the line of torch's source
         return f"another rank {what} ({detail}); its own output has the reason, rerun the command to resume"

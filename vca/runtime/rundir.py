@@ -85,10 +85,12 @@ class RunDirectory:
         except ConfigError as error:
             raise ConfigError(f"{error}; remove it to resume this run with the config of this command") from error
         if differences := diff_configs(saved, config, RESUME_IGNORED_KEYS):
-            raise ConfigError(
-                f"{self.path} holds a run with another config ({'; '.join(differences)}); "
-                f"choose another name=... or remove the folder"
-            )
+            remedy = "choose another name=... or remove the folder"
+            if all(line.startswith(("trainer.steps:", "trainer.epochs:")) for line in differences):
+                remedy = "a run cannot be extended, its schedule depends on its length: start a new one with name=..."
+                if "objective" not in config and (saved_steps := sorted(self.checkpoints.glob("step_*.pt"))):
+                    remedy += f" trainer.init_from={saved_steps[-1]}"
+            raise ConfigError(f"{self.path} holds a run with another config ({'; '.join(differences)}); {remedy}")
         old, new = saved.get("data_files"), config.get("data_files")
         if old and new and (differences := diff_configs(old, new, key="data_files")):
             raise ConfigError(

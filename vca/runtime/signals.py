@@ -2,6 +2,7 @@
 
 import ctypes
 import multiprocessing
+import os
 import signal
 import sys
 import threading
@@ -28,6 +29,9 @@ def catch_stop_signals() -> Iterator[StopRequest]:
 
     def note(number: int, frame: FrameType | None) -> None:
         request.received = signal.Signals(number).name
+        if os.environ.get("RANK", "0") == "0":  # os.write, since print is not reentrant
+            again = "; press Ctrl-C again to stop at once" if number == signal.SIGINT else ""
+            os.write(2, f"{request.received} received: stopping after the current step or evaluation{again}\n".encode())
         if number == signal.SIGINT:
             signal.signal(number, signal.default_int_handler)  # a second Ctrl-C stops at once
 

@@ -1,4 +1,4 @@
-"""How a training goes: length, batch, precision, device, how often what."""
+"""Trainer settings: length, batch sizes, precision, device, intervals of logging, evaluation and checkpoints."""
 
 from dataclasses import dataclass
 
@@ -9,25 +9,31 @@ from vca.training.pretrained import InitWeights
 
 @dataclass
 class TrainerConfig:
-    """How long, how large, how often.
+    """Length, batch sizes, precision, device, intervals.
 
     Attributes:
-        epochs: length of the training; an epoch is `images // global_batch_size` updates.
-        steps: length in updates; overrides `epochs`.
-        global_batch_size: images an update, over all ranks and accumulation steps.
-        micro_batch_size: images a rank takes at once; accumulation follows from it. Null: `global_batch_size / ranks`, none.
-        ema_decay: null keeps no average.
-        log_every, eval_every, checkpoint_every: in updates; `eval_every=0` evaluates at the end only.
-        fid_every: in updates: how often a generator is measured against `fid.reference`; 0 never.
-        keep_checkpoints: how many of the newest to keep.
-        workers: loader processes a rank; 0 loads in the training process. Results do not depend on it.
-        deterministic: ask CUDA for deterministic kernels (exact resume there needs it; slower). CUDA has none for a
-            contrast grid that does not divide the token grid, and stops with an error there.
-        grad_checkpointing: keep only the input of each block for the backward pass: less memory, about a third slower.
-        init_from: file of weights to start from, of this project or of the original repositories; what fits is taken.
-        init_weights: of a file that holds several: `ema`, the average where there is one, or `raw`.
-        eval_only: evaluate the newest checkpoint of the run directory, or else the weights of `init_from`, and stop.
-        timeout_minutes: how long the ranks wait for a lost one.
+        epochs: length of the run; an epoch is `images // global_batch_size` steps.
+        steps: length of the run in steps; overrides `epochs`.
+        global_batch_size: images per step, over all ranks and accumulation steps.
+        micro_batch_size: images per forward pass of a rank, which sets the accumulation steps; null is
+            `global_batch_size / world size`, without accumulation.
+        eval_batch_size: images per forward pass of a rank in an evaluation.
+        precision: `fp32`, `tf32`, `bf16` or `fp16`.
+        device: `auto`, `cpu` or `cuda`.
+        compile: use `torch.compile`.
+        ema_decay: decay of the weights' moving average; null disables it.
+        log_every, checkpoint_every: interval in steps; may change on resume.
+        eval_every: interval of evaluations in steps, 0 only at the end; may change on resume.
+        fid_every: interval in steps of measuring a generator against `fid.reference`, 0 never.
+        keep_checkpoints: number of newest checkpoints to keep.
+        workers: loader workers per rank; 0 loads in the main process. Results do not depend on it.
+        deterministic: use deterministic CUDA kernels: slower, required for bit-exact resume on a GPU. CUDA has none for
+            a contrast grid that does not divide the token grid, which is an error.
+        grad_checkpointing: save only the input of each block for backward: less memory, about a third slower.
+        init_from: file of initial weights, of this project or the original repositories; loads matching parameters.
+        init_weights: `ema` or `raw`, for a file with both; `ema` falls back to `raw`.
+        eval_only: only evaluate the newest checkpoint of the run, or `init_from` if it has none.
+        timeout_minutes: time limit of a collective, after which a lost rank ends the run.
     """
 
     epochs: int = 300
@@ -72,10 +78,10 @@ class TrainerConfig:
         check(self.timeout_minutes > 0, "trainer.timeout_minutes", "> 0", self.timeout_minutes)
 
     def micro_batch_on(self, world_size: int) -> tuple[int, int]:
-        """`(images a rank takes at once, accumulation steps)` for that many ranks.
+        """Return `(micro-batch size, accumulation steps)` of each rank.
 
         Raises:
-            ConfigError: if the global batch cannot be cut that way; names the nearest sizes that can.
+            ConfigError: if the global batch size is not divisible; the message has the nearest valid sizes.
         """
         unit = world_size * (self.micro_batch_size or 1)
         if self.global_batch_size % unit:
@@ -83,12 +89,11 @@ class TrainerConfig:
             valid = f"{below} or {above}" if below else f"{above}"
             times = f" x micro_batch_size {self.micro_batch_size}" if self.micro_batch_size else ""
             raise ConfigError(
-                f"trainer.global_batch_size must be a multiple of {world_size} ranks{times}, got {self.global_batch_size}; "
-                f"try {valid}"
+                f"trainer.global_batch_size must be a multiple of {world_size} ranks{times}, "
+                f"got {self.global_batch_size}; try {valid}"
             )
         micro = self.micro_batch_size or self.global_batch_size // world_size
         return micro, self.global_batch_size // (world_size * micro)
 
     def total_steps(self, steps_per_epoch: int) -> int:
-        """Length of the training in updates."""
         return self.steps if self.steps is not None else self.epochs * steps_per_epoch

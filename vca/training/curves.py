@@ -1,4 +1,4 @@
-"""`curves.png`: what `metrics.jsonl` says, as a picture."""
+"""Plot the records of `metrics.jsonl` as `curves.png`."""
 
 import io
 from pathlib import Path
@@ -8,11 +8,11 @@ from vca.runtime.files import write_bytes
 
 
 def plot_curves(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
-    """Draw loss, learning rate and, where there are such, accuracy and Frechet distance over the steps, a line a run.
+    """Plot loss, learning rate and, if recorded, accuracy and Frechet distance over the steps, one line per run.
 
     Args:
         runs: label -> records of `metrics.jsonl`.
-        path: the PNG to write.
+        path: PNG to write.
     """
     import matplotlib
 

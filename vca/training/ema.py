@@ -1,4 +1,4 @@
-"""Exponential moving average of the weights: `ema <- decay ema + (1 - decay) model` after every update."""
+"""Exponential moving average of the weights: `ema <- decay ema + (1 - decay) model` after every step."""
 
 import copy
 from typing import Any
@@ -8,12 +8,10 @@ from torch import nn
 
 
 class Ema:
-    """A second copy of the bare model that follows the first.
-
-    Built from, and updated with, the model itself, never its DDP or compiled wrapper, so that names always agree.
+    """Moving average of a model's parameters, in `module`.
 
     Args:
-        model: the bare model; the average starts as its copy.
+        model: the bare model, not its DDP or compiled wrapper; the average starts as a copy.
         decay: in [0, 1).
     """
 
@@ -23,8 +21,8 @@ class Ema:
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
-        """Move the average towards `model`; buffers are copied."""
+        """Move the average towards `model`; copy the buffers."""
         averages: list[Any] = list(self.module.parameters())
         torch._foreach_lerp_(averages, list(model.parameters()), 1 - self.decay)
-        for mine, theirs in zip(self.module.buffers(), model.buffers(), strict=True):
-            mine.copy_(theirs)
+        for average, buffer in zip(self.module.buffers(), model.buffers(), strict=True):
+            average.copy_(buffer)

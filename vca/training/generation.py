@@ -1,4 +1,4 @@
-"""The objective of generation on a batch: times, noise and dropped labels by address, the network, the loss."""
+"""Generation loss: time, noise and label dropout of each image are functions of its address."""
 
 import math
 from dataclasses import dataclass
@@ -18,12 +18,12 @@ from vca.runtime.seeding import derive_seed
 
 @dataclass(frozen=True)
 class GenerationData:
-    """What a generator trains on: images, which the autoencoder encodes in each step, or cached latents.
+    """Training data of a generator: images, encoded in each step, or cached latents.
 
     Attributes:
-        dataset: of `(image, label)`, or of `(moments, label)`.
-        transform: of one item.
-        item_bytes: of one item after the transform.
+        dataset: data set of `(image, label)` or `(moments, label)`.
+        transform: transform of one item.
+        item_bytes: size of a transformed item.
         cached: whether the items are moments of latents.
         cache: identity of the cache, None for images.
     """
@@ -36,10 +36,10 @@ class GenerationData:
 
 
 def generation_data(dataset: Any, data: DataConfig, augment: AugmentConfig, autoencoder: Autoencoder) -> GenerationData:
-    """A training split for an autoencoder.
+    """Combine a training split with the transform that an autoencoder needs.
 
     Raises:
-        ConfigError: if a latent cache was made by another autoencoder, or the augmentation does not fit it.
+        ConfigError: if a latent cache was made by another autoencoder or does not support the augmentation.
     """
     if not isinstance(dataset, LatentCache):
         return GenerationData(dataset, train_transform(augment, data), data.image_bytes, False, None)
@@ -49,19 +49,18 @@ def generation_data(dataset: Any, data: DataConfig, augment: AugmentConfig, auto
 
 
 class GenerationLoss:
-    """`loss_of` for `TrainState.train_step`.
+    """`loss_of` of `TrainState.train_step` for generation.
 
-    Whether the label is dropped, the time, the noise and the sample of the posterior depend on the seed and on the
-    address of the image (epoch, image, repeat), which is its place in the stream of global batches: they are the same
-    on any number of ranks, and from cached latents as from images.
+    Label dropout, time, noise and posterior sample depend on the seed and the address of the image (epoch, image,
+    repeat) only. They are the same at any world size, and for cached latents and images.
 
     Args:
         objective: diffusion or interpolant.
-        autoencoder: between the images and what the network sees.
-        cached: the batches hold moments already.
-        class_dropout: how often a label is replaced by the null label.
-        null_label: the number of classes.
-        seed: the run's.
+        autoencoder: encodes the images.
+        cached: the batches contain moments instead of images.
+        class_dropout: probability of replacing a label by the null label.
+        null_label: number of classes.
+        seed: seed of the run.
     """
 
     def __init__(
@@ -77,23 +76,23 @@ class GenerationLoss:
         self.class_dropout, self.null_label, self.seed = class_dropout, null_label, seed
 
     def __call__(self, model: nn.Module, batch: Batch, step: int) -> Tensor:
-        """Mean loss of a micro-batch of images in [-1, 1], or of moments."""
+        """Return the mean loss of a micro-batch of images in [-1, 1] or of moments."""
         latents, noise, u, labels = self.prepare(batch)
         losses = self.objective.losses(lambda x, t: model(x, t, labels), latents, noise, u)
         return losses["loss"].mean()
 
     def prepare(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Latents `(b, C, h, w)`, noise `(b, C, h, w)`, `u` `(b,)` in [0, 1) that picks the time, labels `(b,)`."""
+        """Return latents and noise `(b, C, h, w)`, `u` `(b,)` in [0, 1), which selects the time, and labels `(b,)`."""
         moments = batch.images if self.cached else self.autoencoder.encode(batch.images)
-        kinds = 1 + self.autoencoder.has_posterior(moments)  # of noise: the second samples the posterior
-        shape = (kinds, self.autoencoder.channels, *moments.shape[2:])
-        draws = [self.draw(fingerprint, shape) for fingerprint in batch.fingerprints.tolist()]
+        noises = 1 + self.autoencoder.has_posterior(moments)  # the second one samples the posterior
+        shape = (noises, self.autoencoder.channels, *moments.shape[2:])
+        draws = [self.draw_noise(fingerprint, shape) for fingerprint in batch.fingerprints.tolist()]
         u, drop, noise = (torch.stack(column).to(moments.device) for column in zip(*draws, strict=True))
         labels = torch.where(drop < self.class_dropout, self.null_label, batch.labels)
         return self.autoencoder.latents(moments, noise[:, -1]), noise[:, 0], u, labels
 
-    def draw(self, fingerprint: int, shape: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
-        """Two uniform numbers and the noise of one image."""
+    def draw_noise(self, fingerprint: int, shape: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
+        """Draw `u`, the uniform number of the label dropout, and the noise of one image."""
         generator = torch.Generator().manual_seed(derive_seed(self.seed, "generation", fingerprint))
         u, drop = torch.rand(2, generator=generator).unbind()
         return u, drop, torch.randn(shape, generator=generator)

@@ -12,7 +12,7 @@ from vca.runtime.errors import check
 
 
 class Schedule(Enum):
-    """The learning rate after the warm-up: half a cosine down to `min_lr`, or constant as in DiT and SiT."""
+    """Learning rate after the warm-up: cosine decay to `min_lr`, or constant as in DiT and SiT."""
 
     cosine = "cosine"
     constant = "constant"
@@ -21,9 +21,9 @@ class Schedule(Enum):
 class ScheduleUnit(Enum):
     """When the learning rate changes.
 
-    `step`: at every step, as in Swin. `epoch`: at the start of an epoch, as in timm's training script and CSWin.
-    `epoch_late`: one epoch later, as in DeiT and PVT, which pass the number of the finished epoch to the scheduler:
-    epochs 0 and 1 both run at `warmup_lr`.
+    `step`: every step, as in Swin. `epoch`: at the start of each epoch, as in timm's training script and CSWin.
+    `epoch_late`: one epoch later, as in DeiT and PVT, which pass the index of the finished epoch to the scheduler, so
+    that epochs 0 and 1 both use `warmup_lr`.
     """
 
     step = "step"
@@ -36,13 +36,13 @@ class OptimConfig:
     """AdamW with linear warm-up and cosine decay.
 
     Attributes:
-        lr: peak learning rate; null derives it as `base_lr * trainer.global_batch_size / 512`.
+        lr: peak learning rate; null is `base_lr * trainer.global_batch_size / 512`.
         schedule: `cosine` or `constant`.
         schedule_unit: `step`, `epoch` or `epoch_late`.
         warmup_epochs: length of the linear warm-up from `warmup_lr`; fractions are allowed.
-        cooldown_epochs: how many epochs at the end, of those that `trainer` counts, run at `min_lr`.
-        min_lr: where the cosine ends.
-        clip_grad: largest norm of the whole gradient; null does not clip.
+        cooldown_epochs: epochs at `min_lr` at the end of the run, included in its length.
+        min_lr: final learning rate of the cosine.
+        clip_grad: maximum norm of the gradient; null disables clipping.
     """
 
     lr: float | None = None
@@ -71,15 +71,14 @@ class OptimConfig:
         check(self.clip_grad is None or self.clip_grad > 0, "optim.clip_grad", "> 0 or null", self.clip_grad)
 
     def peak_lr(self, global_batch_size: int) -> float:
-        """The peak learning rate: `lr`, or the linear scaling rule."""
+        """Return `lr`, or `base_lr` by the linear scaling rule."""
         return self.lr if self.lr is not None else self.base_lr * global_batch_size / 512
 
 
 def learning_rate(config: OptimConfig, step: int, total_steps: int, steps_per_epoch: int, peak: float) -> float:
-    """Learning rate of update number `step` (from 0).
+    """Return the learning rate of step number `step`, from 0.
 
-    Linear warm-up, then half a cosine that counts from the start of the training, then `min_lr`, or the peak where
-    that is lower.
+    Linear warm-up, then a half cosine over the whole run without cooldown, then `min_lr` (or the peak if it is lower).
     """
     end = min(config.min_lr, peak)
     epoch = step / steps_per_epoch
@@ -98,10 +97,10 @@ def learning_rate(config: OptimConfig, step: int, total_steps: int, steps_per_ep
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Two groups, decayed and not decayed.
+    """Split the parameters into two groups, with and without weight decay.
 
-    Not decayed: everything 1-D (biases, norm weights, lambda vectors) and what `model.no_weight_decay()` names. Build
-    them from the bare model: under DDP or `torch.compile` the names carry a prefix, and the list would be lost.
+    Without: every 1-D parameter (biases, norm weights, lambda vectors) and the names in `model.no_weight_decay()`.
+    `model` must be the bare model: DDP and `torch.compile` add a prefix to the names.
     """
     listed: Any = getattr(model, "no_weight_decay", set)
     no_decay: set[str] = listed()
@@ -113,6 +112,6 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 
 
 def build_optimizer(config: OptimConfig, model: nn.Module, peak: float) -> torch.optim.AdamW:
-    """AdamW over `parameter_groups`, in its fused form on CPU and GPU alike."""
+    """Build a fused AdamW over `parameter_groups`."""
     groups = parameter_groups(model, config.weight_decay)
     return torch.optim.AdamW(groups, lr=peak, betas=(config.betas[0], config.betas[1]), eps=config.eps, fused=True)

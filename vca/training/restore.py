@@ -1,4 +1,4 @@
-"""A trained generator, read back from its run directory or from a file of weights."""
+"""Load a trained generator from its run directory or from a file of weights."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +21,7 @@ from vca.training.checkpoint import (
 )
 from vca.training.pretrained import InitWeights, init_from
 
-THE_ONLY_ONES = "the only ones"  # weights of a file that holds nothing else, as the published ones, which are averages
+THE_ONLY_ONES = "the only ones"  # weights of a file with one set, such as the published ones, which are EMA weights
 
 
 def load_generator(
@@ -33,19 +33,19 @@ def load_generator(
     step: int | None = None,
     checkpoint: str | None = None,
 ) -> DiffusionPipeline:
-    """The network, its weights and what belongs to it, on `world.device` and in evaluation mode.
+    """Load network, weights, objective and autoencoder, on `world.device` and in evaluation mode.
 
     Args:
-        configs: of `model`, `attention`, `objective` and `autoencoder`; where `trained_with` is the identity of the
-            training's autoencoder, the one that is loaded must agree with it; `training` says how it went.
-        build: makes a network of the first two.
+        configs: `model`, `attention`, `objective` and `autoencoder`; optionally `trained_with`, the identity that the
+            autoencoder must have, and `training`, recorded in the pipeline's origin.
+        build: builds a network from model and attention config.
         world: this process.
-        weights: which of those that the file holds.
-        run, step: a run directory, and which of its checkpoints; None is the newest.
-        checkpoint: or else a file, which must hold this network exactly.
+        weights: `ema` or `raw`.
+        run, step: run directory and step of its checkpoint; None is the newest.
+        checkpoint: file of weights instead of a run; it must contain exactly this network.
 
     Raises:
-        ConfigError: if there is no such run, checkpoint or autoencoder, or the weights are another model's.
+        ConfigError: if run, checkpoint or autoencoder do not exist, or the weights are of another model.
     """
     with config_errors():
         model = build(configs["model"], configs["attention"])
@@ -57,29 +57,28 @@ def load_generator(
     trained_with = configs.get("trained_with")
     differences = diff_configs(trained_with, autoencoder.identity(), key="autoencoder") if trained_with else []
     if differences:
-        raise ConfigError(f"run: it was trained with another autoencoder ({'; '.join(differences)})")
+        raise ConfigError(f"run: trained with another autoencoder ({'; '.join(differences)})")
     objective = build_objective(configs["objective"])
     return DiffusionPipeline(model.eval().to(world.device), objective, autoencoder, configs, origin)
 
 
 def load_run(model: Any, run: Path, step: int | None, weights: InitWeights, world: World) -> dict[str, Any]:
-    """Load weights of a run's checkpoint: on every rank the one that rank 0 finds, while the run goes on."""
+    """Load weights of a run, which may be running, on every rank from the checkpoint that rank 0 chooses."""
     folder = run / "checkpoints"
     saved = load_step(folder, step) if step is not None else load_latest_for_all(folder, world, set_aside=False)
     if saved is None:
-        raise ConfigError(f"{folder} holds no checkpoint")
-    used = weights if saved["ema"] is not None else InitWeights.raw
+        raise ConfigError(f"{folder} has no checkpoint")
+    weights = weights if saved["ema"] is not None else InitWeights.raw
     with must_fit(checkpoint_path(folder, saved["step"])):
-        model.load_state_dict(saved["ema" if used is InitWeights.ema else "model"])
-    return {"run": run.resolve().name, "step": saved["step"], "weights": used.value}
+        model.load_state_dict(saved["ema" if weights is InitWeights.ema else "model"])
+    return {"run": run.resolve().name, "step": saved["step"], "weights": weights.value}
 
 
 def load_step(folder: Path, step: int) -> dict[str, Any]:
-    """The checkpoint of a step."""
     path = checkpoint_path(folder, step)
     if not path.is_file():
-        there = ", ".join(str(int(path.stem[5:])) for path in list_checkpoints(folder)) or "none at all"
-        raise ConfigError(f"{folder} holds no checkpoint of step {step}, but of {there}")
+        steps = ", ".join(str(int(path.stem[5:])) for path in list_checkpoints(folder)) or "none"
+        raise ConfigError(f"{folder} has no checkpoint of step {step}; available: {steps}")
     try:
         return load_checkpoint(path)
     except CorruptCheckpointError as error:
@@ -87,7 +86,7 @@ def load_step(folder: Path, step: int) -> dict[str, Any]:
 
 
 def load_file(model: Any, path: Path, weights: InitWeights) -> dict[str, Any]:
-    """Load weights of a file, which must be all of the model's."""
+    """Load weights of a file, which must contain exactly this model."""
     report = init_from(model, path, weights, key="checkpoint")
     report.check_complete("checkpoint must be a file")
     return {"checkpoint": path.name, "step": None, "weights": report.source or THE_ONLY_ONES}

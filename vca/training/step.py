@@ -1,4 +1,4 @@
-"""One update, shared by both trainers: accumulation, autocast, clipping, the optimizer, EMA, and their state."""
+"""One training step, shared by both trainers: accumulation, autocast, clipping, optimizer and EMA, and their state."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from vca.runtime.compute import Precision, autocast
 from vca.runtime.distributed import World
+from vca.runtime.errors import NonFiniteError
 from vca.runtime.seeding import seed_torch
 from vca.training.config import TrainerConfig
 from vca.training.ema import Ema
@@ -20,7 +21,14 @@ from vca.training.optim import OptimConfig, build_optimizer, learning_rate
 
 @dataclass
 class StepResult:
-    """What one update tells: mean loss over this rank's images `()`, norm of the global gradient, learning rate."""
+    """Result of one step.
+
+    Attributes:
+        loss: mean loss over this rank's images, `()`, on the device.
+        grad_norm: norm of the gradient over all ranks, before clipping.
+        lr: learning rate of the step.
+        applied: False if the gradient was not finite and the weights are unchanged.
+    """
 
     loss: Tensor
     grad_norm: float
@@ -29,16 +37,16 @@ class StepResult:
 
 
 class TrainState:
-    """Model, optimizer, EMA and gradient scaler: everything that an update changes and a checkpoint holds.
+    """Model, optimizer, EMA and gradient scaler: everything that a step changes and a checkpoint contains.
 
-    `model` stays the bare network; `forward_model` is its DDP or compiled wrapper. Names, parameter groups, EMA and
-    checkpoints come from the bare one.
+    `model` is the bare network, `forward_model` its DDP or compiled wrapper. Parameter names, parameter groups, EMA and
+    checkpoints use the bare network.
 
     Args:
-        model: the network, on any device; it is moved to `world.device`.
+        model: the network; it is moved to `world.device`.
         trainer, optim: configs.
         world: this process.
-        steps_per_epoch: for the schedule, whose warm-up is given in epochs.
+        steps_per_epoch: converts the epochs of the schedule to steps.
     """
 
     def __init__(
@@ -53,7 +61,8 @@ class TrainState:
         self.ema = Ema(self.model, trainer.ema_decay) if trainer.ema_decay is not None else None
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=trainer.precision is Precision.fp16)
         self.step = 0
-        self.settled = False
+        self.nonfinite_step: int | None = None
+        self.buckets_settled = False
 
         self.forward_model: Any = self.model
         if world.size > 1:
@@ -63,33 +72,37 @@ class TrainState:
             self.forward_model = torch.compile(self.forward_model)
 
     def autocast(self) -> Any:
-        """Autocast in the configured precision."""
         return autocast(self.trainer.precision, self.world.device)
 
     def train_step(
         self, batches: Sequence[Any], loss_of: Callable[[nn.Module, Any, int], Tensor], seed: int
     ) -> StepResult:
-        """Make update number `self.step` from this rank's micro-batches.
+        """Run step number `self.step` on this rank's micro-batches.
 
-        Dropout and stochastic depth are seeded by `(seed, step, micro-batch)`, where micro-batches are counted over
-        all ranks: with `trainer.micro_batch_size` set, the numbers do not depend on how many ranks share the work.
+        Dropout and stochastic depth are seeded by `(seed, step, micro-batch)`, with micro-batches counted over all
+        ranks. With `trainer.micro_batch_size` set, the random numbers do not depend on the world size.
 
         Args:
-            batches: `accumulation` micro-batches, on the device.
-            loss_of: maps the network, a micro-batch and the step to the mean loss of the micro-batch.
-            seed: the run's seed.
+            batches: `accumulation` micro-batches on the device.
+            loss_of: maps network, micro-batch and step to the mean loss of the micro-batch.
+            seed: seed of the run.
 
         Returns:
-            The result; on a gradient that is not finite `applied` is False, and parameters, optimizer and EMA are as
-            they were. The gradient is the same on every rank, so all ranks see it at once.
+            The result. If the gradient is not finite, on every rank alike, `applied` is False and weights, optimizer
+            and EMA are unchanged.
+
+        Raises:
+            NonFiniteError: if the gradient of the previous step was not finite and was no fp16 overflow.
         """
+        if self.nonfinite_step is not None:
+            raise NonFiniteError(f"the gradient of step {self.nonfinite_step} was not finite; load a checkpoint first")
         step = self.step
         lr = learning_rate(self.optim, step, self.total_steps, self.steps_per_epoch, self.peak_lr)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         if not self.model.training:  # after an evaluation
             self.forward_model.train()
-        if self.world.size > 1 and not self.settled:
+        if self.world.size > 1 and not self.buckets_settled:
             self.settle_buckets(batches[0], loss_of)
         total = torch.zeros((), device=self.world.device)
         for index, batch in enumerate(batches):
@@ -114,24 +127,29 @@ class TrainState:
                 self.ema.update(self.model)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
+        if not finite and not self.is_fp16_overflow():
+            self.nonfinite_step = step
         self.step = step + 1
         return StepResult(total, grad_norm, lr, finite)
 
-    def settle_buckets(self, batch: Any, loss_of: Callable[[nn.Module, Any, int], Tensor]) -> None:
-        """Make one backward pass for nothing.
+    def is_fp16_overflow(self) -> bool:
+        """Whether a non-finite gradient may be an fp16 overflow, which lowers the loss scale until it is below 1."""
+        return self.trainer.precision is Precision.fp16 and self.scaler.get_scale() >= 1
 
-        DDP rearranges its buckets after the first backward pass, and the arrangement decides how a sum over three or
-        more ranks rounds. With that pass out of the way, the first update after a resume is arranged, and so rounds,
-        as the same update of an unbroken run.
+    def settle_buckets(self, batch: Any, loss_of: Callable[[nn.Module, Any, int], Tensor]) -> None:
+        """Run one backward pass and discard its gradients.
+
+        DDP rearranges its buckets after the first backward pass, and their arrangement decides how a sum over three or
+        more ranks is rounded. After this pass, the first step after a resume rounds as in an uninterrupted run.
         """
         with self.autocast():
             loss = loss_of(self.forward_model, batch, self.step)
         loss.backward()
         self.optimizer.zero_grad(set_to_none=True)
-        self.settled = True
+        self.buckets_settled = True
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and plain values, for `save_checkpoint`."""
+        """Return tensors and plain values, for `save_checkpoint`."""
         return {
             "step": self.step,
             "model": self.model.state_dict(),
@@ -141,8 +159,7 @@ class TrainState:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state_dict` was taken."""
-        self.step = state["step"]
+        self.step, self.nonfinite_step = state["step"], None
         self.model.load_state_dict(state["model"])
         if self.ema is not None:
             self.ema.module.load_state_dict(state["ema"])
