@@ -11,14 +11,22 @@ import pytest
 import torch
 import torch.utils.checkpoint
 
-from benchmarks.timing import kept_bytes
-from tests.attention.test_contrast import ARGUMENTS, CONFIGS, OPTIONS, given_to_function, random_arguments, shape_id
+from benchmarks.timing import saved_bytes
+from tests.attention.test_contrast import (
+    ARGUMENTS,
+    CONFIGS,
+    OPTIONS,
+    contrast_attention,
+    given_to_function,
+    random_arguments,
+    reference_attention,
+    shape_id,
+)
 from tests.data.test_loader import write_image_folder
 from tests.processes import ROOT, environment, run_script
-from vca import VCAConfig, VisualContrastAttention, visual_contrast_attention
+from vca import VCAConfig, VisualContrastAttention
 from vca.attention import SoftmaxConfig, build_attention, kernels
-from vca.attention.kernels import Backend, use_triton, why_not
-from vca.attention.reference import reference_attention
+from vca.attention.kernels import Backend, unsupported_reason, use_triton
 
 pytest.importorskip("triton")
 from vca.attention.kernels import launch, operator
@@ -89,15 +97,15 @@ def test_kernels_equal_reference(shape):
     """Against the equations in float64."""
     exact, given, _ = both(shape)
     expected = with_gradients(reference_attention, exact)
-    assert_close(with_gradients(visual_contrast_attention, given, backend="triton"), expected, 3e-5)
+    assert_close(with_gradients(contrast_attention, given, backend="triton"), expected, 3e-5)
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("shape", [SHAPES[1], ((6, 9), (6, 6), 1, 1, 40)], ids=shape_id)
 def test_kernels_options_equal_eager(options, shape):
     exact, given, keywords = both(shape, options=options)
-    expected = with_gradients(visual_contrast_attention, exact, **keywords)
-    assert_close(with_gradients(visual_contrast_attention, given, backend="triton", **keywords), expected, 1e-5)
+    expected = with_gradients(contrast_attention, exact, **keywords)
+    assert_close(with_gradients(contrast_attention, given, backend="triton", **keywords), expected, 1e-5)
 
 
 @pytest.mark.parametrize("pooling", ["maximum", "depthwise"])
@@ -105,9 +113,9 @@ def test_kernels_other_poolings_equal_eager(pooling):
     """Queries that are pooled outside of the kernels; their gradients come back through the pooling."""
     exact, given, _ = both(SHAPES[0])
     weight = torch.randn(64, 1, 2, 2, dtype=torch.float64) if pooling == "depthwise" else None
-    expected = with_gradients(visual_contrast_attention, exact, pooling=pooling, pool_weight=weight)
+    expected = with_gradients(contrast_attention, exact, pooling=pooling, pool_weight=weight)
     weight = None if weight is None else weight.to(DEVICE, torch.float32)
-    found = with_gradients(visual_contrast_attention, given, backend="triton", pooling=pooling, pool_weight=weight)
+    found = with_gradients(contrast_attention, given, backend="triton", pooling=pooling, pool_weight=weight)
     assert_close(found, expected, 1e-5)
 
 
@@ -117,11 +125,11 @@ def test_kernels_other_poolings_equal_eager(pooling):
 def test_kernels_half_precision_as_accurate_as_eager(dtype, options, shape):
     """As close to float64 as the products allow, and no further from it than plain PyTorch in the same type."""
     exact, given, keywords = both(shape, dtype, options)
-    expected = with_gradients(visual_contrast_attention, exact, **keywords)
-    found = with_gradients(visual_contrast_attention, given, backend="triton", **keywords)
+    expected = with_gradients(contrast_attention, exact, **keywords)
+    found = with_gradients(contrast_attention, given, backend="triton", **keywords)
     lambdas = {name: expected.pop(name) for name in ("d lambda1", "d lambda2")}  # small sums of what cancels
     assert_close(found, expected, 5e-3 if dtype is torch.float16 else 4e-2)
-    eager = with_gradients(visual_contrast_attention, given, backend="eager", **keywords)
+    eager = with_gradients(contrast_attention, given, backend="eager", **keywords)
     for name, reference in {**expected, **lambdas}.items():
         error, eager_error = ((x[name].double().cpu() - reference).abs().max() for x in (found, eager))
         assert error <= 1.5 * eager_error + 2e-3 * reference.abs().max().clamp_min(1), name
@@ -132,9 +140,9 @@ def test_kernels_half_precision_as_accurate_as_eager(dtype, options, shape):
 def test_kernels_split_tokens_equal_eager(shape, splits, monkeypatch):
     """N in parts that are put together afterwards, as few heads and long inputs need."""
     exact, given, _ = both(shape)
-    monkeypatch.setattr(launch, "splits_of", lambda programs, tokens, rows, device: min(splits, -(-tokens // rows)))
-    expected = with_gradients(visual_contrast_attention, exact)
-    assert_close(with_gradients(visual_contrast_attention, given, backend="triton"), expected, 1e-5)
+    monkeypatch.setattr(launch, "num_splits", lambda programs, tokens, rows, device: min(splits, -(-tokens // rows)))
+    expected = with_gradients(contrast_attention, exact)
+    assert_close(with_gradients(contrast_attention, given, backend="triton"), expected, 1e-5)
 
 
 def test_kernels_large_scores_no_overflow():
@@ -145,8 +153,8 @@ def test_kernels_large_scores_no_overflow():
             with torch.no_grad():
                 arguments[0] += 20 * sign
                 arguments[1] += 3
-        expected = with_gradients(visual_contrast_attention, exact)
-        assert_close(with_gradients(visual_contrast_attention, given, backend="triton"), expected, 0.1)
+        expected = with_gradients(contrast_attention, exact)
+        assert_close(with_gradients(contrast_attention, given, backend="triton"), expected, 0.1)
 
 
 def test_kernels_unusual_strides_equal_eager():
@@ -163,8 +171,8 @@ def test_kernels_unusual_strides_equal_eager():
     given = [otherwise(place, value) for place, value in enumerate(given)]
     assert given[0].stride(-1) > 1
     assert given[8].stride() == (2,)
-    expected = with_gradients(visual_contrast_attention, exact)
-    assert_close(with_gradients(visual_contrast_attention, given, backend="triton"), expected, 1e-5)
+    expected = with_gradients(contrast_attention, exact)
+    assert_close(with_gradients(contrast_attention, given, backend="triton"), expected, 1e-5)
     q, _, _, e_pos, e_neg, *rest = (x.detach() if isinstance(x, torch.Tensor) else x for x in given)
     lambda1, lambda2, lambda_init, norm1, norm2, grid, contrast_grid, prefix = rest
     t = torch.randn(2, 2, 32, 9, device=DEVICE).transpose(-1, -2)
@@ -176,7 +184,7 @@ def test_kernels_unusual_strides_equal_eager():
 
 def test_kernels_deterministic():
     _, given, _ = both(SHAPES[1])
-    one, other = (with_gradients(visual_contrast_attention, given, backend="triton") for _ in range(2))
+    one, other = (with_gradients(contrast_attention, given, backend="triton") for _ in range(2))
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
@@ -235,7 +243,7 @@ def test_kernels_compile_export_checkpoint_equal_eager(name):
 def test_kernels_second_derivative_refused():
     module, x = module_of(VCAConfig(), "triton"), torch.randn(1, 21, 64, device=DEVICE, requires_grad=True)
     (grad,) = torch.autograd.grad(module(x).sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="the kernels of VCA have no second derivative"):
+    with pytest.raises(RuntimeError, match=r"backend=triton does not support second derivatives; use .*eager"):
         torch.autograd.grad(grad.square().sum(), x)
 
 
@@ -246,7 +254,7 @@ def test_kernels_left_out_of_traces_onnx_and_transforms():
     assert "contrast_attention" not in str(traced.inlined_graph)
     program = torch.onnx.export(module, (x,), dynamo=True, verbose=False)
     assert "contrast_attention" not in str(program.model_proto.graph.node)
-    message = r"^attention.backend=triton does not serve torch.func .*; use attention.backend=auto$"
+    message = "^attention.backend must be auto or eager under torch.func and forward-mode differentiation, got triton$"
     with pytest.raises(ValueError, match=message):
         torch.func.vmap(module)(x[:, None])
 
@@ -266,9 +274,9 @@ def test_kernels_autocast_close_to_eager(dtype):
         assert (one - other).float().norm() <= 0.05 * other.float().norm() + 1e-4
 
     _, given, _ = both(SHAPES[0])
-    expected = with_gradients(visual_contrast_attention, given, backend="triton")
+    expected = with_gradients(contrast_attention, given, backend="triton")
     with torch.autocast(DEVICE.type, dtype=dtype):
-        found = with_gradients(visual_contrast_attention, given, backend="triton")
+        found = with_gradients(contrast_attention, given, backend="triton")
     assert found["out"].dtype is torch.float32
     assert not torch.equal(found["out"], expected["out"])
     torch.testing.assert_close(found["out"], expected["out"], rtol=0.05, atol=0.05)
@@ -281,7 +289,7 @@ def test_kernels_saved_memory_near_mhsa():
         build_attention(SoftmaxConfig(), 128, 2, (14, 14), num_prefix_tokens=1),
     ]
     x = torch.randn(1, 197, 128, device=DEVICE, requires_grad=True)
-    ours, theirs = (kept_bytes(lambda layer=layer: layer(x), layer) for layer in (one.to(DEVICE) for one in layers))
+    ours, theirs = (saved_bytes(lambda layer=layer: layer(x), layer) for layer in (one.to(DEVICE) for one in layers))
     assert ours / theirs < 1.11
 
 
@@ -308,17 +316,17 @@ def test_kernels_two_rank_run_equals_eager(tmp_path):
 @pytest.mark.parametrize(
     ("place", "reason"),
     [
-        (("cuda", torch.float64, 64, 49), "the kernels take float32, float16 or bfloat16, not float64"),
-        (("cuda", torch.float32, 136, 49), "the kernels take a head dim up to 128, not 136"),
-        (("cuda", torch.float32, 64, 257), "the kernels take up to 256 contrast tokens, not 257"),
-        (("cpu", torch.float32, 64, 49), "the kernels need a GPU, not 'cpu'"),
+        (("cuda", torch.float64, 64, 49), "dtype must be float32, float16 or bfloat16, got float64"),
+        (("cuda", torch.float32, 136, 49), "head dim must be <= 128, got 136"),
+        (("cuda", torch.float32, 64, 257), "number of contrast tokens must be <= 256, got 257"),
+        (("cpu", torch.float32, 64, 49), "device must be cuda, got cpu"),
         (("cuda", torch.bfloat16, 128, 256), None),
     ],
 )
 def test_kernels_supported_and_unsupported_inputs(place, reason, monkeypatch):
-    monkeypatch.setattr(kernels, "INTERPRETED", False)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     device, *rest = place
-    assert why_not(torch.device(device), *rest) == reason
+    assert unsupported_reason(torch.device(device), *rest) == reason
     assert not use_triton(Backend.eager, torch.device(device), *rest)
     if reason is None:
         assert use_triton(Backend.auto, torch.device(device), *rest)
@@ -338,7 +346,7 @@ def test_kernels_supported_and_unsupported_inputs(place, reason, monkeypatch):
 
 def test_kernels_triton_missing_reported(monkeypatch):
     monkeypatch.setattr(kernels, "INSTALLED", False)
-    assert why_not(torch.device("cuda"), torch.float32, 64, 49) == "triton is not installed"
+    assert unsupported_reason(torch.device("cuda"), torch.float32, 64, 49) == "triton is not installed"
 
 
 def test_kernels_unknown_backend_refused():
@@ -348,18 +356,18 @@ def test_kernels_unknown_backend_refused():
 
 # Bytes that ptxas spills, of 255 registers a thread: (kernel, head dim, contrast tokens, capability). Elsewhere none.
 SPILLS = {
-    ("stage2", 32, 256, 80): 8,
-    ("stage2_rows", 128, 256, 80): 40,
-    ("stage_backward 2", 64, 64, 80): 208,
-    ("stage_backward 2", 64, 256, 80): 104,
-    ("stage_backward 2", 72, 64, 80): 16,
-    ("stage_backward 2", 72, 64, 90): 128,
-    ("stage_backward 1", 72, 64, 90): 104,
-    ("stage_backward 2", 72, 256, 80): 32,
-    ("stage_backward 2", 72, 256, 90): 136,
-    ("stage_backward 1", 72, 256, 90): 136,
-    ("stage_backward 2", 128, 64, 90): 48,
-    ("stage_backward 2", 128, 256, 90): 64,
+    ("stage2_fwd", 32, 256, 80): 8,
+    ("stage2_bwd_preprocess", 128, 256, 80): 40,
+    ("stage_bwd 2", 64, 64, 80): 208,
+    ("stage_bwd 2", 64, 256, 80): 104,
+    ("stage_bwd 2", 72, 64, 80): 16,
+    ("stage_bwd 2", 72, 64, 90): 128,
+    ("stage_bwd 1", 72, 64, 90): 104,
+    ("stage_bwd 2", 72, 256, 80): 32,
+    ("stage_bwd 2", 72, 256, 90): 136,
+    ("stage_bwd 1", 72, 256, 90): 136,
+    ("stage_bwd 2", 128, 64, 90): 48,
+    ("stage_bwd 2", 128, 256, 90): 64,
 }
 
 
@@ -389,8 +397,9 @@ def test_kernels_fit_a100_and_h100(compiled):
     rows = compiled["rows"]
     assert {(row["dim"], row["capability"]) for row in rows} == {(d, c) for d in (32, 64, 72, 128) for c in (80, 90)}
     assert {row["kernel"] for row in rows} == {
-        "contrast_tokens", "stage1", "stage2", "stage2_rows", "stage_backward 2", "stage1_rows", "stage_backward 1",
-        "unpool",
+        "contrast_tokens_fwd", "stage1_fwd", "stage2_fwd", "stage2_bwd_preprocess", "stage_bwd 2",
+        "stage1_bwd_preprocess", "stage_bwd 1",
+        "avg_pool_bwd",
     }  # fmt: skip
     for row in rows:
         key = (row["kernel"], row["dim"], row["contrast_tokens"], row["capability"])
@@ -399,7 +408,7 @@ def test_kernels_fit_a100_and_h100(compiled):
     scores_made_once = {
         row["products"]
         for row in rows
-        if row["kernel"] == "stage2" and row["dim"] == 64 and row["contrast_tokens"] == 64
+        if row["kernel"] == "stage2_fwd" and row["dim"] == 64 and row["contrast_tokens"] == 64
     }
     assert scores_made_once == {3}  # two scores and the product with v^; the second pass costs nothing
 
@@ -408,8 +417,8 @@ def test_kernels_every_variant_compiles(compiled):
     """What the interpreter lets through: types in loops, arguments that are 1, code that only an option reaches."""
     every = {row["kernel"] for row in compiled["rows"]}
     kernels = {name: set(names) for name, names in compiled["variants"].items()}
-    assert kernels.pop("split tokens") == every | {"combine"}
-    assert kernels.pop("given contrast tokens") == every - {"unpool"}
+    assert kernels.pop("split tokens") == every | {"stage1_fwd_combine"}
+    assert kernels.pop("given contrast tokens") == every - {"avg_pool_bwd"}
     assert len(kernels) == 5
     assert all(names == every for names in kernels.values())
 

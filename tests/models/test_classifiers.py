@@ -399,7 +399,7 @@ def test_models_pool_of_too_many_layers_refused():
         config = config_class(**fields[family])
         module(config, VCAConfig(contrast_grid=[[1, 1]] * depth))
         with pytest.raises(
-            ValueError, match=f"attention.contrast_grid names {depth + 1} layers, but the model has {depth}"
+            ValueError, match=rf"attention.contrast_grid must have one pair per layer \({depth}\), got {depth + 1}"
         ):
             module(config, VCAConfig(contrast_grid=[[1, 1]] * (depth + 1)))
 
@@ -469,12 +469,12 @@ def test_replace_attention_unsupported_network_refused():
     with pytest.raises(ValueError, match="no blocks"):
         vca.replace_attention(nn.Linear(2, 2))
     network = timm.create_model("vit_tiny_patch16_224", qk_norm=True)
-    with pytest.raises(ValueError, match=r"blocks.0.attn has q_norm, k_norm, which VCA has no place for"):
+    with pytest.raises(ValueError, match=r"blocks.0.attn must not have parts that VCA lacks, got q_norm, k_norm"):
         vca.replace_attention(network)
     assert not any(isinstance(m, vca.VisualContrastAttention) for m in network.modules())
     network = timm.create_model("vit_tiny_patch16_224", depth=1)
     vca.replace_attention(network)
-    with pytest.raises(ValueError, match="no masked form"):
+    with pytest.raises(ValueError, match="VCA does not support masks"):
         network.blocks[0](torch.zeros(1, 197, 192), attn_mask=torch.ones(197, 197))
 
 
