@@ -1,4 +1,4 @@
-"""The core against its oracle: golden figures, values and all gradients at odd shapes, options, autocast."""
+"""VCA against the reference: golden values, outputs and all gradients at odd shapes, options, autocast."""
 
 import functools
 import io
@@ -87,7 +87,7 @@ def test_contrast_attention_equals_golden_values(case, function):
 
 @pytest.mark.parametrize("case", CASES)
 def test_vca_module_equals_golden_values(case):
-    """Lambda vectors, lambda_init of the layer and the local branch, as the module makes them."""
+    """Lambda vectors, lambda_init of the layer and the local branch of the module."""
     arrays, meta = golden(case)
     heads, dim = arrays["q"].shape[1], arrays["q"].shape[3]
     grid, contrast_grid = (meta["H"], meta["W"]), (meta["h"], meta["w"])
@@ -108,7 +108,7 @@ def test_vca_module_equals_golden_values(case):
 
 
 def test_vca_module_equals_its_parts():
-    """The module is projections around the functional core plus the local branch, in that order."""
+    """The module is the projections, the attention function and the local branch, in that order."""
     torch.manual_seed(0)
     module = VisualContrastAttention(24, 3, (4, 5), (2, 2), num_prefix_tokens=1, layer_index=3).double()
     x = torch.randn(2, 21, 24, dtype=torch.float64)
@@ -172,7 +172,7 @@ def given_to_function(arguments, options):
 
 
 def plain_formula(arguments, plain1=False, plain2=False, joint=False, streams=("pool+embedding", "pool+embedding")):
-    """Options of VCA, spelled out for a single head of a single image."""
+    """Formula of each option of VCA, one head of one image at a time."""
     q, k, v, e_pos, e_neg, lambda1, lambda2, lambda_init, weight1, weight2, (height, width), (h, w), prefix = arguments
     dim = q.shape[-1]
     out = torch.empty_like(q)
@@ -217,8 +217,8 @@ def test_contrast_attention_options_equal_formula(options):
         "stage2_softmax": Stage2Softmax(keywords["stage2_softmax"]),
         "pooling": Pooling.average,
     }
-    assert torch.equal(contrast_attention(*given, **enums), out), "the names of the options are not the options"
-    assert not torch.allclose(out, plain_formula(arguments)), "the option changes nothing"
+    assert torch.equal(contrast_attention(*given, **enums), out), "strings and enums differ"
+    assert not torch.allclose(out, plain_formula(arguments)), "the option has no effect"
 
 
 @pytest.mark.parametrize("part", [1, 37, 100, 1000])
@@ -237,8 +237,8 @@ def test_contrast_attention_chunked_stage2_equals_whole(part, options, monkeypat
 
 
 def test_vca_module_saved_memory_near_mhsa():
-    """What a layer keeps for its backward, beside MHSA: 1.10 at 1024 tokens, where autograd alone would keep 2.3."""
-    kept = []
+    """Saved activations relative to MHSA: 1.10 at 1024 tokens; 2.3 with plain autograd."""
+    saved = []
     for name in ("vca", "softmax"):
         module, storages = build_attention(ATTENTIONS[name][0](), 192, 3, (32, 32), (8, 8)), {}
 
@@ -250,14 +250,14 @@ def test_vca_module_saved_memory_near_mhsa():
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             out = module(torch.randn(2, 1024, 192))
         parameters = {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}
-        kept.append(sum(size for storage, size in storages.items() if storage not in parameters))
+        saved.append(sum(size for storage, size in storages.items() if storage not in parameters))
         del out
-    assert kept[0] / kept[1] < 1.12
+    assert saved[0] / saved[1] < 1.12
 
 
 @pytest.mark.parametrize("name", ["vca", "stage2 plain", "joint softmax"])
 def test_vca_module_compile_export_checkpoint_equal(name):
-    """One graph, forward and backward; `torch.export`; recomputation: the values and gradients of the module itself."""
+    """`torch.compile` with fullgraph, `torch.export` and activation checkpointing give equal values and gradients."""
     torch.manual_seed(0)
     module, x = build_attention(CONFIGS[name], 32, 2, (4, 5), (2, 2), num_prefix_tokens=1), torch.randn(2, 21, 32)
 
@@ -270,7 +270,7 @@ def test_vca_module_compile_export_checkpoint_equal(name):
     torch.testing.assert_close(gradients(torch.compile(module, fullgraph=True, backend="aot_eager")), expected)
     for reentrant in (False, True):
         run = functools.partial(torch.utils.checkpoint.checkpoint, module, use_reentrant=reentrant)
-        if reentrant:  # gradients of inputs alone cannot be asked of it
+        if reentrant:  # does not support torch.autograd.grad
             run(x.requires_grad_()).square().sum().backward()
             torch.testing.assert_close([parameter.grad for parameter in module.parameters()], expected[1:])
         else:
@@ -281,7 +281,7 @@ def test_vca_module_compile_export_checkpoint_equal(name):
 
 @pytest.mark.process
 def test_vca_module_compile_one_graph_for_all_batch_sizes():
-    """Also for sizes whose eager Stage II is cut into more parts."""
+    """Also for batch sizes with more chunks in eager Stage II."""
     module, counter = VisualContrastAttention(32, 2, (16, 16), (8, 8)), CompileCounter()
     compiled = torch.compile(module, fullgraph=True, dynamic=True, backend=counter)
     torch._dynamo.reset()
@@ -342,7 +342,7 @@ def test_vca_module_second_derivatives_equal_differences(name):
 @pytest.mark.parametrize("name", ["vca", "stage2 plain", "joint softmax"])
 def test_vca_module_trace_saved_serves_other_batch_sizes(name):
     module, file = build_attention(CONFIGS[name], 16, 2, (4, 5), (2, 2)).eval(), io.BytesIO()
-    with warnings.catch_warnings():  # that shapes other than the batch are constants of the trace
+    with warnings.catch_warnings():  # the trace fixes all shapes except the batch size
         warnings.simplefilter("ignore", torch.jit.TracerWarning)
         torch.jit.save(torch.jit.trace(module, torch.randn(3, 20, 16)), file)
     traced = torch.jit.load(io.BytesIO(file.getvalue()))
@@ -352,7 +352,7 @@ def test_vca_module_trace_saved_serves_other_batch_sizes(name):
 
 
 def test_contrast_attention_wrong_options_refused():
-    """Of the function: names that are no option, embeddings that would broadcast, weights without their pooling."""
+    """Unknown option names, embeddings that would broadcast, a pooling kernel without its pooling."""
     arguments = random_arguments(SHAPES[1])
     streams = r"negative_stream must be one of \['pool', 'embedding', 'pool\+embedding'\], got 'queries'"
     for options, message in [
@@ -379,7 +379,7 @@ def test_vca_module_embedding_streams_skip_pooling(monkeypatch):
 
 @pytest.mark.parametrize("grid", [(4, 6), (5, 7), (2, 2)], ids=str)
 def test_pool_queries_equals_loops(grid):
-    """Maximum and learned pooling against loops; the learned one begins as the average where that is exact."""
+    """Maximum and learned pooling against loops; the learned one is initialized as the average."""
     torch.manual_seed(0)
     q, contrast_grid, prefix = torch.randn(2, 2, 1 + grid[0] * grid[1], 3, dtype=torch.float64), (2, 2), 1
     image = q[:, :, prefix:].unflatten(2, grid)
@@ -439,7 +439,6 @@ def test_attention_variants_every_parameter_gets_gradient(name):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_attention_variants_accept_any_grid(name):
-    """A module serves grids that it was not built for."""
     module = build_attention(CONFIGS[name], 16, 2, (4, 4), (2, 2), num_prefix_tokens=1)
     for grid in ((4, 4), (7, 9), (2, 5), (14, 14)):
         assert module(torch.randn(1, 1 + grid[0] * grid[1], 16), grid).shape == (1, 1 + grid[0] * grid[1], 16)
@@ -464,16 +463,16 @@ def test_attention_variants_autocast_finite(name, dtype, inputs):
 
 
 def test_vca_module_autocast_norm_and_softmax_float32(monkeypatch):
-    """Lambda, both norms and both softmax differences see float32 although the products run in bfloat16."""
-    seen = []
+    """Lambda, norms and softmaxes run in float32, matrix products in bfloat16."""
+    recorded = []
     norm, softmax = torch.nn.functional.rms_norm, torch.Tensor.softmax
 
     def spy_norm(x, shape, weight=None, eps=None):
-        seen.append(("norm", x.dtype, weight.dtype))
+        recorded.append(("norm", x.dtype, weight.dtype))
         return norm(x, shape, weight, eps)
 
     def spy_softmax(x, dim):
-        seen.append(("softmax", x.dtype))
+        recorded.append(("softmax", x.dtype))
         return softmax(x, dim)
 
     monkeypatch.setattr(torch.nn.functional, "rms_norm", spy_norm)
@@ -483,7 +482,7 @@ def test_vca_module_autocast_norm_and_softmax_float32(monkeypatch):
         module(torch.randn(1, 36, 32))
         assert module.lambda1().dtype is torch.float32
     expected = [("norm", torch.float32, torch.float32), ("softmax", torch.float32)]
-    assert seen == [expected[0], expected[1], expected[0]]
+    assert recorded == [expected[0], expected[1], expected[0]]
 
 
 def test_vca_module_bfloat16_close_to_float32():
@@ -539,7 +538,7 @@ def test_attention_variants_wrong_options_refused(build, message):
 
 @pytest.mark.parametrize("name", ATTENTIONS)
 def test_attention_variants_wrong_arguments_refused(name):
-    """The constructor, whether or not the variant uses what it is told, and the number of tokens."""
+    """Constructor arguments, also those that a variant ignores, and the number of tokens."""
     config, module = ATTENTIONS[name]
     for arguments, message in [
         ({"contrast_grid": (0, 2)}, "contrast_grid must be two integers >= 1, got (0, 2)"),
@@ -564,7 +563,7 @@ def test_attention_variants_wrong_arguments_refused(name):
 @pytest.mark.parametrize("power", [1, 16])
 @pytest.mark.parametrize("value", [0.0, -1.0, 1.0])
 def test_focused_linear_extreme_power_finite(power, value):
-    """The flattest direction, all entries alike, in a head of 256: the mean of v, and finite gradients."""
+    """Equal entries in a head of dim 256 give the mean of v and finite gradients."""
     module = build_attention(ATTENTIONS["focused_linear"][0](power=power), 256, 1, (2, 2))
     q, k, v = (torch.full((1, 1, 4, 256), value, requires_grad=True) for _ in range(3))
     out = module.attend(q, k, v, (2, 2))

@@ -1,4 +1,4 @@
-"""The fused kernels: on a GPU where there is one, else in Triton's interpreter, which has no bfloat16 arithmetic."""
+"""The Triton kernels, on a GPU if available, else in the interpreter, which has no bfloat16 arithmetic."""
 
 import json
 import os
@@ -51,8 +51,8 @@ SHAPES = [
 
 
 def both(shape, dtype=torch.float32, options=None, seed=0):
-    """Arguments in float64, and for the kernels: q, k and v in `dtype` and with the strides of a projection."""
-    many = shape[1][0] * shape[1][1] > 100  # the interpreter takes seconds for an image of as many contrast tokens
+    """Arguments in float64, and for the kernels: q, k, v in `dtype` with the strides of a projection."""
+    many = shape[1][0] * shape[1][1] > 100  # seconds per image in the interpreter
     exact = random_arguments(shape, seed=seed, batch=1 if many or shape is SHAPES[-1] else 2)
     for place in range(3):
         exact[place] = exact[place].detach().to(dtype).double().requires_grad_()
@@ -70,7 +70,7 @@ def both(shape, dtype=torch.float32, options=None, seed=0):
 
 
 def with_gradients(function, arguments, **keywords):
-    """The result, and the gradients of a weighted sum of it, by name."""
+    """Return the output and the gradients of a weighted sum of it, by name."""
     out = function(*arguments, **keywords)
     weight = torch.linspace(-1, 1, out.numel(), dtype=torch.float64).view(out.shape).to(out.device, out.dtype)
     named = [(name, x) for name, x in zip(ARGUMENTS, arguments, strict=False) if isinstance(x, torch.Tensor)]
@@ -79,7 +79,7 @@ def with_gradients(function, arguments, **keywords):
 
 
 def assert_close(found, expected, ratio):
-    """Each tensor within `ratio` of the other's largest value; a failure names all that are not."""
+    """Check that errors are within `ratio` of the largest expected value; lists all that are not."""
     errors = {}
     for name, reference in expected.items():
         if reference is None:
@@ -94,7 +94,6 @@ def assert_close(found, expected, ratio):
 
 @pytest.mark.parametrize("shape", SHAPES, ids=shape_id)
 def test_kernels_equal_reference(shape):
-    """Against the equations in float64."""
     exact, given, _ = both(shape)
     expected = with_gradients(reference_attention, exact)
     assert_close(with_gradients(contrast_attention, given, backend="triton"), expected, 3e-5)
@@ -110,7 +109,7 @@ def test_kernels_options_equal_eager(options, shape):
 
 @pytest.mark.parametrize("pooling", ["maximum", "depthwise"])
 def test_kernels_other_poolings_equal_eager(pooling):
-    """Queries that are pooled outside of the kernels; their gradients come back through the pooling."""
+    """Queries that are pooled outside the kernels, with gradients through the pooling."""
     exact, given, _ = both(SHAPES[0])
     weight = torch.randn(64, 1, 2, 2, dtype=torch.float64) if pooling == "depthwise" else None
     expected = with_gradients(contrast_attention, exact, pooling=pooling, pool_weight=weight)
@@ -123,11 +122,11 @@ def test_kernels_other_poolings_equal_eager(pooling):
 @pytest.mark.parametrize("options", [{}, OPTIONS[3]], ids=str)
 @pytest.mark.parametrize("shape", [SHAPES[1], SHAPES[3]], ids=shape_id)
 def test_kernels_half_precision_as_accurate_as_eager(dtype, options, shape):
-    """As close to float64 as the products allow, and no further from it than plain PyTorch in the same type."""
+    """Errors are bounded, and not larger than those of plain PyTorch in the same dtype."""
     exact, given, keywords = both(shape, dtype, options)
     expected = with_gradients(contrast_attention, exact, **keywords)
     found = with_gradients(contrast_attention, given, backend="triton", **keywords)
-    lambdas = {name: expected.pop(name) for name in ("d lambda1", "d lambda2")}  # small sums of what cancels
+    lambdas = {name: expected.pop(name) for name in ("d lambda1", "d lambda2")}  # small sums of terms that cancel
     assert_close(found, expected, 5e-3 if dtype is torch.float16 else 4e-2)
     eager = with_gradients(contrast_attention, given, backend="eager", **keywords)
     for name, reference in {**expected, **lambdas}.items():
@@ -138,7 +137,7 @@ def test_kernels_half_precision_as_accurate_as_eager(dtype, options, shape):
 @pytest.mark.parametrize("shape", [SHAPES[1], SHAPES[3]], ids=shape_id)
 @pytest.mark.parametrize("splits", [2, 100])
 def test_kernels_split_tokens_equal_eager(shape, splits, monkeypatch):
-    """N in parts that are put together afterwards, as few heads and long inputs need."""
+    """Split N, as for few heads and long inputs."""
     exact, given, _ = both(shape)
     monkeypatch.setattr(launch, "num_splits", lambda programs, tokens, rows, device: min(splits, -(-tokens // rows)))
     expected = with_gradients(contrast_attention, exact)
@@ -146,7 +145,7 @@ def test_kernels_split_tokens_equal_eager(shape, splits, monkeypatch):
 
 
 def test_kernels_large_scores_no_overflow():
-    """Softmaxes that are all at one token: no overflow, in rows and tokens that do not exist neither."""
+    """Softmaxes concentrated on one token do not overflow, also in padded rows and tokens."""
     for sign in (1, -1):
         exact, given, _ = both(SHAPES[1])
         for arguments in (exact, given):
@@ -158,7 +157,7 @@ def test_kernels_large_scores_no_overflow():
 
 
 def test_kernels_unusual_strides_equal_eager():
-    """Tensors that lie in memory in other ways: channels apart, v unlike k, embeddings and weights with gaps."""
+    """Strided channels, v with other strides than k, embeddings and weights with gaps."""
     exact, given, _ = both(SHAPES[0])
 
     def otherwise(place, value):
@@ -221,7 +220,7 @@ def gradients_of(module, run, x):
 
 @pytest.mark.parametrize("name", ["vca", "both plain", "learned pooling"])
 def test_kernels_compile_export_checkpoint_equal_eager(name):
-    """What plain PyTorch computes, in one graph, forward and backward, exported, and with recomputation."""
+    """Compiled with fullgraph, exported and with activation checkpointing."""
     module, x = module_of(CONFIGS[name], "triton"), torch.randn(1, 21, 64, device=DEVICE)
     eager = module_of(CONFIGS[name], "eager")
     expected = gradients_of(eager, eager, x)
@@ -248,7 +247,7 @@ def test_kernels_second_derivative_refused():
 
 
 def test_kernels_left_out_of_traces_onnx_and_transforms():
-    """Files load without Triton; `torch.func` is refused by name."""
+    """Exported files load without Triton; `torch.func` is an error."""
     module, x = module_of(VCAConfig(), "triton").eval(), torch.randn(2, 21, 64, device=DEVICE)
     traced = torch.jit.trace(module, x)
     assert "contrast_attention" not in str(traced.inlined_graph)
@@ -261,7 +260,7 @@ def test_kernels_left_out_of_traces_onnx_and_transforms():
 
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 def test_kernels_autocast_close_to_eager(dtype):
-    """Half precision products, float32 parameters; q, k and v may also come in float32."""
+    """Half-precision products and float32 parameters; q, k and v may be float32."""
     results = []
     for backend in ("triton", "eager"):
         module, x = module_of(VCAConfig(), backend), torch.randn(2, 21, 64, device=DEVICE)
@@ -283,7 +282,7 @@ def test_kernels_autocast_close_to_eager(dtype):
 
 
 def test_kernels_saved_memory_near_mhsa():
-    """Of a layer for its backward, beside MHSA: 1.10 at 197 tokens, where plain PyTorch keeps 1.35."""
+    """Saved activations relative to MHSA: 1.10 at 197 tokens; 1.35 in plain PyTorch."""
     layers = [
         VisualContrastAttention(128, 2, (14, 14), (7, 7), 1, config=VCAConfig(backend="triton")),
         build_attention(SoftmaxConfig(), 128, 2, (14, 14), num_prefix_tokens=1),
@@ -294,7 +293,7 @@ def test_kernels_saved_memory_near_mhsa():
 
 
 def test_kernels_two_rank_run_equals_eager(tmp_path):
-    """`train_cls.py` on two ranks, DDP: the losses of plain PyTorch, and the log says which it is."""
+    """`train_cls.py` on two DDP ranks has the losses of plain PyTorch; the log names the backend."""
     write_image_folder(tmp_path / "data")
     options = ["data=imagefolder", f"data.root={tmp_path / 'data'}", "data.num_classes=2", "data.img_size=8"]
     options += ["trainer.steps=2", "trainer.global_batch_size=4", "trainer.log_every=1", "trainer.eval_every=0"]
@@ -334,13 +333,13 @@ def test_kernels_supported_and_unsupported_inputs(place, reason, monkeypatch):
     with pytest.raises(ValueError, match=f"attention.backend=triton: {reason}"):
         use_triton(Backend.triton, torch.device(device), *rest)
     kernels.warn_once.cache_clear()
-    if device == "cpu":  # no GPU, nothing to tell
+    if device == "cpu":  # no GPU: no warning
         assert not use_triton(Backend.auto, torch.device(device), *rest)
         return
     with pytest.warns(UserWarning, match=reason):
         assert not use_triton(Backend.auto, torch.device(device), *rest)
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # once is enough
+        warnings.simplefilter("error")  # warns once
         assert not use_triton(Backend.auto, torch.device(device), *rest)
 
 
@@ -354,7 +353,7 @@ def test_kernels_unknown_backend_refused():
         VCAConfig(backend="cuda")
 
 
-# Bytes that ptxas spills, of 255 registers a thread: (kernel, head dim, contrast tokens, capability). Elsewhere none.
+# Bytes spilled by ptxas: (kernel, head dim, contrast tokens, capability); 0 for other kernels.
 SPILLS = {
     ("stage2_fwd", 32, 256, 80): 8,
     ("stage2_bwd_preprocess", 128, 256, 80): 40,
@@ -373,9 +372,9 @@ SPILLS = {
 
 @pytest.fixture(scope="session")
 def compiled(artefact):
-    """What `scripts/kernel_resources.py` records of the kernels, compiled for A100 and H100 without a GPU.
+    """Results of `scripts/kernel_resources.py`, which compiles for A100 and H100 without a GPU.
 
-    Compiling takes minutes, so the script does it when a kernel or Triton is not as in its committed record.
+    Compilation takes minutes, so the script skips it if the sources and Triton match the committed file.
     """
     if sys.platform != "linux":
         pytest.skip("ptxas comes with Triton on Linux")
@@ -393,7 +392,7 @@ def compiled(artefact):
 
 
 def test_kernels_fit_a100_and_h100(compiled):
-    """Registers and shared memory within bounds, spills as the table has them."""
+    """Shared memory and spills are within bounds."""
     rows = compiled["rows"]
     assert {(row["dim"], row["capability"]) for row in rows} == {(d, c) for d in (32, 64, 72, 128) for c in (80, 90)}
     assert {row["kernel"] for row in rows} == {
@@ -410,11 +409,11 @@ def test_kernels_fit_a100_and_h100(compiled):
         for row in rows
         if row["kernel"] == "stage2_fwd" and row["dim"] == 64 and row["contrast_tokens"] == 64
     }
-    assert scores_made_once == {3}  # two scores and the product with v^; the second pass costs nothing
+    assert scores_made_once == {3}  # two scores and the product with v^; the second pass is merged
 
 
 def test_kernels_every_variant_compiles(compiled):
-    """What the interpreter lets through: types in loops, arguments that are 1, code that only an option reaches."""
+    """Compilation finds errors that the interpreter does not: types in loops, arguments equal to 1."""
     every = {row["kernel"] for row in compiled["rows"]}
     kernels = {name: set(names) for name, names in compiled["variants"].items()}
     assert kernels.pop("split tokens") == every | {"stage1_fwd_combine"}

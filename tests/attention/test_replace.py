@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import textwrap
 
 import pytest
 import timm
@@ -9,6 +10,7 @@ import torch
 from torch import nn
 
 import vca
+from vca.attention import SoftmaxAttention, replace
 
 SMALL = {"depth": 2, "embed_dim": 32, "num_heads": 2, "patch_size": 4, "num_classes": 5}
 
@@ -92,6 +94,24 @@ def test_replace_attention_torchvision_vit_refused():
     network = VisionTransformer(32, 16, num_layers=1, num_heads=2, hidden_dim=8, mlp_dim=8)
     with pytest.raises(ValueError, match=r"must be timm's, got torchvision's VisionTransformer; .*timm.create_model\("):
         vca.replace_attention(network)
+
+
+def test_replace_docstring_recipe_for_torchvision_keeps_projections():
+    """With MHSA in place of VCA the recipe does not change the output; with VCA every parameter gets a gradient."""
+    from torchvision.models import VisionTransformer
+
+    torch.manual_seed(0)
+    original = VisionTransformer(32, 8, num_layers=2, num_heads=2, hidden_dim=16, mlp_dim=16, num_classes=5).eval()
+    nn.init.normal_(original.heads.head.weight)
+    images = torch.randn(2, 3, 32, 32)
+    recipe = textwrap.dedent(replace.__doc__[replace.__doc__.index("    class Attention") :])
+    for attention, equal in ((SoftmaxAttention, True), (vca.VisualContrastAttention, False)):
+        network = copy.deepcopy(original)
+        exec(recipe, {"VisualContrastAttention": attention, "model": network})
+        assert torch.allclose(network(images), original(images), atol=1e-5) is equal
+        network(images).square().sum().backward()
+        assert all(parameter.grad is not None for parameter in network.parameters())
+        assert isinstance(network.encoder.layers[1].self_attention, attention)
 
 
 def test_replace_attention_hugging_face_vit_refused():

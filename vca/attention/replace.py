@@ -1,4 +1,18 @@
-"""Replace the attention of a timm Vision Transformer by VCA, keeping the pretrained projections."""
+"""Replace the attention of a timm Vision Transformer by VCA, keeping the pretrained projections.
+
+torchvision's `VisionTransformer` calls `nn.MultiheadAttention`; replace it with an adapter and copy the projections:
+
+    class Attention(VisualContrastAttention):
+        def forward(self, query, key, value, need_weights=False):
+            return super().forward(query), None
+
+    side = model.image_size // model.patch_size
+    for index, block in enumerate(model.encoder.layers):
+        old = block.self_attention
+        new = Attention(old.embed_dim, old.num_heads, (side, side), num_prefix_tokens=1, layer_index=index)
+        new.qkv.weight, new.qkv.bias, new.proj = old.in_proj_weight, old.in_proj_bias, old.out_proj
+        block.self_attention = new
+"""
 
 import inspect
 from dataclasses import replace
