@@ -81,9 +81,9 @@ def maps_of(module: ProjectedAttention, heads: Heads, patch: tuple[int, int]) ->
 
     contrast_grid, options = module.contrast_grid, module.config
     cell = patch[0] * contrast_grid[0] // grid[0] * contrast_grid[1] + patch[1] * contrast_grid[1] // grid[1]
-    contents = streams_of(module.contrast_parameters(), options, q, module.num_contrast)
-    t = module.contrast_tokens(q, grid) if any(content.pooled for content in contents) else None
-    tokens = [content.tokens(t, q.shape[0]) for content in contents]  # 2 or 1 x (B, M, n, D)
+    sources = streams_of(module.contrast_parameters(), options, q, module.num_contrast)
+    t = module.contrast_tokens(q, grid) if any(source.pooled for source in sources) else None
+    tokens = [source.tokens(t, q.shape[0]) for source in sources]  # 2 or 1 x (B, M, n, D)
     streams = dict(zip("+-", tokens, strict=False))
     stage1 = {sign: (t @ k.transpose(2, 3) * scale).softmax(-1) for sign, t in streams.items()}  # (B, M, n, N)
     scores = {sign: q[:, :, query : query + 1] @ t.transpose(2, 3) * scale for sign, t in streams.items()}
