@@ -89,7 +89,7 @@ WRONG = {
     "model=deit_tinny": r"model=deit_tinny: no such option; did you mean 'deit_tiny'\? \(there are .*deit_base",
     "attention=agnet": r"attention=agnet: no such option.*softmax, vca",
     "modle=deit_tiny": r"unknown key 'modle'|unknown group 'modle'; did you mean 'model'\?",
-    "attention.contrast_grid=[7]": r"attention.contrast_grid must be two integers >= 1, or one such pair per layer, got \[7\]",
+    "attention.contrast_grid=[7]": r"attention.contrast_grid must be two integers >= 1, or .* per layer, got \[7\]",
     "attention.contrast_grid=[[2,2]]": r"attention.contrast_grid must have a pair for each layer, got 1 and a layer 1",
     "attention.stage1=both": r"attention.stage1 must be one of contrast, plain, got 'both'",
     "attention.positive_stream=pooled": r"attention.positive_stream must be one of pool, embedding, pool\+embedding, got 'pooled'",
