@@ -1,1 +1,1 @@
-"""Timings that can be repeated; `python -m benchmarks` runs them, README.md says what they have shown."""
+"""Benchmarks, run by `python -m benchmarks`; results are in benchmarks/README.md."""

@@ -1,18 +1,18 @@
-"""Timings that can be repeated: things side by side in one run, interleaved, as ratios with their spread.
+"""Benchmarks: alternatives timed in turn within one run, reported as ratios with their quartiles.
 
-    python -m benchmarks attention              layers and cores over N: VCA, MHSA, Agent, Differential
-    python -m benchmarks model                  images a second of whole models, VCA and softmax, by image size
-    python -m benchmarks loop                   the trainer's loop beside a bare loop on the same batches
-    python -m benchmarks all --minutes 9        these three; with --root the next one too
-    python -m benchmarks data --root DIR        the ImageNet training pipeline beside timm's loader
-    python -m benchmarks table1 --root DIR      the ten rows of Table 1: 20 updates, a kill, a resume
-    python -m benchmarks inception --weights FILE    eval_fid.py beside torch-fidelity's own command
+    python -m benchmarks attention              attention layers and cores over N: VCA, MHSA, Agent, Differential
+    python -m benchmarks model                  images/s of whole models, VCA and softmax, by image size
+    python -m benchmarks loop                   overhead of the trainer over a bare loop on the same batches
+    python -m benchmarks all --minutes 9        the three above; with --root also `data`
+    python -m benchmarks data --root DIR        the ImageNet training pipeline compared with timm's loader
+    python -m benchmarks table1 --root DIR      the ten rows of Table 1: 20 steps, a kill, a resume
+    python -m benchmarks inception --weights FILE    eval_fid.py compared with torch-fidelity's command
     python -m benchmarks evaluation --threads 2      eval_fid.py on 50,000 images: time and peak memory
 
-DIR holds images as `data=imagefolder` reads them, FILE the weights of torch-fidelity's Inception network.
+DIR is an image folder for `data=imagefolder`; FILE contains the weights of torch-fidelity's Inception network.
 
-Machines are noisy: quote the ratio and its spread, not the milliseconds. `--json FILE` keeps the figures; those of
-`attention` are also drawn, time and memory over N.
+Timings are noisy: quote the ratio and its quartiles, not the milliseconds. `--json FILE` saves the results; `attention`
+also saves a plot of time and memory over N.
 """
 
 import argparse
@@ -36,30 +36,32 @@ from benchmarks.plot import plot_attention
 from benchmarks.timing import Budget
 from models.timm_registry import load_sizes
 
-ALL = {"attention": 0.5, "model": 0.4, "loop": 0.1}  # what `all` runs, and its share of the minutes
+ALL = {"attention": 0.5, "model": 0.4, "loop": 0.1}  # benchmarks of `all` -> share of the time budget
 ON_CPU = ("data", "table1", "inception", "evaluation")
 
 
 def parse() -> argparse.Namespace:
-    """The command line, checked."""
+    """Parse and validate the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=(*ALL, "all", *ON_CPU))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
-    parser.add_argument("--rounds", type=int, default=15, help="turns that each contestant gets at most (default 15)")
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="fewer turns, three at least, after that")
-    parser.add_argument("--tokens", type=int, default=16384, help="attention: the longest N (default 16384)")
+    parser.add_argument("--rounds", type=int, default=15, help="maximum number of rounds (default 15)")
+    parser.add_argument(
+        "--minutes", type=float, default=float("inf"), help="time budget; afterwards fewer rounds, at least three"
+    )
+    parser.add_argument("--tokens", type=int, default=16384, help="attention: largest N (default 16384)")
     parser.add_argument("--levels", nargs="+", default=["layer", "core"], choices=("layer", "core"))
     parser.add_argument("--models", nargs="+", default=[], choices=load_sizes(), metavar="NAME")
-    parser.add_argument("--size", type=int, help="model: the largest side in pixels (default 1024; on a CPU 256)")
-    parser.add_argument("--root", type=Path, help="folder with train/ and val/, for data and table1")
-    parser.add_argument("--weights", type=Path, help="torch-fidelity's file of weights, for inception")
-    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    parser.add_argument("--size", type=int, help="model: largest image size in pixels (default 1024; on a CPU 256)")
+    parser.add_argument("--root", type=Path, help="image folder with train/ and val/, for data and table1")
+    parser.add_argument("--weights", type=Path, help="torch-fidelity's Inception weights, for inception")
+    parser.add_argument("--json", type=Path, help="write the results to this file")
     options = parser.parse_args()
     if options.what in ("data", "table1") and (options.root is None or not (options.root / "train").is_dir()):
-        parser.error(f"{options.what} needs --root, a folder that holds train/ and val/")
+        parser.error(f"{options.what} needs --root, a folder with train/ and val/")
     if options.what == "inception" and (options.weights is None or not options.weights.is_file()):
-        parser.error("inception needs --weights, torch-fidelity's file of weights")
+        parser.error("inception needs --weights, torch-fidelity's Inception weights")
     if options.rounds < (1 if options.what == "inception" else 3) or options.threads < 1 or options.minutes <= 0:
         parser.error("--rounds must be >= 3, --threads >= 1 and --minutes > 0")
     if options.what in ON_CPU:
@@ -69,7 +71,7 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Run what is asked for; each part is in the file as soon as it is done."""
+    """Run the benchmarks; the JSON file is written after each of them."""
     options = parse()
     torch.set_num_threads(options.threads)
     device = torch.device(options.device)

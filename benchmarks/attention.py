@@ -1,7 +1,8 @@
-"""VCA beside the attentions it is measured against, over the number of tokens: time and memory.
+"""Time and memory of VCA and other attentions over the number of tokens.
 
-Two levels: `layer`, with projections and the local branch, as timm's Attention; and `core`, from a packed projection
-`(B, N, 3 C)` to `(B, N, C)`, against SDPA. Width 384, 6 heads; float32 on a CPU, bfloat16 autocast on a GPU.
+There are two levels: `layer`, with projections and the local branch, compared with timm's Attention; and `core`, from a
+packed projection `(B, N, 3 C)` to `(B, N, C)`, compared with SDPA. Width 384, 6 heads; float32 on a CPU,
+bfloat16 autocast on a GPU.
 """
 
 from collections.abc import Callable
@@ -14,13 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.timing import Budget, kept_bytes, peak_bytes, take_turns
+from benchmarks.timing import Budget, peak_bytes, saved_bytes, take_turns
 
 WIDTH, HEADS = 384, 6
 
 
 class Shape(NamedTuple):
-    """An input: the grid of tokens, prefix tokens, the contrast grid."""
+    """Input shape: token grid, number of prefix tokens, contrast grid."""
 
     grid: tuple[int, int]
     prefix: int
@@ -28,7 +29,6 @@ class Shape(NamedTuple):
 
     @property
     def tokens(self) -> int:
-        """N."""
         return self.prefix + self.grid[0] * self.grid[1]
 
 
@@ -46,23 +46,23 @@ BACKENDS = {
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
     "math": SDPBackend.MATH,
 }
-QUADRATIC_IN_MEMORY = 4096  # more tokens than that are too many for whoever stores N x N
+MAX_QUADRATIC_TOKENS = 4096  # larger N x N matrices do not fit in memory
 
 
 def benchmark_attention(device: torch.device, budget: Budget, longest: int, levels: list[str]) -> list[dict]:
-    """Time and memory of every contestant at every N up to `longest`, printed as a Markdown table."""
-    print("| level | N (n) | attention | forward ms | ratio | forward + backward ms | ratio | kept MiB | peak MiB |")
+    """Measure time and memory of every attention at every N up to `longest`; prints a Markdown table."""
+    print("| level | N (n) | attention | forward ms | ratio | forward + backward ms | ratio | saved MiB | peak MiB |")
     print("|---|---|---|---|---|---|---|---|---|")
     jobs = [(shape, level) for shape in SHAPES if shape.tokens <= longest for level in levels]
     rows = []
     for index, (shape, level) in enumerate(jobs):
         rows += at_shape(shape, level, device, budget.share(1 / (len(jobs) - index)))
-    print("\n" + "\n".join(beside_mhsa(rows)))
+    print("\n" + "\n".join(relative_to_mhsa(rows)))
     return rows
 
 
 def at_shape(shape: Shape, level: str, device: torch.device, budget: Budget) -> list[dict]:
-    """Rows of all contestants of a level at one N."""
+    """Return the rows of all attentions of a level at one N."""
     torch._dynamo.reset()
     contestants = (layers if level == "layer" else cores)(shape, device)
     batch = max(1, (65_536 if device.type == "cuda" else 2048) // shape.tokens)
@@ -89,14 +89,17 @@ def at_shape(shape: Shape, level: str, device: torch.device, budget: Budget) -> 
         try:
             training(function)
             usable[name] = function
-        except (RuntimeError, torch.OutOfMemoryError) as error:  # a backend that does not serve this, or too large
+        except (RuntimeError, torch.OutOfMemoryError) as error:  # unsupported by the backend, or out of memory
             print(f"<!-- {name} at N = {shape.tokens}: {str(error).splitlines()[0]} -->")
     baseline = "timm Attention" if level == "layer" else None
     if baseline is None:  # the fastest SDPA backend
         sdpa = {name: partial(training, function) for name, function in usable.items() if name.startswith("SDPA")}
         timings = take_turns(sdpa, None, Budget(3), device)
         baseline = min(timings, key=lambda name: timings[name].seconds)
-    kinds = {"forward": (inference, 0.3), "forward + backward": (training, 1.0)}  # and their part of the time left
+    kinds = {
+        "forward": (inference, 0.3),
+        "forward + backward": (training, 1.0),
+    }  # function, share of the remaining time
     times = {
         kind: take_turns(
             {name: partial(run, function) for name, function in usable.items()}, baseline, budget.share(part), device, 1
@@ -112,7 +115,7 @@ def at_shape(shape: Shape, level: str, device: torch.device, budget: Budget) -> 
         }
         row |= {"name": name, "baseline": baseline, "batch": batch}
         module = function if isinstance(function, nn.Module) else None
-        row["kept_bytes"] = kept_bytes(partial(forward, function), module)
+        row["kept_bytes"] = saved_bytes(partial(forward, function), module)
         row["peak_bytes"] = peak_bytes(partial(training, function), device)
         for kind in times:
             row[kind] = times[kind][name]._asdict()
@@ -122,7 +125,7 @@ def at_shape(shape: Shape, level: str, device: torch.device, budget: Budget) -> 
 
 
 def table_row(row: dict[str, Any]) -> str:
-    """A row of the table."""
+    """Format a row of the Markdown table."""
     cells = [row["level"], f"{row['tokens']} ({row['contrast_tokens']})", row["name"]]
     for kind in ("forward", "forward + backward"):
         time = row[kind]
@@ -131,11 +134,14 @@ def table_row(row: dict[str, Any]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def beside_mhsa(rows: list[dict[str, Any]]) -> list[str]:
-    """A table of the VCA layers alone, everything as a ratio to timm's `Attention`."""
+def relative_to_mhsa(rows: list[dict[str, Any]]) -> list[str]:
+    """Format a table of the VCA layers as ratios to timm's `Attention`."""
     layer = {(row["tokens"], row["name"]): row for row in rows if row["level"] == "layer"}
     names = [name for name in ("VCA eager", "VCA compiled", "VCA fused") if any(name in key for key in layer)]
-    table = ["| N (n) | | forward | forward + backward | memory kept | peak memory |", "|---|---|---|---|---|---|"]
+    table = [
+        "| N (n) | | forward | forward + backward | saved activations | peak memory |",
+        "|---|---|---|---|---|---|",
+    ]
     for tokens, name in sorted(layer, key=lambda key: (key[0], names.index(key[1]) if key[1] in names else 0)):
         base = layer.get((tokens, "timm Attention"))
         if name not in names or base is None:
@@ -150,7 +156,7 @@ def beside_mhsa(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def layers(shape: Shape, device: torch.device) -> dict[str, Callable[[Tensor], Tensor]]:
-    """Whole layers by name; the first is what they are compared with."""
+    """Return whole layers by name; the first is the baseline."""
     from timm.layers import Attention
 
     from vca.attention import ATTENTIONS, build_attention
@@ -161,22 +167,23 @@ def layers(shape: Shape, device: torch.device) -> dict[str, Callable[[Tensor], T
             config, WIDTH, HEADS, shape.grid, shape.contrast_grid, num_prefix_tokens=shape.prefix
         ).to(device)
 
-    found: dict[str, Callable[[Tensor], Tensor]] = {
+    modules: dict[str, Callable[[Tensor], Tensor]] = {
         "timm Attention": Attention(WIDTH, HEADS, qkv_bias=True).to(device),
         "VCA eager": built("vca", backend="eager"),
         "VCA compiled": torch.compile(built("vca", backend="eager")),
         "Agent Attention": built("agent"),
     }
     if device.type == "cuda":
-        found["VCA fused"] = built("vca", backend="triton")
-    if shape.tokens <= QUADRATIC_IN_MEMORY or device.type == "cuda":
-        found["Differential Attention"] = built("differential")
-    return found
+        modules["VCA fused"] = built("vca", backend="triton")
+    if shape.tokens <= MAX_QUADRATIC_TOKENS or device.type == "cuda":
+        modules["Differential Attention"] = built("differential")
+    return modules
 
 
 def cores(shape: Shape, device: torch.device) -> dict[str, Callable[[Tensor], Tensor]]:
-    """From a packed projection to what the output projection reads: every SDPA backend, and VCA."""
-    from vca import visual_contrast_attention
+    """Return functions from a packed projection `(B, N, 3 C)` to `(B, N, C)`: every SDPA backend, and VCA."""
+    from vca import ContrastParameters, VCAConfig, visual_contrast_attention
+    from vca.attention.kernels import Backend
 
     num_contrast, dim = shape.contrast_grid[0] * shape.contrast_grid[1], WIDTH // HEADS
 
@@ -196,16 +203,17 @@ def cores(shape: Shape, device: torch.device) -> dict[str, Callable[[Tensor], Te
 
     def vca(backend: str, packed: Tensor) -> Tensor:
         q, k, v = heads(packed)
-        given = (e_pos, e_neg, lambda1, lambda2, 0.2, norm1, norm2)
-        out = visual_contrast_attention(q, k, v, *given, shape.grid, shape.contrast_grid, shape.prefix, backend=backend)
+        parameters = ContrastParameters(e_pos, e_neg, lambda1, lambda2, 0.2, norm1, norm2)
+        config = VCAConfig(backend=Backend(backend))
+        out = visual_contrast_attention(q, k, v, parameters, shape.grid, shape.contrast_grid, shape.prefix, config)
         return out.transpose(1, 2).flatten(2)
 
-    found: dict[str, Callable[[Tensor], Tensor]] = {}
+    functions: dict[str, Callable[[Tensor], Tensor]] = {}
     for name, backend in BACKENDS.items():
-        there = device.type == "cuda" or name in ("flash", "math")
-        if there and (backend is not SDPBackend.MATH or shape.tokens <= QUADRATIC_IN_MEMORY):
-            found[f"SDPA {name}"] = partial(sdpa, backend)
-    found["VCA eager"] = partial(vca, "eager")
+        available = device.type == "cuda" or name in ("flash", "math")
+        if available and (backend is not SDPBackend.MATH or shape.tokens <= MAX_QUADRATIC_TOKENS):
+            functions[f"SDPA {name}"] = partial(sdpa, backend)
+    functions["VCA eager"] = partial(vca, "eager")
     if device.type == "cuda":
-        found["VCA fused"] = partial(vca, "triton")
-    return found
+        functions["VCA fused"] = partial(vca, "triton")
+    return functions

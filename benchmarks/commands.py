@@ -1,4 +1,4 @@
-"""Whole commands, their start included: the rows of Table 1, `eval_fid.py` beside torch-fidelity's own."""
+"""Benchmarks of whole commands, including startup: the rows of Table 1, and `eval_fid.py`."""
 
 import json
 import os
@@ -17,14 +17,16 @@ from PIL import Image
 
 from benchmarks.timing import Budget, compare
 
+ROOT = Path(__file__).parents[1]
+
 
 def benchmark_table1(root: Path, threads: int) -> list[dict]:
-    """Each row of Table 1 by its own experiment file: 20 updates of 16 images, killed after the 12th and resumed."""
+    """Run each experiment of Table 1 for 20 steps of 16 images, killed after step 12 and resumed."""
     from vca.config.composition import CONFIGS
 
     classes = sum(entry.is_dir() for entry in (root / "train").iterdir())
     rows = []
-    print(f"{'row':<22} {'s / update':>10} {'memory GiB':>10} {'loss':>7}  evaluated images, resumed at")
+    print(f"{'row':<22} {'s / step':>10} {'memory GiB':>10} {'loss':>7}  evaluated images, resumed at")
     for file in sorted((CONFIGS / "experiment" / "table1").glob("*.yaml")):
         with tempfile.TemporaryDirectory() as folder:
             row = {"row": file.stem, **train_row(file.stem, root, classes, Path(folder), threads)}
@@ -38,7 +40,7 @@ def benchmark_table1(root: Path, threads: int) -> list[dict]:
 
 
 def train_row(row: str, root: Path, classes: int, folder: Path, threads: int) -> dict[str, Any]:
-    """Train one row in a process of its own, twice: to a `kill -9`, and from the last checkpoint to the end."""
+    """Train one row in a subprocess until a `kill -9`, then resume it from the last checkpoint to the end."""
     options = ["trainer.steps=20", "trainer.global_batch_size=16", "trainer.log_every=1", "trainer.checkpoint_every=5"]
     options += [
         f"data.root={root}",
@@ -56,8 +58,7 @@ def train_row(row: str, root: Path, classes: int, folder: Path, threads: int) ->
         return [json.loads(line) for line in file.read_text().split("\n")[:-1]] if file.exists() else []
 
     def start() -> subprocess.Popen:
-        here = Path(__file__).parents[1]
-        return subprocess.Popen(command, cwd=here, env=environment, stdout=subprocess.DEVNULL)
+        return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
 
     process = start()
     while process.poll() is None and not any(record["step"] >= 12 for record in records()):
@@ -68,12 +69,12 @@ def train_row(row: str, root: Path, classes: int, folder: Path, threads: int) ->
     process = start()
     _, status, usage = os.wait4(process.pid, 0)
     if status:
-        raise RuntimeError(f"{row} failed: {' '.join(command)}")
+        raise RuntimeError(f"{row}: command failed: {' '.join(command)}")
     launches = [json.loads(line) for line in (folder / "row" / "launches.jsonl").read_text().splitlines()]
     training = [record for record in records() if "loss" in record]
     evaluation = next(record for record in records() if "val/top1" in record)
     if [record["step"] for record in training] != list(range(1, 21)):
-        raise RuntimeError(f"{row} reported steps {[record['step'] for record in training]}")
+        raise RuntimeError(f"{row}: steps must be 1 to 20, got {[record['step'] for record in training]}")
     return {
         "seconds_per_update": statistics.median(16 / record["images_per_second"] for record in training),
         "memory_gib": usage.ru_maxrss / 2**20,
@@ -84,7 +85,7 @@ def train_row(row: str, root: Path, classes: int, folder: Path, threads: int) ->
 
 
 def benchmark_inception(weights: Path, budget: Budget, threads: int, images: int = 192) -> list[dict]:
-    """Both whole commands, their start included, on the same two folders of PNG files; FID alone on their side."""
+    """Time `eval_fid.py` and torch-fidelity's command (FID only) on the same two folders of PNG files."""
     with tempfile.TemporaryDirectory() as folder:
         rng = np.random.default_rng(0)
         folders = [Path(folder) / name for name in ("samples", "reference")]
@@ -101,12 +102,11 @@ def benchmark_inception(weights: Path, budget: Budget, threads: int, images: int
 
         def run(command: list[str]) -> None:
             environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-            here = Path(__file__).parents[1]
-            subprocess.run(command, cwd=here, env=environment, check=True, capture_output=True)
+            subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)
 
         times = compare(lambda: run(ours), lambda: run(theirs), budget, torch.device("cpu"), warm=0)
     ours_rate, their_rate = (2 * images / (times[key] / 1e3) / threads for key in ("ms", "other_ms"))
-    print(f"images a second and core: eval_fid.py {ours_rate:.2f}, fidelity {their_rate:.2f}")
+    print(f"images/s per core: eval_fid.py {ours_rate:.2f}, fidelity {their_rate:.2f}")
     print(f"time, eval_fid.py / fidelity: {times['ratio']:.2f} ({times['low']:.2f} to {times['high']:.2f})")
     return [{"images": 2 * images, "ours_per_core": ours_rate, "theirs_per_core": their_rate, **times}]
 
@@ -127,7 +127,7 @@ class Scale(nn.Module):
 
 
 def benchmark_evaluation(threads: int, images: int = 50_000) -> list[dict]:
-    """The whole path in a small extractor's features: a folder of PNG files against an npz, all metrics."""
+    """Time `eval_fid.py` with all metrics and a small extractor: a folder of PNG files against an npz."""
     with tempfile.TemporaryDirectory() as folder:
         root, rng = Path(folder), np.random.default_rng(0)
         (root / "extractor.py").write_text(EXTRACTOR)
@@ -138,12 +138,12 @@ def benchmark_evaluation(threads: int, images: int = 50_000) -> list[dict]:
         np.savez(root / "reference.npz", arr_0=rng.integers(0, 256, (images, 32, 32, 3), dtype=np.uint8))
         command = [sys.executable, "eval_fid.py", f"samples={root / 'samples'}", f"reference={root / 'reference.npz'}"]
         command += ["extractor=file", f"extractor.source={root / 'extractor.py'}", "batch_size=250", "device=cpu"]
-        start, here = time.perf_counter(), Path(__file__).parents[1]
+        start = time.perf_counter()
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-        process = subprocess.Popen(command, cwd=here, env=environment)
+        process = subprocess.Popen(command, cwd=ROOT, env=environment)
         _, status, usage = os.wait4(process.pid, 0)
         if status:
-            raise RuntimeError(f"failed: {' '.join(command)}")
+            raise RuntimeError(f"command failed: {' '.join(command)}")
     row = {"images": images, "seconds": time.perf_counter() - start, "memory_gib": usage.ru_maxrss / 2**20}
-    print(f"{images} images against {images}: {row['seconds']:.0f} s, at most {row['memory_gib']:.2f} GiB")
+    print(f"{images} images against {images}: {row['seconds']:.0f} s, peak memory {row['memory_gib']:.2f} GiB")
     return [row]

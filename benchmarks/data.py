@@ -1,4 +1,4 @@
-"""The ImageNet training pipeline beside timm's loader."""
+"""Throughput of the ImageNet training pipeline and of timm's loader."""
 
 from pathlib import Path
 from typing import Any
@@ -9,9 +9,9 @@ from benchmarks.timing import Budget, compare
 
 
 def benchmark_data(root: Path, budget: Budget) -> list[dict]:
-    """Images per second of one core: our loader and timm's, the same transforms on the same photos, no workers.
+    """Measure images/s of one core for both loaders, with the same transforms and images and no workers.
 
-    Each round is four batches of 16 images of each. RandAugment draws its own operations on either side.
+    A round is four batches of 16 images. The random operations of RandAugment differ between the loaders.
     """
     from timm.data import ImageDataset, create_loader
 
@@ -57,11 +57,11 @@ def benchmark_data(root: Path, budget: Budget) -> list[dict]:
     )
     endless = (item for _ in range(1_000_000) for item in loader)
 
-    def draw(batches_of: Any) -> None:
+    def load(iterator: Any) -> None:
         for _ in range(batches):
-            next(batches_of)
+            next(iterator)
 
-    times = compare(lambda: draw(endless), lambda: draw(ours), budget, world.device)
+    times = compare(lambda: load(endless), lambda: load(ours), budget, world.device)
     rate, timm_rate = (1e3 * batch * batches / times[key] for key in ("other_ms", "ms"))
     print(
         f"ours {rate:.1f} images/s, timm {timm_rate:.1f} images/s; ours / timm "

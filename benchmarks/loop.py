@@ -1,4 +1,4 @@
-"""What the trainer adds to a bare loop on the same batches."""
+"""Overhead of the trainer over a bare loop on the same batches."""
 
 import copy
 import tempfile
@@ -9,13 +9,13 @@ import torch
 
 from benchmarks.timing import Budget, compare
 
-STEPS = 10  # of a round
+STEPS = 10  # per round
 
 
 def benchmark_loop(device: torch.device, budget: Budget) -> list[dict]:
-    """What the trainer adds to forward, backward and step (seeds, norms, clipping, EMA, reports): two sizes of model.
+    """Measure the overhead of seeds, norms, clipping, EMA and logging for two model sizes.
 
-    Each round is `STEPS` steps of the trainer, and of a bare loop on a copy of the model and the same batches.
+    A round is `STEPS` steps of the trainer, and of a bare loop on a copy of the model and the same batches.
     """
     from models.deit import DeiTConfig
 
@@ -29,7 +29,7 @@ SMALL: dict[str, Any] = {"embed_dim": 96, "num_heads": 3, "num_classes": 10, "co
 
 
 def loop_row(device: torch.device, budget: Budget, name: str, model_config: Any, batch: int) -> dict:
-    """The trainer's loop beside the bare one for one model."""
+    """Time the trainer and the bare loop for one model."""
     from models import build_model
     from vca import VCAConfig
     from vca.data.augment import AugmentConfig, BatchMixer
@@ -65,15 +65,15 @@ def loop_row(device: torch.device, budget: Budget, name: str, model_config: Any,
 
         def trainer_loop() -> None:
             for cpu_batch in batches:
-                update = state.train_step([cpu_batch.to(device)], loss_of, 0)
-                training.record(update, [cpu_batch])
+                result = state.train_step([cpu_batch.to(device)], loss_of, 0)
+                training.record(result, [cpu_batch])
 
         with training.open("benchmark", {}, WandbConfig()):
             training.reporter.log = lambda line: None  # type: ignore[method-assign]
             times = compare(trainer_loop, bare_loop, budget, device)
     overhead, low, high = (100 * (times[key] - 1) for key in ("ratio", "low", "high"))
     print(
-        f"{name:<18} trainer {times['ms'] / STEPS:.2f} ms/update, bare {times['other_ms'] / STEPS:.2f} ms/update: "
+        f"{name:<18} trainer {times['ms'] / STEPS:.2f} ms/step, bare {times['other_ms'] / STEPS:.2f} ms/step: "
         f"{overhead:+.1f} % ({low:+.1f} to {high:+.1f})",
         flush=True,
     )

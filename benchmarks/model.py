@@ -1,4 +1,4 @@
-"""Images a second of whole models, VCA beside softmax: training (forward and backward) and inference."""
+"""Throughput of whole models with VCA and softmax: training (forward and backward) and inference."""
 
 from collections.abc import Callable
 from functools import partial
@@ -11,7 +11,7 @@ from benchmarks.timing import Budget, Timing, peak_bytes, take_turns
 from models.timm_registry import load_sizes
 from vca.runtime.compute import Precision, autocast
 
-# Sides of the images in pixels. The grids of Swin and CSwin are whole windows at multiples of 224.
+# Image sizes in pixels. Swin and CSwin need multiples of 224 for whole windows.
 SIZES = {
     "deit": (224, 384, 512, 1024),
     "pvt": (224, 448, 896),
@@ -19,13 +19,12 @@ SIZES = {
     "cswin": (224, 448, 896),
     "dit": (256, 512, 1024),
 }
-# Unless others are named.
-MODELS = ("deit_tiny", "deit_small", "pvt_tiny", "swin_tiny", "cswin_tiny", "dit_s_2", "dit_b_2")
-PIXELS = {"cpu": 4 * 224 * 224, "cuda": 128 * 224 * 224}  # of a batch
+MODELS = ("deit_tiny", "deit_small", "pvt_tiny", "swin_tiny", "cswin_tiny", "dit_s_2", "dit_b_2")  # default of --models
+PIXELS = {"cpu": 4 * 224 * 224, "cuda": 128 * 224 * 224}  # per batch
 
 
 def benchmark_model(device: torch.device, budget: Budget, largest: int, models: list[str]) -> list[dict]:
-    """Every pair of configs at every size up to `largest`, printed as a Markdown table."""
+    """Measure softmax and VCA for every model and size up to `largest`; prints a Markdown table."""
     print("| model | px | batch | attention | training images/s | ratio | inference images/s | ratio | peak GiB |")
     print("|---|---|---|---|---|---|---|---|---|")
     families = {name: model["family"] for name, model in load_sizes().items()}
@@ -37,7 +36,7 @@ def benchmark_model(device: torch.device, budget: Budget, largest: int, models: 
 
 
 def build(model: str, size: int, attention: str, backend: str | None) -> nn.Module:
-    """A model for images of that side; generators draw latents of an eighth."""
+    """Build a model for an image size; generators use latents of an eighth of it."""
     import train_cls
     import train_gen
     from models import CLASSIFIERS, build_model
@@ -56,7 +55,7 @@ def build(model: str, size: int, attention: str, backend: str | None) -> nn.Modu
 
 
 def inputs_of(network: Any, batch: int, device: torch.device) -> tuple[Tensor, ...]:
-    """A batch for a classifier, or for a generator: latents, times, labels."""
+    """Create a batch for a classifier, or latents, times and labels for a generator."""
     config = network.config
     if hasattr(config, "in_chans"):
         return (torch.randn(batch, config.in_chans, *config.size, device=device),)
@@ -65,7 +64,7 @@ def inputs_of(network: Any, batch: int, device: torch.device) -> tuple[Tensor, .
 
 
 def at_size(model: str, size: int, device: torch.device, budget: Budget) -> list[dict]:
-    """A pair at one size: softmax and VCA, on a GPU both in plain PyTorch and in the fused kernels."""
+    """Measure softmax and VCA at one size; on a GPU, VCA in plain PyTorch and with the Triton kernels."""
     batch = max(1, PIXELS[device.type] // (size * size))
     kinds: dict[str, tuple[str, str | None]] = {"softmax": ("softmax", None), "VCA eager": ("vca", "eager")}
     if device.type == "cuda":
@@ -88,22 +87,23 @@ def at_size(model: str, size: int, device: torch.device, budget: Budget) -> list
         runs = {name: partial(run, network) for name, network in networks.items()}
         return take_turns(runs, "softmax", budget.share(share), device)
 
-    trained, drawn = times(training, 0.7), times(inference, 1.0)
+    timings = {"training": times(training, 0.7), "inference": times(inference, 1.0)}
     rows = []
     for name, network in networks.items():
         peak = peak_bytes(partial(training, network), device)
         row = {"model": model, "size": size, "batch": batch, "name": name, "peak_bytes": peak}
-        row |= {"training": trained[name]._asdict(), "inference": drawn[name]._asdict()}
+        row |= {kind: timing[name]._asdict() for kind, timing in timings.items()}
         rows.append(row)
         print(table_row(row), flush=True)
     return rows
 
 
 def table_row(row: dict[str, Any]) -> str:
-    """A row of the table."""
+    """Format a row of the Markdown table."""
     cells = [row["model"], str(row["size"]), str(row["batch"]), row["name"]]
     for kind in ("training", "inference"):
         time = row[kind]
-        cells.append(f"{row['batch'] / time['seconds']:.2f}")  # of speed, so the other way round
+        cells.append(f"{row['batch'] / time['seconds']:.2f}")  # images/s
+        # ratio of throughputs, the inverse of the ratio of times
         cells.append(f"{1 / time['ratio']:.2f} ({1 / time['high']:.2f} to {1 / time['low']:.2f})")
     return "| " + " | ".join([*cells, f"{row['peak_bytes'] / 2**30:.2f}"]) + " |"

@@ -1,4 +1,4 @@
-"""Time and memory over the number of tokens, log-log, beside the slopes of O(N) and O(N^2)."""
+"""Log-log plot of time and memory over the number of tokens, with the slopes of O(N) and O(N^2)."""
 
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,7 @@ STYLES = {
 
 
 def plot_attention(rows: list[dict[str, Any]], device: str, file: Path) -> None:
-    """Draw the rows of `benchmark_attention` that are whole layers: milliseconds and MiB for 1,000 tokens' worth of N.
-
-    Batches differ with N, so that figures are of one image: its time, and what it keeps.
-    """
+    """Plot time and saved activations per image of the layers measured by `benchmark_attention`."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -26,8 +23,8 @@ def plot_attention(rows: list[dict[str, Any]], device: str, file: Path) -> None:
     rows = [row for row in rows if row["level"] == "layer"]
     figure, axes = pyplot.subplots(1, 2, figsize=(10, 4.2), constrained_layout=True)
     for axis, title, value in (
-        (axes[0], "forward + backward, ms an image", lambda row: 1e3 * row["forward + backward"]["seconds"]),
-        (axes[1], "kept for the backward, MiB an image", lambda row: row["kept_bytes"] / 2**20),
+        (axes[0], "forward + backward, ms per image", lambda row: 1e3 * row["forward + backward"]["seconds"]),
+        (axes[1], "saved activations, MiB per image", lambda row: row["kept_bytes"] / 2**20),
     ):
         for name, (label, color, style) in STYLES.items():
             line = [(row["tokens"], value(row) / row["batch"]) for row in rows if row["name"] == name]

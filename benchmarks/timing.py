@@ -1,6 +1,6 @@
-"""Things timed in turn within one run, and what they keep and need of memory.
+"""Interleaved timing, saved activations and peak memory.
 
-Machines are noisy: what counts is the ratio of two things in the same round, with the middle half of the rounds.
+Timings are noisy, so results are ratios of two functions in the same round, with the quartiles over the rounds.
 """
 
 import statistics
@@ -14,19 +14,19 @@ from torch.profiler import ProfilerActivity, profile
 
 
 class Budget(NamedTuple):
-    """How long to measure: so many rounds, or fewer (three at least) where the time is over."""
+    """Number of rounds and end time; after the end time, at least three rounds are run."""
 
     rounds: int = 15
-    end: float = float("inf")  # of `time.perf_counter`
+    end: float = float("inf")  # in `time.perf_counter`
 
     def share(self, part: float) -> "Budget":
-        """The same rounds in a part of the time that is left."""
+        """Return a budget with the same rounds and a fraction of the remaining time."""
         now = time.perf_counter()
         return Budget(self.rounds, now + part * max(0.0, self.end - now))
 
 
 class Timing(NamedTuple):
-    """Seconds of one contestant (median), its ratio to the baseline in the same rounds, and their middle half."""
+    """Median seconds of a function, and its ratio to the baseline: median and quartiles over the rounds."""
 
     seconds: float
     ratio: float
@@ -35,7 +35,7 @@ class Timing(NamedTuple):
 
 
 def clock(function: Callable[[], object], device: torch.device) -> float:
-    """Seconds that a call takes, to the end of what it has started on the device."""
+    """Measure the seconds of a call, including its work on the device."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     start = time.perf_counter()
@@ -46,23 +46,23 @@ def clock(function: Callable[[], object], device: torch.device) -> float:
 
 
 def take_turns(
-    contestants: Mapping[str, Callable[[], object]],
+    functions: Mapping[str, Callable[[], object]],
     baseline: str | None,
     budget: Budget,
     device: torch.device,
     warm: int = 2,
 ) -> dict[str, Timing]:
-    """Time functions in turn, the order reversed each round; `baseline` None takes the fastest."""
-    for function in contestants.values():
+    """Time functions in turn, in reversed order every other round; `baseline=None` uses the fastest."""
+    for function in functions.values():
         for _ in range(warm):
             function()
-    names = list(contestants)
+    names = list(functions)
     times: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(budget.rounds):
         if turn >= 3 and time.perf_counter() > budget.end:
             break
         for name in names if turn % 2 else names[::-1]:
-            times[name].append(clock(contestants[name], device))
+            times[name].append(clock(functions[name], device))
     medians = {name: statistics.median(seconds) for name, seconds in times.items()}
     base = times[baseline or min(medians, key=medians.__getitem__)]
 
@@ -71,38 +71,37 @@ def take_turns(
         quarter = len(ratios) // 4
         return Timing(medians[name], statistics.median(ratios), ratios[quarter], ratios[-1 - quarter])
 
-    return {name: timing(name) for name in contestants}
+    return {name: timing(name) for name in functions}
 
 
 def compare(
     one: Callable[[], object], other: Callable[[], object], budget: Budget, device: torch.device, warm: int = 2
 ) -> dict[str, float]:
-    """Two functions: the ratio one / other with its middle half, and the median milliseconds of each."""
+    """Compare two functions: ratio one / other with quartiles, and the median milliseconds of each."""
     timings = take_turns({"one": one, "other": other}, "other", budget, device, warm)
-    of_one, of_other = timings["one"], timings["other"]
-    found = {"ratio": of_one.ratio, "low": of_one.low, "high": of_one.high}
-    return {**found, "ms": 1e3 * of_one.seconds, "other_ms": 1e3 * of_other.seconds}
+    seconds, ratio, low, high = timings["one"]
+    return {"ratio": ratio, "low": low, "high": high, "ms": 1e3 * seconds, "other_ms": 1e3 * timings["other"].seconds}
 
 
-def kept_bytes(forward: Callable[[], Tensor], module: nn.Module | None = None) -> int:
-    """What autograd keeps between forward and backward, the parameters of `module` not counted."""
+def saved_bytes(forward: Callable[[], Tensor], module: nn.Module | None = None) -> int:
+    """Return the bytes that autograd saves for backward, without the parameters of `module`."""
     own = {p.untyped_storage().data_ptr() for p in module.parameters()} if module is not None else set()
-    kept: dict[int, int] = {}
+    saved: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
+            saved[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         out = forward()
     del out
-    return sum(kept.values())
+    return sum(saved.values())
 
 
 def peak_bytes(function: Callable[[], object], device: torch.device) -> int:
-    """The most memory that a call has at once, beside what was there before it."""
+    """Return the peak memory of a call in bytes, above the memory allocated before it."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         before = torch.cuda.memory_allocated(device)

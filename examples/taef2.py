@@ -1,8 +1,9 @@
-"""TAEF2, a tiny autoencoder with 32 latent channels (madebyollin/taesd, MIT), behind `autoencoder=file`:
+"""Example of an autoencoder for `autoencoder=file`: TAEF2, with 32 latent channels (madebyollin/taesd, MIT).
 
     autoencoder=file autoencoder.source=examples/taef2.py autoencoder.weights=FOLDER autoencoder.channels=32
 
-FOLDER holds taef2_encoder.pth and taef2_decoder.pth. An example of what such a file looks like.
+FOLDER contains taef2_encoder.pth and taef2_decoder.pth. The file must define `load_autoencoder(weights)`; it returns a
+module with `encode(images)` and `decode(latents)` for images in [-1, 1].
 """
 
 from pathlib import Path
@@ -16,7 +17,7 @@ def conv3(n_in, n_out, **options):
 
 
 class Block(nn.Module):
-    """Residual block of three convolutions; the middle ones also normalise over the whole image."""
+    """Residual block of three convolutions; `norm` adds a normalized 1 x 1 branch."""
 
     def __init__(self, norm=False):
         super().__init__()
@@ -33,6 +34,8 @@ class Block(nn.Module):
 
 
 class SoftClamp(nn.Module):
+    """Limit latents smoothly to [-3, 3]."""
+
     def forward(self, x):
         return 3 * torch.tanh(x / 3)
 
@@ -50,6 +53,8 @@ def blocks(norm=False):
 
 
 class TAEF2(nn.Module):
+    """Encoder and decoder with a spatial factor of 8."""
+
     def __init__(self):
         super().__init__()
         self.encoder = nn.Sequential(

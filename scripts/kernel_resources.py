@@ -1,12 +1,11 @@
-"""What the compiler makes of the fused kernels on a GPU generation: registers, spilled bytes, shared memory. No GPU.
+"""Compile the Triton kernels for sm_80 and sm_90 without a GPU; print registers, spills and shared memory.
 
     python scripts/kernel_resources.py
     python scripts/kernel_resources.py --dims 64 --contrast 64 256 --dtypes float32
     python scripts/kernel_resources.py --json benchmarks/results/kernels.json
 
-A kernel may use 255 registers a thread; what does not fit is spilled to memory. Triton compiles, with the ptxas that
-comes with it. A FILE that holds these kernels already, by the sha256 of their sources, and this release of Triton, is
-left alone.
+A thread has 255 registers; more values are spilled to memory. Compilation uses the ptxas that comes with Triton. A FILE
+that is up to date (same sha256 of the kernel sources, same Triton release) is not rewritten.
 """
 
 import argparse
@@ -42,14 +41,14 @@ Launch = tuple[Any, tuple[Any, ...], dict[str, Any]]  # kernel, arguments, const
 
 @contextmanager
 def recording() -> Iterator[list[Launch]]:
-    """Within the context kernels are not run: what they are launched with is noted."""
+    """Record kernel launches within the context instead of running them."""
     launches: list[Launch] = []
     run = JITFunction.run
 
-    def note(kernel: Any, *arguments: Any, grid: Any, warmup: bool, **constants: Any) -> None:
+    def record(kernel: Any, *arguments: Any, grid: Any, warmup: bool, **constants: Any) -> None:
         launches.append((kernel, arguments, constants))
 
-    JITFunction.run = note
+    JITFunction.run = record
     try:
         yield launches
     finally:
@@ -57,7 +56,7 @@ def recording() -> Iterator[list[Launch]]:
 
 
 def launches_of(dim: int, num_contrast: int, dtype: torch.dtype) -> list[Launch]:
-    """All launches of a forward and a backward: 2 images of 6 heads on a grid of 32 x 32."""
+    """Return the launches of forward and backward for 2 images of 6 heads on a 32 x 32 grid."""
     side = math.isqrt(num_contrast)
     q, k, v = (x.transpose(1, 2) for x in torch.zeros(2, 1024, 3, 6, dim, dtype=dtype).unbind(2))
     e, weight, scalar = torch.zeros(6, side * side, dim), torch.zeros(dim), torch.zeros(())
@@ -65,7 +64,7 @@ def launches_of(dim: int, num_contrast: int, dtype: torch.dtype) -> list[Launch]
     return launches_with(arguments, (0.2, (32, 32), (side, side), 0, 1e-5, (True, True), False))
 
 
-# What reaches code, or constants, that `launches_of` does not: name -> arguments of `launches_of_variant`.
+# Variants with code paths or constants that `launches_of` does not reach: name -> arguments of `launches_of_variant`.
 VARIANTS: dict[str, dict[str, Any]] = {
     "one head and contrast token": {"heads": 1, "side": 1},
     "joint softmax": {"joint": True},
@@ -86,32 +85,32 @@ def launches_of_variant(
     given: bool = False,
     splits: int = 1,
 ) -> list[Launch]:
-    """All launches for 2 images of 1,025 tokens and head dim 64, with the options of an ablation."""
-    launch.splits_of = lambda *_: splits
+    """Return the launches for 2 images of 1,025 tokens and head dim 64, with the options of an ablation."""
+    launch.num_splits = lambda *_: splits
     q, k, v = (x.transpose(1, 2) for x in torch.zeros(2, 1025, 3, heads, 64, dtype=torch.bfloat16).unbind(2))
     e, weight = torch.zeros(heads, side * side, 64), torch.zeros(64)
     tokens = torch.zeros(2, heads, side * side, 64, dtype=torch.bfloat16) if given else None
-    lambda1, lambda2 = (torch.zeros(()) if there else None for there in lambdas)
+    lambda1, lambda2 = (torch.zeros(()) if contrast else None for contrast in lambdas)
     arguments = (q, k, v, tokens, e, e if streams == 2 else None, lambda1, lambda2, weight, weight)
     return launches_with(arguments, (0.2, (32, 32), (side, side), 1, 1e-5, (True, streams == 2), joint))
 
 
 def launches_with(arguments: tuple[Any, ...], options: tuple[Any, ...]) -> list[Launch]:
-    """All launches of a forward and a backward with these tensors and options of the operator."""
+    """Return the launches of forward and backward with these arguments of the operator."""
     with recording() as launches:
-        out, *found = contrast_attention(*arguments, *options)
-        contrast_attention_backward(out, *found, *arguments, *options)
+        out, *saved = contrast_attention(*arguments, *options)
+        contrast_attention_backward(out, *saved, *arguments, *options)
     return launches
 
 
 def name_of(one: Launch) -> str:
-    """The kernel of a launch, with its stage where it serves both."""
+    """Return the name of the kernel of a launch, with the stage if the kernel is shared."""
     kernel, _, constants = one
-    return kernel.__name__.removesuffix("_kernel") + (f" {constants['STAGE']}" if "STAGE" in constants else "")
+    return kernel.__name__.replace("_kernel", "") + (f" {constants['STAGE']}" if "STAGE" in constants else "")
 
 
 def resources(one: Launch, capability: int) -> dict[str, Any]:
-    """Compile one launch for a compute capability (times ten), and read what it needs."""
+    """Compile one launch for a compute capability (times ten) and return its resources."""
     kernel, arguments, constants = one
     options = {key: constants[key] for key in ("num_warps",)}
     signature: dict[str, str] = {}
@@ -121,7 +120,7 @@ def resources(one: Launch, capability: int) -> dict[str, Any]:
         if isinstance(argument, torch.Tensor):
             signature[name] = LETTERS[argument.dtype]
             attributes[(place,)] = [["tt.divisibility", 16]]
-        elif isinstance(argument, int) and argument == 1:  # as the launcher does, a constant
+        elif isinstance(argument, int) and argument == 1:  # a constant, as in Triton's launcher
             signature[name], values[(place,)] = "constexpr", 1
         elif isinstance(argument, int):
             signature[name] = "i32"
@@ -138,30 +137,31 @@ def resources(one: Launch, capability: int) -> dict[str, Any]:
         file.flush()
         dump = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
         usage = subprocess.run(dump, check=True, capture_output=True, text=True).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
-    if found is None:
-        raise RuntimeError(f"cuobjdump says nothing of registers: {usage}")
+    match = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    if match is None:
+        raise RuntimeError(f"cuobjdump output must contain REG and STACK, got: {usage}")
     return {
         "kernel": name_of(one),
         "capability": capability,
-        "registers": int(found[1]),
-        "spilled_bytes": int(found[2]),
+        "registers": int(match[1]),
+        "spilled_bytes": int(match[2]),
         "shared_bytes": compiled.metadata.shared,
         "products": len(re.findall(r"= (?:tt\.dot|ttng\.warp_group_dot) ", compiled.asm["ttgir"])),
     }
 
 
 def sources_sha256() -> str:
-    """Of the files of the kernels and of what launches them."""
+    """Return the sha256 of the sources of the kernels and their launcher."""
     folder = Path(__file__).parents[1] / "vca" / "attention" / "kernels"
     return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(folder.glob("*.py")))).hexdigest()
 
 
 def main() -> None:
-    """Compile, and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dims", nargs="+", type=int, default=[32, 64, 72, 128], metavar="D")
-    parser.add_argument("--contrast", nargs="+", type=int, default=[64], metavar="n", help="contrast tokens, squares")
+    parser.add_argument(
+        "--contrast", nargs="+", type=int, default=[64], metavar="n", help="numbers of contrast tokens, square numbers"
+    )
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16"], choices=("bfloat16", "float16", "float32"))
     parser.add_argument("--json", type=Path, help="write the rows to this file")
     options = parser.parse_args()
@@ -171,21 +171,21 @@ def main() -> None:
         print(f"{options.json} is up to date")
         return
     print(f"triton {triton.__version__}")
-    print(f"{'kernel':18}{'D':>5}{'n':>5}  {'type':10}{'target':>7}{'registers':>11}{'spilled':>9}{'shared':>9}")
+    print(f"{'kernel':22}{'D':>5}{'n':>5}  {'type':10}{'target':>7}{'registers':>11}{'spilled':>9}{'shared':>9}")
     rows = []
     for dim in options.dims:
         for contrast in options.contrast:
             for dtype in options.dtypes:
-                seen = set()
+                names = set()
                 for one in launches_of(dim, contrast, getattr(torch, dtype)):
-                    if name_of(one) in seen:  # the backward makes the contrast tokens again
+                    if name_of(one) in names:  # backward recomputes the contrast tokens
                         continue
-                    seen.add(name_of(one))
+                    names.add(name_of(one))
                     for capability in TARGETS:
                         row = {"dim": dim, "contrast_tokens": contrast, "dtype": dtype, **resources(one, capability)}
                         rows.append(row)
                         print(
-                            f"{row['kernel']:18}{dim:>5}{contrast:>5}  {dtype:10}{'sm_' + str(capability):>7}"
+                            f"{row['kernel']:22}{dim:>5}{contrast:>5}  {dtype:10}{'sm_' + str(capability):>7}"
                             f"{row['registers']:>11}{row['spilled_bytes']:>9}{row['shared_bytes']:>9}",
                             flush=True,
                         )

@@ -1,7 +1,7 @@
-"""Put faults into a copy of the project, one after another, and check that the tests notice each.
+"""Insert faults into a copy of the project, one at a time, and check that a test fails for each.
 
-python scripts/mutate.py            all of them, three minutes
-python scripts/mutate.py ema lr     these
+python scripts/mutate.py            all faults, three minutes
+python scripts/mutate.py ema lr     these faults
 """
 
 import os
@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[1]
 
 
 class Fault(NamedTuple):
-    """A text of a file, what takes its place, and the tests of which one must fail."""
+    """A text in a file, its replacement, and the tests of which at least one must fail."""
 
     file: str
     right: str
@@ -24,10 +24,10 @@ class Fault(NamedTuple):
     tests: str
 
 
-# In order: a resume forgets the EMA; a rank reads another's share; the SDE's last step has no score; a key
-# behind + is accepted; lambda has a wrong sign; a checkpoint is not flushed; the covariance is biased; statistics of
-# another extractor are taken; the label drop, and the noise, depend on the rank; the learning rate is a step early;
-# prefix tokens are pooled; a signal to another rank is not noticed.
+# In order: resume does not load the EMA; a rank reads another rank's share; the last SDE step has no score; an unknown
+# key behind + is accepted; lambda has the wrong sign; a checkpoint is not synced; the covariance is biased; statistics
+# of another extractor are accepted; label drop and noise depend on the rank; the learning rate is one step early;
+# prefix tokens are pooled; a signal to another rank is ignored.
 FAULTS = {
     "ema": Fault(
         "vca/training/step.py",
@@ -105,23 +105,23 @@ FAULTS = {
 
 
 def copy_project(folder: Path) -> None:
-    """The files that git tracks, as they are now."""
+    """Copy the working tree's versions of the files that git tracks."""
     names = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
     for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(ROOT / name, folder / name)
 
 
-def noticed(fault: Fault, folder: Path) -> str | None:
-    """The first test that fails with the fault in the copy; None if all pass.
+def failing_test(fault: Fault, folder: Path) -> str | None:
+    """Return the first test that fails with the fault, or None if all pass.
 
     Raises:
-        ValueError: if the text is not in the file exactly once.
+        ValueError: if the file does not contain the text exactly once.
     """
     file = folder / fault.file
     text = file.read_text()
     if text.count(fault.right) != 1:
-        raise ValueError(f"{fault.file} must have '{fault.right}' once, got {text.count(fault.right)} times")
+        raise ValueError(f"{fault.file} must contain '{fault.right}' once, got {text.count(fault.right)} times")
     file.write_text(text.replace(fault.right, fault.wrong))
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *fault.tests.split()]
     environment = {**os.environ, "PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
@@ -129,22 +129,22 @@ def noticed(fault: Fault, folder: Path) -> str | None:
     file.write_text(text)
     if done.returncode not in (0, 1):
         raise ValueError(
-            f"pytest {fault.tests} ended with {done.returncode}: {done.stdout[-2000:]}{done.stderr[-2000:]}"
+            f"pytest {fault.tests} exited with {done.returncode}: {done.stdout[-2000:]}{done.stderr[-2000:]}"
         )
     failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
     return failed[0].split(" - ")[0] if failed else None
 
 
 def main() -> int:
-    """Print a line for each fault; 1 if one was not noticed."""
-    unnoticed = 0
+    """Print the failing test of each fault; returns 1 if a fault is not detected."""
+    undetected = 0
     with tempfile.TemporaryDirectory() as folder:
         copy_project(Path(folder))
         for name in sys.argv[1:] or FAULTS:
-            test = noticed(FAULTS[name], Path(folder))
-            unnoticed += test is None
-            print(f"{name:12}{test or 'NOT NOTICED by ' + FAULTS[name].tests}", flush=True)
-    return int(unnoticed > 0)
+            test = failing_test(FAULTS[name], Path(folder))
+            undetected += test is None
+            print(f"{name:12}{test or 'NOT DETECTED by ' + FAULTS[name].tests}", flush=True)
+    return int(undetected > 0)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Every comparison attention against its oracle, one head of one image at a time: value and every gradient."""
+"""Comparison attentions against literal implementations, in value and every gradient."""
 
 import math
 
@@ -9,8 +9,7 @@ from vca.attention import ATTENTIONS, build_attention
 from vca.attention.reference import adaptive_bins, rms_norm
 
 
-def every(q, k, v):
-    """Each head of each image: what an oracle sees."""
+def batch_and_head_indices(q):
     return [(b, m) for b in range(q.shape[0]) for m in range(q.shape[1])]
 
 
@@ -19,15 +18,13 @@ LAMBDA_INIT = 0.8 - 0.6 * math.exp(-0.3 * LAYER)
 
 
 def lambda_of(vectors):
-    """exp(q1 . k1) - exp(q2 . k2) + l_init."""
     first, second = torch.dot(vectors.q1, vectors.k1), torch.dot(vectors.q2, vectors.k2)
     return torch.exp(first) - torch.exp(second) + LAMBDA_INIT
 
 
 def differential_oracle(module, q, k, v, grid):
-    """Differential Attention, one head at a time."""
     half, out = q.shape[-1] // 2, torch.empty_like(v)
-    for b, m in every(q, k, v):
+    for b, m in batch_and_head_indices(q):
         first = torch.softmax(q[b, m, :, :half] @ k[b, m, :, :half].T / half**0.5, -1)
         second = torch.softmax(q[b, m, :, half:] @ k[b, m, :, half:].T / half**0.5, -1)
         seen = (first - lambda_of(module.lambda1) * second) @ v[b, m]
@@ -36,9 +33,8 @@ def differential_oracle(module, q, k, v, grid):
 
 
 def differential_stages_oracle(module, q, k, v, grid):
-    """Both stages, one head at a time."""
     half, out = q.shape[-1] // 2, torch.empty_like(v)
-    for b, m in every(q, k, v):
+    for b, m in batch_and_head_indices(q):
         t = averaged(q[b, m, module.num_prefix_tokens :], grid, module.contrast_grid)
         halves = [(x[:, :half], x[:, half:]) for x in (q[b, m], k[b, m], t)]
         (q1, q2), (k1, k2), (t1, t2) = halves
@@ -53,7 +49,6 @@ def differential_stages_oracle(module, q, k, v, grid):
 
 
 def agent_oracle(module, q, k, v, grid):
-    """Agent Attention, one head and one bias at a time."""
     scale, out = q.shape[-1] ** -0.5, torch.empty_like(v)
     prefix, agents = module.num_prefix_tokens, module.contrast_grid[0] * module.contrast_grid[1]
 
@@ -65,11 +60,11 @@ def agent_oracle(module, q, k, v, grid):
                 table[a, p] = of.prefix[m, a, p]
             for y in range(grid[0]):
                 for x in range(grid[1]):
-                    here = cells[a, y, x] + of.rows[m, a, y, 0] + of.columns[m, a, 0, x]
-                    table[a, prefix + y * grid[1] + x] = here
+                    position = prefix + y * grid[1] + x
+                    table[a, position] = cells[a, y, x] + of.rows[m, a, y, 0] + of.columns[m, a, 0, x]
         return table
 
-    for b, m in every(q, k, v):
+    for b, m in batch_and_head_indices(q):
         t = averaged(q[b, m, prefix:], grid, module.contrast_grid)
         seen = torch.softmax(t @ k[b, m].T * scale + bias(module.bias1, m), -1) @ v[b, m]
         out[b, m] = torch.softmax(q[b, m] @ t.T * scale + bias(module.bias2, m).T, -1) @ seen
@@ -77,8 +72,7 @@ def agent_oracle(module, q, k, v, grid):
 
 
 def focused_linear_oracle(module, q, k, v, grid):
-    """Focused linear attention as a map of all pairs, one head at a time."""
-
+    """Focused linear attention with the full N x N weights."""
     power = module.config.power
 
     def focused(x):
@@ -86,7 +80,7 @@ def focused_linear_oracle(module, q, k, v, grid):
         return x.norm(dim=-1, keepdim=True) * x**power / (x**power).norm(dim=-1, keepdim=True)
 
     out = torch.empty_like(v)
-    for b, m in every(q, k, v):
+    for b, m in batch_and_head_indices(q):
         pairs = focused(q[b, m]) @ focused(k[b, m]).T
         out[b, m] = pairs / pairs.sum(-1, keepdim=True) @ v[b, m]
     return out
@@ -114,7 +108,6 @@ ORACLES = {
 
 
 def build(name, grid=(4, 6), dim=16, **options):
-    """A layer of two heads in double precision."""
     torch.manual_seed(0)
     config = ATTENTIONS[name][0](**options)
     return build_attention(config, dim, 2, grid, (2, 3), num_prefix_tokens=1, layer_index=LAYER).double()
@@ -123,7 +116,6 @@ def build(name, grid=(4, 6), dim=16, **options):
 @pytest.mark.parametrize("grid", [(4, 6), (3, 5), (1, 7)], ids=str)
 @pytest.mark.parametrize("name", ORACLES)
 def test_comparison_attention_equals_oracle(name, grid):
-    """Value and the gradient of every parameter and of q, k, v."""
     oracle, options = ORACLES[name]
     module = build(name.split(",")[0], grid, **options)
     for parameter_name, parameter in module.named_parameters():
@@ -143,7 +135,7 @@ def test_comparison_attention_equals_oracle(name, grid):
 
 
 def test_attention_variants_initial_values():
-    """What the layers start with, large enough to tell by its standard deviation."""
+    """Initial values, checked by their standard deviation in large layers."""
     for std in (1.0, 0.02, 0.0):
         vca = build("vca", dim=512, embedding_init_std=std)
         for embedding in (vca.e_pos, vca.e_neg):
@@ -174,15 +166,15 @@ def test_attention_variants_initial_values():
 
 @pytest.mark.parametrize("name", ["vca", "differential_stages", "differential"])
 def test_attention_variants_autocast_difference_float32(name, monkeypatch):
-    """Both stages subtract in float32 although the products run in bfloat16, and so does lambda weigh."""
-    seen = []
+    """The differences run in float32 although the products run in bfloat16."""
+    recorded = []
 
     def spy(input, first, second, real=torch.addcmul):
-        seen.append((input.dtype, first.dtype, second.dtype))
+        recorded.append((input.dtype, first.dtype, second.dtype))
         return real(input, first, second)
 
     monkeypatch.setattr(torch, "addcmul", spy)
     module = build(name).float()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert module(torch.randn(1, 25, 16)).dtype is torch.bfloat16
-    assert seen == [(torch.float32,) * 3] * (1 if name == "differential" else 2)
+    assert recorded == [(torch.float32,) * 3] * (1 if name == "differential" else 2)

@@ -1,4 +1,4 @@
-"""The core against its oracle: golden figures, values and all gradients at odd shapes, options, autocast."""
+"""VCA against the reference: golden values, outputs and all gradients at odd shapes, options, autocast."""
 
 import functools
 import io
@@ -15,11 +15,12 @@ from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tests.support import GOLDEN
-from vca import VCAConfig, VisualContrastAttention, visual_contrast_attention
+from vca import ContrastParameters, VCAConfig, VisualContrastAttention, visual_contrast_attention
 from vca.attention import ATTENTIONS, build_attention
+from vca.attention import reference as reference_module
 from vca.attention.contrast import Stage2Softmax, Stream
 from vca.attention.pooling import Pooling, pool_queries
-from vca.attention.reference import adaptive_bins, reference_attention, rms_norm
+from vca.attention.reference import adaptive_bins, rms_norm
 
 CASES = ("square_cls", "rect_nocls", "ragged_pool")
 ARGUMENTS = ("q", "k", "v", "e_pos", "e_neg", "lambda1", "lambda2", "lambda_init", "norm1_weight", "norm2_weight")
@@ -33,6 +34,20 @@ SHAPES = [
     ((2, 3), (3, 5), 0, 2, 8),
     ((4, 4), (1, 1), 3, 1, 7),
 ]
+
+
+def flat_attention(function, *arguments, eps=1e-5, streams=None, pool_weight=None, **options):
+    """Call a function of VCA with its tensors and sizes one by one, in the order of `ARGUMENTS`."""
+    q, k, v, *parameters = arguments[: len(ARGUMENTS)]
+    if streams is not None:
+        options |= {"positive_stream": streams[0], "negative_stream": streams[1]}
+    config = {"config": VCAConfig(**options)} if options else {}
+    parameters = ContrastParameters(*parameters, pool_weight)
+    return function(q, k, v, parameters, *arguments[len(ARGUMENTS) :], **config, eps=eps)
+
+
+contrast_attention = functools.partial(flat_attention, visual_contrast_attention)
+reference_attention = functools.partial(flat_attention, reference_module.reference_attention)
 
 
 def shape_id(shape) -> str:
@@ -60,19 +75,19 @@ def random_arguments(shape, dtype=torch.float64, seed=0, batch=2):
     return [*qkv, *embeddings, normal(), normal(), 0.35, normal(dim), normal(dim), (height, width), (h, w), prefix]
 
 
-@pytest.mark.parametrize("function", [reference_attention, visual_contrast_attention])
+@pytest.mark.parametrize("function", [reference_attention, contrast_attention])
 @pytest.mark.parametrize("case", CASES)
 def test_contrast_attention_equals_golden_values(case, function):
     arrays, meta = golden(case)
     arguments = [arrays[name] for name in ARGUMENTS]
     grid, contrast_grid = (meta["H"], meta["W"]), (meta["h"], meta["w"])
-    out = function(*arguments, grid, contrast_grid, meta["prefix_tokens"], meta["rms_eps"])
+    out = function(*arguments, grid, contrast_grid, meta["prefix_tokens"], eps=meta["rms_eps"])
     torch.testing.assert_close(out, arrays["attention_out"], rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_vca_module_equals_golden_values(case):
-    """Lambda vectors, lambda_init of the layer and the local branch, as the module makes them."""
+    """Lambda vectors, lambda_init of the layer and the local branch of the module."""
     arrays, meta = golden(case)
     heads, dim = arrays["q"].shape[1], arrays["q"].shape[3]
     grid, contrast_grid = (meta["H"], meta["W"]), (meta["h"], meta["w"])
@@ -93,7 +108,7 @@ def test_vca_module_equals_golden_values(case):
 
 
 def test_vca_module_equals_its_parts():
-    """The module is projections around the functional core plus the local branch, in that order."""
+    """The module is the projections, the attention function and the local branch, in that order."""
     torch.manual_seed(0)
     module = VisualContrastAttention(24, 3, (4, 5), (2, 2), num_prefix_tokens=1, layer_index=3).double()
     x = torch.randn(2, 21, 24, dtype=torch.float64)
@@ -124,7 +139,7 @@ def test_contrast_attention_equals_reference(shape):
     arguments = random_arguments(shape)
     tensors = [a for a in arguments if isinstance(a, torch.Tensor)]
     results = []
-    for function in (reference_attention, visual_contrast_attention):
+    for function in (reference_attention, contrast_attention):
         out = function(*arguments)
         weight = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)
         results.append((out, torch.autograd.grad((out * weight).sum(), tensors)))
@@ -148,7 +163,7 @@ OPTIONS = [
 
 
 def given_to_function(arguments, options):
-    """Arguments and keywords of `visual_contrast_attention` for one of `OPTIONS`."""
+    """Arguments and keywords of `contrast_attention` for one of `OPTIONS`."""
     given = list(arguments)
     given[5] = None if options.get("plain1") else given[5]
     given[6] = None if options.get("plain2") else given[6]
@@ -157,7 +172,7 @@ def given_to_function(arguments, options):
 
 
 def plain_formula(arguments, plain1=False, plain2=False, joint=False, streams=("pool+embedding", "pool+embedding")):
-    """Options of VCA, spelled out for a single head of a single image."""
+    """Formula of each option of VCA, one head of one image at a time."""
     q, k, v, e_pos, e_neg, lambda1, lambda2, lambda_init, weight1, weight2, (height, width), (h, w), prefix = arguments
     dim = q.shape[-1]
     out = torch.empty_like(q)
@@ -189,7 +204,7 @@ def test_contrast_attention_options_equal_formula(options):
     arguments = random_arguments(SHAPES[1])
     tensors = [a for a in arguments if isinstance(a, torch.Tensor)]
     given, keywords = given_to_function(arguments, options)
-    expected, out = plain_formula(arguments, **options), visual_contrast_attention(*given, **keywords)
+    expected, out = plain_formula(arguments, **options), contrast_attention(*given, **keywords)
     torch.testing.assert_close(out, expected, rtol=1e-10, atol=1e-10)
     weight = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)
     grads, expected_grads = (
@@ -202,8 +217,8 @@ def test_contrast_attention_options_equal_formula(options):
         "stage2_softmax": Stage2Softmax(keywords["stage2_softmax"]),
         "pooling": Pooling.average,
     }
-    assert torch.equal(visual_contrast_attention(*given, **enums), out), "the names of the options are not the options"
-    assert not torch.allclose(out, plain_formula(arguments)), "the option changes nothing"
+    assert torch.equal(contrast_attention(*given, **enums), out), "strings and enums differ"
+    assert not torch.allclose(out, plain_formula(arguments)), "the option has no effect"
 
 
 @pytest.mark.parametrize("part", [1, 37, 100, 1000])
@@ -215,15 +230,15 @@ def test_contrast_attention_chunked_stage2_equals_whole(part, options, monkeypat
     given, keywords = given_to_function(arguments, options)
     results = []
     for size in (2**18, part):
-        monkeypatch.setattr("vca.attention.stages.CPU_PART", size)
-        out = visual_contrast_attention(*given, **keywords)
+        monkeypatch.setattr("vca.attention.stages.CPU_CHUNK", size)
+        out = contrast_attention(*given, **keywords)
         results.append((out, torch.autograd.grad(out.square().sum(), tensors, allow_unused=True)))
     torch.testing.assert_close(*results, rtol=1e-12, atol=1e-12)
 
 
 def test_vca_module_saved_memory_near_mhsa():
-    """What a layer keeps for its backward, beside MHSA: 1.10 at 1024 tokens, where autograd alone would keep 2.3."""
-    kept = []
+    """Saved activations relative to MHSA: 1.10 at 1024 tokens; 2.3 with plain autograd."""
+    saved = []
     for name in ("vca", "softmax"):
         module, storages = build_attention(ATTENTIONS[name][0](), 192, 3, (32, 32), (8, 8)), {}
 
@@ -235,14 +250,14 @@ def test_vca_module_saved_memory_near_mhsa():
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             out = module(torch.randn(2, 1024, 192))
         parameters = {parameter.untyped_storage().data_ptr() for parameter in module.parameters()}
-        kept.append(sum(size for storage, size in storages.items() if storage not in parameters))
+        saved.append(sum(size for storage, size in storages.items() if storage not in parameters))
         del out
-    assert kept[0] / kept[1] < 1.12
+    assert saved[0] / saved[1] < 1.12
 
 
 @pytest.mark.parametrize("name", ["vca", "stage2 plain", "joint softmax"])
 def test_vca_module_compile_export_checkpoint_equal(name):
-    """One graph, forward and backward; `torch.export`; recomputation: the values and gradients of the module itself."""
+    """`torch.compile` with fullgraph, `torch.export` and activation checkpointing give equal values and gradients."""
     torch.manual_seed(0)
     module, x = build_attention(CONFIGS[name], 32, 2, (4, 5), (2, 2), num_prefix_tokens=1), torch.randn(2, 21, 32)
 
@@ -255,7 +270,7 @@ def test_vca_module_compile_export_checkpoint_equal(name):
     torch.testing.assert_close(gradients(torch.compile(module, fullgraph=True, backend="aot_eager")), expected)
     for reentrant in (False, True):
         run = functools.partial(torch.utils.checkpoint.checkpoint, module, use_reentrant=reentrant)
-        if reentrant:  # gradients of inputs alone cannot be asked of it
+        if reentrant:  # does not support torch.autograd.grad
             run(x.requires_grad_()).square().sum().backward()
             torch.testing.assert_close([parameter.grad for parameter in module.parameters()], expected[1:])
         else:
@@ -266,7 +281,7 @@ def test_vca_module_compile_export_checkpoint_equal(name):
 
 @pytest.mark.process
 def test_vca_module_compile_one_graph_for_all_batch_sizes():
-    """Also for sizes whose eager Stage II is cut into more parts."""
+    """Also for batch sizes with more chunks in eager Stage II."""
     module, counter = VisualContrastAttention(32, 2, (16, 16), (8, 8)), CompileCounter()
     compiled = torch.compile(module, fullgraph=True, dynamic=True, backend=counter)
     torch._dynamo.reset()
@@ -327,7 +342,7 @@ def test_vca_module_second_derivatives_equal_differences(name):
 @pytest.mark.parametrize("name", ["vca", "stage2 plain", "joint softmax"])
 def test_vca_module_trace_saved_serves_other_batch_sizes(name):
     module, file = build_attention(CONFIGS[name], 16, 2, (4, 5), (2, 2)).eval(), io.BytesIO()
-    with warnings.catch_warnings():  # that shapes other than the batch are constants of the trace
+    with warnings.catch_warnings():  # the trace fixes all shapes except the batch size
         warnings.simplefilter("ignore", torch.jit.TracerWarning)
         torch.jit.save(torch.jit.trace(module, torch.randn(3, 20, 16)), file)
     traced = torch.jit.load(io.BytesIO(file.getvalue()))
@@ -337,23 +352,23 @@ def test_vca_module_trace_saved_serves_other_batch_sizes(name):
 
 
 def test_contrast_attention_wrong_options_refused():
-    """Of the function: names that are no option, embeddings that would broadcast, weights without their pooling."""
+    """Unknown option names, embeddings that would broadcast, a pooling kernel without its pooling."""
     arguments = random_arguments(SHAPES[1])
-    streams = r"streams must be one of \['pool', 'embedding', 'pool\+embedding'\], got 'queries'"
+    streams = r"negative_stream must be one of \['pool', 'embedding', 'pool\+embedding'\], got 'queries'"
     for options, message in [
         ({"streams": ("pool", "queries")}, streams),
         ({"stage2_softmax": "both"}, r"stage2_softmax must be one of \['separate', 'joint'\], got 'both'"),
         ({"pooling": "median"}, r"pooling must be one of \['average', 'maximum', 'depthwise'\], got 'median'"),
-        ({"pooling": "depthwise"}, "pool_weight goes with the pooling 'depthwise' and no other"),
-        ({"pool_weight": torch.ones(5, 1, 2, 2)}, "and no other, got 'average'"),
+        ({"pooling": "depthwise"}, "pool_weight must be given for pooling 'depthwise' only, got pooling 'depthwise'"),
+        ({"pool_weight": torch.ones(5, 1, 2, 2)}, "for pooling 'depthwise' only, got pooling 'average'"),
     ]:
         with pytest.raises(ValueError, match=message):
-            visual_contrast_attention(*arguments, **options)
+            contrast_attention(*arguments, **options)
     for place, embedding in [(3, arguments[3][:, :1]), (4, arguments[4][0]), (4, None)]:
         given = [*arguments[:place], embedding, *arguments[place + 1 :]]
         got = None if embedding is None else tuple(embedding.shape)
-        with pytest.raises(ValueError, match=re.escape(f"needs an embedding of shape (1, 12, 5), got {got}")):
-            visual_contrast_attention(*given)
+        with pytest.raises(ValueError, match=re.escape(f"stream must have shape (1, 12, 5), got {got}")):
+            contrast_attention(*given)
 
 
 def test_vca_module_embedding_streams_skip_pooling(monkeypatch):
@@ -364,7 +379,7 @@ def test_vca_module_embedding_streams_skip_pooling(monkeypatch):
 
 @pytest.mark.parametrize("grid", [(4, 6), (5, 7), (2, 2)], ids=str)
 def test_pool_queries_equals_loops(grid):
-    """Maximum and learned pooling against loops; the learned one begins as the average where that is exact."""
+    """Maximum and learned pooling against loops; the learned one is initialized as the average."""
     torch.manual_seed(0)
     q, contrast_grid, prefix = torch.randn(2, 2, 1 + grid[0] * grid[1], 3, dtype=torch.float64), (2, 2), 1
     image = q[:, :, prefix:].unflatten(2, grid)
@@ -424,7 +439,6 @@ def test_attention_variants_every_parameter_gets_gradient(name):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_attention_variants_accept_any_grid(name):
-    """A module serves grids that it was not built for."""
     module = build_attention(CONFIGS[name], 16, 2, (4, 4), (2, 2), num_prefix_tokens=1)
     for grid in ((4, 4), (7, 9), (2, 5), (14, 14)):
         assert module(torch.randn(1, 1 + grid[0] * grid[1], 16), grid).shape == (1, 1 + grid[0] * grid[1], 16)
@@ -449,16 +463,16 @@ def test_attention_variants_autocast_finite(name, dtype, inputs):
 
 
 def test_vca_module_autocast_norm_and_softmax_float32(monkeypatch):
-    """Lambda, both norms and both softmax differences see float32 although the products run in bfloat16."""
-    seen = []
+    """Lambda, norms and softmaxes run in float32, matrix products in bfloat16."""
+    recorded = []
     norm, softmax = torch.nn.functional.rms_norm, torch.Tensor.softmax
 
     def spy_norm(x, shape, weight=None, eps=None):
-        seen.append(("norm", x.dtype, weight.dtype))
+        recorded.append(("norm", x.dtype, weight.dtype))
         return norm(x, shape, weight, eps)
 
     def spy_softmax(x, dim):
-        seen.append(("softmax", x.dtype))
+        recorded.append(("softmax", x.dtype))
         return softmax(x, dim)
 
     monkeypatch.setattr(torch.nn.functional, "rms_norm", spy_norm)
@@ -468,7 +482,7 @@ def test_vca_module_autocast_norm_and_softmax_float32(monkeypatch):
         module(torch.randn(1, 36, 32))
         assert module.lambda1().dtype is torch.float32
     expected = [("norm", torch.float32, torch.float32), ("softmax", torch.float32)]
-    assert seen == [expected[0], expected[1], expected[0]]
+    assert recorded == [expected[0], expected[1], expected[0]]
 
 
 def test_vca_module_bfloat16_close_to_float32():
@@ -484,16 +498,25 @@ def test_vca_module_bfloat16_close_to_float32():
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: VisualContrastAttention(30, 4, (2, 2)), "divide the width 30"),
+        (lambda: VisualContrastAttention(30, 4, (2, 2)), "num_heads must be >= 1 and divide dim=30, got 4"),
         (
             lambda: VCAConfig(contrast_grid=[7]),
-            "attention.contrast_grid must be two integers >= 1, or such a pair a layer, got \\[7\\]",
+            "attention.contrast_grid must be two integers >= 1, or one such pair per layer, got \\[7\\]",
         ),
         (lambda: VCAConfig(contrast_grid=[0, 2]), "attention.contrast_grid must be"),
         (lambda: VCAConfig(stage1="both"), r"attention.stage1 must be one of \['contrast', 'plain'\], got 'both'"),
-        (lambda: VCAConfig(contrast_grid=[[2, 2]]).contrast_grid_of_layer(1, (7, 7)), "names 1 layers"),
-        (lambda: VisualContrastAttention(8, 2, (3, 3))(torch.zeros(1, 10, 8)), "10 tokens do not fill grid 3 x 3"),
-        (lambda: build_attention(ATTENTIONS["differential"][0](), 6, 2, (3, 3)), "head dim must be even.*got 3"),
+        (
+            lambda: VCAConfig(contrast_grid=[[2, 2]]).contrast_grid_of_layer(1, (7, 7)),
+            "for each layer, got 1 and a layer 1",
+        ),
+        (
+            lambda: VisualContrastAttention(8, 2, (3, 3))(torch.zeros(1, 10, 8)),
+            r"must be 9 \(0 prefix .* 3 x 3\), got 10",
+        ),
+        (
+            lambda: build_attention(ATTENTIONS["differential"][0](), 6, 2, (3, 3)),
+            "head dim must be even .*, got 3",
+        ),
         (lambda: build_attention(ATTENTIONS["differential_stages"][0](), 6, 2, (3, 3)), "head dim must be even"),
         (lambda: VCAConfig(pooling="median"), r"attention.pooling must be one of \['average', .*, got 'median'"),
         (lambda: ATTENTIONS["focused_linear"][0](power=0), "attention.power must be from 1 to 16, got 0"),
@@ -504,7 +527,7 @@ def test_vca_module_bfloat16_close_to_float32():
             lambda: VisualContrastAttention(8, 2, (8, 8), (2, 2), config=VCAConfig(pooling="depthwise"))(
                 torch.zeros(1, 6, 8), grid=(2, 3)
             ),
-            r"a learned pooling of 4 x 4 tokens needs such a grid, got \(2, 3\)",
+            r"grid must be at least 4 x 4, the kernel of the learned pooling, got \(2, 3\)",
         ),
     ],
 )
@@ -515,7 +538,7 @@ def test_attention_variants_wrong_options_refused(build, message):
 
 @pytest.mark.parametrize("name", ATTENTIONS)
 def test_attention_variants_wrong_arguments_refused(name):
-    """The constructor, whether or not the variant uses what it is told, and the number of tokens."""
+    """Constructor arguments, also those that a variant ignores, and the number of tokens."""
     config, module = ATTENTIONS[name]
     for arguments, message in [
         ({"contrast_grid": (0, 2)}, "contrast_grid must be two integers >= 1, got (0, 2)"),
@@ -524,7 +547,7 @@ def test_attention_variants_wrong_arguments_refused(name):
         ({"grid": (3, 0)}, "grid must be two integers >= 1, got (3, 0)"),
         ({"num_prefix_tokens": -1}, "num_prefix_tokens must be >= 0, got -1"),
         ({"layer_index": -5}, "layer_index must be >= 0, got -5"),
-        ({"num_heads": 0}, "num_heads must be >= 1 and divide the width 8, got 0"),
+        ({"num_heads": 0}, "num_heads must be >= 1 and divide dim=8, got 0"),
         ({"config": object()}, f"config must be a {config.__name__}, got object"),
         ({"config": ATTENTIONS["softmax" if name != "softmax" else "vca"][0]()}, "Config, got "),
     ]:
@@ -532,7 +555,7 @@ def test_attention_variants_wrong_arguments_refused(name):
             module(**{"dim": 8, "num_heads": 2, "grid": (3, 3), **arguments})
     built = module(8, 2, (3, 3), (2, 2), 1)
     for tokens, grid in ((9, None), (11, None), (10, (2, 3))):
-        with pytest.raises(ValueError, match=f"{tokens} tokens do not fill grid . x 3 after 1 prefix tokens"):
+        with pytest.raises(ValueError, match=rf"tokens must be \d+ \(1 prefix tokens \+ grid . x 3\), got {tokens}"):
             built(torch.zeros(1, tokens, 8), grid)
     assert module(8, 2, [3, 3], [2, 2], 1)(torch.zeros(1, 10, 8)).shape == (1, 10, 8)
 
@@ -540,7 +563,7 @@ def test_attention_variants_wrong_arguments_refused(name):
 @pytest.mark.parametrize("power", [1, 16])
 @pytest.mark.parametrize("value", [0.0, -1.0, 1.0])
 def test_focused_linear_extreme_power_finite(power, value):
-    """The flattest direction, all entries alike, in a head of 256: the mean of v, and finite gradients."""
+    """Equal entries in a head of dim 256 give the mean of v and finite gradients."""
     module = build_attention(ATTENTIONS["focused_linear"][0](power=power), 256, 1, (2, 2))
     q, k, v = (torch.full((1, 1, 4, 256), value, requires_grad=True) for _ in range(3))
     out = module.attend(q, k, v, (2, 2))
@@ -553,3 +576,49 @@ def test_vca_config_pool_per_layer():
     config = VCAConfig(contrast_grid=[[2, 2], [3, 1]])
     modules = [build_attention(config, 8, 2, (6, 6), layer_index=index) for index in range(2)]
     assert [tuple(m.e_pos.shape) for m in modules] == [(2, 4, 4), (2, 3, 4)]
+
+
+@pytest.mark.parametrize("options", [{}, *OPTIONS], ids=str)
+def test_vca_module_overridden_stage_replaces_only_that_stage(options):
+    """Overrides that call the original give equal results; a new Stage I gets its tokens and feeds Stage II."""
+    stages = {f"stage{i}": "plain" for i in (1, 2) if options.get(f"plain{i}")}
+    streams = dict(zip(("positive_stream", "negative_stream"), options.get("streams", ()), strict=False))
+    config = VCAConfig(**stages, **streams, stage2_softmax="joint" if options.get("joint") else "separate")
+
+    class SameStages(VisualContrastAttention):
+        def stage1(self, tokens, k, v):
+            return super().stage1(tokens, k, v)
+
+        def stage2(self, q, tokens, v_hat):
+            return super().stage2(q, tokens, v_hat)
+
+    class MeanStage1(VisualContrastAttention):
+        def stage1(self, tokens, k, v):
+            assert tokens.shape[2] == self.num_contrast * (1 if self.lambda1 is None else 2)
+            return v.mean(2, keepdim=True).expand(-1, -1, self.num_contrast, -1)
+
+    results = {}
+    for module_class in (VisualContrastAttention, SameStages, MeanStage1):
+        torch.manual_seed(0)
+        module = module_class(16, 2, (4, 5), (2, 2), num_prefix_tokens=1, layer_index=2, config=config).double()
+        x = torch.randn(2, 21, 16, dtype=torch.float64)
+        out = module(x)
+        grads = torch.autograd.grad(out.square().sum(), module.parameters(), allow_unused=True)
+        results[module_class] = out, *grads
+    torch.testing.assert_close(results[SameStages], results[VisualContrastAttention], rtol=0, atol=0)
+    assert not torch.allclose(results[MeanStage1][0], results[VisualContrastAttention][0])
+
+
+def test_vca_module_overridden_pooling_used_and_triton_refused():
+    class FirstQueries(VisualContrastAttention):
+        def contrast_tokens(self, q, grid):
+            return q[:, :, : self.num_contrast]
+
+    module, q = FirstQueries(8, 2, (3, 3), (2, 2)), torch.randn(1, 2, 9, 4)
+    weights = module.contrast_parameters()
+    tokens = torch.cat([q[:, :, :4] + module.e_pos, q[:, :, :4] + module.e_neg], dim=2)
+    expected = module.stage2(q, tokens, module.stage1(tokens, q, q))
+    torch.testing.assert_close(module.attend(q, q, q, (3, 3)), expected)
+    assert not torch.allclose(visual_contrast_attention(q, q, q, weights, (3, 3), (2, 2)), expected)
+    with pytest.raises(ValueError, match="must be auto or eager for FirstQueries, which overrides a stage, got triton"):
+        FirstQueries(8, 2, (3, 3), (2, 2), config=VCAConfig(backend="triton"))

@@ -1,4 +1,4 @@
-"""The maps are what the layers compute, and the script that draws them refuses what it cannot draw in one line."""
+"""Attention maps agree with the layers; the script rejects invalid arguments in one line."""
 
 import sys
 
@@ -11,7 +11,7 @@ import train_cls
 from tests.support import TINY
 from vca import VCAConfig, VisualContrastAttention
 from vca.attention import ATTENTIONS, build_attention
-from vca.attention.maps import listening, maps_of
+from vca.attention.maps import maps_of, recorded_calls
 from vca.attention.reference import rms_norm
 from vca.config import compose
 
@@ -33,14 +33,14 @@ def close(one, other):
     torch.testing.assert_close(one, other, rtol=0, atol=1e-10)
 
 
-def heard_by(module, batch=2):
-    """What a module was called with, on random tokens, and what its `attend` made of it."""
+def call_of(module, batch=2):
+    """Arguments and result of `attend` for random tokens."""
     tokens = module.num_prefix_tokens + GRID[0] * GRID[1]
-    with listening(module) as heard:
+    with recorded_calls(module) as calls:
         module(torch.randn(batch, tokens, module.dim, dtype=torch.float64))
-    ((same, heads),) = heard
+    ((same, heads),) = calls
     assert same is module
-    assert "attend" not in vars(module)  # listening has gone
+    assert "attend" not in vars(module)  # the wrapper is removed
     with torch.no_grad():
         return heads, module.attend(*heads)
 
@@ -57,7 +57,7 @@ def test_attention_maps_reproduce_attention_output(options):
     module = vca_module(**options)
     with torch.no_grad():
         module.norm2_weight.uniform_(0.5, 1.5)
-    heads, expected = heard_by(module)
+    heads, expected = call_of(module)
     weight = (1 - module.lambda_init) * module.norm2_weight
     for row in range(GRID[0]):
         for column in range(GRID[1]):
@@ -69,7 +69,7 @@ def test_attention_maps_reproduce_attention_output(options):
 def test_attention_maps_average_heads():
     """Also with a prefix token, to which a map leaves a part of the weight."""
     module = vca_module(num_heads=2, num_prefix_tokens=1)
-    heads, _ = heard_by(module)
+    heads, _ = call_of(module)
     every = []
     for head in range(2):
         one = vca_module(num_prefix_tokens=1)
@@ -83,7 +83,7 @@ def test_attention_maps_average_heads():
 def test_attention_maps_stages_equal_formula():
     """Stage I from the contrast token of the patch's cell, Stage II from the patch, both spelled out."""
     module = vca_module()
-    heads, _ = heard_by(module)
+    heads, _ = call_of(module)
     q, k = heads.q[:, 0], heads.k[:, 0]
     t = q.unflatten(1, (2, 2, 3, 2)).mean((2, 4)).flatten(1, 2)  # (B, n, D): cells of 2 x 2 patches
     for row, column in [(0, 0), (1, 2), (2, 1), (3, 5)]:
@@ -106,22 +106,31 @@ def test_attention_maps_plain_stage_has_one_stream():
     }
     for stage, expected in titles.items():
         module = vca_module(**{stage: "plain"})
-        assert list(maps_of(module, heard_by(module)[0], (0, 0))) == expected
+        assert list(maps_of(module, call_of(module)[0], (0, 0))) == expected
 
 
 def test_attention_maps_mhsa_reproduces_output():
     """Applied to v it is the attention."""
     torch.manual_seed(0)
     module = build_attention(ATTENTIONS["softmax"][0](), 8, 1, GRID).double()
-    heads, expected = heard_by(module)
+    heads, expected = call_of(module)
     found = maps_of(module, heads, (2, 3))
     assert list(found) == ["MHSA"]
     close((found["MHSA"].flatten(1)[:, None] @ heads.v[:, 0])[:, 0], expected[:, 0, 2 * 6 + 3])
-    with pytest.raises(ValueError, match="no patch \\(4, 0\\) on a grid of 4 x 6"):
+    with pytest.raises(ValueError, match=r"patch must be on the grid 4 x 6, got \(4, 0\)"):
         maps_of(module, heads, (4, 0))
     agent = build_attention(ATTENTIONS["agent"][0](), 8, 1, GRID, POOL).double()
-    with pytest.raises(ValueError, match="maps of VCA and of MHSA, not of AgentAttention"):
-        maps_of(agent, heard_by(agent)[0], (0, 0))
+    with pytest.raises(ValueError, match=r"attention must be VCA or MHSA .*, got AgentAttention"):
+        maps_of(agent, call_of(agent)[0], (0, 0))
+
+
+@pytest.mark.parametrize("name", ["attend", "stage1", "stage2"])
+def test_attention_maps_overridden_stage_refused(name):
+    own = getattr(VisualContrastAttention, name)
+    variant = type("Variant", (VisualContrastAttention,), {name: lambda *args: own(*args)})
+    module = variant(8, 1, GRID, POOL).double()
+    with pytest.raises(ValueError, match="with their own attend, stage1 and stage2, got Variant"):
+        maps_of(module, call_of(module)[0], (0, 0))
 
 
 @pytest.fixture(scope="session")
@@ -141,8 +150,8 @@ def train_baselines(out):
         train_cls.run(compose("train_cls", overrides))
 
 
-def draw(monkeypatch, *arguments):
-    """The script, with these arguments."""
+def run_maps(monkeypatch, *arguments):
+    """Run the script."""
     monkeypatch.setattr(sys, "argv", ["attention_maps.py", *map(str, arguments)])
     scripts.attention_maps.main()
 
@@ -151,12 +160,12 @@ def test_attention_maps_script_writes_pictures(classifier_run, baselines, tmp_pa
     drawn = []
     monkeypatch.setattr(
         scripts.attention_maps,
-        "draw",
-        lambda *given, real=scripts.attention_maps.draw: (drawn.append(list(given[2])), real(*given)),
+        "plot_layer",
+        lambda *given, real=scripts.attention_maps.plot_layer: (drawn.append(list(given[2])), real(*given)),
     )
     photo = tmp_path / "photo.png"
     Image.effect_noise((20, 12), 50).save(photo)
-    draw(
+    run_maps(
         monkeypatch, classifier_run, "--baseline", baselines / "softmax", "--images", 0, photo, "--out", tmp_path / "a"
     )
     both = ["I+", "I-", "I", "II+", "II-", "II", "VCA", "MHSA"]
@@ -165,39 +174,42 @@ def test_attention_maps_script_writes_pictures(classifier_run, baselines, tmp_pa
         with Image.open(tmp_path / "a" / f"layer_0{layer}.png") as picture:
             assert min(picture.size) > 200
             assert len(set(picture.convert("L").tobytes())) > 100
-    draw(monkeypatch, baselines / "softmax", "--patch", 3, 0, "--out", tmp_path / "b")
+    run_maps(monkeypatch, baselines / "softmax", "--patch", 3, 0, "--out", tmp_path / "b")
     assert drawn[2:] == [["MHSA"], ["MHSA"]]
     assert len(list((tmp_path / "b").iterdir())) == 2
-    assert capsys.readouterr().out.startswith("2 pictures in ")
+    assert capsys.readouterr().out.startswith("2 figures written to ")
 
 
 def test_attention_maps_script_wrong_arguments_refused(
     classifier_run, baselines, generator_run, tmp_path, monkeypatch, capsys
 ):
-    """One line each, and no picture."""
+    """One line each, and no figure."""
     (tmp_path / "text.png").write_text("no picture")
     Image.new("RGB", (8, 8)).save(tmp_path / "colour.png")
     run, out = classifier_run, ("--out", tmp_path / "out")
     for arguments, message in [
-        ((tmp_path,), "is no run directory: it has no config.json"),
-        ((generator_run,), "is a generator; the maps are those of a classifier"),
-        ((run, "--images", "359"), "there are 359 evaluation images, no number 359"),
-        ((run, "--images", tmp_path / "none.png"), "there is no file "),
-        ((run, "--images", tmp_path / "text.png"), "text.png is no image that can be read (cannot identify"),
-        ((run, "--images", tmp_path / "colour.png"), "colour.png is RGB, and the model sees one channel"),
-        ((run, "--patch", "4", "0"), "there is no patch (4, 0) on a grid of 4 x 4"),
-        ((baselines / "agent",), "maps of VCA and of MHSA, not of AgentAttention"),
-        ((run, "--baseline", run), "run has no maps of MHSA"),
-        ((baselines / "softmax", "--baseline", baselines / "softmax"), "softmax has no maps of VCA"),
-        ((run, "--baseline", baselines / "other"), "has other data than"),
-        ((run, "--baseline", baselines / "other"), "(data.mean: [0.5] -> [0.306])"),
-        ((run, "--baseline", baselines / "coarse"), "have grids [(4, 4), (4, 4)], those of "),
+        ((tmp_path,), "must be a run directory with a config.json"),
+        ((generator_run,), "must be a classifier run (train_cls.py), got a generator"),
+        ((run, "--images", "359"), "index must be < 359 (evaluation images), got 359"),
+        ((run, "--images", tmp_path / "none.png"), "--images: no such file: "),
+        ((run, "--images", tmp_path / "text.png"), "text.png (cannot identify"),
+        ((run, "--images", tmp_path / "colour.png"), "colour.png must be grey (data.in_chans=1), got RGB"),
+        ((run, "--patch", "4", "0"), "patch must be on the grid 4 x 4, got (4, 0)"),
+        (
+            (baselines / "agent",),
+            "attention must be VCA or MHSA with their own attend, stage1 and stage2, got AgentAttention",
+        ),
+        ((run, "--baseline", run), "run must be a run with MHSA"),
+        ((baselines / "softmax", "--baseline", baselines / "softmax"), "softmax must be a run with VCA"),
+        ((run, "--baseline", baselines / "other"), "must have the data of"),
+        ((run, "--baseline", baselines / "other"), "got data.mean: [0.5] -> [0.306]"),
+        ((run, "--baseline", baselines / "coarse"), "must be [(4, 4), (4, 4)] as in "),
     ]:
         with pytest.raises(SystemExit) as stopped:
-            draw(monkeypatch, *arguments, *out)
-        said = capsys.readouterr().err
+            run_maps(monkeypatch, *arguments, *out)
+        error = capsys.readouterr().err
         assert stopped.value.code == 2
-        assert message in said
-        assert said.startswith("config error: ")
-        assert said.count("\n") == 1, said
+        assert message in error
+        assert error.startswith("config error: ")
+        assert error.count("\n") == 1, error
     assert not (tmp_path / "out").exists()

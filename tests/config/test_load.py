@@ -99,11 +99,8 @@ WRONG = {
     "model=deit_tinny": r"model=deit_tinny: no such option; did you mean 'deit_tiny'\? \(options: .*deit_base",
     "attention=agnet": r"attention=agnet: no such option.*softmax, vca",
     "modle=deit_tiny": r"unknown key 'modle'|unknown group 'modle'; did you mean 'model'\?",
-    "attention.contrast_grid=[7]": (
-        r"attention.contrast_grid must be two integers >= 1, or such a pair a layer, got "
-        r"\[7\]"
-    ),
-    "attention.contrast_grid=[[2,2]]": r"attention.contrast_grid names 1 layers, but the model has a layer 1",
+    "attention.contrast_grid=[7]": r"attention.contrast_grid must be two integers >= 1, or .* per layer, got \[7\]",
+    "attention.contrast_grid=[[2,2]]": r"attention.contrast_grid must have a pair for each layer, got 1 and a layer 1",
     "attention.stage1=both": r"attention.stage1 must be one of contrast, plain, got 'both'",
     "attention.positive_stream=pooled": (
         r"attention.positive_stream must be one of pool, embedding, pool\+embedding, got "
@@ -158,7 +155,7 @@ WRONG = {
     "nonsense": r"nonsense",
     "data.mean=0.5": r"data.mean must be a list such as \[1, 2\], got a float",
     "attention.local_branch=maybe": r"attention.local_branch must be true or false, got 'maybe'",
-    "attention.name=softmax name=short": r"attention.name 'softmax' goes with SoftmaxConfig, got VCAConfig",
+    "attention.name=softmax name=short": r"attention.name 'softmax' must have a SoftmaxConfig, got VCAConfig",
     "model.num_classes=5": r"model.num_classes must be data.num_classes, 10, got 5",
     "data.num_classes=20": r"data.num_classes must be 10 for digits, got 20",
     "data.in_chans=3 data.mean=[0,0,0] data.std=[1,1,1]": r"data.in_chans must be 1 for digits, got 3",

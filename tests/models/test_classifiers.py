@@ -398,7 +398,7 @@ def test_models_contrast_grid_of_too_many_layers_refused():
         config = config_class(**fields[family])
         module(config, VCAConfig(contrast_grid=[[1, 1]] * depth))
         with pytest.raises(
-            ValueError, match=f"attention.contrast_grid names {depth + 1} layers, but the model has {depth}"
+            ValueError, match=rf"attention.contrast_grid must have one pair per layer \({depth}\), got {depth + 1}"
         ):
             module(config, VCAConfig(contrast_grid=[[1, 1]] * (depth + 1)))
 
@@ -467,15 +467,15 @@ def test_replace_attention_in_timm_vit_keeps_weights(name):
 
 
 def test_replace_attention_unsupported_network_refused():
-    with pytest.raises(ValueError, match="no blocks"):
+    with pytest.raises(ValueError, match=r"model must have blocks\[i\].attn .*, got Linear"):
         vca.replace_attention(nn.Linear(2, 2))
     network = timm.create_model("vit_tiny_patch16_224", qk_norm=True)
-    with pytest.raises(ValueError, match=r"blocks.0.attn has q_norm, k_norm, which VCA has no place for"):
+    with pytest.raises(ValueError, match=r"blocks.0.attn must not have parts that VCA lacks, got q_norm, k_norm"):
         vca.replace_attention(network)
     assert not any(isinstance(m, vca.VisualContrastAttention) for m in network.modules())
     network = timm.create_model("vit_tiny_patch16_224", depth=1)
     vca.replace_attention(network)
-    with pytest.raises(ValueError, match="no masked form"):
+    with pytest.raises(ValueError, match="VCA does not support masks"):
         network.blocks[0](torch.zeros(1, 197, 192), attn_mask=torch.ones(197, 197))
 
 
@@ -492,5 +492,5 @@ WITH_PARTS_OF_THEIR_OWN = {
 @pytest.mark.parametrize("name", WITH_PARTS_OF_THEIR_OWN)
 def test_replace_attention_extra_parts_refused(name):
     network = timm.create_model(name, depth=1, embed_dim=32, num_heads=2)
-    with pytest.raises(ValueError, match=f"blocks.0.attn has {WITH_PARTS_OF_THEIR_OWN[name]}.*VCA has no place for"):
+    with pytest.raises(ValueError, match=rf"blocks.0.attn must not .* got {WITH_PARTS_OF_THEIR_OWN[name]}"):
         vca.replace_attention(network, grid=(14, 14))

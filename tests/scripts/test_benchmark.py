@@ -1,4 +1,4 @@
-"""The benchmarks run and say what they promise; what they measure here means nothing."""
+"""The benchmarks run and report every part; the measured values are not checked."""
 
 import json
 import sys
@@ -11,14 +11,14 @@ import benchmarks.attention
 import benchmarks.loop
 import benchmarks.model
 from benchmarks import __main__ as command_line
-from benchmarks.timing import Budget, compare, kept_bytes, peak_bytes, take_turns
+from benchmarks.timing import Budget, compare, peak_bytes, saved_bytes, take_turns
 
 CPU = torch.device("cpu")
 
 
 @pytest.mark.process
 def test_benchmark_all_writes_every_part(tmp_path, monkeypatch, capsys):
-    """The command that runs everything, with the smallest of everything."""
+    """`all` with the smallest settings."""
     monkeypatch.setattr(benchmarks.attention, "WIDTH", 48)
     monkeypatch.setattr(benchmarks.model, "PIXELS", {"cpu": 224 * 224})
     monkeypatch.setattr(benchmarks.loop, "STEPS", 1)
@@ -50,7 +50,7 @@ def test_benchmark_all_writes_every_part(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["data"], "data needs --root, a folder that holds train/ and val/"),
+        (["data"], "data needs --root, a folder with train/ and val/"),
         (["attention", "--rounds", "2"], "--rounds must be >= 3"),
         (["all", "--minutes", "0"], "--minutes > 0"),
         (["inception", "--weights", "nowhere"], "inception needs --weights"),
@@ -65,7 +65,7 @@ def test_benchmark_wrong_options_refused(options, message, monkeypatch, capsys):
 
 
 def test_benchmark_turns_alternate_within_budget():
-    """Everyone gets as many; ratios are of the same round; time that is over ends it after three."""
+    """Equal turns; ratios within a round; at least three rounds after the end time."""
     calls = []
     timings = take_turns({n: lambda n=n: calls.append(n) for n in "abc"}, "a", Budget(4), CPU, warm=0)
     assert "".join(calls) == "cbaabccbaabc"
@@ -75,9 +75,9 @@ def test_benchmark_turns_alternate_within_budget():
     assert len(calls) == 6
 
 
-def test_benchmark_memory_kept_and_peak_bytes():
+def test_benchmark_saved_and_peak_bytes():
     x = torch.ones(1000, requires_grad=True)
-    assert kept_bytes(lambda: (x.exp() * 2).sum()) == 4000  # what exp returned
+    assert saved_bytes(lambda: (x.exp() * 2).sum()) == 4000  # the result of exp
     linear = torch.nn.Linear(10, 10)
-    assert kept_bytes(lambda: linear(torch.ones(5, 10)).sum(), linear) == 200  # its input, not its weight
+    assert saved_bytes(lambda: linear(torch.ones(5, 10)).sum(), linear) == 200  # its input, not its weight
     assert 8000 <= peak_bytes(lambda: torch.ones(1000) + torch.ones(1000), CPU) <= 12100

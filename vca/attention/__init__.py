@@ -1,7 +1,7 @@
-"""The attention core shared by every backbone: torch and nothing else.
+"""Attention variants shared by every backbone. This package depends on torch only.
 
-To add a variant: one file here, with a config dataclass whose `name` is its key and a subclass of `ProjectedAttention`
-that defines `attend`, and one line in `ATTENTIONS`.
+To add a variant, add a file with a config dataclass (its `name` is the registry key) and a subclass of
+`ProjectedAttention` that defines `attend`, and add one line to `ATTENTIONS`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,11 +14,13 @@ from vca.attention.contrast import VCAConfig, VisualContrastAttention, backend_o
 from vca.attention.differential import DifferentialAttention, DifferentialConfig
 from vca.attention.differential_stages import DifferentialStagesAttention, DifferentialStagesConfig
 from vca.attention.focused_linear import FocusedLinearAttention, FocusedLinearConfig
+from vca.attention.parameters import ContrastParameters
 from vca.attention.replace import replace_attention
 from vca.attention.softmax import SoftmaxAttention, SoftmaxConfig, softmax_attention
 
 __all__ = [
     "ATTENTIONS",
+    "ContrastParameters",
     "DifferentialStagesConfig",
     "SoftmaxAttention",
     "SoftmaxConfig",
@@ -26,13 +28,13 @@ __all__ = [
     "VisualContrastAttention",
     "backend_of",
     "build_attention",
-    "describe",
     "replace_attention",
     "softmax_attention",
+    "variant_name",
     "visual_contrast_attention",
 ]
 
-# name -> (config dataclass, module). Every module has the constructor and the forward described in `build_attention`.
+# name -> (config dataclass, module class)
 ATTENTIONS: dict[str, tuple[type, type[nn.Module]]] = {
     "softmax": (SoftmaxConfig, SoftmaxAttention),
     "vca": (VCAConfig, VisualContrastAttention),
@@ -44,42 +46,40 @@ ATTENTIONS: dict[str, tuple[type, type[nn.Module]]] = {
 
 
 def variant_name(options: Mapping[str, Any]) -> str:
-    """A name for a variant and its options: `vca`, or `vca-stage2_plain` where one is not the default.
+    """Return a name for a variant that is valid in a run name, with its non-default options: `vca-stage2_plain`."""
 
-    It can stand in the name of a run: lists are written `7x7`.
-    """
-
-    def said(value: Any) -> str:
+    def as_text(value: Any) -> str:
         if isinstance(value, Sequence) and not isinstance(value, str):
-            return "x".join(map(said, value))
+            return "x".join(map(as_text, value))
         return str(getattr(value, "value", value)).lower()
 
     default = ATTENTIONS[options["name"]][0]()
-    changed = {k: v for k, v in options.items() if said(v) != said(getattr(default, k, None))}
-    return "-".join([options["name"], *(f"{key}_{said(value)}" for key, value in changed.items())])
+    changed = {k: v for k, v in options.items() if as_text(v) != as_text(getattr(default, k, None))}
+    return "-".join([options["name"], *(f"{key}_{as_text(value)}" for key, value in changed.items())])
 
 
 def build_attention(
-    config: Any, dim: int, num_heads: int, grid: tuple[int, int], contrast_grid: tuple[int, int] = (7, 7), **place: Any
+    config: Any, dim: int, num_heads: int, grid: tuple[int, int], contrast_grid: tuple[int, int] = (7, 7), **kwargs: Any
 ) -> nn.Module:
-    """Build the variant that `config` (one of the dataclasses in `ATTENTIONS`) describes.
+    """Build the attention variant that `config` selects.
 
-    The one contract between backbones and attentions: the result maps `(B, N, C)` to `(B, N, C)` when called as
-    `attn(x)`, or as `attn(x, grid=(H, W))` on a grid other than the one it was built for.
+    Every variant maps `(B, N, C)` to `(B, N, C)` when called as `attn(x)`, or as `attn(x, grid=(H, W))` for another
+    grid than the one it was built for.
 
     Args:
-        config: options of the variant.
-        dim, num_heads, grid, contrast_grid: width C, heads M, `(H, W)` of the patch tokens, the backbone's contrast grid.
-        place: whatever else `ProjectedAttention` takes: `num_prefix_tokens`, `layer_index`, `qkv_bias`, `proj_drop`.
+        config: options of the variant, one of the dataclasses in `ATTENTIONS`.
+        dim, num_heads: width C and number of heads M.
+        grid, contrast_grid: `(H, W)` of the patch tokens, and the backbone's contrast grid `(h, w)`.
+        kwargs: other arguments of `ProjectedAttention`: `num_prefix_tokens`, `layer_index`, `qkv_bias`, `proj_drop`.
 
     Raises:
-        ValueError: if `config.name` is not a variant, or a value is out of its range.
+        ValueError: if `config.name` is unknown or a value is out of range.
     """
     if config.name not in ATTENTIONS:
         raise ValueError(f"attention.name must be one of {sorted(ATTENTIONS)}, got '{config.name}'")
     config_class, module = ATTENTIONS[config.name]
     if type(config) is not config_class:
         raise ValueError(
-            f"attention.name '{config.name}' goes with {config_class.__name__}, got {type(config).__name__}"
+            f"attention.name '{config.name}' must have a {config_class.__name__}, got {type(config).__name__}"
         )
-    return module(dim, num_heads, grid, contrast_grid, config=config, **place)
+    return module(dim, num_heads, grid, contrast_grid, config=config, **kwargs)

@@ -1,11 +1,11 @@
-"""Agent Attention (arXiv 2312.08874): the linear attention that VCA grew from; one stream, no difference, no norm.
+"""Agent Attention (arXiv 2312.08874): linear attention with one stream, no difference and no norm.
 
-    a = AvgPool(q on the grid)                           n agent tokens
-    v^ = softmax(a k^T / sqrt D + b1) v                  agents look at the image
-    o  = softmax(q a^T / sqrt D + b2) v^                 tokens read the agents
+    a  = AvgPool(q on the grid)                          n agent tokens
+    v^ = softmax(a k^T / sqrt D + b1) v                  agents attend to all tokens
+    o  = softmax(q a^T / sqrt D + b2) v^                 tokens attend to the agents
 
-The biases b1 and b2 depend on the position alone: for each agent a coarse picture of 7 x 7 cells, stretched over the
-grid, and one number for each row, each column and each prefix token.
+The biases b1 and b2 depend on the position only: each agent has a 7 x 7 map, interpolated to the grid, and one value
+for each row, column and prefix token.
 
 Shape letters: B batch, M heads, N = P + H W tokens, D head dim, n = h w agents.
 """
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from vca.attention.pooling import PooledAttention, PooledConfig
 from vca.attention.softmax import softmax_attention
 
-CELLS = 7  # a side of the coarse picture, as in the original
+CELLS = 7  # side of the bias map, as in the original
 
 
 @dataclass
@@ -27,7 +27,7 @@ class AgentConfig(PooledConfig):
     """Options of Agent Attention.
 
     Attributes:
-        contrast_grid: the grid of agents; the original has the contrast grids of the VCA backbones.
+        contrast_grid: the grid of agents; the original uses the contrast grids of the VCA backbones.
         position_bias: add the biases b1 and b2.
     """
 
@@ -37,7 +37,7 @@ class AgentConfig(PooledConfig):
 
 
 class PositionBias(nn.Module):
-    """A bias for each agent and token, `(M, n, N)`, from the token's place on the grid; truncated normal 0.02."""
+    """Position bias of each agent and token, `(M, n, N)`, initialized from a truncated normal with std 0.02."""
 
     def __init__(self, num_heads: int, num_agents: int, grid: tuple[int, int], num_prefix_tokens: int) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ class PositionBias(nn.Module):
         self.prefix = parameter(num_prefix_tokens) if num_prefix_tokens else None
 
     def forward(self, grid: tuple[int, int]) -> Tensor:
-        """The biases on a grid `(H, W)`, interpolated to it."""
+        """Return the bias interpolated to a grid `(H, W)`: `(M, n, P + H W)`."""
         height, width = grid
         cells = F.interpolate(self.cells, (height, width), mode="bilinear")  # (M, n, H, W)
         rows = F.interpolate(self.rows, (height, 1), mode="bilinear")  # (M, n, H, 1)
@@ -61,12 +61,11 @@ class PositionBias(nn.Module):
 
 
 class AgentAttention(PooledAttention):
-    """Agent Attention in the place of MHSA; the arguments are those of `ProjectedAttention`."""
+    """Agent Attention as a replacement for MHSA; takes the arguments of `ProjectedAttention`."""
 
     Config = AgentConfig
 
     def add_parameters(self) -> None:
-        """The two position biases."""
         super().add_parameters()
 
         def bias() -> PositionBias | None:
@@ -79,9 +78,8 @@ class AgentAttention(PooledAttention):
         self.bias1, self.bias2 = bias(), bias()
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Agents look, tokens read them: three `(B, M, N, D)` to one."""
         agents = self.contrast_tokens(q, grid)  # (B, M, n, D)
         bias1 = self.bias1(grid).to(q.dtype) if self.bias1 is not None else None  # (M, n, N)
         bias2 = self.bias2(grid).transpose(1, 2).to(q.dtype) if self.bias2 is not None else None  # (M, N, n)
-        seen = softmax_attention(agents, k, v, bias1)  # (B, M, n, D)
-        return softmax_attention(q, agents, seen, bias2)  # (B, M, N, D)
+        agent_v = softmax_attention(agents, k, v, bias1)  # (B, M, n, D)
+        return softmax_attention(q, agents, agent_v, bias2)  # (B, M, N, D)

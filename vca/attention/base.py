@@ -1,10 +1,9 @@
-"""What every variant shares: the projections around its attention over heads, and the local branch beside it.
+"""Base class of every attention variant: qkv and output projections and the local branch.
 
     y = (attend(q, k, v) + DWConv3x3(v)) Wo
 
-A variant is a subclass that names its `Config` and defines `attend`; parameters of its own are made in
-`add_parameters`. Parameters are named as in timm's `Attention` (`qkv`, `proj`), so that its checkpoints load into every
-variant as far as they go.
+A variant is a subclass that sets `Config` and defines `attend`; it creates its own parameters in `add_parameters`.
+Projections are named as in timm's `Attention` (`qkv`, `proj`), so timm checkpoints load into every variant.
 
 Shape letters: B batch, M heads, N = P + H W tokens (P prefix tokens, then the grid), C = M D channels, D head dim.
 """
@@ -23,7 +22,7 @@ Choice = TypeVar("Choice", bound=Enum)
 
 
 def choose(choices: type[Choice], value: Choice | str, key: str) -> Choice:
-    """`value`, or the choice of that name; `ValueError` names the key and the choices."""
+    """Convert a string to a member of the enum `choices`; `ValueError` names the key and the valid values."""
     if isinstance(value, choices):
         return value
     try:
@@ -34,10 +33,10 @@ def choose(choices: type[Choice], value: Choice | str, key: str) -> Choice:
 
 @dataclass
 class AttentionConfig:
-    """Options that every variant has.
+    """Options shared by all variants.
 
     Attributes:
-        name: key of the variant in `vca.attention.ATTENTIONS`.
+        name: registry key in `vca.attention.ATTENTIONS`.
         local_branch: add a 3 x 3 depthwise convolution of v on the grid, before the output projection.
     """
 
@@ -46,24 +45,29 @@ class AttentionConfig:
 
 
 class ProjectedAttention(nn.Module):
-    """`(B, N, C)` to `(B, N, C)`: projections, an attention over heads that the subclass defines, local branch.
+    """Multi-head attention on tokens `(B, N, C)`; the subclass defines the attention over heads, `attend`.
 
-    The constructor of every variant. What means nothing to one, such as the contrast grid to MHSA, it leaves alone.
+    All variants have this constructor and ignore arguments that do not apply to them, such as `contrast_grid` for MHSA.
 
     Args:
-        dim: C.
-        num_heads: M.
-        grid: `(H, W)` of the patch tokens; another one can be given to `forward`.
-        contrast_grid: `(h, w)`, the backbone's contrast grid, unless the variant's options name one.
-        num_prefix_tokens: P, tokens before the grid (class token, registers).
-        layer_index: depth of the layer, from 0.
-        qkv_bias: bias of the qkv projection.
-        proj_drop: dropout after the output projection.
-        config: the variant's options; None takes their defaults.
+        dim: width C.
+        num_heads: number of heads M; must divide `dim`.
+        grid: `(H, W)` of the patch tokens; `forward` accepts other grids.
+        contrast_grid: the backbone's contrast grid `(h, w)`; `config.contrast_grid` overrides it.
+        num_prefix_tokens: P, the number of tokens before the grid (class token, registers).
+        layer_index: depth of the layer in the network, from 0. It sets `lambda_init` of VCA and Differential Attention
+            and selects the layer's entry of a per-layer `config.contrast_grid`.
+        qkv_bias: whether the qkv projection has a bias.
+        proj_drop: dropout rate after the output projection.
+        config: options of the variant; None uses the defaults.
+
+    Weight decay: `vca.training.optim` decays parameters with two or more dimensions. New parameters of shape `(D,)`
+    (norm weights, lambda vectors, biases) are therefore not decayed; stream embeddings and projections are. To exclude
+    a parameter, add its name to the backbone's `no_weight_decay()`.
 
     Raises:
-        ValueError: if `dim` is not divisible by `num_heads`, the options are another variant's, or another argument is
-            out of its range.
+        ValueError: if `num_heads` does not divide `dim`, `config` is not the variant's dataclass, or a value is out of
+            range.
     """
 
     Config: type[AttentionConfig] = AttentionConfig
@@ -98,37 +102,37 @@ class ProjectedAttention(nn.Module):
         self.proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
         self.local = None
-        if self.config.local_branch:  # its images are channels_last, and so will be the gradient of its weight
+        if self.config.local_branch:  # channels_last, the memory format of its input and of its weight gradient
             local = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
             self.local = local.to(memory_format=torch.channels_last)
         self.add_parameters()
 
     def add_parameters(self) -> None:
-        """Make what the variant has besides; called at the end of the constructor."""
+        """Create the variant's own parameters; called at the end of the constructor."""
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, grid: tuple[int, int]) -> Tensor:
-        """The variant itself: three `(B, M, N, D)` to one, in the dtype of `q`."""
+        """Compute the attention over heads from q, k, v `(B, M, N, D)`: `(B, M, N, D)`, in the dtype of `q`."""
         raise NotImplementedError
 
     def forward(self, x: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
-        """Attend: `(B, N, C)` to `(B, N, C)`; `grid` where this input's is not the one the module was built for.
+        """Map `(B, N, C)` to `(B, N, C)`; pass `grid` if it differs from the one the module was built for.
 
         Raises:
-            ValueError: if the tokens do not fill the grid.
+            ValueError: if N is not `num_prefix_tokens + H * W`.
         """
         grid = grid or self.grid
         check_tokens(x.shape[1], grid, self.num_prefix_tokens)
         qkv = self.qkv(x)  # (B, N, 3C)
-        heads = qkv.unflatten(-1, (3, self.num_heads, -1)).unbind(2)  # 3 x (B, N, M, D); their gradients: one copy
+        heads = qkv.unflatten(-1, (3, self.num_heads, -1)).unbind(2)  # 3 x (B, N, M, D); one copy in backward
         q, k, v = (x.transpose(1, 2) for x in heads)  # 3 x (B, M, N, D)
         out = self.attend(q, k, v, grid).transpose(1, 2).flatten(2)  # (B, N, C)
         if self.local is not None:
             local = self.local_branch(v.transpose(1, 2).flatten(2), grid)  # (B, H W, C)
-            out = out + F.pad(local, (0, 0, self.num_prefix_tokens, 0))  # not in place: SDPA keeps what it returned
+            out = out + F.pad(local, (0, 0, self.num_prefix_tokens, 0))  # not in place: SDPA saves its output
         return self.proj_drop(self.proj(out))  # (B, N, C)
 
     def local_branch(self, v: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Depthwise 3 x 3 convolution of v on the grid: `(B, N, C)` to `(B, H W, C)`, nothing for prefix tokens."""
+        """Convolve v on the grid (3 x 3, depthwise): `(B, N, C)` to `(B, H W, C)`, without prefix tokens."""
         assert self.local is not None
         image = self.local(to_image(v, grid, self.num_prefix_tokens))  # (B, C, H, W)
         return image.flatten(2).transpose(1, 2)  # (B, H W, C)

@@ -1,8 +1,8 @@
 """Visual-Contrast Attention (VCA): differential attention in linear time, a drop-in replacement of MHSA.
 
 "Linear Differential Vision Transformer: Learning Visual Contrasts via Pairwise Differentials", NeurIPS 2025,
-arXiv 2511.00833. A few contrast tokens, pooled from the queries, look at the whole image twice, through a positive and
-a negative stream; every patch then reads out the difference of the two:
+arXiv 2511.00833. A few contrast tokens, pooled from the queries, attend to the image in a positive and a negative
+stream; every token then attends to the contrast tokens with the difference of the two streams:
 
     contrast tokens   t  = AvgPool(q on the grid),   t+ = t + e+,   t- = t + e-
     Stage I           v^ = (1 - l_init) RMSNorm(softmax(t+ k^T / sqrt D) v - l1 softmax(t- k^T / sqrt D) v)
@@ -20,13 +20,13 @@ a negative stream; every patch then reads out the difference of the two:
     A          weights              (B, M, N, n)
 
 Shape letters: B batch, M heads, N = P + H W tokens (P prefix tokens, then the grid), C = M D channels, D head dim,
-n = h w contrast tokens. `reference.py` is the same mathematics, slow and obvious.
+n = h w contrast tokens. `reference.py` is a literal implementation of these equations.
 """
 
 import math
 from dataclasses import dataclass
 from enum import Enum
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -34,24 +34,25 @@ from torch import Tensor, nn
 from vca.attention.base import choose
 from vca.attention.geometry import check_tokens
 from vca.attention.kernels import Backend, use_triton
+from vca.attention.parameters import ContrastParameters
 from vca.attention.pooling import PooledAttention, PooledConfig, Pooling, pool_queries
 from vca.attention.softmax import needs_plain_ops
 from vca.attention.stages import global_contrast, per_patch_differential
 
 
 class Stage(Enum):
-    """What a stage computes: the difference of two streams, or the positive stream alone (lambda = 0)."""
+    """Form of a stage: the difference of two streams, or the positive stream only (lambda = 0)."""
 
     contrast = "contrast"
     plain = "plain"
 
 
-# What a stream's tokens are made of: pooled queries (t), learned embeddings (e), or their sum (t + e, the paper).
+# Contrast tokens of a stream: pooled queries (t), a learned embedding (e), or their sum (t + e, the paper).
 Stream = Enum("Stream", {"pool": "pool", "embedding": "embedding", "pool+embedding": "pool+embedding"})
 
 
 class Stage2Softmax(Enum):
-    """Stage II: one softmax a stream over n tokens (the equations), or one over the 2n joined scores, then split."""
+    """Softmax of Stage II: one per stream over n tokens (the paper), or one over the 2n joined scores."""
 
     separate = "separate"
     joint = "joint"
@@ -59,17 +60,17 @@ class Stage2Softmax(Enum):
 
 @dataclass
 class VCAConfig(PooledConfig):
-    """Options of VCA; the defaults are the paper's. Strings are accepted for the enums.
+    """Options of VCA; the defaults are the paper's. Enum options also accept strings.
 
     Attributes:
-        name, local_branch: as for every variant, see `AttentionConfig`.
-        contrast_grid, pooling: as for every variant that pools, see `PooledConfig`.
+        name, local_branch: see `AttentionConfig`.
+        contrast_grid, pooling: see `PooledConfig`.
         stage1, stage2: `contrast` or `plain` (Table 3).
-        positive_stream, negative_stream: content of the two streams: `pool`, `embedding` or
-            `pool+embedding` (Table 4).
-        embedding_init_std: standard deviation of e+ and e- at the start.
+        positive_stream, negative_stream: contrast tokens of the streams: `pool`, `embedding` or `pool+embedding`
+            (Table 4).
+        embedding_init_std: standard deviation of the initial e+ and e-.
         stage2_softmax: `separate` or `joint`.
-        backend: `auto`, `eager` or `triton`, see `vca.attention.kernels`; the mathematics is the same.
+        backend: `auto`, `eager` or `triton`, see `vca.attention.kernels`; results agree up to rounding.
     """
 
     name: str = "vca"
@@ -94,11 +95,11 @@ class VCAConfig(PooledConfig):
             raise ValueError(f"attention.embedding_init_std must be >= 0 and finite, got {self.embedding_init_std}")
 
 
-EPS = 1e-5  # of both norms
+EPS = 1e-5  # epsilon of both norms
 
 
 def lambda_init_of_layer(layer_index: int) -> float:
-    """`l_init = 0.8 - 0.6 exp(-0.3 layer)`, layers from 0 (Differential Transformer, arXiv 2410.05258)."""
+    """Return `0.8 - 0.6 exp(-0.3 layer_index)`, with layers from 0 (Differential Transformer, arXiv 2410.05258)."""
     return 0.8 - 0.6 * math.exp(-0.3 * layer_index)
 
 
@@ -106,130 +107,126 @@ def visual_contrast_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    e_pos: Tensor | None,
-    e_neg: Tensor | None,
-    lambda1: Tensor | float | None,
-    lambda2: Tensor | float | None,
-    lambda_init: float,
-    norm1_weight: Tensor,
-    norm2_weight: Tensor,
+    parameters: ContrastParameters,
     grid: tuple[int, int],
     contrast_grid: tuple[int, int],
     num_prefix_tokens: int = 0,
+    config: VCAConfig | None = None,
     eps: float = EPS,
-    *,
-    streams: tuple[Stream | str, Stream | str] = (Stream["pool+embedding"], Stream["pool+embedding"]),
-    stage2_softmax: Stage2Softmax | str = Stage2Softmax.separate,
-    pooling: Pooling | str = Pooling.average,
-    pool_weight: Tensor | None = None,
-    backend: Backend | str = Backend.auto,
 ) -> Tensor:
-    """The attention of VCA, before the local branch.
+    """Compute VCA before the local branch.
 
-    Softmaxes, the two differences, lambda and the two norms are taken in float32 (float64 for float64 inputs), also
-    under autocast; only the products run in the dtype of `q`. In half precision the difference of Stage I is thus one
-    of v+ and v- as the product rounds them; the kernels do not round them.
+    Softmaxes, differences, lambdas and norms are computed in float32 (float64 for float64 inputs), also under autocast;
+    matrix products use the dtype of `q`. In half precision v+ and v- are rounded before the difference of Stage I; the
+    Triton kernels do not round them.
 
     Args:
-        q, k, v: `(B, M, N, D)`, where N is `num_prefix_tokens + H * W`, prefix tokens first.
-        e_pos, e_neg: `(M, n, D)` stream embeddings; None where `streams` does not use them.
-        lambda1, lambda2: scalar of each stage; None makes the stage plain (the positive stream alone).
-        lambda_init: the constant of the layer; both norms are scaled by `1 - lambda_init`.
-        norm1_weight, norm2_weight: `(D,)`.
-        grid: `(H, W)`.
-        contrast_grid: `(h, w)`; bins overlap where they do not divide the grid.
-        num_prefix_tokens: P; these tokens attend and are attended to, but are not pooled.
-        eps: of the two norms.
-        streams: content of the positive and the negative stream.
-        stage2_softmax: one softmax a stream, or one over both.
-        pooling, pool_weight: as `vca.attention.pooling.pool_queries` has them.
-        backend: `auto` (the fused kernels on a GPU that they serve), `eager` or `triton`.
+        q, k, v: `(B, M, N, D)` with N = `num_prefix_tokens + H * W`, prefix tokens first.
+        parameters: learned parameters. A stage is plain (positive stream only) if its lambda is None.
+        grid: `(H, W)` of the patch tokens.
+        contrast_grid: `(h, w)`; pooling bins overlap if it does not divide the grid.
+        num_prefix_tokens: P; prefix tokens take part in the attention but are not pooled.
+        config: its streams, `stage2_softmax`, `pooling` and `backend` apply; None uses the defaults.
+        eps: epsilon of both norms.
 
     Returns:
         `(B, M, N, D)`, in the dtype of `q`.
 
     Raises:
-        ValueError: if the tokens do not fill the grid, an embedding is missing or misshapen, an option is unknown, or
-            the kernels are asked for and cannot serve the call.
+        ValueError: if N does not match the grid, an embedding is missing or has the wrong shape, or
+            `backend=triton` does not support the call.
     """
+    config = config or VCAConfig()
     check_tokens(q.shape[2], grid, num_prefix_tokens)
-    joint = choose(Stage2Softmax, stage2_softmax, "stage2_softmax") is Stage2Softmax.joint
-    full, num_contrast = torch.promote_types(q.dtype, torch.float32), contrast_grid[0] * contrast_grid[1]
-    named = list(zip(streams, (e_pos, e_neg), strict=True))
-    if lambda1 is None and lambda2 is None:  # a plain stage reads the positive stream alone
-        named = named[:1]
-    used = [Content.of(stream, e, q, num_contrast) for stream, e in named]
-    lambda1, lambda2 = (x if x is None else torch.as_tensor(x, dtype=full, device=q.device) for x in (lambda1, lambda2))
-    norm1_weight, norm2_weight = norm1_weight.to(full), norm2_weight.to(full)
+    acc_dtype, num_contrast = torch.promote_types(q.dtype, torch.float32), contrast_grid[0] * contrast_grid[1]
+    joint = config.stage2_softmax is Stage2Softmax.joint
+    streams = streams_of(parameters, config, q, num_contrast)
+    lambda1, lambda2 = (
+        x if x is None else torch.as_tensor(x, dtype=acc_dtype, device=q.device)
+        for x in (parameters.lambda1, parameters.lambda2)
+    )
+    norm1, norm2 = parameters.norm1_weight.to(acc_dtype), parameters.norm2_weight.to(acc_dtype)
 
-    # Contrast tokens. Nothing is pooled for embeddings alone, and the kernels take the average by themselves.
-    backend = choose(Backend, backend, "backend")
-    fused = use_triton(backend, q.device, q.dtype, q.shape[3], num_contrast) and not without_kernels(backend)
-    averaged_there = fused and choose(Pooling, pooling, "pooling") is Pooling.average and pool_weight is None
+    # Pooled queries, unless no stream uses them or the kernels compute the average themselves.
+    fused = use_triton(config.backend, q.device, q.dtype, q.shape[3], num_contrast) and not needs_eager(config.backend)
+    kernel_pools = fused and config.pooling is Pooling.average and parameters.pool_weight is None
     t = None
-    if any(content.pooled for content in used) and not averaged_there:
-        t = pool_queries(q, grid, contrast_grid, num_prefix_tokens, pooling, pool_weight)  # (B, M, n, D)
+    if any(stream.pooled for stream in streams) and not kernel_pools:
+        t = pool_queries(q, grid, contrast_grid, num_prefix_tokens, config.pooling, parameters.pool_weight)
     if fused:
-        from vca.attention.kernels.operator import fused_attention  # triton need not be there
+        from vca.attention.kernels.operator import KernelInputs, KernelOptions, fused_attention  # triton is optional
 
-        return fused_attention(
-            q, k, v, t, used, lambda1, lambda2, norm1_weight, norm2_weight,
-            lambda_init, grid, contrast_grid, num_prefix_tokens, eps, joint,
-        )  # fmt: skip
+        pos, neg = [*streams, StreamTokens(False, None)][:2]
+        inputs = KernelInputs(q, k, v, t, pos.embedding, neg.embedding, lambda1, lambda2, norm1, norm2)
+        layout = grid, contrast_grid, num_prefix_tokens
+        options = KernelOptions(parameters.lambda_init, *layout, eps, [pos.pooled, neg.pooled], joint)
+        return fused_attention(inputs, options)
 
-    tokens = torch.cat([content.tokens(t, q.shape[0]) for content in used], dim=2).to(q.dtype)  # (B, M, 2n or n, D)
-    tokens1 = tokens if lambda1 is not None else tokens[:, :, :num_contrast]
-    tokens2 = tokens if lambda2 is not None else tokens[:, :, :num_contrast]
-
-    # Stage I, global contrast; Stage II, per-patch differential.
-    norm1_weight, norm2_weight = (1 - lambda_init) * norm1_weight, (1 - lambda_init) * norm2_weight
-    v_hat = global_contrast(tokens1, k, v, lambda1, norm1_weight, eps)  # (B, M, n, D)
-    return per_patch_differential(q, tokens2, v_hat, lambda2, norm2_weight, joint, eps)  # (B, M, N, D)
+    tokens1, tokens2 = contrast_tokens_of(streams, t, q, parameters)
+    gain = 1 - parameters.lambda_init
+    v_hat = global_contrast(tokens1, k, v, lambda1, gain * norm1, eps)  # (B, M, n, D)
+    return per_patch_differential(q, tokens2, v_hat, lambda2, gain * norm2, joint, eps)  # (B, M, N, D)
 
 
-def without_kernels(backend: Backend) -> bool:
-    """Whether this call takes plain PyTorch on a GPU too: under a transform, or for a file that loads without Triton.
+def needs_eager(backend: Backend) -> bool:
+    """Return whether this call must use plain PyTorch on a GPU too: `torch.func`, forward mode, tracing or ONNX export.
 
     Raises:
-        ValueError: if it is under a transform, and the backend is `triton`.
+        ValueError: under a transform, if the backend is `triton`.
     """
     transformed = needs_plain_ops()
     if transformed and backend is Backend.triton:
         raise ValueError(
-            "attention.backend=triton does not serve torch.func and forward-mode differentiation; "
-            "use attention.backend=auto"
+            "attention.backend must be auto or eager under torch.func and forward-mode differentiation, got triton"
         )
     to_onnx = torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()
     return transformed or to_onnx or torch.jit.is_tracing()
 
 
-class Content(NamedTuple):
-    """What the tokens of one stream are made of."""
+class StreamTokens(NamedTuple):
+    """Definition of the contrast tokens of one stream: pooled queries, an embedding, or their sum."""
 
     pooled: bool
-    embedding: Tensor | None  # (M, n, D), float32 at least
+    embedding: Tensor | None  # (M, n, D), at least float32
 
     @classmethod
-    def of(cls, stream: Stream | str, embedding: Tensor | None, q: Tensor, num_contrast: int) -> "Content":
-        """The content that a stream's name stands for; `ValueError` if it needs an embedding of another shape."""
-        stream, size = choose(Stream, stream, "streams"), (q.shape[1], num_contrast, q.shape[3])
+    def of(cls, stream: Stream, embedding: Tensor | None, q: Tensor, num_contrast: int) -> "StreamTokens":
+        """Build from a stream's name; `ValueError` if its embedding is missing or has the wrong shape."""
+        size = (q.shape[1], num_contrast, q.shape[3])
         if stream is Stream["pool"]:
             return cls(True, None)
         if embedding is None or embedding.shape != size:
             got = None if embedding is None else tuple(embedding.shape)
-            raise ValueError(f"a stream of content '{stream.value}' needs an embedding of shape {size}, got {got}")
+            raise ValueError(f"embedding of a '{stream.value}' stream must have shape {size}, got {got}")
         return cls(stream is not Stream.embedding, embedding.to(torch.promote_types(q.dtype, torch.float32)))
 
     def tokens(self, t: Tensor | None, batch: int) -> Tensor:
-        """Tokens of the stream, `t`, `e` or `t + e`: `(B, M, n, D)`, float32 at least if there is an embedding."""
+        """Return `t`, `e` or `t + e`: `(B, M, n, D)`, at least float32 if the stream has an embedding."""
         if self.embedding is None:
             assert t is not None
             return t
         return self.embedding.expand(batch, -1, -1, -1) if t is None or not self.pooled else t + self.embedding
 
 
+def streams_of(parameters: ContrastParameters, config: VCAConfig, q: Tensor, num_contrast: int) -> list[StreamTokens]:
+    """Return the streams that are used: both, or the positive one if both stages are plain."""
+    streams = [(config.positive_stream, parameters.e_pos), (config.negative_stream, parameters.e_neg)]
+    plain = parameters.lambda1 is None and parameters.lambda2 is None
+    return [StreamTokens.of(name, e, q, num_contrast) for name, e in (streams[:1] if plain else streams)]
+
+
+def contrast_tokens_of(
+    streams: list[StreamTokens], t: Tensor | None, q: Tensor, parameters: ContrastParameters
+) -> tuple[Tensor, Tensor]:
+    """Return the contrast tokens of each stage, positive stream first: `(B, M, 2n, D)`, or `(B, M, n, D)` if plain."""
+    parts = [stream.tokens(t, q.shape[0]) for stream in streams]
+    tokens, n = torch.cat(parts, dim=2).to(q.dtype), parts[0].shape[2]
+    plain1, plain2 = parameters.lambda1 is None, parameters.lambda2 is None
+    return tokens[:, :, :n] if plain1 else tokens, tokens[:, :, :n] if plain2 else tokens
+
+
 class Lambda(nn.Module):
-    """`l = exp(q1 . k1) - exp(q2 . k2) + l_init`, four learned vectors `(D,)` shared by the heads; float32 scalar."""
+    """Scalar `exp(q1 . k1) - exp(q2 . k2) + l_init` of four learned vectors `(D,)`, shared by all heads; float32."""
 
     def __init__(self, head_dim: int, init: float) -> None:
         super().__init__()
@@ -237,77 +234,119 @@ class Lambda(nn.Module):
         self.q1, self.k1, self.q2, self.k2 = (nn.Parameter(0.1 * torch.randn(head_dim)) for _ in range(4))
 
     def forward(self) -> Tensor:
-        """The scalar lambda."""
-        # A product and a sum, not torch.dot: autocast would take that in half precision.
+        # A product and a sum, because autocast runs torch.dot in half precision.
         first, second = (self.q1 * self.k1).sum(), (self.q2 * self.k2).sum()
         return first.exp() - second.exp() + self.init
 
 
 class VisualContrastAttention(PooledAttention):
-    """VCA with its projections and local branch: `(B, N, C)` to `(B, N, C)`, in the place of MHSA.
+    """VCA with projections and local branch, a drop-in replacement for MHSA: `(B, N, C)` to `(B, N, C)`.
 
-    The arguments are those of `ProjectedAttention`, the options those of `VCAConfig`. Parameters do not depend on the
-    grid, except the kernel of a learned pooling; the depth of the layer sets `lambda_init`.
+    Parameters do not depend on the grid, except the kernel of `pooling=depthwise`.
+
+    Args:
+        dim: width C.
+        num_heads: number of heads M; must divide `dim`.
+        grid: `(H, W)` of the patch tokens; pass `attn(x, grid=(H, W))` for inputs with another grid.
+        contrast_grid: contrast grid `(h, w)`, by default `(7, 7)`; `config.contrast_grid` overrides it.
+        num_prefix_tokens: number of tokens before the grid (class token, registers).
+        layer_index: depth of the layer, from 0. It sets `lambda_init = 0.8 - 0.6 exp(-0.3 layer_index)`, which is also
+            the initial offset of both lambdas. With 0 in every layer, all layers use `lambda_init = 0.2`.
+        qkv_bias: whether the qkv projection has a bias.
+        proj_drop: dropout rate after the output projection.
+        config: `VCAConfig`; None uses the paper's options.
+
+    New parameters and weight decay: lambda vectors and norm weights are 1-D and not decayed by `vca.training.optim`;
+    the stream embeddings `e_pos`, `e_neg` `(M, n, D)` are decayed.
+
+    To change one part, subclass and override `contrast_tokens` (pooling), `stage1` or `stage2`; the rest is unchanged.
+    A subclass with an override runs in plain PyTorch.
+
+    Raises:
+        ValueError: if a value is out of range, or `backend=triton` is set for a subclass with an override.
+
+    Example:
+        >>> attn = VisualContrastAttention(384, 6, grid=(14, 14), num_prefix_tokens=1, layer_index=0)
+        >>> attn(torch.randn(2, 197, 384)).shape
+        torch.Size([2, 197, 384])
+
+        >>> class MeanStage1(VisualContrastAttention):
+        ...     def stage1(self, tokens, k, v):
+        ...         return v.mean(2, keepdim=True).expand(-1, -1, self.num_contrast, -1)
     """
 
     Config = VCAConfig
 
     def add_parameters(self) -> None:
-        """Lambdas, norms and stream embeddings: only what the chosen stages and streams use, so all get a gradient."""
         super().add_parameters()
         config, dim = self.config, self.head_dim
+        if config.backend is Backend.triton and self.overridden("contrast_tokens", "stage1", "stage2"):
+            name = type(self).__name__
+            raise ValueError(f"attention.backend must be auto or eager for {name}, which overrides a stage, got triton")
         contrast1, contrast2 = config.stage1 is Stage.contrast, config.stage2 is Stage.contrast
+        self.num_contrast = self.contrast_grid[0] * self.contrast_grid[1]
         self.lambda_init = lambda_init_of_layer(self.layer_index)
+        # Only parameters that the stages and streams use are created, so that each gets a gradient.
         self.lambda1 = Lambda(dim, self.lambda_init) if contrast1 else None
         self.lambda2 = Lambda(dim, self.lambda_init) if contrast2 else None
         self.norm1_weight, self.norm2_weight = nn.Parameter(torch.ones(dim)), nn.Parameter(torch.ones(dim))
 
-        def embedding(content: Stream) -> nn.Parameter | None:
-            if content is Stream["pool"]:
+        def embedding(stream: Stream) -> nn.Parameter | None:
+            if stream is Stream["pool"]:
                 return None
-            size = (self.num_heads, self.contrast_grid[0] * self.contrast_grid[1], dim)
-            return nn.Parameter(config.embedding_init_std * torch.randn(size))
+            return nn.Parameter(config.embedding_init_std * torch.randn(self.num_heads, self.num_contrast, dim))
 
-        streams = (
-            [config.positive_stream, config.negative_stream] if contrast1 or contrast2 else [config.positive_stream]
-        )
+        streams = [config.positive_stream, config.negative_stream][: 2 if contrast1 or contrast2 else 1]
         self.e_pos = embedding(config.positive_stream)
-        self.e_neg = embedding(config.negative_stream) if contrast1 or contrast2 else None
-        if all(content is Stream.embedding for content in streams):
+        self.e_neg = embedding(config.negative_stream) if len(streams) == 2 else None
+        if all(stream is Stream.embedding for stream in streams):
             self.pool_weight = None  # nothing is pooled
 
+    def overridden(self, *names: str) -> bool:
+        """Return whether the class overrides one of these methods of `VisualContrastAttention`."""
+        return any(getattr(type(self), name) is not getattr(VisualContrastAttention, name) for name in names)
+
     def fused(self, device: torch.device, dtype: torch.dtype) -> bool:
-        """Whether the fused kernels compute this layer there; `ValueError` if they are asked for and cannot."""
-        return use_triton(
-            self.config.backend, device, dtype, self.head_dim, self.contrast_grid[0] * self.contrast_grid[1]
-        )
+        """Return whether the Triton kernels compute this layer; `ValueError` if `backend=triton` cannot."""
+        if self.overridden("attend", "contrast_tokens", "stage1", "stage2"):
+            return False
+        return use_triton(self.config.backend, device, dtype, self.head_dim, self.num_contrast)
+
+    def contrast_parameters(self) -> ContrastParameters:
+        """Return the parameters of this layer as `visual_contrast_attention` takes them."""
+        lambda1, lambda2 = (None if x is None else x() for x in (self.lambda1, self.lambda2))
+        norms = self.norm1_weight, self.norm2_weight
+        return ContrastParameters(self.e_pos, self.e_neg, lambda1, lambda2, self.lambda_init, *norms, self.pool_weight)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, grid: tuple[int, int]) -> Tensor:
-        """`visual_contrast_attention` with the parameters of this layer."""
-        return visual_contrast_attention(
-            q,
-            k,
-            v,
-            self.e_pos,
-            self.e_neg,
-            self.lambda1() if self.lambda1 is not None else None,
-            self.lambda2() if self.lambda2 is not None else None,
-            self.lambda_init,
-            self.norm1_weight,
-            self.norm2_weight,
-            grid,
-            self.contrast_grid,
-            self.num_prefix_tokens,
-            streams=(self.config.positive_stream, self.config.negative_stream),
-            stage2_softmax=self.config.stage2_softmax,
-            backend=self.config.backend,
-            pooling=self.config.pooling,
-            pool_weight=self.pool_weight,
-        )
+        parameters = self.contrast_parameters()
+        if not self.overridden("contrast_tokens", "stage1", "stage2"):
+            layout = grid, self.contrast_grid, self.num_prefix_tokens
+            return visual_contrast_attention(q, k, v, parameters, *layout, self.config)
+        streams = streams_of(parameters, self.config, q, self.num_contrast)
+        t = self.contrast_tokens(q, grid) if any(stream.pooled for stream in streams) else None
+        tokens1, tokens2 = contrast_tokens_of(streams, t, q, parameters)
+        return self.stage2(q, tokens2, self.stage1(tokens1, k, v))
+
+    def stage1(self, tokens: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Compute v^ `(B, M, n, D)` from contrast tokens `(B, M, 2n, D)` (`n` if plain) and k, v `(B, M, N, D)`."""
+        lambda1, weight = self.lambda_and_weight(self.lambda1, self.norm1_weight, k.dtype)
+        return global_contrast(tokens, k, v, lambda1, weight, EPS)
+
+    def stage2(self, q: Tensor, tokens: Tensor, v_hat: Tensor) -> Tensor:
+        """Compute the output `(B, M, N, D)` from q, contrast tokens `(B, M, 2n, D)` (`n` if plain) and v^."""
+        lambda2, weight = self.lambda_and_weight(self.lambda2, self.norm2_weight, q.dtype)
+        joint = self.config.stage2_softmax is Stage2Softmax.joint
+        return per_patch_differential(q, tokens, v_hat, lambda2, weight, joint, EPS)
+
+    def lambda_and_weight(self, module: Lambda | None, weight: Tensor, dtype: torch.dtype) -> tuple[Any, Tensor]:
+        """Return lambda (None if plain) and the scaled norm weight of a stage, at least in float32."""
+        acc_dtype = torch.promote_types(dtype, torch.float32)
+        return None if module is None else module().to(acc_dtype), (1 - self.lambda_init) * weight.to(acc_dtype)
 
 
 def backend_of(model: nn.Module, device: torch.device, dtype: torch.dtype) -> str:
-    """In words, what computes VCA in a model there: empty for a model without VCA."""
+    """Describe the VCA backend of a model for a log line, such as " in fused kernels"; empty without VCA."""
     fused = [layer.fused(device, dtype) for layer in model.modules() if isinstance(layer, VisualContrastAttention)]
     if not fused:
         return ""

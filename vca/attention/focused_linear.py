@@ -1,13 +1,11 @@
-"""Focused linear attention of FLatten Transformer (arXiv 2308.00442): a kernel instead of the softmax.
+"""Focused linear attention of FLatten Transformer (arXiv 2308.00442): a feature map replaces the softmax.
 
-    f(x) = |relu(x)| u^3 / |u^3|,   u = relu(x) / |relu(x)|       the power sharpens the direction, the length stays
+    f(x) = |relu(x)| u^3 / |u^3|,   u = relu(x) / |relu(x)|       sharpens the direction, keeps the length
     o    = f(q) (f(k)^T v) / (f(q) sum f(k)^T)
 
-The original adds a depthwise convolution of v against the low rank of such a map; here it is the 3 x 3 local branch
-that all variants share, where the original has 5 x 5 (and one kernel for all heads). Its learned scale before the
-power, one number a channel, is left out: being positive, it is a rescaling of the projections. Left out as well is the
-learned position that the original adds to every key. The original focuses all C channels of a token at once, before it
-splits them into heads; here each head has a norm and a power of its own.
+Differences from the original: the depthwise convolution of v is the shared 3 x 3 local branch (the original: 5 x 5, one
+kernel for all heads); there is no learned scale per channel before the power (it is positive, so the projections can
+absorb it) and no learned position added to the keys; f is applied per head, not to all C channels of a token.
 
 Shape letters: B batch, M heads, N tokens, D head dim.
 """
@@ -26,8 +24,8 @@ class FocusedLinearConfig(AttentionConfig):
     """Options of focused linear attention.
 
     Attributes:
-        power: p, of the focusing function, from 1 to 16; 3 in the original. The squares of a flat direction, D^-p
-            each, stay in the range of float32 up to 16 for heads of 256.
+        power: exponent of f, from 1 to 16; 3 in the original. Up to 16, the squares of a uniform direction (D^-p) stay
+            within float32 for a head dim of 256.
     """
 
     name: str = "focused_linear"
@@ -40,29 +38,26 @@ class FocusedLinearConfig(AttentionConfig):
 
 
 def focus(x: Tensor, power: int, eps: float = 1e-6) -> Tensor:
-    """`f(x)` over the last dimension, in the dtype of `x`; never all zero, so that its sums can be divided by."""
+    """Compute `f(x)` over the last dimension, in the dtype of `x`. The result is never all zero."""
     positive = F.relu(x) + eps
     length = positive.norm(dim=-1, keepdim=True)
-    sharp = (positive / length) ** power  # the direction first: a power of the length would leave the range
+    sharp = (positive / length) ** power  # normalized first: a power of the length would overflow
     return length * sharp / sharp.norm(dim=-1, keepdim=True)
 
 
 class FocusedLinearAttention(ProjectedAttention):
-    """Focused linear attention in the place of MHSA; the arguments are those of `ProjectedAttention`."""
+    """Focused linear attention as a replacement for MHSA; takes the arguments of `ProjectedAttention`."""
 
     Config = FocusedLinearConfig
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, grid: tuple[int, int]) -> Tensor:
-        """The kernel map, keys and values first: three `(B, M, N, D)` to one.
-
-        The focusing function and the division are taken in float32. The result does not depend on the length of the
-        queries, nor on a common factor of the keys, so both are brought to the order of one.
-        """
-        full = torch.promote_types(q.dtype, torch.float32)
-        q_focused = F.normalize(focus(q.to(full), self.config.power), dim=-1)  # (B, M, N, D)
-        k_focused = focus(k.to(full), self.config.power)  # (B, M, N, D)
+        # f and the division run in float32. The result does not depend on the length of the queries or on a common
+        # factor of the keys, so both are normalized to the order of one.
+        acc_dtype = torch.promote_types(q.dtype, torch.float32)
+        q_focused = F.normalize(focus(q.to(acc_dtype), self.config.power), dim=-1)  # (B, M, N, D)
+        k_focused = focus(k.to(acc_dtype), self.config.power)  # (B, M, N, D)
         k_focused = k_focused / k_focused.mean(dim=(2, 3), keepdim=True)  # (B, M, N, D)
         k_mean = k_focused.mean(dim=2, keepdim=True)  # (B, M, 1, D)
-        seen = k_focused.to(q.dtype).transpose(2, 3) @ (v / v.shape[2])  # (B, M, D, D)
-        out = (q_focused.to(q.dtype) @ seen).to(full)  # (B, M, N, D)
+        kv = k_focused.to(q.dtype).transpose(2, 3) @ (v / v.shape[2])  # (B, M, D, D)
+        out = (q_focused.to(q.dtype) @ kv).to(acc_dtype)  # (B, M, N, D)
         return (out / (q_focused * k_mean).sum(-1, keepdim=True)).to(q.dtype)

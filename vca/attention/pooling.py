@@ -1,9 +1,9 @@
-"""Contrast tokens: the queries of the grid, pooled to `h x w` cells.
+"""Contrast tokens: the queries on the token grid, pooled to the contrast grid `h x w`.
 
-The paper averages. As its outlook suggests, the pooling is a choice: `average`, `maximum`, or `depthwise`, a strided
-depthwise convolution whose weights are learned. Its kernel has `H // h x W // w` tokens, and begins as the average of a
-cell where `h x w` divides the grid. Elsewhere what it makes is averaged further: from 14 x 14 to 8 x 8 the kernel is
-1 x 1, a factor for each channel; from 11 x 11 to 4 x 4 it is 2 x 2, and leaves out the last row and column.
+`average` is the paper's pooling; `maximum` and `depthwise` follow its outlook. `depthwise` is a strided depthwise
+convolution with a learned kernel of `H // h x W // w` tokens, initialized as the average. If `h x w` does not divide
+the grid, the output of the convolution is average-pooled to the contrast grid: for 14 x 14 to 8 x 8 the kernel is 1 x 1
+(one factor per channel); for 11 x 11 to 4 x 4 it is 2 x 2 and ignores the last row and column.
 
 Shape letters: B batch, M heads, N = P + H W tokens, C = M D channels, D head dim, n = h w contrast tokens.
 """
@@ -21,7 +21,7 @@ from vca.attention.geometry import is_pair, to_image
 
 
 class Pooling(Enum):
-    """How the queries of a cell become its contrast token."""
+    """How the queries of a cell are reduced to one contrast token."""
 
     average = "average"
     maximum = "maximum"
@@ -30,10 +30,10 @@ class Pooling(Enum):
 
 @dataclass
 class PooledConfig(AttentionConfig):
-    """Options of the variants that pool.
+    """Options of the variants with contrast tokens.
 
     Attributes:
-        contrast_grid: contrast grid `[h, w]`, or one such pair for each layer of the model; None takes the backbone's.
+        contrast_grid: contrast grid `[h, w]`, or a list with one pair per layer; None uses the backbone's.
         pooling: `average` (the paper), `maximum` or `depthwise`.
     """
 
@@ -49,23 +49,25 @@ class PooledConfig(AttentionConfig):
         )
         if not (self.contrast_grid is None or is_pair(self.contrast_grid) or per_layer):
             raise ValueError(
-                f"attention.contrast_grid must be two integers >= 1, or such a pair a layer, got {self.contrast_grid}"
+                "attention.contrast_grid must be two integers >= 1, or one such pair per layer, "
+                f"got {self.contrast_grid}"
             )
 
     def contrast_grid_of_layer(self, layer_index: int, default: tuple[int, int]) -> tuple[int, int]:
-        """Contrast grid `(h, w)` of one layer; `default` is the backbone's."""
+        """Return the contrast grid `(h, w)` of a layer; `default` is the backbone's."""
         if self.contrast_grid is None:
             return default
         if is_pair(self.contrast_grid):
             return (self.contrast_grid[0], self.contrast_grid[1])
         if layer_index >= len(self.contrast_grid):
             raise ValueError(
-                f"attention.contrast_grid names {len(self.contrast_grid)} layers, but the model has a layer {layer_index}"
+                f"attention.contrast_grid must have a pair for each layer, got {len(self.contrast_grid)} "
+                f"and a layer {layer_index}"
             )
         return tuple(self.contrast_grid[layer_index])
 
     def pool_weight(self, dim: int, grid: tuple[int, int], contrast_grid: tuple[int, int]) -> nn.Parameter | None:
-        """Weights `(C, 1, H // h, W // w)` of `depthwise`, equal and of sum one; None for the others."""
+        """Create the kernel `(C, 1, H // h, W // w)` of `depthwise`, initialized as an average; else None."""
         if self.pooling is not Pooling.depthwise:
             return None
         stride = (max(grid[0] // contrast_grid[0], 1), max(grid[1] // contrast_grid[1], 1))
@@ -80,52 +82,52 @@ def pool_queries(
     pooling: Pooling | str = Pooling.average,
     weight: Tensor | None = None,
 ) -> Tensor:
-    """Pool the queries on the grid: `(B, M, N, D)` to `(B, M, n, D)`; prefix tokens are left out.
+    """Pool the queries on the grid, without prefix tokens: `(B, M, N, D)` to `(B, M, n, D)`.
 
-    Heads lie next to each other in a token, so the grid of all heads is one channels_last image and needs no copy.
-    Average and maximum are adaptive: bins overlap where they do not divide the grid. The convolution goes over the grid
-    in steps of its own size, and what it makes is averaged to the contrast grid where it is finer than that.
+    The heads of a token are contiguous in memory, so the grid of all heads is a channels_last image without a copy.
+    Average and maximum use adaptive bins, which overlap where the contrast grid does not divide the grid.
 
     Raises:
-        ValueError: if the pooling is unknown, or its weights are missing or larger than the grid.
+        ValueError: if the pooling is unknown, or its kernel is missing or larger than the grid.
     """
     pooling = choose(Pooling, pooling, "pooling")
     if (pooling is Pooling.depthwise) != (weight is not None):
-        raise ValueError(f"pool_weight goes with the pooling 'depthwise' and no other, got '{pooling.value}'")
+        raise ValueError(f"pool_weight must be given for pooling 'depthwise' only, got pooling '{pooling.value}'")
     image = to_image(q.transpose(1, 2).flatten(2), grid, num_prefix_tokens)  # (B, C, H, W)
     if pooling is Pooling.maximum:
         pooled = F.adaptive_max_pool2d(image, contrast_grid)  # (B, C, h, w)
     elif weight is not None:
         stride = (weight.shape[2], weight.shape[3])
         if grid[0] < stride[0] or grid[1] < stride[1]:
-            raise ValueError(f"a learned pooling of {stride[0]} x {stride[1]} tokens needs such a grid, got {grid}")
+            raise ValueError(
+                f"grid must be at least {stride[0]} x {stride[1]}, the kernel of the learned pooling, got {grid}"
+            )
         pooled = F.conv2d(image, weight.to(q.dtype), stride=stride, groups=image.shape[1])  # (B, C, H // sh, W // sw)
         if pooled.shape[2:] != contrast_grid:
             pooled = F.adaptive_avg_pool2d(pooled, contrast_grid)  # (B, C, h, w)
     elif grid[0] % contrast_grid[0] or grid[1] % contrast_grid[1]:
         pooled = F.adaptive_avg_pool2d(image, contrast_grid)  # (B, C, h, w)
-    else:  # the same, and several times faster
+    else:  # equal to adaptive pooling, several times faster
         pooled = F.avg_pool2d(image, (grid[0] // contrast_grid[0], grid[1] // contrast_grid[1]))  # (B, C, h, w)
     return pooled.flatten(2).unflatten(1, (q.shape[1], -1)).transpose(2, 3)  # (B, M, n, D)
 
 
 def check_layers(config: Any, depth: int) -> None:
-    """Raise `ValueError` if an attention's options name the contrast grids of more layers than a model's `depth`."""
+    """Raise `ValueError` if `config.contrast_grid` has more entries than the model has layers."""
     contrast_grid = getattr(config, "contrast_grid", None)
     if contrast_grid is not None and not is_pair(contrast_grid) and len(contrast_grid) > depth:
-        raise ValueError(f"attention.contrast_grid names {len(contrast_grid)} layers, but the model has {depth}")
+        raise ValueError(f"attention.contrast_grid must have one pair per layer ({depth}), got {len(contrast_grid)}")
 
 
 class PooledAttention(ProjectedAttention):
-    """A variant with contrast tokens."""
+    """Base class of the variants with contrast tokens."""
 
     Config: type[AttentionConfig] = PooledConfig
 
     def add_parameters(self) -> None:
-        """The contrast grid of this layer, and the weights of a learned pooling."""
         self.contrast_grid = self.config.contrast_grid_of_layer(self.layer_index, default=self.contrast_grid)
         self.pool_weight = self.config.pool_weight(self.dim, self.grid, self.contrast_grid)
 
     def contrast_tokens(self, q: Tensor, grid: tuple[int, int]) -> Tensor:
-        """`pool_queries` of this layer, `(B, M, N, D)` to `(B, M, n, D)`."""
+        """Pool the queries of this layer: `(B, M, N, D)` to `(B, M, n, D)`."""
         return pool_queries(q, grid, self.contrast_grid, self.num_prefix_tokens, self.config.pooling, self.pool_weight)

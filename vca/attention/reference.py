@@ -1,7 +1,7 @@
-"""Visual-Contrast Attention written as the paper writes it: one head, one query at a time, no tricks.
+"""Literal implementation of the paper's equations: one head and one query at a time.
 
-This file is the oracle. Everything faster is tested against it, in value and in every gradient. It follows "Linear
-Differential Vision Transformer" (arXiv 2511.00833), Section 3, equation by equation, in whatever dtype it is given.
+It follows "Linear Differential Vision Transformer" (arXiv 2511.00833), Section 3, equation by equation, in the dtype of
+its inputs. The optimized implementations are tested against it, in value and in every gradient.
 
 Shape letters: B batch, M heads, N tokens (P prefix + H x W grid), D head dim, n = h x w contrast tokens.
 """
@@ -9,14 +9,16 @@ Shape letters: B batch, M heads, N tokens (P prefix + H x W grid), D head dim, n
 import torch
 from torch import Tensor
 
+from vca.attention.parameters import ContrastParameters
+
 
 def adaptive_bins(size: int, bins: int) -> list[tuple[int, int]]:
-    """Half-open ranges of adaptive average pooling: bin i covers [floor(i size / bins), ceil((i + 1) size / bins))."""
+    """Return the half-open ranges of adaptive pooling: [floor(i size / bins), ceil((i + 1) size / bins)) for bin i."""
     return [(i * size // bins, -(-(i + 1) * size // bins)) for i in range(bins)]
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight over the last dimension."""
+    """Compute `x / sqrt(mean(x^2) + eps) * weight` over the last dimension."""
     return x / (x.pow(2).mean(-1, keepdim=True) + eps).sqrt() * weight
 
 
@@ -24,19 +26,15 @@ def reference_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    e_pos: Tensor,
-    e_neg: Tensor,
-    lambda1: Tensor | float,
-    lambda2: Tensor | float,
-    lambda_init: float,
-    norm1_weight: Tensor,
-    norm2_weight: Tensor,
+    parameters: ContrastParameters,
     grid: tuple[int, int],
     contrast_grid: tuple[int, int],
     num_prefix_tokens: int = 0,
     eps: float = 1e-5,
 ) -> Tensor:
-    """The equations of VCA before the local branch; arguments and result as `contrast.visual_contrast_attention`."""
+    """Compute VCA before the local branch; arguments and result as in `contrast.visual_contrast_attention`."""
+    e_pos, e_neg, lambda1, lambda2, lambda_init, norm1_weight, norm2_weight, _ = parameters
+    assert e_pos is not None and e_neg is not None and lambda1 is not None and lambda2 is not None  # noqa: PT018
     batch, heads, _, dim = q.shape
     height, width = grid
     images = []

@@ -1,8 +1,8 @@
-"""Multi-head self-attention (MHSA), the baseline that every variant is compared with.
+"""Multi-head self-attention (MHSA), the baseline of every variant.
 
     o = softmax(q k^T / sqrt D + bias) v,    y = o Wo
 
-The windows and stripes of the backbones call the function with the tokens they have chosen.
+Backbones with windows, stripes or spatial reduction call `softmax_attention` with their own tokens.
 
 Shape letters: B batch, N tokens, C channels, M heads, D = C / M head dim.
 """
@@ -19,17 +19,17 @@ from vca.attention.base import AttentionConfig, ProjectedAttention
 
 
 def needs_plain_ops() -> bool:
-    """Whether `torch.func` or forward-mode differentiation is active, which take plain operations alone.
+    """Return whether `torch.func` or forward-mode differentiation is active.
 
-    Fused attention has no forward-mode derivative, no second one and no batching rule; nor has a backward of our own.
+    Fused SDPA and custom backward functions support neither forward-mode or second derivatives nor batching rules.
     """
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def softmax_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Softmax attention of `(B, M, N, D)` queries over `(B, M, N', D)` keys and values: `(B, M, N, D)`.
+    """Compute softmax attention of queries `(B, M, N, D)` over keys and values `(B, M, N', D)`: `(B, M, N, D)`.
 
-    `bias` is added to the scores; `(M, N, N')` or anything that broadcasts to `(B, M, N, N')`.
+    `bias` is added to the scores and must broadcast to `(B, M, N, N')`.
     """
     if bias is not None:
         bias = bias.to(q.dtype)
@@ -41,21 +41,20 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = Non
 
 @dataclass
 class SoftmaxConfig(AttentionConfig):
-    """MHSA. A backbone with windows, stripes or spatial reduction keeps those, its baseline.
+    """Options of MHSA. Backbones with windows, stripes or spatial reduction use their original attention.
 
     Attributes:
-        local_branch: as for every variant; what this convolution alone adds to the baseline. A backbone that keeps an
-            attention of its own refuses it.
+        local_branch: add the local branch to MHSA, to measure its effect without VCA. Backbones that use their original
+            attention reject it.
     """
 
     name: str = "softmax"
 
 
 class SoftmaxAttention(ProjectedAttention):
-    """MHSA over all tokens; the arguments are those of `ProjectedAttention`."""
+    """MHSA over all tokens; takes the arguments of `ProjectedAttention`."""
 
     Config = SoftmaxConfig
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, grid: tuple[int, int]) -> Tensor:
-        """`softmax_attention` over all tokens."""
         return softmax_attention(q, k, v)

@@ -1,7 +1,7 @@
-"""The two stages of VCA in PyTorch. Stage II keeps no score for its backward, which makes them again.
+"""The two stages of VCA in PyTorch. Neither saves attention scores: Stage I is SDPA, Stage II recomputes them.
 
-Autograd would keep several tensors of `N x 2n` a head, up to 3.6 times what MHSA keeps of the whole layer. Stage I is
-SDPA, which keeps none.
+Under plain autograd, Stage II would save several tensors of `N x 2n` per head, up to 3.6 times the saved activations of
+an MHSA layer.
 
 Shape letters: B batch, M heads, N tokens, D head dim, n contrast tokens, S streams (2, or 1 in a plain stage).
 """
@@ -17,48 +17,48 @@ from vca.attention.softmax import needs_plain_ops, softmax_attention
 
 
 def difference(positive: Tensor, negative: Tensor, weight: Tensor | float) -> Tensor:
-    """`positive - weight * negative` in one pass over memory."""
+    """Compute `positive - weight * negative` in one pass over memory."""
     return torch.addcmul(positive, negative, torch.as_tensor(-weight, dtype=positive.dtype, device=positive.device))
 
 
 def global_contrast(
     tokens: Tensor, k: Tensor, v: Tensor, lambda1: Tensor | None, norm_weight: Tensor, eps: float
 ) -> Tensor:
-    """Stage I: what the contrast tokens see in the image.
+    """Compute Stage I: the contrast tokens attend to all tokens.
 
     Args:
         tokens: `(B, M, S n, D)`, the positive stream first; S is 1 where `lambda1` is None.
         k, v: `(B, M, N, D)`.
         lambda1: weight of the negative stream.
-        norm_weight: `(D,)`, float32 at least; so is the result.
-        eps: of the norm.
+        norm_weight: `(D,)`, at least float32, which is also the dtype of the result.
+        eps: epsilon of the norm.
 
     Returns:
         v^, `(B, M, n, D)`.
     """
-    # One call serves both streams; every backend of SDPA keeps its softmax in float32, and rounds what it returns.
-    seen = softmax_attention(tokens, k, v).to(norm_weight.dtype)  # (B, M, S n, D)
+    # One SDPA call for both streams. All SDPA backends compute the softmax in float32 and round the result.
+    out = softmax_attention(tokens, k, v).to(norm_weight.dtype)  # (B, M, S n, D)
     if lambda1 is not None:
-        v_pos, v_neg = seen.chunk(2, dim=2)
-        seen = difference(v_pos, v_neg, lambda1)  # (B, M, n, D)
-    return F.rms_norm(seen, seen.shape[-1:], norm_weight, eps)  # (B, M, n, D)
+        v_pos, v_neg = out.chunk(2, dim=2)
+        out = difference(v_pos, v_neg, lambda1)  # (B, M, n, D)
+    return F.rms_norm(out, out.shape[-1:], norm_weight, eps)  # (B, M, n, D)
 
 
 def per_patch_differential(
     q: Tensor, tokens: Tensor, v_hat: Tensor, lambda2: Tensor | None, norm_weight: Tensor, joint: bool, eps: float
 ) -> Tensor:
-    """Stage II: each token reads the contrast tokens by the difference of two streams.
+    """Compute Stage II: each token attends to the contrast tokens with the difference of two softmaxes.
 
-    Exports, traces and the transforms of `torch.func` take the input whole, in plain operations.
+    Exports, traces and `torch.func` transforms use plain operations without chunking.
 
     Args:
         q: `(B, M, N, D)`.
         tokens: `(B, M, S n, D)`, the positive stream first; S is 1 where `lambda2` is None.
         v_hat: `(B, M, n, D)`.
         lambda2: weight of the negative stream, a scalar.
-        norm_weight: `(D,)`, float32 at least.
-        joint: one softmax over both streams, instead of one a stream.
-        eps: of the norm.
+        norm_weight: `(D,)`, at least float32.
+        joint: one softmax over both streams instead of one per stream.
+        eps: epsilon of the norm.
 
     Returns:
         `(B, M, N, D)`, in the dtype of `q`.
@@ -71,26 +71,23 @@ def per_patch_differential(
 def plain_per_patch_differential(
     q: Tensor, tokens: Tensor, v_hat: Tensor, lambda2: Tensor | None, norm_weight: Tensor, joint: bool, eps: float
 ) -> Tensor:
-    """`per_patch_differential` in plain operations on the whole input; autograd saves its scores."""
+    """Compute `per_patch_differential` with plain operations; autograd saves the scores."""
     scaled, values = tokens * q.shape[-1] ** -0.5, v_hat.to(q.dtype)
-    return read_contrast(q, scaled, values, lambda2, norm_weight, joint, eps).to(q.dtype)
+    return stage2_attention(q, scaled, values, lambda2, norm_weight, joint, eps).to(q.dtype)
 
 
-def read_contrast(
+def stage2_attention(
     q: Tensor, scaled: Tensor, values: Tensor, lambda2: Tensor | None, norm_weight: Tensor, joint: bool, eps: float
 ) -> Tensor:
-    """Stage II of these queries, in the dtype of `norm_weight`; `scaled` are the tokens times `D ** -0.5`."""
-    full = norm_weight.dtype
-    a = probabilities(q, scaled, 1 if lambda2 is None else 2, joint, full)  # (B, M, N, S, n)
-    read = (weights_of(a, lambda2).to(q.dtype) @ values).to(full)  # (B, M, N, D)
-    return F.rms_norm(read, (q.shape[-1],), norm_weight, eps)
+    """Compute Stage II for these queries, in the dtype of `norm_weight`; `scaled` is the tokens times `D ** -0.5`."""
+    acc_dtype = norm_weight.dtype
+    a = probabilities(q, scaled, 1 if lambda2 is None else 2, joint, acc_dtype)  # (B, M, N, S, n)
+    out = (weights_of(a, lambda2).to(q.dtype) @ values).to(acc_dtype)  # (B, M, N, D)
+    return F.rms_norm(out, (q.shape[-1],), norm_weight, eps)
 
 
 def probabilities(q: Tensor, tokens: Tensor, streams: int, joint: bool, dtype: torch.dtype) -> Tensor:
-    """Softmaxes of all queries over the contrast tokens: `(B, M, N, S, n)`. The scores of both streams are one product.
-
-    `tokens` are scaled already.
-    """
+    """Compute the softmaxes over the (scaled) contrast tokens, `(B, M, N, S, n)`; one product for both streams."""
     scores = (q @ tokens.transpose(2, 3)).to(dtype)  # (B, M, N, S n)
     if joint:
         return scores.softmax(-1).unflatten(-1, (streams, -1))
@@ -98,21 +95,21 @@ def probabilities(q: Tensor, tokens: Tensor, streams: int, joint: bool, dtype: t
 
 
 def weights_of(a: Tensor, lambda2: Tensor | None) -> Tensor:
-    """`a+ - l2 a-`, or `a+` alone: `(B, M, N, S, n)` to `(B, M, N, n)`."""
+    """Compute `a+ - l2 a-`, or `a+` in a plain stage: `(B, M, N, S, n)` to `(B, M, N, n)`."""
     return a.squeeze(-2) if lambda2 is None else difference(a[..., 0, :], a[..., 1, :], lambda2)
 
 
-# Scores of a part: 1 MB in float32, to stay in a core's cache; on a GPU 0.5 GB, to bound the memory alone.
-CPU_PART, GPU_PART = 2**18, 2**27
+# Scores per chunk: 1 MB in float32 fits a core's cache; on a GPU 0.5 GB only bounds memory.
+CPU_CHUNK, GPU_CHUNK = 2**18, 2**27
 
 
-def parts(q: Tensor, scores: int) -> Iterator[tuple[slice, slice]]:
-    """Images and tokens in parts, `q[images, :, rows]`; a token of a head has that many `scores`."""
-    if torch.compiler.is_compiling():  # it fuses what the parts are for, and a loop would fix the batch size
+def chunks(q: Tensor, scores: int) -> Iterator[tuple[slice, slice]]:
+    """Yield chunks `q[images, :, rows]`, given the number of `scores` per token and head."""
+    if torch.compiler.is_compiling():  # fusion replaces chunks, and a loop would fix the batch size
         yield slice(None), slice(None)
         return
     batch, heads, tokens, _ = q.shape
-    size = CPU_PART if q.device.type == "cpu" else GPU_PART
+    size = CPU_CHUNK if q.device.type == "cpu" else GPU_CHUNK
     images = max(1, min(batch, size // (heads * tokens * scores)))
     rows = max(1, min(tokens, size // (heads * scores))) if images == 1 else tokens
     for image in range(0, batch, images):
@@ -121,7 +118,7 @@ def parts(q: Tensor, scores: int) -> Iterator[tuple[slice, slice]]:
 
 
 class PerPatchDifferential(torch.autograd.Function):
-    """Stage II with its backward written out; it keeps what it is called with and nothing else."""
+    """Stage II with an explicit backward; it saves its inputs only."""
 
     @staticmethod
     def forward(
@@ -134,44 +131,43 @@ class PerPatchDifferential(torch.autograd.Function):
         joint: bool,
         eps: float,
     ) -> Tensor:
-        """See `per_patch_differential`."""
         ctx.save_for_backward(q, tokens, v_hat, lambda2, norm_weight)
         ctx.joint, ctx.eps = joint, eps
         scaled, values, out = tokens * q.shape[-1] ** -0.5, v_hat.to(q.dtype), like_tokens(q)
-        for images, rows in parts(q, tokens.shape[2]):
-            part = q[images, :, rows], scaled[images], values[images]
-            out[images, :, rows] = read_contrast(*part, lambda2, norm_weight, joint, eps)
+        for images, rows in chunks(q, tokens.shape[2]):
+            chunk = q[images, :, rows], scaled[images], values[images]
+            out[images, :, rows] = stage2_attention(*chunk, lambda2, norm_weight, joint, eps)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        """Gradients of the tensors, in the order of the arguments."""
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
             return differentiable_gradients(ctx, grad_out)
         q, tokens, v_hat, lambda2, norm_weight = ctx.saved_tensors
-        streams, half, full, scale = 1 if lambda2 is None else 2, q.dtype, norm_weight.dtype, q.shape[-1] ** -0.5
-        scaled, values = tokens * scale, v_hat.to(half)
+        streams, scale = 1 if lambda2 is None else 2, q.shape[-1] ** -0.5
+        dtype, acc_dtype = q.dtype, norm_weight.dtype
+        scaled, values = tokens * scale, v_hat.to(dtype)
         grad_q, grad_v_hat = like_tokens(q), torch.zeros_like(v_hat)
-        grad_tokens = torch.zeros_like(tokens, dtype=full)
+        grad_tokens = torch.zeros_like(tokens, dtype=acc_dtype)
         grad_norm_weight = torch.zeros_like(norm_weight)
         grad_lambda2 = None if lambda2 is None else torch.zeros_like(lambda2)
 
-        for images, rows in parts(q, tokens.shape[2]):
-            # What the forward had: softmaxes, weights, and what the norm was given.
-            a = probabilities(q[images, :, rows], scaled[images], streams, ctx.joint, full)  # (B, M, N, S, n)
-            weights = weights_of(a, lambda2).to(half)  # (B, M, N, n)
-            read = (weights @ values[images]).to(full)  # (B, M, N, D)
+        for images, rows in chunks(q, tokens.shape[2]):
+            # Recompute the forward: softmaxes, weights and the input of the norm.
+            a = probabilities(q[images, :, rows], scaled[images], streams, ctx.joint, acc_dtype)  # (B, M, N, S, n)
+            weights = weights_of(a, lambda2).to(dtype)  # (B, M, N, n)
+            out = (weights @ values[images]).to(acc_dtype)  # (B, M, N, D)
 
             # The norm: y = w x / r, with r = sqrt(mean(x^2) + eps).
-            inverse = (read.square().mean(-1, keepdim=True) + ctx.eps).rsqrt()  # 1 / r, (B, M, N, 1)
-            unit, grad = read * inverse, grad_out[images, :, rows].to(full)
+            rstd = (out.square().mean(-1, keepdim=True) + ctx.eps).rsqrt()  # 1 / r, (B, M, N, 1)
+            unit, grad = out * rstd, grad_out[images, :, rows].to(acc_dtype)
             grad_norm_weight += (grad * unit).sum((0, 1, 2))
             grad = grad * norm_weight
-            grad = ((grad - unit * (grad * unit).mean(-1, keepdim=True)) * inverse).to(half)  # (B, M, N, D)
+            grad = ((grad - unit * (grad * unit).mean(-1, keepdim=True)) * rstd).to(dtype)  # (B, M, N, D)
 
             # The product with v^, and the difference.
             grad_v_hat[images] += weights.transpose(2, 3) @ grad
-            grad_weights = (grad @ values[images].transpose(2, 3)).to(full)  # (B, M, N, n)
+            grad_weights = (grad @ values[images].transpose(2, 3)).to(acc_dtype)  # (B, M, N, n)
             grad_a = grad_weights.unsqueeze(-2) * a  # (B, M, N, S, n), times a
             if lambda2 is not None:
                 grad_lambda2 -= grad_a[..., 1, :].sum()
@@ -179,15 +175,15 @@ class PerPatchDifferential(torch.autograd.Function):
 
             # The softmaxes, and the product of queries and tokens.
             over = (-2, -1) if ctx.joint else (-1,)
-            grad_scores = torch.addcmul(grad_a, a, grad_a.sum(over, keepdim=True), value=-1).flatten(-2).to(half)
+            grad_scores = torch.addcmul(grad_a, a, grad_a.sum(over, keepdim=True), value=-1).flatten(-2).to(dtype)
             grad_q[images, :, rows] = grad_scores @ scaled[images]
             grad_tokens[images] += (grad_scores.transpose(2, 3) @ q[images, :, rows]) * scale
-        return grad_q, grad_tokens.to(half), grad_v_hat, grad_lambda2, grad_norm_weight, None, None
+        return grad_q, grad_tokens.to(dtype), grad_v_hat, grad_lambda2, grad_norm_weight, None, None
 
 
 def differentiable_gradients(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
-    """What `PerPatchDifferential.backward` returns, by autograd, so that it can be differentiated again."""
-    # Views, since the tokens were made from q: the gradient of q itself would contain that of the tokens.
+    """Compute the result of `PerPatchDifferential.backward` with autograd, for second derivatives."""
+    # Views, because the tokens depend on q: the gradient of q itself would include that of the tokens.
     tensors: list[Any] = [None if x is None else x.view_as(x) for x in ctx.saved_tensors]
     q, tokens, v_hat, lambda2, norm_weight = tensors
     needed = ctx.needs_input_grad[: len(tensors)]
@@ -198,5 +194,5 @@ def differentiable_gradients(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None,
 
 
 def like_tokens(q: Tensor) -> Tensor:
-    """An empty `(B, M, N, D)` whose heads lie next to each other in a token, as the projections read them."""
+    """Return an empty `(B, M, N, D)` with the heads of a token contiguous, the layout of the projections."""
     return torch.empty_like(q.transpose(1, 2), memory_format=torch.contiguous_format).transpose(1, 2)

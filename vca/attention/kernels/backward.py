@@ -1,11 +1,11 @@
-"""Backward kernels of VCA. Both stages have one backward, `stage_backward_kernel`; what differs is who is a row.
+"""Backward kernels of VCA. `stage_bwd_kernel` is shared by both stages.
 
-Scores, weights and the difference are made again from q, k, v and a few log-sum-exps. With A+-, G = dW and the two
-streams' `s = x t^T / sqrt D`:
+Scores and weights are recomputed from q, k, v and lse. With the probabilities A+-, G = dW and the scores
+`S = x t^T / sqrt D` of each stream:
 
-    dS+ = A+ (G - d+),   dS- = -l A- (G - d-),   d+- = sum(A+- G) over what the softmax ran over
+    dS+ = A+ (G - delta+),   dS- = -l A- (G - delta-),   delta+- = sum(A+- G) over the axis of the softmax
 
-No atomics: sums over programs are kept apart and added afterwards, in a fixed order.
+There are no atomics: partial sums of the programs are stored and added in a fixed order, so results are deterministic.
 
 Shape letters: B batch, M heads, N = P + H W tokens, D head dim, n = h w contrast tokens, S streams of the tokens.
 """
@@ -13,42 +13,42 @@ Shape letters: B batch, M heads, N = P + H W tokens, D head dim, n = h w contras
 import triton
 import triton.language as tl
 
-from vca.attention.kernels.forward import load_v_hat, stage2_logsumexp, stream_scores
+from vca.attention.kernels.forward import load_v_hat, stage2_lse, stream_scores
 from vca.attention.kernels.tiles import (
+    dot_acc,
+    dot_nt,
     load_rows,
     load_weight,
-    norm_gradient,
-    over_head_dim,
-    over_rows,
-    row_sum,
+    rms_norm_bwd,
+    row_dot,
     store_rows,
     store_weight,
 )
 
 
 @triton.jit
-def stage2_rows_kernel(
+def stage2_bwd_kernel_preprocess(
     q,  # (B, M, N, D)
     tokens,  # (B, M, S, n, D)
-    contrast,  # (B, M, n, D)
+    v_diff,  # (B, M, n, D)
     lambda2,
     norm1,
     norm2,
-    grad,  # (B, M, N, D), of the output
-    grad_read,  # (B, M, N, D), in memory like q's gradient
+    do,  # (B, M, N, D), gradient of the output
+    do_raw,  # (B, M, N, D), result: gradient of A v^, before the norm
     lse,  # (B, M, 2, N) float32
-    delta,  # (B, M, 2, N) float32, A+- dA+- summed over tokens, with the sign and weight of the stream
-    grad_norm2,  # (blocks of N, B, M, D) float32, to be summed
-    grad_lambda2,  # (blocks of N, B, M) float32, to be summed
+    delta,  # (B, M, 2, N) float32, sum of A+- dA+- over tokens, with the sign and weight of the stream
+    dnorm2,  # (blocks of N, B, M, D) float32, partial sums
+    dlambda2,  # (blocks of N, B, M) float32, partial sums
     stride_b,
     stride_m,
     stride_n,
-    grad_stride_b,
-    grad_stride_m,
-    grad_stride_n,
-    read_stride_b,
-    read_stride_m,
-    read_stride_n,
+    do_stride_b,
+    do_stride_m,
+    do_stride_n,
+    raw_stride_b,
+    raw_stride_m,
+    raw_stride_n,
     heads,
     num_tokens,
     n,
@@ -58,309 +58,305 @@ def stage2_rows_kernel(
     STREAMS: tl.constexpr,
     CONTRAST: tl.constexpr,
     JOINT: tl.constexpr,
-    BLOCKS: tl.constexpr,
+    NUM_BLOCKS_C: tl.constexpr,
     D: tl.constexpr,
-    HEAD: tl.constexpr,
-    TAIL: tl.constexpr,
-    TOKENS: tl.constexpr,
-    ROWS: tl.constexpr,
+    D_MAIN: tl.constexpr,
+    D_REST: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """What Stage II's backward needs of each token: gradient before the norm, log-sum-exps and deltas."""
-    program = tl.program_id(0)
-    batch, head = (program // heads).to(tl.int64), program % heads
-    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    inside = row < num_tokens
-    tokens += (program * STREAMS).to(tl.int64) * n * D
-    contrast += program.to(tl.int64) * n * D
-    x, x_tail = load_rows(q + batch * stride_b + head * stride_m, row, stride_n, inside, D, HEAD, TAIL)
-    lse_pos, lse_neg = stage2_logsumexp(
-        tokens, x, x_tail, n, scale, CONTRAST, JOINT, BLOCKS, D, HEAD, TAIL, TOKENS, ROWS, PRECISION
+    """Backward preprocessing of Stage II: gradient before the norm, lse and delta of each token."""
+    i_bh = tl.program_id(0)
+    i_b, i_h = (i_bh // heads).to(tl.int64), i_bh % heads
+    offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = offs_n < num_tokens
+    tokens += (i_bh * STREAMS).to(tl.int64) * n * D
+    v_diff += i_bh.to(tl.int64) * n * D
+    x, x_rest = load_rows(q + i_b * stride_b + i_h * stride_m, offs_n, stride_n, mask_n, D, D_MAIN, D_REST)
+    lse_pos, lse_neg = stage2_lse(
+        tokens, x, x_rest, n, scale, CONTRAST, JOINT, NUM_BLOCKS_C, D, D_MAIN, D_REST, BLOCK_C, BLOCK_N, PRECISION
     )
 
-    pos = tl.zeros((ROWS, HEAD), tl.float32)  # what either stream reads
-    pos_tail = pos
-    if TAIL:
-        pos_tail = tl.zeros((ROWS, TAIL), tl.float32)
-    neg, neg_tail = pos, pos_tail
-    for block in range(BLOCKS):
-        v_hat, v_hat_tail = load_v_hat(contrast, norm1, block, n, gain, eps, D, HEAD, TAIL, TOKENS)
-        scores = stream_scores(tokens, 0, block, x, x_tail, n, scale, D, HEAD, TAIL, TOKENS, PRECISION)
+    acc_pos = tl.zeros((BLOCK_N, D_MAIN), tl.float32)  # A+ v^
+    acc_pos_rest = acc_pos
+    if D_REST:
+        acc_pos_rest = tl.zeros((BLOCK_N, D_REST), tl.float32)
+    acc_neg, acc_neg_rest = acc_pos, acc_pos_rest
+    for block in range(NUM_BLOCKS_C):
+        v_hat, v_hat_rest = load_v_hat(v_diff, norm1, block, n, gain, eps, D, D_MAIN, D_REST, BLOCK_C)
+        scores = stream_scores(tokens, 0, block, x, x_rest, n, scale, D, D_MAIN, D_REST, BLOCK_C, PRECISION)
         weights = tl.exp2(scores - lse_pos[:, None])
-        pos, pos_tail = over_rows(weights, v_hat, v_hat_tail, pos, pos_tail, TAIL, PRECISION)
+        acc_pos, acc_pos_rest = dot_acc(weights, v_hat, v_hat_rest, acc_pos, acc_pos_rest, D_REST, PRECISION)
         if CONTRAST:
-            scores = stream_scores(tokens, 1, block, x, x_tail, n, scale, D, HEAD, TAIL, TOKENS, PRECISION)
+            scores = stream_scores(tokens, 1, block, x, x_rest, n, scale, D, D_MAIN, D_REST, BLOCK_C, PRECISION)
             weights = tl.exp2(scores - lse_neg[:, None])
-            neg, neg_tail = over_rows(weights, v_hat, v_hat_tail, neg, neg_tail, TAIL, PRECISION)
-    read, read_tail = pos, pos_tail
+            acc_neg, acc_neg_rest = dot_acc(weights, v_hat, v_hat_rest, acc_neg, acc_neg_rest, D_REST, PRECISION)
+    acc, acc_rest = acc_pos, acc_pos_rest
     if CONTRAST:
-        share = tl.load(lambda2)
-        read, read_tail = pos - share * neg, pos_tail - share * neg_tail
+        lam = tl.load(lambda2)
+        acc, acc_rest = acc_pos - lam * acc_neg, acc_pos_rest - lam * acc_neg_rest
 
-    g, g_tail = load_rows(
-        grad + batch * grad_stride_b + head * grad_stride_m, row, grad_stride_n, inside, D, HEAD, TAIL
+    g, g_rest = load_rows(
+        do + i_b * do_stride_b + i_h * do_stride_m, offs_n, do_stride_n, mask_n, D, D_MAIN, D_REST
     )  # fmt: skip
-    weight, weight_tail = load_weight(norm2, gain, D, HEAD, TAIL)
-    g, g_tail, by_row, by_row_tail = norm_gradient(
-        read, read_tail, g.to(tl.float32), g_tail.to(tl.float32), weight, weight_tail, eps, D, TAIL
+    weight, weight_rest = load_weight(norm2, gain, D, D_MAIN, D_REST)
+    g, g_rest, dweight, dweight_rest = rms_norm_bwd(
+        acc, acc_rest, g.to(tl.float32), g_rest.to(tl.float32), weight, weight_rest, eps, D, D_REST
     )
     store_rows(
-        grad_read + batch * read_stride_b + head * read_stride_m, row, read_stride_n, inside, g, g_tail, D, HEAD, TAIL
+        do_raw + i_b * raw_stride_b + i_h * raw_stride_m, offs_n, raw_stride_n, mask_n, g, g_rest, D, D_MAIN, D_REST
     )
-    place = tl.program_id(1) * tl.num_programs(0) + program
+    partial = tl.program_id(1) * tl.num_programs(0) + i_bh
     store_weight(
-        grad_norm2 + place * D, gain * tl.sum(by_row, axis=0), gain * tl.sum(by_row_tail, axis=0), D, HEAD, TAIL
+        dnorm2 + partial * D, gain * tl.sum(dweight, axis=0), gain * tl.sum(dweight_rest, axis=0), D, D_MAIN, D_REST
     )
 
-    delta_pos = row_sum(g, g_tail, pos, pos_tail, TAIL)
-    lse += program * 2 * num_tokens + row
-    delta += program * 2 * num_tokens + row
-    tl.store(lse, lse_pos, mask=inside)
+    delta_pos = row_dot(g, g_rest, acc_pos, acc_pos_rest, D_REST)
+    lse += i_bh * 2 * num_tokens + offs_n
+    delta += i_bh * 2 * num_tokens + offs_n
+    tl.store(lse, lse_pos, mask=mask_n)
     if CONTRAST:
-        by_neg = row_sum(g, g_tail, neg, neg_tail, TAIL)
-        tl.store(grad_lambda2 + place, -tl.sum(tl.where(inside, by_neg, 0.0), axis=0))
-        delta_neg = -share * by_neg
+        delta_of_neg = row_dot(g, g_rest, acc_neg, acc_neg_rest, D_REST)
+        tl.store(dlambda2 + partial, -tl.sum(tl.where(mask_n, delta_of_neg, 0.0), axis=0))
+        delta_neg = -lam * delta_of_neg
         if JOINT:
             delta_pos += delta_neg
             delta_neg = delta_pos
-        tl.store(lse + num_tokens, lse_neg, mask=inside)
-        tl.store(delta + num_tokens, delta_neg, mask=inside)
-    tl.store(delta, delta_pos, mask=inside)
+        tl.store(lse + num_tokens, lse_neg, mask=mask_n)
+        tl.store(delta + num_tokens, delta_neg, mask=mask_n)
+    tl.store(delta, delta_pos, mask=mask_n)
 
 
 @triton.jit
-def stage1_rows_kernel(
-    contrast,  # (B, M, n, D), v+ - l1 v-
+def stage1_bwd_kernel_preprocess(
+    v_diff,  # (B, M, n, D), v+ - l1 v-
     v_neg,  # (B, M, n, D)
     lambda1,
     norm1,
-    grad_v_hat,  # (splits, B, M, n, D)
-    grad_seen,  # (B, M, n, D), of v+ - l1 v-
+    dv_hat,  # (splits, B, M, n, D)
+    dv_diff,  # (B, M, n, D), result
     delta,  # (B, M, streams, n) float32
-    grad_norm1,  # (blocks of n, B, M, D) float32, to be summed
-    grad_lambda1,  # (blocks of n, B, M) float32, to be summed
+    dnorm1,  # (blocks of n, B, M, D) float32, partial sums
+    dlambda1,  # (blocks of n, B, M) float32, partial sums
     n,
-    splits,
+    num_splits,
     gain,
     eps,
     CONTRAST: tl.constexpr,
     D: tl.constexpr,
-    HEAD: tl.constexpr,
-    TAIL: tl.constexpr,
-    TOKENS: tl.constexpr,
+    D_MAIN: tl.constexpr,
+    D_REST: tl.constexpr,
+    BLOCK_C: tl.constexpr,
 ):
-    """What Stage I's backward needs of each contrast token: gradient before the norm, and deltas."""
-    program = tl.program_id(0)
-    token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
-    valid = token < n
-    first = program.to(tl.int64) * n * D
-    g = tl.zeros((TOKENS, HEAD), tl.float32)
-    g_tail = g
-    if TAIL:
-        g_tail = tl.zeros((TOKENS, TAIL), tl.float32)
-    for split in range(0, splits):
-        rows = grad_v_hat + (split * tl.num_programs(0) + program).to(tl.int64) * n * D
-        more, more_tail = load_rows(rows, token, D, valid, D, HEAD, TAIL)
-        g += more
-        if TAIL:
-            g_tail += more_tail
+    """Backward preprocessing of Stage I: gradient before the norm and delta of each contrast token."""
+    i_bh = tl.program_id(0)
+    offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask_c = offs_c < n
+    offset = i_bh.to(tl.int64) * n * D
+    g = tl.zeros((BLOCK_C, D_MAIN), tl.float32)
+    g_rest = g
+    if D_REST:
+        g_rest = tl.zeros((BLOCK_C, D_REST), tl.float32)
+    for split in range(0, num_splits):
+        dv_hat_split = dv_hat + (split * tl.num_programs(0) + i_bh).to(tl.int64) * n * D
+        part, part_rest = load_rows(dv_hat_split, offs_c, D, mask_c, D, D_MAIN, D_REST)
+        g += part
+        if D_REST:
+            g_rest += part_rest
 
-    x, x_tail = load_rows(contrast + first, token, D, valid, D, HEAD, TAIL)
-    x, x_tail = x.to(tl.float32), x_tail.to(tl.float32)
-    weight, weight_tail = load_weight(norm1, gain, D, HEAD, TAIL)
-    g, g_tail, by_row, by_row_tail = norm_gradient(x, x_tail, g, g_tail, weight, weight_tail, eps, D, TAIL)
-    store_rows(grad_seen + first, token, D, valid, g, g_tail, D, HEAD, TAIL)
-    place = tl.program_id(1) * tl.num_programs(0) + program
+    x, x_rest = load_rows(v_diff + offset, offs_c, D, mask_c, D, D_MAIN, D_REST)
+    x, x_rest = x.to(tl.float32), x_rest.to(tl.float32)
+    weight, weight_rest = load_weight(norm1, gain, D, D_MAIN, D_REST)
+    g, g_rest, dweight, dweight_rest = rms_norm_bwd(x, x_rest, g, g_rest, weight, weight_rest, eps, D, D_REST)
+    store_rows(dv_diff + offset, offs_c, D, mask_c, g, g_rest, D, D_MAIN, D_REST)
+    partial = tl.program_id(1) * tl.num_programs(0) + i_bh
     store_weight(
-        grad_norm1 + place * D, gain * tl.sum(by_row, axis=0), gain * tl.sum(by_row_tail, axis=0), D, HEAD, TAIL
+        dnorm1 + partial * D, gain * tl.sum(dweight, axis=0), gain * tl.sum(dweight_rest, axis=0), D, D_MAIN, D_REST
     )
 
-    delta += program * (1 + CONTRAST) * n + token
-    delta_pos = row_sum(g, g_tail, x, x_tail, TAIL)
+    delta += i_bh * (1 + CONTRAST) * n + offs_c
+    delta_pos = row_dot(g, g_rest, x, x_rest, D_REST)
     if CONTRAST:  # v+ is x + l1 v-
-        neg, neg_tail = load_rows(v_neg + first, token, D, valid, D, HEAD, TAIL)
-        by_neg = row_sum(g, g_tail, neg.to(tl.float32), neg_tail.to(tl.float32), TAIL)
-        share = tl.load(lambda1)
-        delta_pos += share * by_neg
-        tl.store(delta + n, -share * by_neg, mask=valid)
-        tl.store(grad_lambda1 + place, -tl.sum(by_neg, axis=0))
-    tl.store(delta, delta_pos, mask=valid)
+        neg, neg_rest = load_rows(v_neg + offset, offs_c, D, mask_c, D, D_MAIN, D_REST)
+        delta_of_neg = row_dot(g, g_rest, neg.to(tl.float32), neg_rest.to(tl.float32), D_REST)
+        lam = tl.load(lambda1)
+        delta_pos += lam * delta_of_neg
+        tl.store(delta + n, -lam * delta_of_neg, mask=mask_c)
+        tl.store(dlambda1 + partial, -tl.sum(delta_of_neg, axis=0))
+    tl.store(delta, delta_pos, mask=mask_c)
 
 
 @triton.jit
-def stream_gradients(
-    t, t_tail, x, x_tail, g, valid, lse, delta, share, scale,
-    grad_x, grad_x_tail, grad_t, grad_t_tail, TAIL: tl.constexpr, PRECISION: tl.constexpr,
+def stream_bwd(
+    t, t_rest, x, x_rest, g, mask, lse, delta, weight, scale,
+    dx, dx_rest, dt, dt_rest, D_REST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One stream's part of the weights, `share A`, and what it adds to the gradients of x and of its tokens."""
-    scores = over_head_dim(t, t_tail, x, x_tail, TAIL, PRECISION) * scale  # (TOKENS, ROWS), base 2
-    a = tl.where(valid, tl.exp2(scores - lse), 0.0)
-    grad_scores = (a * (share * g - delta)).to(x.dtype)
-    grad_x, grad_x_tail = over_rows(tl.trans(grad_scores), t, t_tail, grad_x, grad_x_tail, TAIL, PRECISION)
-    grad_t, grad_t_tail = over_rows(grad_scores, x, x_tail, grad_t, grad_t_tail, TAIL, PRECISION)
-    return share * a, grad_x, grad_x_tail, grad_t, grad_t_tail
+    """Backward of one stream: returns `weight A` and the accumulated dx and dt."""
+    scores = dot_nt(t, t_rest, x, x_rest, D_REST, PRECISION) * scale  # (BLOCK_C, BLOCK_N), base 2
+    a = tl.where(mask, tl.exp2(scores - lse), 0.0)
+    dscores = (a * (weight * g - delta)).to(x.dtype)
+    dx, dx_rest = dot_acc(tl.trans(dscores), t, t_rest, dx, dx_rest, D_REST, PRECISION)
+    dt, dt_rest = dot_acc(dscores, x, x_rest, dt, dt_rest, D_REST, PRECISION)
+    return weight * a, dx, dx_rest, dt, dt_rest
 
 
 @triton.jit
-def stage_backward_kernel(
+def stage_bwd_kernel(
     tokens,  # (B, M, S, n, D)
-    x,  # (B, M, N, D): Stage I k, Stage II q
-    y,  # (B, M, N, D): Stage I v, Stage II the gradient before the norm
-    values,  # (B, M, n, D): Stage I the gradient before the norm, Stage II v+ - l1 v-, of which v^ is the norm
+    x,  # (B, M, N, D): k in Stage I, q in Stage II
+    y,  # (B, M, N, D): v in Stage I, do_raw in Stage II
+    values,  # (B, M, n, D): dv_diff in Stage I, v_diff in Stage II
     norm1,
-    weight,  # lambda of the stage
+    lambda_of_stage,
     lse,  # (B, M, streams, n), or (B, M, 2, N)
-    delta,  # likewise
-    found,  # (B, M, S, n, D), where Stage I begins: what Stage II has found of the tokens' gradient
-    grad_x,  # (blocks of n, B, M, N, D)
-    grad_y,  # Stage I: (blocks of n, B, M, N, D), of v
-    grad_values,  # Stage II: (splits, B, M, n, D), of v^
-    grad_tokens,  # (splits, B, M, S, n, D)
+    delta,  # shape of lse
+    dtokens_stage2,  # (B, M, S, n, D): in Stage I, the gradient of the tokens from Stage II, added to dtokens
+    dx,  # (blocks of n, B, M, N, D)
+    dy,  # (blocks of n, B, M, N, D): dv in Stage I
+    dvalues,  # (splits, B, M, n, D): dv_hat in Stage II
+    dtokens,  # (splits, B, M, S, n, D)
     x_stride_b,
     x_stride_m,
     x_stride_n,
     y_stride_b,
     y_stride_m,
     y_stride_n,
-    grad_stride_block,
-    grad_stride_b,
-    grad_stride_m,
-    grad_stride_n,
+    dx_stride_block,
+    dx_stride_b,
+    dx_stride_m,
+    dx_stride_n,
     heads,
     num_tokens,
     n,
-    split,
+    split_size,
     scale,
     gain,
     eps,
     STAGE: tl.constexpr,
-    FOUND: tl.constexpr,
+    HAS_DTOKENS2: tl.constexpr,
     STREAMS: tl.constexpr,
     CONTRAST: tl.constexpr,
     D: tl.constexpr,
-    HEAD: tl.constexpr,
-    TAIL: tl.constexpr,
-    TOKENS: tl.constexpr,
-    ROWS: tl.constexpr,
+    D_MAIN: tl.constexpr,
+    D_REST: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Backward of either stage for a block of contrast tokens, over a split of the tokens."""
-    program, block, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    batch, head = (program // heads).to(tl.int64), program % heads
-    x += batch * x_stride_b + head * x_stride_m
-    y += batch * y_stride_b + head * y_stride_m
-    grad_place = block.to(tl.int64) * grad_stride_block + batch * grad_stride_b + head * grad_stride_m
-    token = block * TOKENS + tl.arange(0, TOKENS)
-    known = token < n
-    first = program.to(tl.int64) * n * D
-    neg_rows = n * D  # from the tokens of the positive stream to those of the negative one
-    tokens += first * STREAMS
-    log2e_inverse: tl.constexpr = 0.6931471805599453
+    """Backward of Stage I or II for a block of contrast tokens and a split of the tokens."""
+    i_bh, i_block, i_split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    i_b, i_h = (i_bh // heads).to(tl.int64), i_bh % heads
+    x += i_b * x_stride_b + i_h * x_stride_m
+    y += i_b * y_stride_b + i_h * y_stride_m
+    dx_offset = i_block.to(tl.int64) * dx_stride_block + i_b * dx_stride_b + i_h * dx_stride_m
+    offs_c = i_block * BLOCK_C + tl.arange(0, BLOCK_C)
+    mask_c = offs_c < n
+    offset = i_bh.to(tl.int64) * n * D
+    neg_offset = n * D  # offset from the positive to the negative stream
+    tokens += offset * STREAMS
+    LN2: tl.constexpr = 0.6931471805599453
 
-    pos, pos_tail = load_rows(tokens, token, D, known, D, HEAD, TAIL)
-    neg, neg_tail = pos, pos_tail
-    share = 0.0
+    t_pos, t_pos_rest = load_rows(tokens, offs_c, D, mask_c, D, D_MAIN, D_REST)
+    t_neg, t_neg_rest = t_pos, t_pos_rest
+    minus_lam = 0.0
     if CONTRAST:
-        neg, neg_tail = load_rows(tokens + neg_rows, token, D, known, D, HEAD, TAIL)
-        share = -tl.load(weight)
+        t_neg, t_neg_rest = load_rows(tokens + neg_offset, offs_c, D, mask_c, D, D_MAIN, D_REST)
+        minus_lam = -tl.load(lambda_of_stage)
     if STAGE == 1:
-        seen, seen_tail = load_rows(values + first, token, D, known, D, HEAD, TAIL)
-        lse += program * (1 + CONTRAST) * n + token
-        delta += program * (1 + CONTRAST) * n + token
+        c, c_rest = load_rows(values + offset, offs_c, D, mask_c, D, D_MAIN, D_REST)
+        lse += i_bh * (1 + CONTRAST) * n + offs_c
+        delta += i_bh * (1 + CONTRAST) * n + offs_c
         lse_pos, delta_pos = (
-            tl.load(lse, mask=known, other=0.0)[:, None],
-            tl.load(delta, mask=known, other=0.0)[:, None],
+            tl.load(lse, mask=mask_c, other=0.0)[:, None],
+            tl.load(delta, mask=mask_c, other=0.0)[:, None],
         )
         lse_neg, delta_neg = lse_pos, delta_pos
         if CONTRAST:
-            lse_neg = tl.load(lse + n, mask=known, other=0.0)[:, None]
-            delta_neg = tl.load(delta + n, mask=known, other=0.0)[:, None]
+            lse_neg = tl.load(lse + n, mask=mask_c, other=0.0)[:, None]
+            delta_neg = tl.load(delta + n, mask=mask_c, other=0.0)[:, None]
     else:
-        seen, seen_tail = load_v_hat(values + first, norm1, block, n, gain, eps, D, HEAD, TAIL, TOKENS)
-        lse += program * 2 * num_tokens
-        delta += program * 2 * num_tokens
+        c, c_rest = load_v_hat(values + offset, norm1, i_block, n, gain, eps, D, D_MAIN, D_REST, BLOCK_C)
+        lse += i_bh * 2 * num_tokens
+        delta += i_bh * 2 * num_tokens
 
-    grad_pos = tl.zeros((TOKENS, HEAD), tl.float32)
-    grad_pos_tail = grad_pos
-    if TAIL:
-        grad_pos_tail = tl.zeros((TOKENS, TAIL), tl.float32)
-    grad_neg, grad_neg_tail = grad_pos, grad_pos_tail
-    grad_seen, grad_seen_tail = grad_pos, grad_pos_tail
+    dt_pos = tl.zeros((BLOCK_C, D_MAIN), tl.float32)
+    dt_pos_rest = dt_pos
+    if D_REST:
+        dt_pos_rest = tl.zeros((BLOCK_C, D_REST), tl.float32)
+    dt_neg, dt_neg_rest = dt_pos, dt_pos_rest
+    dc, dc_rest = dt_pos, dt_pos_rest
 
-    start = part * split
-    for place in range(start, tl.minimum(start + split, num_tokens), ROWS):
-        row = place + tl.arange(0, ROWS)
-        inside = row < num_tokens
-        rows, rows_tail = load_rows(x, row, x_stride_n, inside, D, HEAD, TAIL)
-        others, others_tail = load_rows(y, row, y_stride_n, inside, D, HEAD, TAIL)
+    start = i_split * split_size
+    for start_n in range(start, tl.minimum(start + split_size, num_tokens), BLOCK_N):
+        offs_n = start_n + tl.arange(0, BLOCK_N)
+        mask_n = offs_n < num_tokens
+        x_tile, x_rest = load_rows(x, offs_n, x_stride_n, mask_n, D, D_MAIN, D_REST)
+        y_tile, y_rest = load_rows(y, offs_n, y_stride_n, mask_n, D, D_MAIN, D_REST)
         if STAGE == 2:
-            lse_pos = tl.load(lse + row, mask=inside, other=0.0)[None, :]
-            delta_pos = tl.load(delta + row, mask=inside, other=0.0)[None, :]
+            lse_pos = tl.load(lse + offs_n, mask=mask_n, other=0.0)[None, :]
+            delta_pos = tl.load(delta + offs_n, mask=mask_n, other=0.0)[None, :]
             lse_neg, delta_neg = lse_pos, delta_pos
             if CONTRAST:
-                lse_neg = tl.load(lse + num_tokens + row, mask=inside, other=0.0)[None, :]
-                delta_neg = tl.load(delta + num_tokens + row, mask=inside, other=0.0)[None, :]
-        valid = known[:, None] & inside[None, :]
-        g = over_head_dim(seen, seen_tail, others, others_tail, TAIL, PRECISION)  # of the weights, (TOKENS, ROWS)
+                lse_neg = tl.load(lse + num_tokens + offs_n, mask=mask_n, other=0.0)[None, :]
+                delta_neg = tl.load(delta + num_tokens + offs_n, mask=mask_n, other=0.0)[None, :]
+        mask = mask_c[:, None] & mask_n[None, :]
+        g = dot_nt(c, c_rest, y_tile, y_rest, D_REST, PRECISION)  # dW, (BLOCK_C, BLOCK_N)
 
-        grad_rows = tl.zeros((ROWS, HEAD), tl.float32)
-        grad_rows_tail = grad_rows
-        if TAIL:
-            grad_rows_tail = tl.zeros((ROWS, TAIL), tl.float32)
-        weights, grad_rows, grad_rows_tail, grad_pos, grad_pos_tail = stream_gradients(
-            pos, pos_tail, rows, rows_tail, g, valid, lse_pos, delta_pos, 1.0, scale,
-            grad_rows, grad_rows_tail, grad_pos, grad_pos_tail, TAIL, PRECISION,
+        dx_tile = tl.zeros((BLOCK_N, D_MAIN), tl.float32)
+        dx_rest = dx_tile
+        if D_REST:
+            dx_rest = tl.zeros((BLOCK_N, D_REST), tl.float32)
+        weights, dx_tile, dx_rest, dt_pos, dt_pos_rest = stream_bwd(
+            t_pos, t_pos_rest, x_tile, x_rest, g, mask, lse_pos, delta_pos, 1.0, scale,
+            dx_tile, dx_rest, dt_pos, dt_pos_rest, D_REST, PRECISION,
         )  # fmt: skip
         if CONTRAST:
-            more, grad_rows, grad_rows_tail, grad_neg, grad_neg_tail = stream_gradients(
-                neg, neg_tail, rows, rows_tail, g, valid, lse_neg, delta_neg, share, scale,
-                grad_rows, grad_rows_tail, grad_neg, grad_neg_tail, TAIL, PRECISION,
+            neg_weights, dx_tile, dx_rest, dt_neg, dt_neg_rest = stream_bwd(
+                t_neg, t_neg_rest, x_tile, x_rest, g, mask, lse_neg, delta_neg, minus_lam, scale,
+                dx_tile, dx_rest, dt_neg, dt_neg_rest, D_REST, PRECISION,
             )  # fmt: skip
-            weights += more
-        natural = scale * log2e_inverse
+            weights += neg_weights
+        grad_scale = scale * LN2
         store_rows(
-            grad_x + grad_place, row, grad_stride_n, inside,
-            grad_rows * natural, grad_rows_tail * natural, D, HEAD, TAIL,
+            dx + dx_offset, offs_n, dx_stride_n, mask_n,
+            dx_tile * grad_scale, dx_rest * grad_scale, D, D_MAIN, D_REST,
         )  # fmt: skip
         if STAGE == 1:
-            grad_others = tl.zeros((ROWS, HEAD), tl.float32)
-            grad_others_tail = grad_others
-            if TAIL:
-                grad_others_tail = tl.zeros((ROWS, TAIL), tl.float32)
-            grad_others, grad_others_tail = over_rows(
-                tl.trans(weights), seen, seen_tail, grad_others, grad_others_tail, TAIL, PRECISION
-            )
+            dy_tile = tl.zeros((BLOCK_N, D_MAIN), tl.float32)
+            dy_rest = dy_tile
+            if D_REST:
+                dy_rest = tl.zeros((BLOCK_N, D_REST), tl.float32)
+            dy_tile, dy_rest = dot_acc(tl.trans(weights), c, c_rest, dy_tile, dy_rest, D_REST, PRECISION)
             store_rows(
-                grad_y + grad_place, row, grad_stride_n, inside, grad_others, grad_others_tail, D, HEAD, TAIL
+                dy + dx_offset, offs_n, dx_stride_n, mask_n, dy_tile, dy_rest, D, D_MAIN, D_REST
             )  # fmt: skip
         else:
-            grad_seen, grad_seen_tail = over_rows(
-                weights, others, others_tail, grad_seen, grad_seen_tail, TAIL, PRECISION
-            )
+            dc, dc_rest = dot_acc(weights, y_tile, y_rest, dc, dc_rest, D_REST, PRECISION)
 
-    place = (part * tl.num_programs(0) + program).to(tl.int64) * n * D
-    natural = scale * log2e_inverse
-    grad_pos, grad_neg = grad_pos * natural, grad_neg * natural
-    grad_pos_tail, grad_neg_tail = grad_pos_tail * natural, grad_neg_tail * natural
-    if FOUND and part == 0:
-        found += first * STREAMS
-        more, more_tail = load_rows(found, token, D, known, D, HEAD, TAIL)
-        grad_pos, grad_pos_tail = grad_pos + more, grad_pos_tail + more_tail
+    partial = (i_split * tl.num_programs(0) + i_bh).to(tl.int64) * n * D
+    grad_scale = scale * LN2
+    dt_pos, dt_neg = dt_pos * grad_scale, dt_neg * grad_scale
+    dt_pos_rest, dt_neg_rest = dt_pos_rest * grad_scale, dt_neg_rest * grad_scale
+    if HAS_DTOKENS2 and i_split == 0:
+        dtokens_stage2 += offset * STREAMS
+        part, part_rest = load_rows(dtokens_stage2, offs_c, D, mask_c, D, D_MAIN, D_REST)
+        dt_pos, dt_pos_rest = dt_pos + part, dt_pos_rest + part_rest
         if STREAMS == 2:
-            more, more_tail = load_rows(found + neg_rows, token, D, known, D, HEAD, TAIL)
-            grad_neg, grad_neg_tail = grad_neg + more, grad_neg_tail + more_tail
-    grad_tokens += place * STREAMS
-    store_rows(grad_tokens, token, D, known, grad_pos, grad_pos_tail, D, HEAD, TAIL)
+            part, part_rest = load_rows(dtokens_stage2 + neg_offset, offs_c, D, mask_c, D, D_MAIN, D_REST)
+            dt_neg, dt_neg_rest = dt_neg + part, dt_neg_rest + part_rest
+    dtokens += partial * STREAMS
+    store_rows(dtokens, offs_c, D, mask_c, dt_pos, dt_pos_rest, D, D_MAIN, D_REST)
     if STREAMS == 2:
-        store_rows(grad_tokens + neg_rows, token, D, known, grad_neg, grad_neg_tail, D, HEAD, TAIL)
+        store_rows(dtokens + neg_offset, offs_c, D, mask_c, dt_neg, dt_neg_rest, D, D_MAIN, D_REST)
     if STAGE == 2:
-        store_rows(grad_values + place, token, D, known, grad_seen, grad_seen_tail, D, HEAD, TAIL)
+        store_rows(dvalues + partial, offs_c, D, mask_c, dc, dc_rest, D, D_MAIN, D_REST)
 
 
 @triton.jit
-def unpool_kernel(
-    grad_tokens,  # (B, M, S, n, D)
-    grad_q,  # (B, M, N, D), added to
+def avg_pool_bwd_kernel(
+    dtokens,  # (B, M, S, n, D)
+    dq,  # (B, M, N, D), accumulated in place
     stride_b,
     stride_m,
     stride_n,
@@ -369,45 +365,47 @@ def unpool_kernel(
     prefix,
     height,
     width,
-    rows,  # h
-    columns,  # w
-    DOWN: tl.constexpr,  # cells that a row of the grid lies in, at most
-    ACROSS: tl.constexpr,
+    contrast_h,
+    contrast_w,
+    MAX_ROWS: tl.constexpr,  # maximum number of cells that contain a row of the grid
+    MAX_COLUMNS: tl.constexpr,
     POOL_POS: tl.constexpr,
     POOL_NEG: tl.constexpr,
     STREAMS: tl.constexpr,
     D: tl.constexpr,
-    HEAD: tl.constexpr,
-    TAIL: tl.constexpr,
-    ROWS: tl.constexpr,
+    D_MAIN: tl.constexpr,
+    D_REST: tl.constexpr,
+    BLOCK_N: tl.constexpr,
 ):
-    """Backward of the average: each token of the grid gets its share of the cells that it lies in."""
-    program = tl.program_id(0)
-    batch, head = (program // heads).to(tl.int64), program % heads
-    token = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    inside = token < height * width
-    y, x = token // width, token % width
-    grad_tokens += (program * STREAMS).to(tl.int64) * n * D
-    grad_q += batch * stride_b + head * stride_m
-    g, g_tail = load_rows(grad_q, prefix + token, stride_n, inside, D, HEAD, TAIL)
-    total, total_tail = g.to(tl.float32), g_tail.to(tl.float32)
-    for down in tl.static_range(DOWN):
-        row = y * rows // height + down
-        top, bottom = row * height // rows, ((row + 1) * height + rows - 1) // rows
-        for across in tl.static_range(ACROSS):
-            column = x * columns // width + across
-            left, right = column * width // columns, ((column + 1) * width + columns - 1) // columns
-            share = (inside & (row < rows) & (top <= y) & (column < columns) & (left <= x)).to(tl.float32)
-            share = (share / ((bottom - top) * (right - left)))[:, None]
-            cell = tl.minimum(row, rows - 1) * columns + tl.minimum(column, columns - 1)
+    """Backward of the average pooling: add the gradients of the cells that contain a token to its dq."""
+    i_bh = tl.program_id(0)
+    i_b, i_h = (i_bh // heads).to(tl.int64), i_bh % heads
+    offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = offs_n < height * width
+    y, x = offs_n // width, offs_n % width
+    dtokens += (i_bh * STREAMS).to(tl.int64) * n * D
+    dq += i_b * stride_b + i_h * stride_m
+    g, g_rest = load_rows(dq, prefix + offs_n, stride_n, mask_n, D, D_MAIN, D_REST)
+    acc, acc_rest = g.to(tl.float32), g_rest.to(tl.float32)
+    for i_row in tl.static_range(MAX_ROWS):
+        cell_row = y * contrast_h // height + i_row
+        top, bottom = cell_row * height // contrast_h, ((cell_row + 1) * height + contrast_h - 1) // contrast_h
+        for i_column in tl.static_range(MAX_COLUMNS):
+            cell_column = x * contrast_w // width + i_column
+            left, right = cell_column * width // contrast_w, ((cell_column + 1) * width + contrast_w - 1) // contrast_w
+            weight = (mask_n & (cell_row < contrast_h) & (top <= y) & (cell_column < contrast_w) & (left <= x)).to(
+                tl.float32
+            )
+            weight = (weight / ((bottom - top) * (right - left)))[:, None]
+            cell = tl.minimum(cell_row, contrast_h - 1) * contrast_w + tl.minimum(cell_column, contrast_w - 1)
             if POOL_POS:
-                more, more_tail = load_rows(grad_tokens, cell, D, inside, D, HEAD, TAIL)
-                total += share * more
-                if TAIL:
-                    total_tail += share * more_tail
+                part, part_rest = load_rows(dtokens, cell, D, mask_n, D, D_MAIN, D_REST)
+                acc += weight * part
+                if D_REST:
+                    acc_rest += weight * part_rest
             if POOL_NEG:
-                more, more_tail = load_rows(grad_tokens + n * D, cell, D, inside, D, HEAD, TAIL)
-                total += share * more
-                if TAIL:
-                    total_tail += share * more_tail
-    store_rows(grad_q, prefix + token, stride_n, inside, total, total_tail, D, HEAD, TAIL)
+                part, part_rest = load_rows(dtokens + n * D, cell, D, mask_n, D, D_MAIN, D_REST)
+                acc += weight * part
+                if D_REST:
+                    acc_rest += weight * part_rest
+    store_rows(dq, prefix + offs_n, stride_n, mask_n, acc, acc_rest, D, D_MAIN, D_REST)

@@ -1,26 +1,26 @@
-"""Forward kernels of VCA: contrast tokens, Stage I (whole, or in splits over N and then combined), Stage II.
+"""Forward kernels of VCA: contrast tokens, Stage I (optionally split over N and combined), Stage II.
 
 Shape letters: B batch, M heads, N = P + H W tokens, D head dim, n = h w contrast tokens, S streams of the tokens (2, or
-1 where both stages are plain). One program works for one head of one image.
+1 if both stages are plain). Program axis 0 is the index of one head of one image, `i_bh`.
 """
 
 import triton
 import triton.language as tl
 
 from vca.attention.kernels.tiles import (
-    inverse_rms,
+    dot_acc,
+    dot_nt,
     load_rows,
     load_weight,
-    log2_of_sum,
-    over_head_dim,
-    over_rows,
+    online_lse,
+    rstd_of_rows,
     store_rows,
 )
 
 
 @triton.jit
-def contrast_tokens_kernel(
-    source,  # (B, M, P + H W, D), what is averaged
+def contrast_tokens_fwd_kernel(
+    x,  # (B, M, P + H W, D), queries to average
     e_pos,  # (M, n, D) float32
     e_neg,
     tokens,  # (B, M, S, n, D)
@@ -32,235 +32,236 @@ def contrast_tokens_kernel(
     prefix,
     height,
     width,
-    rows,  # h
-    columns,  # w
-    largest,  # tokens in the largest cell
+    contrast_h,
+    contrast_w,
+    max_cell,  # tokens in the largest cell
     POOL_POS: tl.constexpr,
     POOL_NEG: tl.constexpr,
     EMBED_POS: tl.constexpr,
     EMBED_NEG: tl.constexpr,
     STREAMS: tl.constexpr,
     D: tl.constexpr,
-    WIDTH: tl.constexpr,
-    TOKENS: tl.constexpr,
-    CELL: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_CELL: tl.constexpr,
 ):
-    """Tokens of both streams: the mean of a cell of the grid, its embedding, or their sum."""
-    program = tl.program_id(0)
-    batch, head = (program // heads).to(tl.int64), program % heads
-    source += batch * stride_b + head * stride_m
-    token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
-    column = tl.arange(0, WIDTH)
-    valid = (token < n)[:, None] & (column < D)[None, :]
+    """Compute the contrast tokens of all streams: the mean of a grid cell, an embedding, or their sum."""
+    i_bh = tl.program_id(0)
+    i_b, i_h = (i_bh // heads).to(tl.int64), i_bh % heads
+    x += i_b * stride_b + i_h * stride_m
+    offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    offs_d = tl.arange(0, BLOCK_D)
+    mask = (offs_c < n)[:, None] & (offs_d < D)[None, :]
 
-    mean = tl.zeros((TOKENS, WIDTH), tl.float32)
+    mean = tl.zeros((BLOCK_C, BLOCK_D), tl.float32)
     if POOL_POS or POOL_NEG:
-        row = token // columns
-        top, bottom = row * height // rows, ((row + 1) * height + rows - 1) // rows
-        place = token % columns
-        left, right = place * width // columns, ((place + 1) * width + columns - 1) // columns
-        size = (bottom - top) * (right - left)
-        for start in range(0, largest, CELL):
-            cell = start + tl.arange(0, CELL)[None, :]
-            across = (right - left)[:, None]
-            y, x = top[:, None] + cell // across, left[:, None] + cell % across
-            inside = (cell < size[:, None]) & (token < n)[:, None]
-            pointers = source + (prefix + y * width + x)[:, :, None] * stride_n + column[None, None, :]
-            values = tl.load(pointers, mask=inside[:, :, None] & (column < D)[None, None, :], other=0.0)
+        cell_row = offs_c // contrast_w
+        top, bottom = cell_row * height // contrast_h, ((cell_row + 1) * height + contrast_h - 1) // contrast_h
+        cell_column = offs_c % contrast_w
+        left, right = cell_column * width // contrast_w, ((cell_column + 1) * width + contrast_w - 1) // contrast_w
+        cell_size = (bottom - top) * (right - left)
+        for start in range(0, max_cell, BLOCK_CELL):
+            offs_cell = start + tl.arange(0, BLOCK_CELL)[None, :]
+            cell_width = (right - left)[:, None]
+            pixel_y, pixel_x = top[:, None] + offs_cell // cell_width, left[:, None] + offs_cell % cell_width
+            mask_cell = (offs_cell < cell_size[:, None]) & (offs_c < n)[:, None]
+            pointers = x + (prefix + pixel_y * width + pixel_x)[:, :, None] * stride_n + offs_d[None, None, :]
+            values = tl.load(pointers, mask=mask_cell[:, :, None] & (offs_d < D)[None, None, :], other=0.0)
             mean += tl.sum(values.to(tl.float32), axis=1)
-        mean = mean / size[:, None]
+        mean = mean / cell_size[:, None]
 
-    place_of = token[:, None] * D + column[None, :]
-    tokens += (program * STREAMS).to(tl.int64) * n * D
-    positive = tl.zeros((TOKENS, WIDTH), tl.float32)
+    offs_cd = offs_c[:, None] * D + offs_d[None, :]
+    tokens += (i_bh * STREAMS).to(tl.int64) * n * D
+    t_pos = tl.zeros((BLOCK_C, BLOCK_D), tl.float32)
     if POOL_POS:
-        positive = mean
+        t_pos = mean
     if EMBED_POS:
-        positive += tl.load(e_pos + head * n * D + place_of, mask=valid, other=0.0)
-    tl.store(tokens + place_of, positive.to(tokens.dtype.element_ty), mask=valid)
+        t_pos += tl.load(e_pos + i_h * n * D + offs_cd, mask=mask, other=0.0)
+    tl.store(tokens + offs_cd, t_pos.to(tokens.dtype.element_ty), mask=mask)
     if STREAMS == 2:
-        negative = tl.zeros((TOKENS, WIDTH), tl.float32)
+        t_neg = tl.zeros((BLOCK_C, BLOCK_D), tl.float32)
         if POOL_NEG:
-            negative = mean
+            t_neg = mean
         if EMBED_NEG:
-            negative += tl.load(e_neg + head * n * D + place_of, mask=valid, other=0.0)
-        tl.store(tokens + n * D + place_of, negative.to(tokens.dtype.element_ty), mask=valid)
+            t_neg += tl.load(e_neg + i_h * n * D + offs_cd, mask=mask, other=0.0)
+        tl.store(tokens + n * D + offs_cd, t_neg.to(tokens.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def store_stage1(
-    lambda1, contrast, v_neg, lse, program, stream, token, n, seen, seen_tail, lse_of_row,
-    CONTRAST: tl.constexpr, D: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, TOKENS: tl.constexpr,
+    lambda1, v_diff, v_neg, lse, i_bh, stream, offs_c, n, acc, acc_rest, row_lse,
+    CONTRAST: tl.constexpr, D: tl.constexpr, D_MAIN: tl.constexpr, D_REST: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Store what both streams have seen: `v+ - l1 v-`, `v-`, and the log-sum-exps; rows lie stream by stream."""
-    first = program.to(tl.int64) * n * D
-    tl.store(lse + program * (1 + CONTRAST) * n + stream * n + token, lse_of_row, mask=token < n)
+    """Store `v+ - l1 v-`, `v-` and lse; the rows of `acc` are the positive stream, then the negative one."""
+    offset = i_bh.to(tl.int64) * n * D
+    tl.store(lse + i_bh * (1 + CONTRAST) * n + stream * n + offs_c, row_lse, mask=offs_c < n)
     if CONTRAST:
-        store_rows(v_neg + first, token, D, (token < n) & (stream == 1), seen, seen_tail, D, HEAD, TAIL)
-        share = tl.where(stream == 0, 1.0, -tl.load(lambda1))[:, None]
-        seen = tl.sum(tl.reshape(seen * share, (2, TOKENS, HEAD)), axis=0)
-        if TAIL:
-            seen_tail = tl.sum(tl.reshape(seen_tail * share, (2, TOKENS, TAIL)), axis=0)
-        token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
-    store_rows(contrast + first, token, D, token < n, seen, seen_tail, D, HEAD, TAIL)
+        store_rows(v_neg + offset, offs_c, D, (offs_c < n) & (stream == 1), acc, acc_rest, D, D_MAIN, D_REST)
+        weight = tl.where(stream == 0, 1.0, -tl.load(lambda1))[:, None]
+        acc = tl.sum(tl.reshape(acc * weight, (2, BLOCK_C, D_MAIN)), axis=0)
+        if D_REST:
+            acc_rest = tl.sum(tl.reshape(acc_rest * weight, (2, BLOCK_C, D_REST)), axis=0)
+        offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    store_rows(v_diff + offset, offs_c, D, offs_c < n, acc, acc_rest, D, D_MAIN, D_REST)
 
 
 @triton.jit
-def stage1_kernel(
+def stage1_fwd_kernel(
     tokens,  # (B, M, S, n, D)
-    k,  # (B, M, N, D), in memory like v
+    k,  # (B, M, N, D), with the strides of v
     v,
     lambda1,
-    contrast,  # (B, M, n, D), v+ - l1 v-
+    v_diff,  # (B, M, n, D), v+ - l1 v-
     v_neg,  # (B, M, n, D)
     lse,  # (B, M, streams, n) float32, base 2
-    part,  # (splits, B, M, streams, n, D) float32, where N is split
-    part_lse,  # (splits, B, M, streams, n) float32
+    partial,  # (splits, B, M, streams, n, D) float32, if N is split
+    partial_lse,  # (splits, B, M, streams, n) float32
     stride_b,
     stride_m,
     stride_n,
     heads,
     num_tokens,
     n,
-    split,  # tokens in a split
+    split_size,  # tokens in a split
     scale,
-    SPLITS: tl.constexpr,  # 0: N is whole
+    NUM_SPLITS: tl.constexpr,  # 0: N is not split
     STREAMS: tl.constexpr,
     CONTRAST: tl.constexpr,
     D: tl.constexpr,
-    HEAD: tl.constexpr,
-    TAIL: tl.constexpr,
-    TOKENS: tl.constexpr,
-    ROWS: tl.constexpr,
+    D_MAIN: tl.constexpr,
+    D_REST: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Stage I, softmax attention of the contrast tokens over all tokens: one tile of rows serves both streams."""
-    program = tl.program_id(0)
-    batch, head = (program // heads).to(tl.int64), program % heads
-    k += batch * stride_b + head * stride_m
-    v += batch * stride_b + head * stride_m
-    row = tl.arange(0, (1 + CONTRAST) * TOKENS)
-    stream, token = row // TOKENS, tl.program_id(1) * TOKENS + row % TOKENS
-    valid = token < n
-    first = (program * STREAMS).to(tl.int64) * n * D
-    t, t_tail = load_rows(tokens + first, stream * n + token, D, valid, D, HEAD, TAIL)
+    """Stage I: softmax attention of the contrast tokens over all tokens; both streams share the k and v tiles."""
+    i_bh = tl.program_id(0)
+    i_b, i_h = (i_bh // heads).to(tl.int64), i_bh % heads
+    k += i_b * stride_b + i_h * stride_m
+    v += i_b * stride_b + i_h * stride_m
+    offs = tl.arange(0, (1 + CONTRAST) * BLOCK_C)
+    stream, offs_c = offs // BLOCK_C, tl.program_id(1) * BLOCK_C + offs % BLOCK_C
+    mask_c = offs_c < n
+    offset = (i_bh * STREAMS).to(tl.int64) * n * D
+    t, t_rest = load_rows(tokens + offset, stream * n + offs_c, D, mask_c, D, D_MAIN, D_REST)
 
-    maximum = tl.full(((1 + CONTRAST) * TOKENS,), float("-inf"), tl.float32)
-    total = tl.zeros(((1 + CONTRAST) * TOKENS,), tl.float32)
-    seen = tl.zeros(((1 + CONTRAST) * TOKENS, HEAD), tl.float32)
-    seen_tail = seen
-    if TAIL:
-        seen_tail = tl.zeros(((1 + CONTRAST) * TOKENS, TAIL), tl.float32)
-    start = tl.program_id(2) * split
-    end = tl.minimum(start + split, num_tokens)
-    for block in range(start, end, ROWS):
-        place = block + tl.arange(0, ROWS)
-        inside = place < end
-        keys, keys_tail = load_rows(k, place, stride_n, inside, D, HEAD, TAIL)
-        values, values_tail = load_rows(v, place, stride_n, inside, D, HEAD, TAIL)
-        scores = over_head_dim(t, t_tail, keys, keys_tail, TAIL, PRECISION) * scale
-        scores = tl.where(inside[None, :], scores, float("-inf"))
-        new, total = log2_of_sum(scores, maximum, total)
-        shrink = tl.exp2(maximum - new)[:, None]
-        maximum = new
-        seen *= shrink
-        if TAIL:
-            seen_tail *= shrink
-        weights = tl.exp2(scores - new[:, None])
-        seen, seen_tail = over_rows(weights, values, values_tail, seen, seen_tail, TAIL, PRECISION)
+    m_i = tl.full(((1 + CONTRAST) * BLOCK_C,), float("-inf"), tl.float32)
+    l_i = tl.zeros(((1 + CONTRAST) * BLOCK_C,), tl.float32)
+    acc = tl.zeros(((1 + CONTRAST) * BLOCK_C, D_MAIN), tl.float32)
+    acc_rest = acc
+    if D_REST:
+        acc_rest = tl.zeros(((1 + CONTRAST) * BLOCK_C, D_REST), tl.float32)
+    start = tl.program_id(2) * split_size
+    end = tl.minimum(start + split_size, num_tokens)
+    for start_n in range(start, end, BLOCK_N):
+        offs_n = start_n + tl.arange(0, BLOCK_N)
+        mask_n = offs_n < end
+        k_tile, k_rest = load_rows(k, offs_n, stride_n, mask_n, D, D_MAIN, D_REST)
+        v_tile, v_rest = load_rows(v, offs_n, stride_n, mask_n, D, D_MAIN, D_REST)
+        scores = dot_nt(t, t_rest, k_tile, k_rest, D_REST, PRECISION) * scale
+        scores = tl.where(mask_n[None, :], scores, float("-inf"))
+        m_new, l_i = online_lse(scores, m_i, l_i)
+        alpha = tl.exp2(m_i - m_new)[:, None]
+        m_i = m_new
+        acc *= alpha
+        if D_REST:
+            acc_rest *= alpha
+        weights = tl.exp2(scores - m_new[:, None])
+        acc, acc_rest = dot_acc(weights, v_tile, v_rest, acc, acc_rest, D_REST, PRECISION)
 
-    seen /= total[:, None]
-    if TAIL:
-        seen_tail /= total[:, None]
-    lse_of_row = maximum + tl.log2(total)
-    if SPLITS == 0:
+    acc /= l_i[:, None]
+    if D_REST:
+        acc_rest /= l_i[:, None]
+    row_lse = m_i + tl.log2(l_i)
+    if NUM_SPLITS == 0:
         store_stage1(
-            lambda1, contrast, v_neg, lse, program, stream, token, n, seen, seen_tail, lse_of_row,
-            CONTRAST, D, HEAD, TAIL, TOKENS,
+            lambda1, v_diff, v_neg, lse, i_bh, stream, offs_c, n, acc, acc_rest, row_lse,
+            CONTRAST, D, D_MAIN, D_REST, BLOCK_C,
         )  # fmt: skip
     else:
-        place = tl.program_id(2) * tl.num_programs(0) + program
-        rows = place * (1 + CONTRAST) * n
-        tl.store(part_lse + rows + stream * n + token, lse_of_row, mask=valid)
-        store_rows(part + rows.to(tl.int64) * D, stream * n + token, D, valid, seen, seen_tail, D, HEAD, TAIL)
+        partial_row = (tl.program_id(2) * tl.num_programs(0) + i_bh) * (1 + CONTRAST) * n
+        tl.store(partial_lse + partial_row + stream * n + offs_c, row_lse, mask=mask_c)
+        store_rows(
+            partial + partial_row.to(tl.int64) * D, stream * n + offs_c, D, mask_c, acc, acc_rest, D, D_MAIN, D_REST
+        )
 
 
 @triton.jit
-def combine_kernel(
-    part,
-    part_lse,
+def stage1_fwd_kernel_combine(
+    partial,
+    partial_lse,
     lambda1,
-    contrast,
+    v_diff,
     v_neg,
     lse,
     n,
-    splits,
+    num_splits,
     CONTRAST: tl.constexpr,
     D: tl.constexpr,
-    HEAD: tl.constexpr,
-    TAIL: tl.constexpr,
-    TOKENS: tl.constexpr,
+    D_MAIN: tl.constexpr,
+    D_REST: tl.constexpr,
+    BLOCK_C: tl.constexpr,
 ):
-    """Stage I of the splits to that of all tokens; arguments as `stage1_kernel` has them."""
-    program = tl.program_id(0)
-    row = tl.arange(0, (1 + CONTRAST) * TOKENS)
-    stream, token = row // TOKENS, tl.program_id(1) * TOKENS + row % TOKENS
-    valid = token < n
-    maximum = tl.full(((1 + CONTRAST) * TOKENS,), float("-inf"), tl.float32)
-    total = tl.zeros(((1 + CONTRAST) * TOKENS,), tl.float32)
-    seen = tl.zeros(((1 + CONTRAST) * TOKENS, HEAD), tl.float32)
-    seen_tail = seen
-    if TAIL:
-        seen_tail = tl.zeros(((1 + CONTRAST) * TOKENS, TAIL), tl.float32)
-    for split in range(0, splits):
-        rows = (split * tl.num_programs(0) + program) * (1 + CONTRAST) * n
-        of_split = tl.load(part_lse + rows + stream * n + token, mask=valid, other=0.0)
-        values, values_tail = load_rows(
-            part + rows.to(tl.int64) * D, stream * n + token, D, valid, D, HEAD, TAIL
+    """Combine the partial results of `stage1_fwd_kernel` over the splits."""
+    i_bh = tl.program_id(0)
+    offs = tl.arange(0, (1 + CONTRAST) * BLOCK_C)
+    stream, offs_c = offs // BLOCK_C, tl.program_id(1) * BLOCK_C + offs % BLOCK_C
+    mask_c = offs_c < n
+    m_i = tl.full(((1 + CONTRAST) * BLOCK_C,), float("-inf"), tl.float32)
+    l_i = tl.zeros(((1 + CONTRAST) * BLOCK_C,), tl.float32)
+    acc = tl.zeros(((1 + CONTRAST) * BLOCK_C, D_MAIN), tl.float32)
+    acc_rest = acc
+    if D_REST:
+        acc_rest = tl.zeros(((1 + CONTRAST) * BLOCK_C, D_REST), tl.float32)
+    for split in range(0, num_splits):
+        partial_row = (split * tl.num_programs(0) + i_bh) * (1 + CONTRAST) * n
+        split_lse = tl.load(partial_lse + partial_row + stream * n + offs_c, mask=mask_c, other=0.0)
+        values, values_rest = load_rows(
+            partial + partial_row.to(tl.int64) * D, stream * n + offs_c, D, mask_c, D, D_MAIN, D_REST
         )  # fmt: skip
-        new = tl.maximum(maximum, of_split)
-        shrink, share = tl.exp2(maximum - new), tl.exp2(of_split - new)
-        maximum, total = new, total * shrink + share
-        seen = seen * shrink[:, None] + values * share[:, None]
-        if TAIL:
-            seen_tail = seen_tail * shrink[:, None] + values_tail * share[:, None]
-    seen /= total[:, None]
-    if TAIL:
-        seen_tail /= total[:, None]
+        m_new = tl.maximum(m_i, split_lse)
+        alpha, beta = tl.exp2(m_i - m_new), tl.exp2(split_lse - m_new)
+        m_i, l_i = m_new, l_i * alpha + beta
+        acc = acc * alpha[:, None] + values * beta[:, None]
+        if D_REST:
+            acc_rest = acc_rest * alpha[:, None] + values_rest * beta[:, None]
+    acc /= l_i[:, None]
+    if D_REST:
+        acc_rest /= l_i[:, None]
     store_stage1(
-        lambda1, contrast, v_neg, lse, program, stream, token, n, seen, seen_tail, maximum + tl.log2(total),
-        CONTRAST, D, HEAD, TAIL, TOKENS,
+        lambda1, v_diff, v_neg, lse, i_bh, stream, offs_c, n, acc, acc_rest, m_i + tl.log2(l_i),
+        CONTRAST, D, D_MAIN, D_REST, BLOCK_C,
     )  # fmt: skip
 
 
 @triton.jit
 def stream_scores(
-    tokens, stream, block, x, x_tail, n, scale,
-    D: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, TOKENS: tl.constexpr, PRECISION: tl.constexpr,
+    tokens, stream, block, x, x_rest, n, scale,
+    D: tl.constexpr, D_MAIN: tl.constexpr, D_REST: tl.constexpr, BLOCK_C: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Scores of rows against a block of one stream's tokens, `(R, TOKENS)` in base 2, -inf where there is no token."""
-    token = block * TOKENS + tl.arange(0, TOKENS)
-    t, t_tail = load_rows(tokens + stream * n * D, token, D, token < n, D, HEAD, TAIL)
-    scores = over_head_dim(x, x_tail, t, t_tail, TAIL, PRECISION) * scale
-    return tl.where((token < n)[None, :], scores, float("-inf"))
+    """Compute base-2 scores of rows and a block of one stream's tokens, `(R, BLOCK_C)`; -inf for tokens >= n."""
+    offs_c = block * BLOCK_C + tl.arange(0, BLOCK_C)
+    t, t_rest = load_rows(tokens + stream * n * D, offs_c, D, offs_c < n, D, D_MAIN, D_REST)
+    scores = dot_nt(x, x_rest, t, t_rest, D_REST, PRECISION) * scale
+    return tl.where((offs_c < n)[None, :], scores, float("-inf"))
 
 
 @triton.jit
-def stage2_logsumexp(
-    tokens, x, x_tail, n, scale,
-    CONTRAST: tl.constexpr, JOINT: tl.constexpr, BLOCKS: tl.constexpr,
-    D: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr,
+def stage2_lse(
+    tokens, x, x_rest, n, scale,
+    CONTRAST: tl.constexpr, JOINT: tl.constexpr, NUM_BLOCKS_C: tl.constexpr,
+    D: tl.constexpr, D_MAIN: tl.constexpr, D_REST: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Log-sum-exps of rows over the tokens of either stream, or over both jointly: two of `(ROWS,)`."""
-    max_pos, sum_pos = tl.full((ROWS,), float("-inf"), tl.float32), tl.zeros((ROWS,), tl.float32)
+    """Compute the lse of each row over the tokens of each stream, or jointly over both: two `(BLOCK_N,)`."""
+    max_pos, sum_pos = tl.full((BLOCK_N,), float("-inf"), tl.float32), tl.zeros((BLOCK_N,), tl.float32)
     max_neg, sum_neg = max_pos, sum_pos
-    for block in range(BLOCKS):
-        scores = stream_scores(tokens, 0, block, x, x_tail, n, scale, D, HEAD, TAIL, TOKENS, PRECISION)
-        max_pos, sum_pos = log2_of_sum(scores, max_pos, sum_pos)
+    for block in range(NUM_BLOCKS_C):
+        scores = stream_scores(tokens, 0, block, x, x_rest, n, scale, D, D_MAIN, D_REST, BLOCK_C, PRECISION)
+        max_pos, sum_pos = online_lse(scores, max_pos, sum_pos)
         if CONTRAST:
-            scores = stream_scores(tokens, 1, block, x, x_tail, n, scale, D, HEAD, TAIL, TOKENS, PRECISION)
-            max_neg, sum_neg = log2_of_sum(scores, max_neg, sum_neg)
+            scores = stream_scores(tokens, 1, block, x, x_rest, n, scale, D, D_MAIN, D_REST, BLOCK_C, PRECISION)
+            max_neg, sum_neg = online_lse(scores, max_neg, sum_neg)
     pos = max_pos + tl.log2(sum_pos)
     neg = pos
     if CONTRAST:
@@ -274,23 +275,23 @@ def stage2_logsumexp(
 
 @triton.jit
 def load_v_hat(
-    contrast, norm1, block, n, gain, eps,
-    D: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr, TOKENS: tl.constexpr,
+    v_diff, norm1, block, n, gain, eps,
+    D: tl.constexpr, D_MAIN: tl.constexpr, D_REST: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """v^ of a block of contrast tokens, in the type of `contrast`: the norm of Stage I."""
-    token = block * TOKENS + tl.arange(0, TOKENS)
-    raw, raw_tail = load_rows(contrast, token, D, token < n, D, HEAD, TAIL)
-    x, x_tail = raw.to(tl.float32), raw_tail.to(tl.float32)
-    weight, weight_tail = load_weight(norm1, gain, D, HEAD, TAIL)
-    inverse = inverse_rms(x, x_tail, eps, D, TAIL)
-    return (x * inverse * weight).to(raw.dtype), (x_tail * inverse * weight_tail).to(raw.dtype)
+    """Load `v+ - l1 v-` of a block of contrast tokens and apply the norm of Stage I: v^, in the dtype of `v_diff`."""
+    offs_c = block * BLOCK_C + tl.arange(0, BLOCK_C)
+    raw, raw_rest = load_rows(v_diff, offs_c, D, offs_c < n, D, D_MAIN, D_REST)
+    x, x_rest = raw.to(tl.float32), raw_rest.to(tl.float32)
+    weight, weight_rest = load_weight(norm1, gain, D, D_MAIN, D_REST)
+    rstd = rstd_of_rows(x, x_rest, eps, D, D_REST)
+    return (x * rstd * weight).to(raw.dtype), (x_rest * rstd * weight_rest).to(raw.dtype)
 
 
 @triton.jit
-def stage2_kernel(
+def stage2_fwd_kernel(
     q,  # (B, M, N, D)
     tokens,  # (B, M, S, n, D)
-    contrast,  # (B, M, n, D)
+    v_diff,  # (B, M, n, D)
     lambda2,
     norm1,  # (D,) float32
     norm2,
@@ -310,45 +311,45 @@ def stage2_kernel(
     STREAMS: tl.constexpr,
     CONTRAST: tl.constexpr,
     JOINT: tl.constexpr,
-    BLOCKS: tl.constexpr,
+    NUM_BLOCKS_C: tl.constexpr,
     D: tl.constexpr,
-    HEAD: tl.constexpr,
-    TAIL: tl.constexpr,
-    TOKENS: tl.constexpr,
-    ROWS: tl.constexpr,
+    D_MAIN: tl.constexpr,
+    D_REST: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Stage II: a block of tokens reads v^ by the difference of two softmaxes; the norm.
+    """Stage II: attention to the contrast tokens with the difference of two softmaxes, then the norm.
 
-    The scores of a single block of contrast tokens are made once: the compiler sees that the second time is the first.
+    With a single block of contrast tokens the compiler merges the two computations of the scores.
     """
-    program = tl.program_id(0)
-    batch, head = (program // heads).to(tl.int64), program % heads
-    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    inside = row < num_tokens
-    tokens += (program * STREAMS).to(tl.int64) * n * D
-    contrast += program.to(tl.int64) * n * D
-    x, x_tail = load_rows(q + batch * stride_b + head * stride_m, row, stride_n, inside, D, HEAD, TAIL)
-    lse_pos, lse_neg = stage2_logsumexp(
-        tokens, x, x_tail, n, scale, CONTRAST, JOINT, BLOCKS, D, HEAD, TAIL, TOKENS, ROWS, PRECISION
+    i_bh = tl.program_id(0)
+    i_b, i_h = (i_bh // heads).to(tl.int64), i_bh % heads
+    offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = offs_n < num_tokens
+    tokens += (i_bh * STREAMS).to(tl.int64) * n * D
+    v_diff += i_bh.to(tl.int64) * n * D
+    x, x_rest = load_rows(q + i_b * stride_b + i_h * stride_m, offs_n, stride_n, mask_n, D, D_MAIN, D_REST)
+    lse_pos, lse_neg = stage2_lse(
+        tokens, x, x_rest, n, scale, CONTRAST, JOINT, NUM_BLOCKS_C, D, D_MAIN, D_REST, BLOCK_C, BLOCK_N, PRECISION
     )
 
-    read = tl.zeros((ROWS, HEAD), tl.float32)
-    read_tail = read
-    if TAIL:
-        read_tail = tl.zeros((ROWS, TAIL), tl.float32)
-    for block in range(BLOCKS):
-        scores = stream_scores(tokens, 0, block, x, x_tail, n, scale, D, HEAD, TAIL, TOKENS, PRECISION)
+    acc = tl.zeros((BLOCK_N, D_MAIN), tl.float32)
+    acc_rest = acc
+    if D_REST:
+        acc_rest = tl.zeros((BLOCK_N, D_REST), tl.float32)
+    for block in range(NUM_BLOCKS_C):
+        scores = stream_scores(tokens, 0, block, x, x_rest, n, scale, D, D_MAIN, D_REST, BLOCK_C, PRECISION)
         weights = tl.exp2(scores - lse_pos[:, None])
         if CONTRAST:
-            scores = stream_scores(tokens, 1, block, x, x_tail, n, scale, D, HEAD, TAIL, TOKENS, PRECISION)
+            scores = stream_scores(tokens, 1, block, x, x_rest, n, scale, D, D_MAIN, D_REST, BLOCK_C, PRECISION)
             weights -= tl.load(lambda2) * tl.exp2(scores - lse_neg[:, None])
-        v_hat, v_hat_tail = load_v_hat(contrast, norm1, block, n, gain, eps, D, HEAD, TAIL, TOKENS)
-        read, read_tail = over_rows(weights, v_hat, v_hat_tail, read, read_tail, TAIL, PRECISION)
+        v_hat, v_hat_rest = load_v_hat(v_diff, norm1, block, n, gain, eps, D, D_MAIN, D_REST, BLOCK_C)
+        acc, acc_rest = dot_acc(weights, v_hat, v_hat_rest, acc, acc_rest, D_REST, PRECISION)
 
-    weight, weight_tail = load_weight(norm2, gain, D, HEAD, TAIL)
-    inverse = inverse_rms(read, read_tail, eps, D, TAIL)
+    weight, weight_rest = load_weight(norm2, gain, D, D_MAIN, D_REST)
+    rstd = rstd_of_rows(acc, acc_rest, eps, D, D_REST)
     store_rows(
-        out + batch * out_stride_b + head * out_stride_m, row, out_stride_n, inside,
-        read * inverse * weight, read_tail * inverse * weight_tail, D, HEAD, TAIL,
+        out + i_b * out_stride_b + i_h * out_stride_m, offs_n, out_stride_n, mask_n,
+        acc * rstd * weight, acc_rest * rstd * weight_rest, D, D_MAIN, D_REST,
     )  # fmt: skip

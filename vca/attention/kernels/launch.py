@@ -1,7 +1,7 @@
-"""How the kernels are launched: tiles, splits, scratch memory. One `Call` is one call of the operator.
+"""Kernel launches: block sizes, splits and scratch memory. A `KernelLaunch` is one call of the operator.
 
 Shape letters: B batch, M heads, N = P + H W tokens, D head dim, n = h w contrast tokens, S streams of the tokens (2, or
-1 where both stages are plain).
+1 if both stages are plain).
 """
 
 import math
@@ -18,192 +18,203 @@ LOG2E = math.log2(math.e)
 NUM_WARPS = 8
 
 
-class Tiles(NamedTuple):
-    """Sides of the tiles of a kernel."""
+class BlockSizes(NamedTuple):
+    """Tile sizes of a kernel."""
 
-    TOKENS: int  # contrast tokens
-    ROWS: int  # tokens
+    BLOCK_C: int  # contrast tokens
+    BLOCK_N: int  # tokens
 
 
-def tiles_of(num_contrast: int, dim: int, dtype: torch.dtype) -> tuple[Tiles, Tiles]:
-    """Tiles of the forward and of the backward kernels, the largest that fit the registers of sm_80 and sm_90.
+def block_sizes(num_contrast: int, dim: int, dtype: torch.dtype) -> tuple[BlockSizes, BlockSizes]:
+    """Return the block sizes of forward and backward, the largest that fit the registers of sm_80 and sm_90.
 
-    `python -m benchmarks kernels` lists what the compiler makes of them.
+    `python scripts/kernel_resources.py` prints the resulting registers and spills.
     """
     if dtype.itemsize == 4:
-        forward_tiles = backward_tiles = Tiles(32, 16) if dim <= 64 else Tiles(16, 16)
+        fwd_blocks = bwd_blocks = BlockSizes(32, 16) if dim <= 64 else BlockSizes(16, 16)
     else:
-        forward_tiles, backward_tiles = Tiles(64, 64), Tiles(64, 32) if dim <= 64 else Tiles(64, 16)
-    fitting = max(16, triton.next_power_of_2(num_contrast))
-    return tuple(tiles._replace(TOKENS=min(tiles.TOKENS, fitting)) for tiles in (forward_tiles, backward_tiles))  # type: ignore[return-value]
+        fwd_blocks, bwd_blocks = BlockSizes(64, 64), BlockSizes(64, 32) if dim <= 64 else BlockSizes(64, 16)
+    limit = max(16, triton.next_power_of_2(num_contrast))
+    return tuple(sizes._replace(BLOCK_C=min(sizes.BLOCK_C, limit)) for sizes in (fwd_blocks, bwd_blocks))  # type: ignore[return-value]
 
 
-def splits_of(programs: int, num_tokens: int, rows: int, device: torch.device) -> int:
-    """Into how many parts N is split so that the device is filled twice; each has four blocks of rows at least."""
+def num_splits(num_programs: int, num_tokens: int, block_n: int, device: torch.device) -> int:
+    """Return the number of splits of N that gives two programs per processor, with at least four blocks per split."""
     if device.type != "cuda":
         return 1
     processors = torch.cuda.get_device_properties(device).multi_processor_count
-    return max(1, min(2 * processors // programs, num_tokens // (4 * rows)))
+    return max(1, min(2 * processors // num_programs, num_tokens // (4 * block_n)))
 
 
 def bins(size: int, count: int) -> list[tuple[int, int]]:
-    """Half-open ranges of adaptive pooling."""
+    """Return the half-open ranges of adaptive pooling."""
     return [(i * size // count, -(-(i + 1) * size // count)) for i in range(count)]
 
 
 def overlaps(size: int, count: int) -> int:
-    """In how many bins of adaptive pooling one place lies, at most."""
-    return max(sum(first <= place < last for first, last in bins(size, count)) for place in range(size))
+    """Return the maximum number of bins of adaptive pooling that contain one position."""
+    return max(sum(start <= i < stop for start, stop in bins(size, count)) for i in range(size))
 
 
-class Call:
-    """The shapes and options of one call; its methods launch a kernel each.
+class KernelInputs(NamedTuple):
+    """Tensors of the operator, which all have gradients."""
 
-    Args:
-        q: `(B, M, N, D)`.
-        lambda1, lambda2: scalars, or None for a plain stage.
-        lambda_init, grid, contrast_grid, num_prefix_tokens, eps: as `visual_contrast_attention` has them.
-        pooled: whether the pooled queries are part of the positive and of the negative stream.
-        joint: one softmax over both streams in Stage II.
-    """
+    q: Tensor  # (B, M, N, D) float32, float16 or bfloat16, as k and v
+    k: Tensor
+    v: Tensor
+    t: Tensor | None  # (B, M, n, D), pooled queries; None: the kernels compute the average
+    e_pos: Tensor | None  # (M, n, D) float32; None if the stream has no embedding
+    e_neg: Tensor | None
+    lambda1: Tensor | None  # float32 scalar; None: plain stage
+    lambda2: Tensor | None
+    norm1: Tensor  # (D,) float32
+    norm2: Tensor
 
-    def __init__(
-        self,
-        q: Tensor,
-        lambda1: Tensor | None,
-        lambda2: Tensor | None,
-        lambda_init: float,
-        grid: Sequence[int],
-        contrast_grid: Sequence[int],
-        num_prefix_tokens: int,
-        eps: float,
-        pooled: Sequence[bool],
-        joint: bool,
-    ) -> None:
-        self.batch, self.heads, self.num_tokens, self.dim = q.shape
-        self.n, self.programs = contrast_grid[0] * contrast_grid[1], q.shape[0] * q.shape[1]
-        self.grid, self.contrast_grid, self.prefix, self.pooled = grid, contrast_grid, num_prefix_tokens, pooled
-        self.lambda1, self.lambda2, self.joint = lambda1, lambda2, joint
-        self.streams = 1 if lambda1 is None and lambda2 is None else 2
-        self.scale, self.gain, self.eps = self.dim**-0.5 * LOG2E, 1 - lambda_init, eps
-        self.device = q.device
-        self.forward_tiles, self.backward_tiles = tiles_of(self.n, self.dim, q.dtype)
-        head = max(16, 1 << (self.dim.bit_length() - 1))  # the head dim is HEAD + TAIL
-        tail = max(16, triton.next_power_of_2(self.dim - head)) if self.dim > head else 0
-        self.width = {"D": self.dim, "HEAD": head, "TAIL": tail, "num_warps": NUM_WARPS}
-        precise = torch.get_float32_matmul_precision() == "highest"
-        self.products = {"PRECISION": "ieee" if precise else "tf32"}
 
-    def empty_tokens(self, like: Tensor, *parts: int, dtype: torch.dtype | None = None) -> Tensor:
-        """An empty `(*parts, B, M, N, D)`, the heads of a token beside each other."""
-        empty = like.new_empty(*parts, self.batch, self.num_tokens, self.heads, self.dim, dtype=dtype)
+class KernelOptions(NamedTuple):
+    """Options of the operator."""
+
+    lambda_init: float
+    grid: Sequence[int]
+    contrast_grid: Sequence[int]
+    num_prefix_tokens: int
+    eps: float
+    pooled: Sequence[bool]  # whether the positive and the negative stream contain the pooled queries
+    joint: bool  # one softmax over both streams in Stage II
+
+
+class KernelLaunch:
+    """Shapes and constants of one call of the operator; each method launches one kernel."""
+
+    def __init__(self, inputs: KernelInputs, options: KernelOptions) -> None:
+        self.batch, self.heads, self.num_tokens, self.dim = inputs.q.shape
+        self.grid, self.contrast_grid, self.prefix = options.grid, options.contrast_grid, options.num_prefix_tokens
+        self.n, self.num_bh = self.contrast_grid[0] * self.contrast_grid[1], self.batch * self.heads
+        self.lambda1, self.lambda2 = inputs.lambda1, inputs.lambda2
+        self.pooled, self.joint = options.pooled, options.joint
+        self.streams = 1 if self.lambda1 is None and self.lambda2 is None else 2
+        self.scale, self.gain, self.eps = self.dim**-0.5 * LOG2E, 1 - options.lambda_init, options.eps
+        self.device = inputs.q.device
+        self.fwd_blocks, self.bwd_blocks = block_sizes(self.n, self.dim, inputs.q.dtype)
+        d_main = max(16, 1 << (self.dim.bit_length() - 1))  # the head dim is D_MAIN + D_REST
+        d_rest = max(16, triton.next_power_of_2(self.dim - d_main)) if self.dim > d_main else 0
+        self.width = {"D": self.dim, "D_MAIN": d_main, "D_REST": d_rest, "num_warps": NUM_WARPS}
+        exact = torch.get_float32_matmul_precision() == "highest"
+        self.precision = {"PRECISION": "ieee" if exact else "tf32"}
+
+    def empty_tokens(self, like: Tensor, *leading: int, dtype: torch.dtype | None = None) -> Tensor:
+        """Return an empty `(*leading, B, M, N, D)` with the heads of a token contiguous."""
+        empty = like.new_empty(*leading, self.batch, self.num_tokens, self.heads, self.dim, dtype=dtype)
         return empty.transpose(-3, -2)
 
     def empty_results(self, q: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """What the operator returns, not yet filled: output, `v+ - l1 v-`, `v-`, log-sum-exps of Stage I."""
+        """Allocate the results of the operator: output, `v+ - l1 v-`, `v-`, lse of Stage I."""
         streams = 1 if self.lambda1 is None else 2
-        contrast = q.new_empty(self.batch, self.heads, self.n, self.dim)
-        v_neg = torch.empty_like(contrast) if streams == 2 else q.new_empty(0)
+        v_diff = q.new_empty(self.batch, self.heads, self.n, self.dim)
+        v_neg = torch.empty_like(v_diff) if streams == 2 else q.new_empty(0)
         lse = q.new_empty(self.batch, self.heads, streams, self.n, dtype=torch.float32)
-        return self.empty_tokens(q), contrast, v_neg, lse
+        return self.empty_tokens(q), v_diff, v_neg, lse
 
     def scratch(self, *shape: int) -> Tensor:
-        """Uninitialised float32."""
+        """Allocate uninitialized float32."""
         return torch.empty(shape, dtype=torch.float32, device=self.device)
 
-    def split(self, tiles: Tiles) -> tuple[int, int]:
-        """Into how many parts N is split, and the tokens in each; none is empty."""
-        programs = self.programs * triton.cdiv(self.n, tiles.TOKENS)
-        splits = splits_of(programs, self.num_tokens, tiles.ROWS, self.device)
-        size = triton.cdiv(triton.cdiv(self.num_tokens, tiles.ROWS), splits) * tiles.ROWS
+    def split(self, tiles: BlockSizes) -> tuple[int, int]:
+        """Return the number of non-empty splits of N, and the tokens per split."""
+        num_programs = self.num_bh * triton.cdiv(self.n, tiles.BLOCK_C)
+        splits = num_splits(num_programs, self.num_tokens, tiles.BLOCK_N, self.device)
+        size = triton.cdiv(triton.cdiv(self.num_tokens, tiles.BLOCK_N), splits) * tiles.BLOCK_N
         return triton.cdiv(self.num_tokens, size), size
 
-    def contrast_tokens(self, q: Tensor, t: Tensor | None, e_pos: Tensor | None, e_neg: Tensor | None) -> Tensor:
-        """Tokens of the streams, `(B, M, S, n, D)`; t stands for the average where it is given."""
-        source, grid, prefix = (q, self.grid, self.prefix) if t is None else (t, self.contrast_grid, 0)
+    def contrast_tokens_fwd(self, q: Tensor, t: Tensor | None, e_pos: Tensor | None, e_neg: Tensor | None) -> Tensor:
+        """Compute the contrast tokens `(B, M, S, n, D)`; `t` replaces the average of q."""
+        x, grid, prefix = (q, self.grid, self.prefix) if t is None else (t, self.contrast_grid, 0)
         tokens = q.new_empty(self.batch, self.heads, self.streams, self.n, self.dim)
-        largest = math.prod(max(b - a for a, b in bins(*sizes)) for sizes in zip(grid, self.contrast_grid, strict=True))
-        cell = min(triton.next_power_of_2(largest), 64)
-        block = 64 // cell
-        forward.contrast_tokens_kernel[(self.programs, triton.cdiv(self.n, block))](
-            source,
-            q if e_pos is None else e_pos,  # what is not there is not read
+        max_cell = math.prod(
+            max(b - a for a, b in bins(*sizes)) for sizes in zip(grid, self.contrast_grid, strict=True)
+        )
+        block_cell = min(triton.next_power_of_2(max_cell), 64)
+        block = 64 // block_cell
+        forward.contrast_tokens_fwd_kernel[(self.num_bh, triton.cdiv(self.n, block))](
+            x,
+            q if e_pos is None else e_pos,  # placeholder, not read
             q if e_neg is None else e_neg,
             tokens,
-            *source.stride()[:3],
+            *x.stride()[:3],
             self.heads,
             self.n,
             prefix,
             *grid,
             *self.contrast_grid,
-            largest,
+            max_cell,
             POOL_POS=self.pooled[0],
             POOL_NEG=self.pooled[1],
             EMBED_POS=e_pos is not None,
             EMBED_NEG=e_neg is not None,
             STREAMS=self.streams,
             D=self.dim,
-            WIDTH=triton.next_power_of_2(self.dim),
-            TOKENS=block,
-            CELL=cell,
+            BLOCK_D=triton.next_power_of_2(self.dim),
+            BLOCK_C=block,
+            BLOCK_CELL=block_cell,
             num_warps=NUM_WARPS,
         )
         return tokens
 
-    def stage1(self, tokens: Tensor, k: Tensor, v: Tensor, contrast: Tensor, v_neg: Tensor, lse: Tensor) -> None:
-        """Fill `contrast`, `v_neg` and `lse`."""
-        tiles, streams = self.forward_tiles, lse.shape[2]
+    def stage1_fwd(self, tokens: Tensor, k: Tensor, v: Tensor, v_diff: Tensor, v_neg: Tensor, lse: Tensor) -> None:
+        """Compute `v_diff`, `v_neg` and `lse`, in place."""
+        tiles, streams = self.fwd_blocks, lse.shape[2]
         splits, size = self.split(tiles)
-        parts = splits if splits > 1 else 0
-        part, part_lse = (self.scratch(parts, self.programs, streams, self.n, *dim) for dim in ((self.dim,), ()))
+        num_partials = splits if splits > 1 else 0
+        shape = num_partials, self.num_bh, streams, self.n
+        partial, partial_lse = self.scratch(*shape, self.dim), self.scratch(*shape)
         lambda1 = lse if self.lambda1 is None else self.lambda1
-        blocks = triton.cdiv(self.n, tiles.TOKENS)
-        contrast_stage = {"CONTRAST": streams == 2, "TOKENS": tiles.TOKENS, **self.width}
-        forward.stage1_kernel[(self.programs, blocks, splits)](
+        blocks = triton.cdiv(self.n, tiles.BLOCK_C)
+        contrast_stage = {"CONTRAST": streams == 2, "BLOCK_C": tiles.BLOCK_C, **self.width}
+        forward.stage1_fwd_kernel[(self.num_bh, blocks, splits)](
             tokens,
             k,
             v,
             lambda1,
-            contrast,
+            v_diff,
             v_neg,
             lse,
-            part,
-            part_lse,
+            partial,
+            partial_lse,
             *k.stride()[:3],
             self.heads,
             self.num_tokens,
             self.n,
             size,
             self.scale,
-            SPLITS=parts,
+            NUM_SPLITS=num_partials,
             STREAMS=self.streams,
-            ROWS=tiles.ROWS,
+            BLOCK_N=tiles.BLOCK_N,
             **contrast_stage,
-            **self.products,
+            **self.precision,
         )
-        if parts:
-            forward.combine_kernel[(self.programs, blocks)](
-                part, part_lse, lambda1, contrast, v_neg, lse, self.n, splits, **contrast_stage
+        if num_partials:
+            forward.stage1_fwd_kernel_combine[(self.num_bh, blocks)](
+                partial, partial_lse, lambda1, v_diff, v_neg, lse, self.n, splits, **contrast_stage
             )
 
     def stage2_options(self) -> dict[str, int | bool | str]:
-        """Constants of the two kernels in which tokens read all contrast tokens."""
+        """Return the constants of the Stage II kernels."""
         return {
             "STREAMS": self.streams,
             "CONTRAST": self.lambda2 is not None,
             "JOINT": self.joint,
-            "BLOCKS": triton.cdiv(self.n, self.forward_tiles.TOKENS),
-            **self.forward_tiles._asdict(),
+            "NUM_BLOCKS_C": triton.cdiv(self.n, self.fwd_blocks.BLOCK_C),
+            **self.fwd_blocks._asdict(),
             **self.width,
-            **self.products,
+            **self.precision,
         }
 
-    def stage2(self, q: Tensor, tokens: Tensor, contrast: Tensor, norm1: Tensor, norm2: Tensor, out: Tensor) -> None:
-        """Fill `out`."""
-        forward.stage2_kernel[(self.programs, triton.cdiv(self.num_tokens, self.forward_tiles.ROWS))](
+    def stage2_fwd(self, q: Tensor, tokens: Tensor, v_diff: Tensor, norm1: Tensor, norm2: Tensor, out: Tensor) -> None:
+        """Compute `out`, in place."""
+        forward.stage2_fwd_kernel[(self.num_bh, triton.cdiv(self.num_tokens, self.fwd_blocks.BLOCK_N))](
             q,
             tokens,
-            contrast,
+            v_diff,
             norm1 if self.lambda2 is None else self.lambda2,
             norm1,
             norm2,
@@ -219,31 +230,31 @@ class Call:
             **self.stage2_options(),
         )
 
-    def stage2_rows(
-        self, q: Tensor, tokens: Tensor, contrast: Tensor, norm1: Tensor, norm2: Tensor, grad: Tensor
+    def stage2_bwd_preprocess(
+        self, q: Tensor, tokens: Tensor, v_diff: Tensor, norm1: Tensor, norm2: Tensor, do: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Of the output's gradient: that before the norm, log-sum-exps, deltas; gradients of lambda and norm weight."""
-        blocks = triton.cdiv(self.num_tokens, self.forward_tiles.ROWS)
-        grad_read = self.empty_tokens(q)
-        lse, delta = (self.scratch(self.programs, 2, self.num_tokens) for _ in range(2))
-        grad_norm2 = self.scratch(blocks, self.programs, self.dim)
-        grad_lambda2 = self.scratch(blocks, self.programs)
-        backward.stage2_rows_kernel[(self.programs, blocks)](
+        """Backward preprocessing of Stage II: do before the norm, lse, delta, dlambda2, dnorm2."""
+        blocks = triton.cdiv(self.num_tokens, self.fwd_blocks.BLOCK_N)
+        do_raw = self.empty_tokens(q)
+        lse, delta = (self.scratch(self.num_bh, 2, self.num_tokens) for _ in range(2))
+        dnorm2 = self.scratch(blocks, self.num_bh, self.dim)
+        dlambda2 = self.scratch(blocks, self.num_bh)
+        backward.stage2_bwd_kernel_preprocess[(self.num_bh, blocks)](
             q,
             tokens,
-            contrast,
+            v_diff,
             norm1 if self.lambda2 is None else self.lambda2,
             norm1,
             norm2,
-            grad,
-            grad_read,
+            do,
+            do_raw,
             lse,
             delta,
-            grad_norm2,
-            grad_lambda2,
+            dnorm2,
+            dlambda2,
             *q.stride()[:3],
-            *grad.stride()[:3],
-            *grad_read.stride()[:3],
+            *do.stride()[:3],
+            *do_raw.stride()[:3],
             self.heads,
             self.num_tokens,
             self.n,
@@ -252,39 +263,39 @@ class Call:
             self.eps,
             **self.stage2_options(),
         )
-        return grad_read, lse, delta, grad_lambda2.sum(), grad_norm2.sum((0, 1))
+        return do_raw, lse, delta, dlambda2.sum(), dnorm2.sum((0, 1))
 
-    def stage1_rows(
-        self, contrast: Tensor, v_neg: Tensor, norm1: Tensor, grad_v_hat: Tensor
+    def stage1_bwd_preprocess(
+        self, v_diff: Tensor, v_neg: Tensor, norm1: Tensor, dv_hat: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Of v^'s gradient: that before the norm, deltas; gradients of lambda and norm weight."""
-        tokens = self.backward_tiles.TOKENS
-        blocks = triton.cdiv(self.n, tokens)
-        grad_seen = torch.empty_like(contrast)
-        delta = self.scratch(self.programs, 1 if self.lambda1 is None else 2, self.n)
-        grad_norm1 = self.scratch(blocks, self.programs, self.dim)
-        grad_lambda1 = self.scratch(blocks, self.programs)
-        backward.stage1_rows_kernel[(self.programs, blocks)](
-            contrast,
+        """Backward preprocessing of Stage I: dv_diff, delta, dlambda1, dnorm1."""
+        block_c = self.bwd_blocks.BLOCK_C
+        blocks = triton.cdiv(self.n, block_c)
+        dv_diff = torch.empty_like(v_diff)
+        delta = self.scratch(self.num_bh, 1 if self.lambda1 is None else 2, self.n)
+        dnorm1 = self.scratch(blocks, self.num_bh, self.dim)
+        dlambda1 = self.scratch(blocks, self.num_bh)
+        backward.stage1_bwd_kernel_preprocess[(self.num_bh, blocks)](
+            v_diff,
             v_neg,
             norm1 if self.lambda1 is None else self.lambda1,
             norm1,
-            grad_v_hat,
-            grad_seen,
+            dv_hat,
+            dv_diff,
             delta,
-            grad_norm1,
-            grad_lambda1,
+            dnorm1,
+            dlambda1,
             self.n,
-            grad_v_hat.shape[0],
+            dv_hat.shape[0],
             self.gain,
             self.eps,
             CONTRAST=self.lambda1 is not None,
-            TOKENS=tokens,
+            BLOCK_C=block_c,
             **self.width,
         )
-        return grad_seen, delta, grad_lambda1.sum(), grad_norm1.sum((0, 1))
+        return dv_diff, delta, dlambda1.sum(), dnorm1.sum((0, 1))
 
-    def stage_backward(
+    def stage_bwd(
         self,
         stage: int,
         tokens: Tensor,
@@ -294,25 +305,24 @@ class Call:
         norm1: Tensor,
         lse: Tensor,
         delta: Tensor,
-        found: Tensor | None = None,
+        dtokens_stage2: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Backward of a stage, see `stage_backward_kernel`.
+        """Backward of a stage; see `stage_bwd_kernel` for the arguments.
 
         Returns:
-            Gradients of x `(B, M, N, D)`; of Stage I's v, the same, or of Stage II's v^ `(splits, B M, n, D)`; and of
-            the tokens `(B, M, S, n, D)`, to which that which is already `found` is added.
+            dx `(B, M, N, D)`; dv `(B, M, N, D)` in Stage I or dv_hat `(splits, B M, n, D)` in Stage II; and dtokens
+            `(B, M, S, n, D)`, with `dtokens_stage2` added.
         """
-        tiles, weight = self.backward_tiles, self.lambda1 if stage == 1 else self.lambda2
-        blocks, (splits, size) = triton.cdiv(self.n, tiles.TOKENS), self.split(tiles)
-        # Each block of contrast tokens has its part in the gradients of x and v, each split its part in the others;
-        # parts are float32.
+        tiles, weight = self.bwd_blocks, self.lambda1 if stage == 1 else self.lambda2
+        blocks, (splits, size) = triton.cdiv(self.n, tiles.BLOCK_C), self.split(tiles)
+        # Partial sums, in float32: dx and dv per block of contrast tokens, the others per split.
         dtype = x.dtype if blocks == 1 else torch.float32
-        grad_x = self.empty_tokens(x, blocks, dtype=dtype)
-        grad_y = self.empty_tokens(x, blocks, dtype=dtype) if stage == 1 else grad_x
+        dx = self.empty_tokens(x, blocks, dtype=dtype)
+        dy = self.empty_tokens(x, blocks, dtype=dtype) if stage == 1 else dx
         dtype = x.dtype if splits == 1 else torch.float32
-        grad_values = x.new_empty(splits if stage == 2 else 0, self.programs, self.n, self.dim, dtype=dtype)
-        grad_tokens = x.new_empty(splits, self.batch, self.heads, self.streams, self.n, self.dim, dtype=dtype)
-        backward.stage_backward_kernel[(self.programs, blocks, splits)](
+        dvalues = x.new_empty(splits if stage == 2 else 0, self.num_bh, self.n, self.dim, dtype=dtype)
+        dtokens = x.new_empty(splits, self.batch, self.heads, self.streams, self.n, self.dim, dtype=dtype)
+        backward.stage_bwd_kernel[(self.num_bh, blocks, splits)](
             tokens,
             x,
             y,
@@ -321,14 +331,14 @@ class Call:
             norm1 if weight is None else weight,
             lse,
             delta,
-            grad_tokens if found is None else found,
-            grad_x,
-            grad_y,
-            grad_values,
-            grad_tokens,
+            dtokens if dtokens_stage2 is None else dtokens_stage2,
+            dx,
+            dy,
+            dvalues,
+            dtokens,
             *x.stride()[:3],
             *y.stride()[:3],
-            *grad_x.stride()[:4],
+            *dx.stride()[:4],
             self.heads,
             self.num_tokens,
             self.n,
@@ -337,36 +347,36 @@ class Call:
             self.gain,
             self.eps,
             STAGE=stage,
-            FOUND=found is not None,
+            HAS_DTOKENS2=dtokens_stage2 is not None,
             STREAMS=self.streams,
             CONTRAST=weight is not None,
             **tiles._asdict(),
             **self.width,
-            **self.products,
+            **self.precision,
         )
 
-        def added(parts: Tensor) -> Tensor:
-            return parts[0] if len(parts) == 1 else parts.sum(0).to(x.dtype)
+        def sum_partials(partials: Tensor) -> Tensor:
+            return partials[0] if len(partials) == 1 else partials.sum(0).to(x.dtype)
 
-        return added(grad_x), added(grad_y) if stage == 1 else grad_values, added(grad_tokens)
+        return sum_partials(dx), sum_partials(dy) if stage == 1 else dvalues, sum_partials(dtokens)
 
-    def unpool(self, grad_tokens: Tensor, grad_q: Tensor) -> None:
-        """Add to the queries' gradient what comes through their average."""
-        rows = self.forward_tiles.ROWS
-        backward.unpool_kernel[(self.programs, triton.cdiv(math.prod(self.grid), rows))](
-            grad_tokens,
-            grad_q,
-            *grad_q.stride()[:3],
+    def avg_pool_bwd(self, dtokens: Tensor, dq: Tensor) -> None:
+        """Add the gradient of the average pooling to dq, in place."""
+        block_n = self.fwd_blocks.BLOCK_N
+        backward.avg_pool_bwd_kernel[(self.num_bh, triton.cdiv(math.prod(self.grid), block_n))](
+            dtokens,
+            dq,
+            *dq.stride()[:3],
             self.heads,
             self.n,
             self.prefix,
             *self.grid,
             *self.contrast_grid,
-            DOWN=overlaps(self.grid[0], self.contrast_grid[0]),
-            ACROSS=overlaps(self.grid[1], self.contrast_grid[1]),
+            MAX_ROWS=overlaps(self.grid[0], self.contrast_grid[0]),
+            MAX_COLUMNS=overlaps(self.grid[1], self.contrast_grid[1]),
             POOL_POS=self.pooled[0],
             POOL_NEG=self.pooled[1] and self.streams == 2,
             STREAMS=self.streams,
-            ROWS=rows,
+            BLOCK_N=block_n,
             **self.width,
         )

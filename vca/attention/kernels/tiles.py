@@ -1,9 +1,9 @@
-"""What the kernels are made of: rows of a head as tiles, products over the head dim, softmaxes in base 2, the norm.
+"""Building blocks of the kernels: loads and stores of rows, matrix products, base-2 softmaxes, RMSNorm.
 
-Tiles have sides that are powers of two. A head dim that is none, such as the 72 of DiT-XL, is two tiles, 64 and 16,
-instead of one of 128: every tile of rows comes with its `tail`, which is not looked at where TAIL is 0.
+Tile sides are powers of two. A head dim that is not, such as 72 in DiT-XL, is split into two tiles (64 and 16) instead
+of padding to 128. Each row tile `x` therefore has a second tile `x_rest`, which is unused if D_REST is 0.
 
-Shape letters: R rows, D head dim, HEAD and TAIL the widths of its two tiles.
+Shape letters: R rows, D head dim, D_MAIN and D_REST the widths of its two tiles.
 """
 
 import triton
@@ -11,111 +11,110 @@ import triton.language as tl
 
 
 @triton.jit
-def load_columns(pointer, rows, stride, valid, FIRST: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr):
-    """Rows `(R, WIDTH)` from column FIRST on; 0 in rows that are not `valid` and in columns from D on."""
-    columns = FIRST + tl.arange(0, WIDTH)
+def load_tile(pointer, rows, stride, valid, FIRST: tl.constexpr, BLOCK_D: tl.constexpr, D: tl.constexpr):
+    """Load rows `(R, BLOCK_D)` from column FIRST; rows that are not `valid` and columns >= D are 0."""
+    columns = FIRST + tl.arange(0, BLOCK_D)
     return tl.load(
         pointer + rows[:, None] * stride + columns[None, :], mask=valid[:, None] & (columns < D)[None, :], other=0.0
     )
 
 
 @triton.jit
-def load_rows(pointer, rows, stride, valid, D: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr):
-    """Rows of a head, `(R, HEAD)` and `(R, TAIL)`."""
-    main = load_columns(pointer, rows, stride, valid, 0, HEAD, D)
-    tail = main
-    if TAIL:
-        tail = load_columns(pointer, rows, stride, valid, HEAD, TAIL, D)
-    return main, tail
+def load_rows(pointer, rows, stride, valid, D: tl.constexpr, D_MAIN: tl.constexpr, D_REST: tl.constexpr):
+    """Load rows of a head, `(R, D_MAIN)` and `(R, D_REST)`."""
+    main = load_tile(pointer, rows, stride, valid, 0, D_MAIN, D)
+    rest = main
+    if D_REST:
+        rest = load_tile(pointer, rows, stride, valid, D_MAIN, D_REST, D)
+    return main, rest
 
 
 @triton.jit
-def store_columns(pointer, rows, stride, valid, values, FIRST: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr):
-    """What `load_columns` loads, stored in the type of the pointer."""
-    columns = FIRST + tl.arange(0, WIDTH)
+def store_tile(pointer, rows, stride, valid, values, FIRST: tl.constexpr, BLOCK_D: tl.constexpr, D: tl.constexpr):
+    """Store the rows of `load_tile` in the dtype of the pointer."""
+    columns = FIRST + tl.arange(0, BLOCK_D)
     mask = valid[:, None] & (columns < D)[None, :]
     tl.store(pointer + rows[:, None] * stride + columns[None, :], values.to(pointer.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def store_rows(pointer, rows, stride, valid, main, tail, D: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr):
-    """Rows of a head, `(R, HEAD)` and `(R, TAIL)`."""
-    store_columns(pointer, rows, stride, valid, main, 0, HEAD, D)
-    if TAIL:
-        store_columns(pointer, rows, stride, valid, tail, HEAD, TAIL, D)
+def store_rows(pointer, rows, stride, valid, main, rest, D: tl.constexpr, D_MAIN: tl.constexpr, D_REST: tl.constexpr):
+    """Store rows of a head, `(R, D_MAIN)` and `(R, D_REST)`."""
+    store_tile(pointer, rows, stride, valid, main, 0, D_MAIN, D)
+    if D_REST:
+        store_tile(pointer, rows, stride, valid, rest, D_MAIN, D_REST, D)
 
 
 @triton.jit
-def load_weight(pointer, gain, D: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr):
-    """Weight of a norm times `gain`, `(1, HEAD)` and `(1, TAIL)` in float32."""
-    columns = tl.arange(0, HEAD)
+def load_weight(pointer, gain, D: tl.constexpr, D_MAIN: tl.constexpr, D_REST: tl.constexpr):
+    """Load a norm weight times `gain`, `(1, D_MAIN)` and `(1, D_REST)` in float32."""
+    columns = tl.arange(0, D_MAIN)
     main = tl.load(pointer + columns, mask=columns < D, other=0.0)[None, :] * gain
-    tail = main
-    if TAIL:
-        columns = HEAD + tl.arange(0, TAIL)
-        tail = tl.load(pointer + columns, mask=columns < D, other=0.0)[None, :] * gain
-    return main, tail
+    rest = main
+    if D_REST:
+        columns = D_MAIN + tl.arange(0, D_REST)
+        rest = tl.load(pointer + columns, mask=columns < D, other=0.0)[None, :] * gain
+    return main, rest
 
 
 @triton.jit
-def store_weight(pointer, main, tail, D: tl.constexpr, HEAD: tl.constexpr, TAIL: tl.constexpr):
-    """One row of D numbers, from `(HEAD,)` and `(TAIL,)`."""
-    columns = tl.arange(0, HEAD)
+def store_weight(pointer, main, rest, D: tl.constexpr, D_MAIN: tl.constexpr, D_REST: tl.constexpr):
+    """Store one row of D numbers from `(D_MAIN,)` and `(D_REST,)`."""
+    columns = tl.arange(0, D_MAIN)
     tl.store(pointer + columns, main, mask=columns < D)
-    if TAIL:
-        columns = HEAD + tl.arange(0, TAIL)
-        tl.store(pointer + columns, tail, mask=columns < D)
+    if D_REST:
+        columns = D_MAIN + tl.arange(0, D_REST)
+        tl.store(pointer + columns, rest, mask=columns < D)
 
 
 @triton.jit
-def over_head_dim(a, a_tail, b, b_tail, TAIL: tl.constexpr, PRECISION: tl.constexpr):
-    """`a b^T` in float32: two tiles of R and R' rows to `(R, R')`."""
+def dot_nt(a, a_rest, b, b_rest, D_REST: tl.constexpr, PRECISION: tl.constexpr):
+    """Compute `a b^T` in float32 for R and R' rows: `(R, R')`."""
     product = tl.dot(a, tl.trans(b), input_precision=PRECISION)
-    if TAIL:
-        product = tl.dot(a_tail, tl.trans(b_tail), product, input_precision=PRECISION)
+    if D_REST:
+        product = tl.dot(a_rest, tl.trans(b_rest), product, input_precision=PRECISION)
     return product
 
 
 @triton.jit
-def over_rows(weights, b, b_tail, main, tail, TAIL: tl.constexpr, PRECISION: tl.constexpr):
-    """`main + weights b`, in two tiles: weights `(R, R')`, b of R' rows; the weights are rounded to the type of b."""
+def dot_acc(weights, b, b_rest, main, rest, D_REST: tl.constexpr, PRECISION: tl.constexpr):
+    """Compute `main + weights b` for weights `(R, R')`, which are rounded to the dtype of b."""
     weights = weights.to(b.dtype)
     main = tl.dot(weights, b, main, input_precision=PRECISION)
-    if TAIL:
-        tail = tl.dot(weights, b_tail, tail, input_precision=PRECISION)
-    return main, tail
+    if D_REST:
+        rest = tl.dot(weights, b_rest, rest, input_precision=PRECISION)
+    return main, rest
 
 
 @triton.jit
-def row_sum(a, a_tail, b, b_tail, TAIL: tl.constexpr):
-    """`sum(a b)` over the head dim: `(R,)`."""
+def row_dot(a, a_rest, b, b_rest, D_REST: tl.constexpr):
+    """Compute `sum(a b)` over the head dim: `(R,)`."""
     total = tl.sum(a * b, axis=1)
-    if TAIL:
-        total += tl.sum(a_tail * b_tail, axis=1)
+    if D_REST:
+        total += tl.sum(a_rest * b_rest, axis=1)
     return total
 
 
 @triton.jit
-def inverse_rms(x, x_tail, eps, D: tl.constexpr, TAIL: tl.constexpr):
-    """`1 / sqrt(mean(x^2) + eps)` of each row, `(R, 1)`."""
-    return tl.rsqrt(row_sum(x, x_tail, x, x_tail, TAIL) / D + eps)[:, None]
+def rstd_of_rows(x, x_rest, eps, D: tl.constexpr, D_REST: tl.constexpr):
+    """Compute `1 / sqrt(mean(x^2) + eps)` of each row: `(R, 1)`."""
+    return tl.rsqrt(row_dot(x, x_rest, x, x_rest, D_REST) / D + eps)[:, None]
 
 
 @triton.jit
-def norm_gradient(x, x_tail, grad, grad_tail, weight, weight_tail, eps, D: tl.constexpr, TAIL: tl.constexpr):
-    """Backward of `weight RMSNorm(x)`: gradient of x in two tiles, and `grad x / rms(x)`, of which the weight's is the
-    sum over rows."""
-    inverse = inverse_rms(x, x_tail, eps, D, TAIL)
-    unit, unit_tail = x * inverse, x_tail * inverse
-    by_row, by_row_tail = grad * unit, grad_tail * unit_tail
-    grad, grad_tail = grad * weight, grad_tail * weight_tail
-    mean = (row_sum(grad, grad_tail, unit, unit_tail, TAIL) / D)[:, None]
-    return (grad - unit * mean) * inverse, (grad_tail - unit_tail * mean) * inverse, by_row, by_row_tail
+def rms_norm_bwd(x, x_rest, dy, dy_rest, weight, weight_rest, eps, D: tl.constexpr, D_REST: tl.constexpr):
+    """Backward of `weight RMSNorm(x)`: dx, and dweight before the sum over rows."""
+    rstd = rstd_of_rows(x, x_rest, eps, D, D_REST)
+    unit, unit_rest = x * rstd, x_rest * rstd
+    dweight, dweight_rest = dy * unit, dy_rest * unit_rest
+    dy, dy_rest = dy * weight, dy_rest * weight_rest
+    mean = (row_dot(dy, dy_rest, unit, unit_rest, D_REST) / D)[:, None]
+    return (dy - unit * mean) * rstd, (dy_rest - unit_rest * mean) * rstd, dweight, dweight_rest
 
 
 @triton.jit
-def log2_of_sum(score, maximum, total):
-    """One step of `log2(sum(2^score))` over columns, kept as a maximum and a total, both `(R,)`."""
-    new = tl.maximum(maximum, tl.max(score, axis=1))
-    total = total * tl.exp2(maximum - new) + tl.sum(tl.exp2(score - new[:, None]), axis=1)
-    return new, total
+def online_lse(scores, m_i, l_i):
+    """Update the running maximum and sum, both `(R,)`, of `log2(sum(2^scores))` over columns."""
+    m_new = tl.maximum(m_i, tl.max(scores, axis=1))
+    l_i = l_i * tl.exp2(m_i - m_new) + tl.sum(tl.exp2(scores - m_new[:, None]), axis=1)
+    return m_new, l_i
