@@ -311,13 +311,13 @@ def test_export_script_messages_and_errors(tmp_path):
     assert done.stdout == f"{tmp_path}/run/export: vca_deit_mini_patch2_224, raw weights of step 3\n"
     assert (tmp_path / "run" / "export" / "model.safetensors").exists()
     done = command(tmp_path / "run", "--weights", "ema")
-    assert (done.returncode, done.stderr) == (2, f"error: {tmp_path}/run keeps no EMA; use --weights raw\n")
+    assert (done.returncode, done.stderr) == (2, f"error: --weights must be raw for {tmp_path}/run, which has no EMA\n")
 
     (tmp_path / "file").touch()
-    with pytest.raises(ConfigError, match=r"--out: .*file cannot be made: File exists"):
+    with pytest.raises(ConfigError, match=r"--out: cannot create .*file: File exists"):
         export(tmp_path / "run", None, tmp_path / "file")
     with pytest.raises(ConfigError, match=r"RUN must be a run directory with a config.json, got '.*nowhere'"):
         export(tmp_path / "nowhere", None, tmp_path)
     shutil.rmtree(tmp_path / "run" / "checkpoints")
-    with pytest.raises(ConfigError, match="holds no checkpoint"):
+    with pytest.raises(ConfigError, match="contains no checkpoint"):
         export(tmp_path / "run", None, tmp_path)

@@ -141,7 +141,7 @@ def test_tables_foreign_configs_and_samples_skipped(tmp_path):
     assert (found.measured, found.left_out) == ([], [f"{path}: nothing says how its samples were made"])
     del record["samples"]["made"]
     path.write_text(json.dumps({**record, "sha256": seal(record)}))
-    with pytest.raises(ConfigError, match=r"does not name samples\.made and \d+ more"):
+    with pytest.raises(ConfigError, match=r"has no field samples\.made and \d+ more"):
         gather([tmp_path])
 
 
@@ -237,5 +237,5 @@ def test_table_script_writes_markdown_and_csv(tmp_path):
     path.write_text(json.dumps(record))
     done = run(runs)
     assert done.returncode == 2
-    assert done.stderr.strip() == f"config error: {path} does not name samples.made.sampler.cfg_scale; evaluate again"
+    assert done.stderr.strip() == f"config error: {path} has no field samples.made.sampler.cfg_scale; evaluate again"
     assert run(tmp_path / "none").stderr.strip() == f"config error: {tmp_path / 'none'} is no folder"
