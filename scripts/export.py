@@ -26,9 +26,10 @@ from safetensors.torch import save
 from models import CLASSIFIERS
 from models.timm_registry import load_sizes, pretrained_cfg, timm_name
 from vca.attention import VCAConfig
+from vca.report.accuracy import accuracy_at, ema_warning
 from vca.runtime.errors import ConfigError
 from vca.runtime.files import write_bytes
-from vca.runtime.rundir import read_config, to_dict
+from vca.runtime.rundir import RunDirectory, read_config, to_dict
 from vca.training.checkpoint import load_latest
 
 
@@ -69,6 +70,7 @@ def export(run: Path, weights: str | None, out: Path) -> str:
     weights = weights or ("ema" if saved["ema"] is not None else "raw")
     if weights == "ema" and saved["ema"] is None:
         raise ConfigError(f"--weights must be raw for {run}, which has no EMA")
+    top1 = accuracy_at(RunDirectory(run).records(), saved["step"])
     parameters = saved["ema" if weights == "ema" else "model"]
     config = read_config(run)
     description = timm_config(config)
@@ -81,7 +83,11 @@ def export(run: Path, weights: str | None, out: Path) -> str:
     content = save({name: tensor.contiguous() for name, tensor in parameters.items()})
     write_bytes(out / "model.safetensors", content)  # safetensors.save_file ignores the umask
     (out / "config.json").write_text(json.dumps(description, indent=2) + "\n")
-    return f"{out}: {description['architecture']}, {weights} weights of step {saved['step']}"
+    accuracy = f"top-1 {top1[weights]:.2f} %" if weights in top1 else "not evaluated at this step"
+    warning = ema_warning(top1) if weights == "ema" else None
+    return f"{out}: {description['architecture']}, {weights} weights of step {saved['step']}, {accuracy}" + (
+        f"\nwarning: {warning} (--weights raw)" if warning else ""
+    )
 
 
 def main() -> None:

@@ -21,7 +21,7 @@ from tests.support import DRAWN, SHARED, SMALL_DIT, metrics
 from vca.config import compose
 from vca.evaluation.compare import read_features
 from vca.evaluation.extractor import ClassifierConfig, FileConfig, load_extractor
-from vca.evaluation.features import subset_numbers, measure
+from vca.evaluation.features import measure, subset_numbers
 from vca.evaluation.images import NpzImages
 from vca.evaluation.record import missing_fields, read_record, seal
 from vca.evaluation.sources import open_source
@@ -333,9 +333,7 @@ def test_read_record_missing_field_refused(record, tmp_path):
             part = part[key]
         del part[field[-1]]
         path.write_text(json.dumps(less))
-        with pytest.raises(
-            ConfigError, match=r"has no field \S+( and \d+ more)?; evaluate again|has changed since"
-        ):
+        with pytest.raises(ConfigError, match=r"has no field \S+( and \d+ more)?; evaluate again|has changed since"):
             read_record(path)
     assert missing_fields({**record, "samples": {}})[:2] == ["samples.source", "samples.sha256"]
     changed = {**record, "metrics": {**record["metrics"], "frechet": 1.0}}

@@ -121,7 +121,10 @@ BAD_SAMPLES = {
         lambda f: png(some(f), "000007.png", mode="RGB"),
         r"000007.png must be 8 x 8 grey like 000000.png, got 8 x 8 RGB",
     ),
-    "another size": (lambda f: some(f, size=(16, 16)), r"must have the size of the reference .*, 8 x 8 grey, got 16 x 16 grey"),
+    "another size": (
+        lambda f: some(f, size=(16, 16)),
+        r"must have the size of the reference .*, 8 x 8 grey, got 16 x 16 grey",
+    ),
     "RGB": (lambda f: some(f, mode="RGB"), r"must have the size of the reference .*, 8 x 8 grey, got 8 x 8 RGB"),
     "alpha": (lambda f: some(f, mode="RGBA"), r"000000.png has an alpha channel; save it as RGB"),
     "palette": (lambda f: some(f, mode="P"), r"000000.png has a palette; save it as RGB"),
@@ -129,11 +132,17 @@ BAD_SAMPLES = {
     "16-bit RGB": (sixteen_bits_rgb, r"samples: \S+000003.png has 16 bits per channel; save it as 8-bit RGB"),
     "stray file": (lambda f: text(f, "readme.txt"), r"readme.txt is not a PNG file; .* move it away"),
     "stray folder": (lambda f: png(some(f) / "more", "1.png").parent, r"more is not a PNG file"),
-    "stray image": (lambda f: png(some(f), "grid.png"), r"must be numbers or none, got 000000.png and grid.png; move one away"),
+    "stray image": (
+        lambda f: png(some(f), "grid.png"),
+        r"must be numbers or none, got 000000.png and grid.png; move one away",
+    ),
     "missing": (lambda f: without(f, "000005.png"), r"contains 39 images up to number 39, but number 5 is missing"),
     "doubled": (lambda f: png(some(f), "5.png"), r"5.png and 0*5.png both have number 5; remove one"),
     "JPEG": (lambda f: png(some(f), "000040.jpg", kind="JPEG"), r"000040.jpg must be a PNG, got a JPEG"),
-    "disguised JPEG": (lambda f: png(some(f), "000004.png", kind="JPEG"), r"000004.png must be a PNG file, got JPEG content"),
+    "disguised JPEG": (
+        lambda f: png(some(f), "000004.png", kind="JPEG"),
+        r"000004.png must be a PNG file, got JPEG content",
+    ),
     "empty": (lambda f: f.mkdir() or f, r"bad is empty; pass the folder with the PNG files"),
     "transparency": (transparent, r"000003.png has mode L with transparency; save it as 8-bit RGB"),
     "no number": (lambda f: png(some(f), "\u00b2.png"), r"must be numbers or none, got 000000.png and \u00b2.png"),
@@ -243,7 +252,10 @@ def test_statistics_file_rounded_covariance_accepted(tmp_path):
             "samples=SET reference=data:test data=digits extractor=file extractor.source=x.py",
             "must be a Python file, got",
         ),
-        ("samples=SET reference=data:test data=digits", "extractor.weights: weights-inception-2015-12-05-6726825d.pth"),
+        (
+            "samples=SET reference=data:test data=digits",
+            "extractor.weights: cannot download weights-inception-2015-12-05-6726825d.pth",
+        ),
         (
             "samples=SET reference=data:test data=digits precision_recall_dtype=half",
             "precision_recall_dtype must be float64 or float16, got 'half'",
@@ -271,7 +283,10 @@ def test_eval_fid_wrong_extractor_file_refused(samples, tmp_path, monkeypatch, c
         ("x = 1", "AttributeError: .* has no attribute 'load_extractor'"),
         ("def load_extractor(weights): return 3", "TypeError: load_extractor must return a module"),
         (EXTRACTOR.replace("!= 8", "!= 9"), r"must accept 8 x 8 grey images \(wants 8 x 8 pixels, got 8\)"),
-        (EXTRACTOR.replace(".flatten(1)[:, :8]", ""), r"pooled of 1 images must be \(1, features\), got \(1, 1, 4, 2\)"),
+        (
+            EXTRACTOR.replace(".flatten(1)[:, :8]", ""),
+            r"pooled of 1 images must be \(1, features\), got \(1, 1, 4, 2\)",
+        ),
     ):
         (tmp_path / "mine.py").write_text(code)
         arguments = [f"samples={samples}", "data=digits", "reference=data:test", "extractor=file"]

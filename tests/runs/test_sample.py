@@ -139,7 +139,10 @@ def test_sample_script_set_extended_but_not_changed(generator_run, tmp_path):
     for other, message in (
         ("seed=1", r"contains samples with other settings \(seed: 0 there, 1 here\); choose another folder"),
         ("sampler.cfg_scale=1.5", r"contains samples with other settings \(sampler.cfg_scale: 1.0 there, 1.5 here\)"),
-        ("weights=raw", r"contains samples with other settings \(origin.weights: 'ema' there, 'raw' here; origin.weights_sha256"),
+        (
+            "weights=raw",
+            r"contains samples with other settings \(origin.weights: 'ema' there, 'raw' here; origin.weights_sha256",
+        ),
         ("step=1", r"contains samples with other settings \(origin.step: 2 there, 1 here; origin.weights_sha256"),
         ("labels=[1]", r"contains samples with other settings \(labels: 'random' there, \[1\] here\)"),
         ("count=3", r"count must be >= 8, the samples in .*, got 3; or choose"),
@@ -176,7 +179,9 @@ def test_sample_script_changed_image_without_digests_refused(generator_run, tmp_
     draw(tmp_path, f"run={generator_run}", "count=5")
     (tmp_path / "digests.txt").write_text("damaged")
     shutil.copy(tmp_path / "images" / "000001.png", tmp_path / "images" / "000002.png")
-    with pytest.raises(ConfigError, match=r"images in \S+ have changed since the folder was complete; choose another folder"):
+    with pytest.raises(
+        ConfigError, match=r"images in \S+ have changed since the folder was complete; choose another folder"
+    ):
         draw(tmp_path, f"run={generator_run}", "count=5")
 
 
