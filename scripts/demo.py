@@ -37,9 +37,11 @@ from vca.runtime.rundir import RunDirectory
 from vca.training.curves import plot_curves
 from vca.training.pretrained import InitWeights
 
-QUIET = ["trainer.eval_every=0", "trainer.log_every=220"]
-CLASSIFICATION = {name: [f"attention={name}", *QUIET] for name in ("vca", "softmax")}
-NETWORK = ["model.patch_size=2", "model.hidden_size=144", "optim=small", "optim.lr=2e-3", *QUIET]
+CLASSIFICATION = {
+    name: [f"attention={name}", "trainer.eval_every=110", "trainer.log_every=110"] for name in ("vca", "softmax")
+}
+NETWORK = ["model.patch_size=2", "model.hidden_size=144", "optim=small", "optim.lr=2e-3"]
+NETWORK += ["trainer.eval_every=0", "trainer.log_every=220"]
 GENERATION = {
     "dit": [*NETWORK, "objective=diffusion", "sampler=ddim", "sampler.steps=20"],
     "sit": [*NETWORK, "objective=interpolant", "sampler=ode_heun", "sampler.steps=20"],
