@@ -44,7 +44,7 @@ def test_feature_statistics_wrong_features_refused():
     for arguments, message in (
         ((zero, eye, np.zeros(4), np.eye(4)), "same number of features, got 3 and 4"),
         ((zero, np.eye(2), zero, eye), r"got \(3,\) and \(2, 2\)"),
-        ((zero, eye, zero, np.full((3, 3), np.inf)), "NaN or infinite"),
+        ((zero, eye, zero, np.full((3, 3), np.inf)), "must be finite, got NaN or infinity"),
     ):
         with pytest.raises(ValueError, match=message):
             frechet_distance(*arguments)
