@@ -2,11 +2,10 @@
 
     python scripts/demo.py
 
-Trains a small DeiT twice on 1,438 real 8 x 8 digits, with VCA and with softmax attention, and evaluates both on the 359
-held out. Then trains a small VCA DiT and SiT on the same digits, draws a labelled grid of samples of each, lets the VCA
-classifier say which digits it sees in them, and measures in its features how far they are from the held-out digits,
-beside what real digits and noise come to. Two trainings run at a time. Running the demo again continues where it was
-stopped, or only shows the result.
+Trains a small DeiT with VCA and with softmax attention on 1,438 real 8 x 8 digits, and evaluates both on 359 held-out
+digits. Then trains a small VCA DiT and SiT on the same digits and samples from them. The VCA classifier predicts the
+class of each sample, and its features give Frechet distances of samples, training digits and noise from the held-out
+digits. Two runs train at a time. Rerunning the demo resumes it, or prints the results again.
 """
 
 import argparse
@@ -38,9 +37,11 @@ from vca.runtime.rundir import RunDirectory
 from vca.training.curves import plot_curves
 from vca.training.pretrained import InitWeights
 
-QUIET = ["trainer.eval_every=0", "trainer.log_every=220"]
-CLASSIFICATION = {name: [f"attention={name}", *QUIET] for name in ("vca", "softmax")}
-NETWORK = ["model.patch_size=2", "model.hidden_size=144", "optim=small", "optim.lr=2e-3", *QUIET]
+CLASSIFICATION = {
+    name: [f"attention={name}", "trainer.eval_every=110", "trainer.log_every=110"] for name in ("vca", "softmax")
+}
+NETWORK = ["model.patch_size=2", "model.hidden_size=144", "optim=small", "optim.lr=2e-3"]
+NETWORK += ["trainer.eval_every=0", "trainer.log_every=220"]
 GENERATION = {
     "dit": [*NETWORK, "objective=diffusion", "sampler=ddim", "sampler.steps=20"],
     "sit": [*NETWORK, "objective=interpolant", "sampler=ode_heun", "sampler.steps=20"],
@@ -50,62 +51,67 @@ ONE = World(0, 0, 1, torch.device("cpu"))
 
 
 def main() -> None:
-    """Train, sample, and print a table."""
+    """Train, sample, and print the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", default="outputs/demo", help="where the runs go (default outputs/demo)")
-    parser.add_argument("--samples", type=int, default=200, help="samples of each generator (default 200)")
-    parser.add_argument("overrides", nargs="*", help="config overrides of all trainings, such as trainer.epochs=5")
+    parser.add_argument("--out", default="outputs/demo", help="output folder (default outputs/demo)")
+    parser.add_argument("--samples", type=int, default=200, help="samples per generator (default 200)")
+    parser.add_argument("overrides", nargs="*", help="config overrides for all runs, such as trainer.epochs=5")
     options = parser.parse_args()
     out, start = Path(options.out), time.perf_counter()
 
     print("VCA on handwritten digits: two classifiers, two generators. Six to eight minutes on two CPU cores.")
-    trainings = {"train_cls.py": CLASSIFICATION, "train_gen.py": GENERATION}
-    for script, runs in trainings.items():
-        compute_batch_size(
+    for script, runs in {"train_cls.py": CLASSIFICATION, "train_gen.py": GENERATION}.items():
+        run_parallel(
             {name: [script, f"name={name}", f"out_dir={out}", *own, *options.overrides] for name, own in runs.items()}
         )
     for guidance in GUIDANCE:
-        drawn = [f"count={options.samples}", "labels=balanced", "grid=true", f"sampler.cfg_scale={guidance}"]
-        compute_batch_size(
+        sampling = [f"count={options.samples}", "labels=balanced", "grid=true", f"sampler.cfg_scale={guidance}"]
+        run_parallel(
             {
-                name: ["sample.py", f"run={out / name}", f"out={samples_of(out, name, guidance)}", *own[-2:], *drawn]
+                name: [
+                    "sample.py",
+                    f"run={out / name}",
+                    f"out={sample_path(out, name, guidance)}",
+                    *own[-2:],
+                    *sampling,
+                ]
                 for name, own in GENERATION.items()
             }
         )
 
     records = {name: RunDirectory(out / name).records() for name in CLASSIFICATION}
     plot_curves(records, out / "curves.png")
-    print(f"\n{'classifier':<12}top-1 on the held-out digits")
+    print(f"\n{'classifier':<12}top-1 accuracy on the held-out digits")
     for name, lines in records.items():
         last = next(line for line in reversed(lines) if "val/top1" in line)
         print(f"{name:<12}{last['val/top1']:.2f} % of {last['val/images']}")
     classifier = load_extractor(ClassifierConfig(run=str(out / "vca"), weights=InitWeights.raw), ONE, rebuild)
-    print(f"\n{'generator':<12}samples that the VCA classifier reads as the class asked for, of {options.samples}")
-    print(f"{'':<12}" + "".join(f"{describe(guidance):<16}" for guidance in GUIDANCE) + "grid")
+    print(f"\n{'generator':<12}of {options.samples} samples, those that the VCA classifier assigns to their class")
+    print(f"{'':<12}" + "".join(f"{guidance_label(guidance):<16}" for guidance in GUIDANCE) + "grid")
     for name in GENERATION:
-        folders = [samples_of(out, name, guidance) for guidance in GUIDANCE]
-        shares = [f"{read_classes(classifier, folder):.1f} %" for folder in folders]
+        folders = [sample_path(out, name, guidance) for guidance in GUIDANCE]
+        shares = [f"{class_accuracy(classifier, folder):.1f} %" for folder in folders]
         print(f"{name:<12}" + "".join(f"{share:<16}" for share in shares) + str(folders[-1] / "grid.png"))
     print(
         f"\n{'Frechet distance':<24}from the held-out digits, of {options.samples} images in the classifier's features"
     )
     for name, distance in distances(classifier, out, options.samples).items():
         print(f"{name:<24}{distance:.2f}")
-    print(f"\ncurves: {out / 'curves.png'}   ({time.perf_counter() - start:.0f} s in all)")
+    print(f"\ncurves: {out / 'curves.png'}   (total time {time.perf_counter() - start:.0f} s)")
 
 
-def samples_of(out: Path, name: str, guidance: float) -> Path:
-    """Folder of the samples of a generator."""
+def sample_path(out: Path, name: str, guidance: float) -> Path:
+    """Return the sample folder of a generator."""
     return out / f"{name}-samples-{guidance}"
 
 
-def describe(guidance: float) -> str:
-    """Heading of a column."""
+def guidance_label(guidance: float) -> str:
+    """Return a column heading."""
     return "no guidance" if guidance == 1 else f"guidance {guidance}"
 
 
-def compute_batch_size(commands: dict[str, list[str]]) -> None:
-    """Run scripts at the same time, each on its share of the cores, and show what they print under their names."""
+def run_parallel(commands: dict[str, list[str]]) -> None:
+    """Run scripts in parallel, each on its share of the cores, and print their output with their names."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     threads = str(max(1, cores // len(commands)))
     processes = []
@@ -128,13 +134,13 @@ def compute_batch_size(commands: dict[str, list[str]]) -> None:
 
 
 def relay(name: str, process: "subprocess.Popen[str]") -> None:
-    """Print a process's lines under its name."""
+    """Print the lines of a process with its name."""
     for line in process.stdout or ():
         print(f"[{name}] {line}", end="", flush=True)
 
 
 def distances(extractor: Extractor, out: Path, count: int) -> dict[str, float]:
-    """Frechet distance of real digits, samples and noise from the held-out digits, in the features of a classifier."""
+    """Compute the Frechet distance of training digits, samples and noise from the held-out digits."""
     config = DataConfig(**json.loads((out / "vca" / "config.json").read_text())["data"])
     held_out, training = (load_dataset(config, train=train) for train in (False, True))
     noise = out / "noise.npz"
@@ -145,23 +151,23 @@ def distances(extractor: Extractor, out: Path, count: int) -> dict[str, float]:
     sets: dict[str, ImageSet] = {"training digits": DatasetImages(chosen, config.img_size, config.in_chans, "", "")}
     for guidance in GUIDANCE:
         for name in GENERATION:
-            folder = samples_of(out, name, guidance) / "images"
-            sets[f"{name}, {describe(guidance)}"] = PngFolder(folder, "samples")
+            folder = sample_path(out, name, guidance) / "images"
+            sets[f"{name}, {guidance_label(guidance)}"] = PngFolder(folder, "samples")
     sets["noise"] = NpzImages(noise, "samples")
     reference = measure(
-        DatasetImages(held_out, config.img_size, config.in_chans, "", ""), extractor, ONE, 100, 0, talk=False
+        DatasetImages(held_out, config.img_size, config.in_chans, "", ""), extractor, ONE, 100, 0, verbose=False
     )
-    found = {name: measure(images, extractor, ONE, 100, 0, talk=False) for name, images in sets.items()}
-    return {name: frechet_distance(*part.pool, *reference.pool) for name, part in found.items()}
+    features = {name: measure(images, extractor, ONE, 100, 0, verbose=False) for name, images in sets.items()}
+    return {name: frechet_distance(*part.pooled, *reference.pooled) for name, part in features.items()}
 
 
-def read_classes(extractor: Extractor, samples: Path) -> float:
-    """Percentage of the samples in a folder that a classifier takes for the class that was asked for."""
-    drawn = SampleFolder(samples)
-    read = list(drawn.read_all(len(drawn.there())))
-    logits = extractor(torch.from_numpy(np.stack([sample.pixels for sample in read])).permute(0, 3, 1, 2)).logits
+def class_accuracy(extractor: Extractor, path: Path) -> float:
+    """Return the percentage of samples in a folder that a classifier assigns to their class."""
+    folder = SampleFolder(path)
+    samples = list(folder.read_all(len(folder.existing())))
+    logits = extractor(torch.from_numpy(np.stack([sample.pixels for sample in samples])).permute(0, 3, 1, 2)).logits
     assert logits is not None
-    hits = logits.argmax(dim=1) == torch.tensor([sample.label for sample in read])
+    hits = logits.argmax(dim=1) == torch.tensor([sample.label for sample in samples])
     return 100 * hits.float().mean().item()
 
 

@@ -73,8 +73,8 @@ FAULTS = {
     ),
     "statistics": Fault(
         "vca/evaluation/stats_file.py",
-        "if differences := compare(",
-        "if differences := False and compare(",
+        "if differences := diff_configs(",
+        "if differences := False and diff_configs(",
         "tests/runs/test_eval_fid_input.py",
     ),
     "label_drop": Fault(

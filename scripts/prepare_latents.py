@@ -1,12 +1,12 @@
-"""Encode an image folder once, so that a training reads latents instead of images.
+"""Encode an image folder to a latent cache, which runs then read instead of images.
 
     python scripts/prepare_latents.py data.root=/data/imagenet out=/data/imagenet-latents
     torchrun --nproc_per_node=8 scripts/prepare_latents.py data.root=/data/imagenet out=/data/imagenet-latents
     python scripts/prepare_latents.py autoencoder.source=/data/sd-vae-ft-ema data.img_size=512 ...
 
-The images are cut by ADM's centre crop, and encoded as they are and flipped; see `vca/data/latents.py` for the files.
-The same command goes on where it was interrupted, on any number of ranks. To train on the cache: `data=latents
-data.root=OUT autoencoder=...`, with the autoencoder that it was made with.
+Images are resized by ADM's centre crop and encoded twice, original and flipped; `vca/data/latents.py` has the format.
+Rerunning the command resumes an interrupted cache, with any world size. To train on the cache: `data=latents
+data.root=OUT autoencoder=...`, with the same autoencoder.
 """
 
 import sys
@@ -37,8 +37,6 @@ from vca.runtime.metrics_log import progress_bar
 from vca.runtime.rundir import check_ranks_agree
 from vca.runtime.signals import start_worker
 
-WEEK = 7 * 24 * 60.0  # minutes that ranks wait for each other: the slowest has the last word
-
 
 def register_configs() -> None:
     """Register the config schemas of this script with Hydra."""
@@ -46,21 +44,22 @@ def register_configs() -> None:
 
 
 def run(config: PrepareLatentsConfig) -> Manifest:
-    """Make the cache, or what is missing of it, and return its manifest."""
-    with distributed.start(config.device.value, WEEK, key="device") as world:
+    """Create or complete the cache, and return its manifest."""
+    timeout = 7 * distributed.COLLECTIVE_TIMEOUT_MINUTES  # ranks encode for days between two collectives
+    with distributed.start(config.device.value, timeout, key="device") as world:
         check_ranks_agree(world, config)
         images: Any = load_dataset(config.data, train=True)
         check(hasattr(images, "samples"), "data", "an image folder", config.data.name)
         autoencoder = load_autoencoder(config.autoencoder, world.device)
         files: Any = world.from_main(lambda: files_identity(images))
-        folder, manifest = Path(config.out), describe(config, images, files["sha256"], autoencoder)
+        folder, manifest = Path(config.out), make_manifest(config, images, files["sha256"], autoencoder)
         check_before_training(config.data, [images], config.workers, config.batch_size * config.data.image_bytes, world)
         labels = np.array([label for _, label in images.samples], dtype=np.int64)
-        missing = world.from_main(lambda: begin(folder, manifest, labels))
-        mine = missing[world.rank :: world.size]
-        total = sum(len(manifest.rows(shard)) for shard in mine)
+        missing = world.from_main(lambda: open_cache(folder, manifest, labels))
+        shards = missing[world.rank :: world.size]
+        total = sum(len(manifest.rows(shard)) for shard in shards)
         with progress_bar(total, "img", world.is_main) as bar:
-            for shard, latents in encode_shards(config, images, autoencoder, manifest, mine):
+            for shard, latents in encode_shards(config, images, autoencoder, manifest, shards):
                 save_array(shard_path(folder, shard), latents)
                 bar.update(len(latents))
         world.barrier()
@@ -72,18 +71,18 @@ def run(config: PrepareLatentsConfig) -> Manifest:
     return manifest
 
 
-def begin(folder: Path, manifest: Manifest, labels: np.ndarray) -> list[int]:
-    """Write manifest and labels; the files of latents that are missing or damaged."""
-    made = manifest.begin(folder).files
+def open_cache(folder: Path, manifest: Manifest, labels: np.ndarray) -> list[int]:
+    """Write manifest and labels, and return the numbers of missing or corrupt shards."""
+    complete = manifest.begin(folder).files
     save_array(folder / "labels.npy", labels)
     paths = [shard_path(folder, shard) for shard in range(manifest.shards)]
-    missing = [shard for shard, path in enumerate(paths) if not file_is_made(path, made.get(path.name))]
-    print(f"{folder}: {len(missing)} of {manifest.shards} files to make", flush=True)
+    missing = [shard for shard, path in enumerate(paths) if not file_is_made(path, complete.get(path.name))]
+    print(f"{folder}: {len(missing)} of {manifest.shards} files to encode", flush=True)
     return missing
 
 
-def describe(config: PrepareLatentsConfig, images: Any, files_sha256: str, autoencoder: Autoencoder) -> Manifest:
-    """The manifest of the cache to be made; the shape of a latent is found out by encoding an empty image."""
+def make_manifest(config: PrepareLatentsConfig, images: Any, files_sha256: str, autoencoder: Autoencoder) -> Manifest:
+    """Build the manifest of the cache; a black image gives the shape of a latent."""
     size = config.data.img_size
     moments = encode(autoencoder, torch.zeros(1, 3, size, size), config.flips)
     return Manifest(
@@ -100,7 +99,7 @@ def describe(config: PrepareLatentsConfig, images: Any, files_sha256: str, autoe
 
 
 def encode(autoencoder: Autoencoder, images: Tensor, flips: bool) -> Tensor:
-    """Moments `(B, V, K, h, w)` of images `(B, 3, H, W)`, on the CPU: as they are, and flipped."""
+    """Encode images `(B, 3, H, W)`, original and flipped, to moments `(B, V, K, h, w)` on the CPU."""
     images = images.to(autoencoder.device, non_blocking=True)
     versions = [images, images.flip(-1)] if flips else [images]
     return torch.stack([autoencoder.encode(version) for version in versions], dim=1).cpu()
@@ -109,7 +108,7 @@ def encode(autoencoder: Autoencoder, images: Tensor, flips: bool) -> Tensor:
 def encode_shards(
     config: PrepareLatentsConfig, images: Any, autoencoder: Autoencoder, manifest: Manifest, shards: list[int]
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """Yield files one by one, `(rows, V, K, h, w)`; no batch goes over the end of a file."""
+    """Yield shards with their moments `(rows, V, K, h, w)`; a batch never spans two shards."""
     batches = [
         list(rows[start : start + config.batch_size])
         for rows in map(manifest.rows, shards)
@@ -127,7 +126,7 @@ def encode_shards(
             latents[done : done + len(pixels)] = encode(autoencoder, pixels, config.flips).numpy()
             done += len(pixels)
         if not np.isfinite(latents).all():
-            raise ConfigError(f"autoencoder: some of its latents are NaN or infinite as {manifest.dtype}")
+            raise ConfigError(f"autoencoder: latents must be finite as {manifest.dtype}, got NaN or infinity")
         yield shard, latents
 
 

@@ -1,12 +1,12 @@
-"""Make reference statistics for `eval_fid.py`, so that the reference images are looked at only once.
+"""Compute reference statistics for `eval_fid.py` once, to reuse them in every evaluation.
 
     python scripts/reference_stats.py data=cifar10 data.root=/data/cifar out=cifar10-train.npz
     torchrun --nproc_per_node=8 scripts/reference_stats.py data=imagenet data.root=/data/imagenet \\
         data.img_size=256 out=imagenet256-train.npz
     python scripts/reference_stats.py images=FOLDER out=mine.npz extractor=classifier extractor.run=outputs/RUN
 
-Photos are cut by ADM's centre crop to `data.img_size`. The file holds mean and covariance over all images, under ADM's
-names, and the features of `features` of them for KID, precision and recall; it names the extractor and the images.
+Images are resized by ADM's centre crop to `data.img_size`. The file contains mean and covariance over all images, with
+ADM's names, the features of `features` images for KID, precision and recall, and the identity of extractor and images.
 """
 
 import sys
@@ -28,8 +28,6 @@ from vca.runtime import distributed
 from vca.runtime.errors import ConfigError
 from vca.runtime.rundir import check_ranks_agree
 
-DAY = 24 * 60.0  # minutes that ranks wait for each other: the slowest has the last word
-
 
 def register_configs() -> None:
     """Register the config schemas of this script with Hydra."""
@@ -37,20 +35,20 @@ def register_configs() -> None:
 
 
 def run(config: ReferenceStatsConfig) -> Any:
-    """Look at all images and write the file."""
-    with distributed.start(config.device.value, DAY, key="device") as world:
+    """Compute the statistics and write the file."""
+    with distributed.start(config.device.value, distributed.COLLECTIVE_TIMEOUT_MINUTES, key="device") as world:
         check_ranks_agree(world, config)
         extractor, out = load_extractor(config.extractor, world, rebuild), Path(config.out)
         images = open_source(config.images, "images", config.data, reference=True)
         if isinstance(images, StatisticsFile):
-            raise ConfigError(f"images: {images.source} holds statistics already, of all the images that it stands for")
+            raise ConfigError(f"images must be images, got the statistics in {images.source}")
         world.from_main(lambda: check_writable(out))
-        found = measure(images, extractor, world, config.batch_size, config.features)
+        features = measure(images, extractor, world, config.batch_size, config.features)
         if world.is_main:
-            save_statistics(out, found, extractor)
-            size, kept = len(found.pool.mean), 0 if found.features is None else len(found.features)
-            print(f"{out}: {size} features of {found.count} images, and of {kept} the features themselves", flush=True)
-    return found
+            save_statistics(out, features, extractor)
+            size, kept = len(features.pooled.mean), 0 if features.features is None else len(features.features)
+            print(f"{out}: moments of {size} features over {features.count} images, features of {kept}", flush=True)
+    return features
 
 
 if __name__ == "__main__":

@@ -1,16 +1,14 @@
-"""The paper's tables from what was run: Tables 1 to 4, the paper's figure beside the measured one.
+"""Print the paper's Tables 1 to 4 with published and measured values, or a table or plot of any runs.
 
-    python scripts/table.py outputs/                  on the screen, as Markdown
-    python scripts/table.py outputs/ --out tables     and as tables/table1.md, tables/table1.csv, ...
-    python scripts/table.py outputs/ --sweep          instead a row for each config there is, whatever it is
-    python scripts/table.py outputs/sweeps/... --sweep      the same of one sweep, and which of its jobs failed
+    python scripts/table.py outputs/                            Tables 1 to 4 as Markdown
+    python scripts/table.py outputs/ --out tables               also tables/table1.md, tables/table1.csv, ...
+    python scripts/table.py outputs/ --runs                     one row per config of all runs below a folder
+    python scripts/table.py outputs/sweeps/... --runs           the same for a sweep, and its failed jobs
+    python scripts/table.py outputs/A outputs/B --curves AB.png the curves of several runs in one plot
 
-Runs of `train_cls.py` and records of `eval_fid.py` are found wherever they lie in the folders, and a row by what a run
-was, whatever its name. Seeds make one row with a spread. Figures that were not measured alike, and records that lack a
-field of their protocol, are refused; what belongs into no table, or is not finished, is named below them.
-
-The table of `--sweep` is the one that a sweep ends with: rows are told apart by what differs between their configs.
-Of one sweep the exit code is 1 if a job failed.
+Runs of `train_cls.py` and records of `eval_fid.py` are searched in all subfolders and matched to rows by their config.
+Seeds give mean ± std. Different settings within a table and incomplete records are errors. Each run in no table is
+listed with the reason. For one sweep, `--runs` exits with code 1 if a job failed.
 """
 
 import argparse
@@ -26,30 +24,41 @@ from vca.report.sweep_table import sweep_table
 from vca.report.tables import TABLES, as_csv, as_markdown, gather, lines_of
 from vca.runtime.errors import ConfigError, check
 from vca.runtime.files import write_text
+from vca.runtime.rundir import RunDirectory
+from vca.training.curves import plot_curves
 
 
 def runs_below(folders: list[Path]) -> list[Path]:
-    """Run directories, wherever they lie in some folders."""
+    """Return the run directories in some folders and their subfolders."""
     for folder in folders:
         if not folder.is_dir():
-            raise ConfigError(f"{folder} is no folder")
-    found = sorted(path.parent for folder in folders for path in folder.rglob("config.json"))
-    if not found:
-        raise ConfigError(f"no run lies in {', '.join(map(str, folders))}")
-    return found
+            raise ConfigError(f"not a directory: {folder}")
+    runs = sorted({path.parent for folder in folders for path in folder.rglob("config.json")})
+    if not runs:
+        raise ConfigError(f"no run in {', '.join(map(str, folders))}")
+    return runs
 
 
 def main() -> None:
-    """Print the tables, and write them where that is asked for."""
+    """Print the tables, and write the requested files."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folders", nargs="+", type=Path, help="where runs and records lie, such as outputs/")
-    parser.add_argument("--out", type=Path, help="folder for table1.md, table1.csv and so on")
-    parser.add_argument("--weights", choices=("raw", "ema"), default="raw", help="of classifiers (default raw)")
-    parser.add_argument("--sweep", action="store_true", help="a row for each config instead of the paper's tables")
+    parser.add_argument("folders", nargs="+", type=Path, help="folders with runs and records, such as outputs/")
+    parser.add_argument("--out", type=Path, help="output folder for table1.md, table1.csv, ...")
+    parser.add_argument("--weights", choices=("raw", "ema"), help="of classifiers; default: EMA if the run has one")
+    parser.add_argument("--runs", action="store_true", help="one row per config instead of the paper's tables")
+    parser.add_argument("--curves", type=Path, metavar="FILE.png", help="plot the curves of all runs, no table")
     options = parser.parse_args()
     with exit_on_user_error():
-        if options.sweep:
-            check(options.out is None, "--out", "left out with --sweep, which prints", options.out)
+        if options.curves:
+            runs = runs_below(options.folders)
+            names = [run.name for run in runs]
+            labels = names if len(set(names)) == len(names) else [str(run) for run in runs]
+            records = {label: RunDirectory(run).records() for label, run in zip(labels, runs, strict=True)}
+            plot_curves(records, options.curves)
+            print(f"curves of {len(runs)} runs: {options.curves}")
+            return
+        if options.runs:
+            check(options.out is None, "--out", "omitted with --runs", str(options.out))
             if [(folder / "jobs.json").exists() for folder in options.folders] == [True]:
                 sys.exit(report(options.folders[0]))
             print(sweep_table(runs_below(options.folders)))
@@ -63,8 +72,12 @@ def main() -> None:
                 options.out.mkdir(parents=True, exist_ok=True)
                 write_text(options.out / f"{name}.md", text)
                 write_text(options.out / f"{name}.csv", as_csv(lines))
+        weights = {"raw": "raw", "ema": "EMA"}.get(options.weights, "EMA if the run has one, else raw")
+        print(f"weights of the top-1 values: {weights}")
+        for line in found.warnings:
+            print(f"warning: {line}")
         for line in found.left_out:
-            print(f"left out: {line}")
+            print(f"in no table: {line}")
 
 
 if __name__ == "__main__":

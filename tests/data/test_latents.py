@@ -171,10 +171,10 @@ def test_autoencoder_wrong_config_refused(vaes, tmp_path):
     vae = str(vaes / "other")
     for fields, message in (
         ({"name": "difusers", "source": "x"}, "autoencoder.name must be one of"),
-        ({"name": "diffusers"}, "autoencoder.source must be a path or a name, got None"),
+        ({"name": "diffusers"}, "autoencoder.source must be a path or a hub name, got None"),
         ({"name": "diffusers", "source": str(tmp_path)}, "must be a folder with diffusers' config.json"),
         ({"name": "diffusers", "source": str(half), "factor": 4}, "cannot be loaded"),
-        ({"name": "diffusers", "source": vae, "factor": 8}, r"autoencoder.factor must be 4, as '.*' has it, got 8"),
+        ({"name": "diffusers", "source": vae, "factor": 8}, r"autoencoder.factor must be 4 for '.*', got 8"),
         ({"name": "diffusers", "source": vae, "factor": 4, "channels": 16}, "autoencoder.channels must be 4"),
         ({"name": "diffusers", "source": vae, "factor": 4, "scale": 0.0}, "autoencoder.scale must be > 0 or null"),
         ({"name": "file", "source": "nowhere.py"}, "autoencoder.source must be a Python file, got 'nowhere.py'"),
@@ -182,7 +182,7 @@ def test_autoencoder_wrong_config_refused(vaes, tmp_path):
         ({"name": "file", "source": str(tmp_path / "other.py")}, "must return a module with encode and decode"),
         (
             {"name": "file", "source": str(tmp_path / "halve.py"), "weights": "1", "factor": 2},
-            r"makes 16 x 16 px .3, 8, 8., not 4 or 8 channels of 8 x 8",
+            r"must encode 16 x 16 px as 4 or 8 channels of 8 x 8, got .3, 8, 8.",
         ),
         ({"name": "none", "source": "x"}, "autoencoder.source must be null in pixel space"),
     ):
@@ -486,7 +486,7 @@ def test_autoencoder_missing_weights_refused(vaes, tmp_path):
     state = load_file(file)
     del state["encoder.conv_in.weight"]
     save_file(state, file, metadata={"format": "pt"})
-    with pytest.raises(ConfigError, match=r"are not those of its config \(missing_keys encoder.conv_in.weight\)"):
+    with pytest.raises(ConfigError, match=r"do not match its config.json \(missing_keys encoder.conv_in.weight\)"):
         load_autoencoder(AutoencoderConfig("diffusers", str(broken), channels=4, factor=4), CPU)
 
 

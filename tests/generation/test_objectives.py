@@ -94,7 +94,7 @@ def test_respaced_steps_valid_and_invalid_counts():
     for count in (0, 1001):
         with pytest.raises(ValueError, match=rf"from 1 to 1000, got {count}"):
             respaced_steps(1000, count)
-    with pytest.raises(ValueError, match="needs noise"):
+    with pytest.raises(ValueError, match="noise must be given"):
         sample_ddim(toy_diffusion_net, torch.zeros(1, 1, 2, 2), GaussianDiffusion(linear_betas()), 5, eta=1.0)
 
 

@@ -17,11 +17,12 @@ import vca
 from models import CLASSIFIERS, MODELS, build_model
 from models.layers import Block
 from scripts import complexity
-from scripts.complexity import PAPER, complexity_of
+from scripts.complexity import complexity_of
 from tests.processes import ROOT
 from tests.support import GOLDEN
 from vca.attention import ATTENTIONS, SoftmaxAttention, SoftmaxConfig, VCAConfig, VisualContrastAttention
 from vca.config import compose
+from vca.report import paper
 from vca.sweep.plan import ablations, rows_of_ablation
 
 models.register_timm()
@@ -199,7 +200,7 @@ def test_complexity_rows_cover_models_and_ablations():
     expected = {(model, attention) for model in MODEL_FILES for attention in ("softmax", "vca")}
     rows = {(model, " ".join(chosen).replace("attention.", "")) for model, chosen in ROWS}
     assert rows == expected | {(model, row) for model in ("deit_tiny", "dit_s_2") for row in ablated}
-    assert set(SETTLED) == set(PAPER)
+    assert set(SETTLED) == set(paper.TABLE1)
     assert {*SETTLED, *PARAMS} <= rows
 
 

@@ -137,17 +137,20 @@ def test_sample_script_set_extended_but_not_changed(generator_run, tmp_path):
     again, _ = draw(tmp_path / "a", f"run={generator_run}", "count=8")
     assert again == more
     for other, message in (
-        ("seed=1", r"holds other samples \(seed: 0 -> 1\); choose another folder"),
-        ("sampler.cfg_scale=1.5", r"holds other samples \(sampler.cfg_scale: 1.0 -> 1.5\)"),
-        ("weights=raw", r"holds other samples \(origin.weights: 'ema' -> 'raw'; origin.weights_sha256"),
-        ("step=1", r"holds other samples \(origin.step: 2 -> 1; origin.weights_sha256"),
-        ("labels=[1]", r"holds other samples \(labels: 'random' -> \[1\]\)"),
-        ("count=3", r"count must be >= 8, which .* holds already"),
+        ("seed=1", r"contains samples with other settings \(seed: 0 -> 1\); choose another folder"),
+        ("sampler.cfg_scale=1.5", r"contains samples with other settings \(sampler.cfg_scale: 1.0 -> 1.5\)"),
+        (
+            "weights=raw",
+            r"contains samples with other settings \(origin.weights: 'ema' -> 'raw'; origin.weights_sha256",
+        ),
+        ("step=1", r"contains samples with other settings \(origin.step: 2 -> 1; origin.weights_sha256"),
+        ("labels=[1]", r"contains samples with other settings \(labels: 'random' -> \[1\]\)"),
+        ("count=3", r"count must be >= 8, the samples in .*, got 3; or choose"),
     ):
         with pytest.raises(ConfigError, match=message):
             draw(tmp_path / "a", f"run={generator_run}", *(["count=8"] if "count" not in other else []), other)
     (tmp_path / "c" / "images").mkdir(parents=True)
-    with pytest.raises(ConfigError, match="is no set of samples, and holds other files, such as images"):
+    with pytest.raises(ConfigError, match=r"must be empty or a folder of sample.py, got a folder with images"):
         draw(tmp_path / "c", f"run={generator_run}", "count=2")
 
 
@@ -158,7 +161,7 @@ def test_sample_script_changed_image_refused(generator_run, tmp_path, count):
     signed = (tmp_path / "manifest.json").read_text()
     whole = (tmp_path / "images" / "000002.png").read_bytes()
     shutil.copy(tmp_path / "images" / "000001.png", tmp_path / "images" / "000002.png")
-    message = r"^\S+000002.png was changed after the set was complete; delete it and start again$"
+    message = r"^\S+000002.png has changed since the folder was complete; delete it and rerun the command$"
     for _ in range(2):
         with pytest.raises(ConfigError, match=message):
             draw(tmp_path, f"run={generator_run}", f"count={count}", "npz=true", "grid=true")
@@ -176,7 +179,9 @@ def test_sample_script_changed_image_without_digests_refused(generator_run, tmp_
     draw(tmp_path, f"run={generator_run}", "count=5")
     (tmp_path / "digests.txt").write_text("damaged")
     shutil.copy(tmp_path / "images" / "000001.png", tmp_path / "images" / "000002.png")
-    with pytest.raises(ConfigError, match=r"images holds other images than the manifest names; choose another folder"):
+    with pytest.raises(
+        ConfigError, match=r"images in \S+ have changed since the folder was complete; choose another folder"
+    ):
         draw(tmp_path, f"run={generator_run}", "count=5")
 
 
@@ -312,15 +317,15 @@ def test_sample_script_damaged_set_or_checkpoint(generator_run, tmp_path):
     draw(tmp_path / "a", f"run={generator_run}", "count=3")
     image = tmp_path / "a" / "images" / "000001.png"
     image.write_bytes(image.read_bytes()[:60])
-    with pytest.raises(ConfigError, match=r"000001.png is not a whole sample; delete it and start again"):
+    with pytest.raises(ConfigError, match=r"000001.png is corrupt; delete it and rerun the command"):
         draw(tmp_path / "a", f"run={generator_run}", "count=3")
     image.unlink()
     draw(tmp_path / "a", f"run={generator_run}", "count=3")
     (tmp_path / "a" / "manifest.json").write_text("{")
-    with pytest.raises(ConfigError, match=r"manifest.json is damaged"):
+    with pytest.raises(ConfigError, match=r"manifest.json is corrupt"):
         draw(tmp_path / "a", f"run={generator_run}", "count=3")
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match=r"out: .*file cannot be written: "):
+    with pytest.raises(ConfigError, match=r"out: cannot write .*file: "):
         draw(tmp_path / "file", f"run={generator_run}", "count=1")
     run = shutil.copytree(generator_run, tmp_path / "run")
     newest = run / "checkpoints" / "step_00000002.pt"
@@ -377,6 +382,6 @@ def test_sample_script_nonfinite_samples_refused(generator_run, tmp_path):
     saved = torch.load(path, weights_only=True)
     saved["ema"]["final_layer.linear.bias"].fill_(float("nan"))
     torch.save(saved, path)
-    with pytest.raises(NonFiniteError, match="NaN or infinite: number 0 to 0 of broken"):
+    with pytest.raises(NonFiniteError, match="NaN or infinite: samples 0 to 0 of broken"):
         draw(tmp_path / "out", f"run={broken}", "count=2")
     assert not list((tmp_path / "out" / "images").iterdir())

@@ -87,7 +87,7 @@ def test_resume_with_other_config_refused(finished):
         run(folder, "optim.lr=0.5")
     run(folder, "trainer.workers=1", "trainer.checkpoint_every=3")  # these do not change results
     checkpoint = f"{folder}/run/checkpoints/step_00000006.pt"
-    with pytest.raises(ConfigError, match=rf"steps: 6 there, 9 here.*name=\.\.\. trainer.init_from={checkpoint}$"):
+    with pytest.raises(ConfigError, match=rf"steps: 6 -> 9.*name=\.\.\. trainer.init_from={checkpoint}$"):
         run(folder, "trainer.steps=9")
 
 

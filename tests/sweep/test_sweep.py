@@ -224,20 +224,20 @@ def test_sweep_table_mean_over_seeds_and_excluded_runs(tmp_path):
     (foreign / "config.json").write_text("[]")
     lines = sweep_table([*runs, runs[0], short, unevaluated, twice, foreign, tmp_path / "none"]).splitlines()
     assert lines[2:] == [
-        "| vca | 51 +- 1 | 0.5 +- 0 | 1 +- 0 | 3 |",
-        "| vca-stage2_plain | 40 | 0.5 | 1 | 1 |",
-        f"{twice}: the same config and seed as {runs[1]}, left out",
+        "| vca | 51.00 +- 1.00 | 0.5000 +- 0.0000 | 1.0000 +- 0.0000 | 3 | a0 a1 a2 |",
+        "| vca-stage2_plain | 40.00 | 0.5000 | 1.0000 | 1 | b |",
+        f"{twice}: skipped, same config and seed as {runs[1]}",
         f"{short}: not finished (step 2)",
         f"{unevaluated}: not finished (step 4)",
-        f"{foreign}: is no run of this project or is damaged (ConfigError)",
-        f"{tmp_path / 'none'}: not begun",
+        f"{foreign}: not a run of this project, or corrupt (ConfigError)",
+        f"{tmp_path / 'none'}: not started",
     ]
     other = finished_run(tmp_path / "other", num_classes=7, top1=30.0)
     text = sweep_table([*runs, other])
     assert "data.num_classes=None\n\n| " in text
     assert text.endswith(
-        "data.num_classes=7\n\n|  | top-1 (%) | evaluation loss | training loss | seeds |\n"
-        "| --- | --- | --- | --- | --- |\n| vca | 30 | 0.5 | 1 | 1 |"
+        "data.num_classes=7\n\n|  | top-1 (%) | evaluation loss | training loss | seeds | runs |\n"
+        "| --- | --- | --- | --- | --- | --- |\n| vca | 30.00 | 0.5000 | 1.0000 | 1 | other |"
     )
 
 
@@ -255,7 +255,7 @@ def test_sweep_report_lists_failed_jobs(tmp_path, capsys):
     (tmp_path / "sweep" / "logs" / "b.log").write_text("### started now\nconfig error: x\n")
     assert report(tmp_path / "sweep") == 1
     said = capsys.readouterr()
-    assert "| vca | 50 |" in said.out
+    assert "| vca | 50.00 |" in said.out
     assert said.out.startswith(f"finished: a: top-1 50 (7 s; {tmp_path / 'sweep' / 'logs' / 'a.log'})\n")
     assert said.err == f"failed: b: did not finish; config error: x ({tmp_path / 'sweep' / 'logs' / 'b.log'})\n"
 

@@ -24,6 +24,7 @@ from vca.config import compose
 from vca.data import load_dataset
 from vca.data.augment import eval_transform
 from vca.runtime.errors import ConfigError
+from vca.runtime.rundir import RunDirectory
 from vca.training.pretrained import InitWeights, init_from, read_weights, strip_wrappers
 
 SHORT = (*TINY, "trainer.steps=3", "trainer.log_every=3")
@@ -269,7 +270,7 @@ def test_export_loads_in_timm(tmp_path, attention, weights):
     run(tmp_path, "name=run", f"attention={attention}", "trainer.ema_decay=0.5")
     out = tmp_path / "exported"
     said = export(tmp_path / "run", weights, out)
-    assert said == f"{out}: vca_deit_mini_patch2_8, {weights} weights of step 3"
+    assert said.startswith(f"{out}: vca_deit_mini_patch2_8, {weights} weights of step 3, top-1 ")
     described = json.loads((out / "config.json").read_text())
     assert described["model_args"]["depth"] == 2
     assert not {"img_size", "patch_size"} & set(described["model_args"])
@@ -318,16 +319,18 @@ def test_export_script_messages_and_errors(tmp_path):
 
     run(tmp_path, "name=run", "trainer.ema_decay=null")
     done = command(tmp_path / "run")
-    assert done.stdout == f"{tmp_path}/run/export: vca_deit_mini_patch2_8, raw weights of step 3\n"
+    top1 = [r["val/top1"] for r in RunDirectory(tmp_path / "run").records() if "val/top1" in r][-1]
+    summary = f"vca_deit_mini_patch2_8, raw weights of step 3, top-1 {top1:.2f} %"
+    assert done.stdout == f"{tmp_path}/run/export: {summary}\n"
     assert (tmp_path / "run" / "export" / "model.safetensors").exists()
     done = command(tmp_path / "run", "--weights", "ema")
-    assert (done.returncode, done.stderr) == (2, f"error: {tmp_path}/run keeps no EMA; use --weights raw\n")
+    assert (done.returncode, done.stderr) == (2, f"error: --weights must be raw for {tmp_path}/run, which has no EMA\n")
 
     (tmp_path / "file").touch()
-    with pytest.raises(ConfigError, match=r"--out: .*file cannot be made: File exists"):
+    with pytest.raises(ConfigError, match=r"--out: cannot create .*file: File exists"):
         export(tmp_path / "run", None, tmp_path / "file")
     with pytest.raises(ConfigError, match=r"RUN must be a run directory with a config.json, got '.*nowhere'"):
         export(tmp_path / "nowhere", None, tmp_path)
     shutil.rmtree(tmp_path / "run" / "checkpoints")
-    with pytest.raises(ConfigError, match="holds no checkpoint"):
+    with pytest.raises(ConfigError, match="contains no checkpoint"):
         export(tmp_path / "run", None, tmp_path)

@@ -7,7 +7,7 @@ from vca.config.composition import (
     read_protocol,
     register_schemas,
 )
-from vca.config.pipeline import check_protocol, drawn_set, read_generator
+from vca.config.pipeline import load_generated_images
 from vca.config.schema import (
     DoctorConfig,
     EvalFidConfig,
@@ -26,12 +26,10 @@ __all__ = [
     "SampleConfig",
     "TrainClsConfig",
     "TrainGenConfig",
-    "check_protocol",
     "compose",
-    "drawn_set",
     "from_plain",
     "from_registry",
-    "read_generator",
+    "load_generated_images",
     "read_protocol",
     "register_schemas",
 ]

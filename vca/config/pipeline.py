@@ -1,6 +1,6 @@
 """The configs of the generator that a `GeneratorConfig` names, and the check of its sampling protocol."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,10 +10,11 @@ from vca.config.composition import Registry, from_registry, read_protocol
 from vca.config.schema import GeneratorConfig
 from vca.generation.autoencoder import AUTOENCODERS, AutoencoderConfig
 from vca.generation.objective import OBJECTIVES
-from vca.generation.pipeline import DiffusionPipeline, GeneratedImages
+from vca.generation.pipeline import GeneratedImages
+from vca.runtime.distributed import World
 from vca.runtime.errors import ConfigError, check
 from vca.runtime.rundir import diff_configs, read_config, to_dict
-from vca.training.restore import THE_ONLY_ONES
+from vca.training.restore import THE_ONLY_ONES, load_generator
 
 
 def read_generator(config: GeneratorConfig, networks: Registry) -> dict[str, Any]:
@@ -65,11 +66,17 @@ def load_run_config(folder: Path, networks: Registry) -> dict[str, Any]:
     }
 
 
-def drawn_set(config: GeneratorConfig, generator: DiffusionPipeline, count: int) -> GeneratedImages:
-    """Return the first `count` samples of a generator under the config's sampler, labels and seed."""
-    return GeneratedImages(
-        generator, config.sampler, config.labels, config.seed, config.precision, count, config.batch_size
+def load_generated_images(
+    config: GeneratorConfig, networks: Registry, build: Callable[[Any, Any], Any], world: World, count: int
+) -> tuple[GeneratedImages, dict[str, Any]]:
+    """Load the generator that `config` names, and return its first `count` samples with their settings."""
+    configs = read_generator(config, networks)
+    pipeline = load_generator(configs, build, world, config.weights, config.run, config.step, config.checkpoint)
+    check_protocol(config, pipeline.origin)
+    images = GeneratedImages(
+        pipeline, config.sampler, config.labels, config.seed, config.precision, count, config.batch_size
     )
+    return images, {"protocol": config.protocol, **images.settings()}
 
 
 def check_protocol(config: GeneratorConfig, origin: Mapping[str, Any]) -> None:

@@ -1,1 +1,1 @@
-"""Measuring a model."""
+"""Evaluation: accuracy, complexity, feature extractors, image sets, statistics and evaluation records."""

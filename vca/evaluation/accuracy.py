@@ -14,21 +14,21 @@ from vca.runtime.distributed import World
 def evaluate(
     model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], world: World, autocast: Any = None
 ) -> dict[str, float]:
-    """Top-1, top-5 (where there are more than five classes), mean cross entropy, and the number of images.
+    """Compute top-1, top-5 (with more than five classes), mean cross entropy, and the number of images.
 
-    Each rank counts over its own images; integers are summed over the ranks, so no image counts twice or not at all.
+    Each rank counts its own images and the integer counts are summed over ranks, so every image counts exactly once.
 
     Args:
         model: maps images to logits `(b, K)`.
         batches: this rank's `(images, labels)`.
-        world: this process.
-        autocast: a context manager for the forward pass, or None.
+        world: rank and device of this process.
+        autocast: context manager for the forward pass, or None.
 
     Returns:
         `top1` and `top5` in percent, `loss` in nats, `images`.
     """
     model.eval()
-    counts = torch.zeros(3, dtype=torch.int64, device=world.device)  # right in 1, right in 5, all
+    counts = torch.zeros(3, dtype=torch.int64, device=world.device)  # correct in top-1, correct in top-5, images
     loss = torch.zeros((), dtype=torch.float64, device=world.device)
     classes = 0
     for images, labels in batches:
@@ -44,8 +44,8 @@ def evaluate(
         loss += F.cross_entropy(logits, labels, reduction="sum").double()
     world.sum(counts)
     world.sum(loss)
-    right1, right5, images_seen = counts.tolist()
-    result = {"top1": 100 * right1 / images_seen, "loss": loss.item() / images_seen, "images": images_seen}
+    correct1, correct5, total = counts.tolist()
+    result = {"top1": 100 * correct1 / total, "loss": loss.item() / total, "images": total}
     if classes > 5:
-        result["top5"] = 100 * right5 / images_seen
+        result["top5"] = 100 * correct5 / total
     return result

@@ -1,4 +1,4 @@
-"""An evaluation from two sources of images or statistics to its figures: refuse what does not fit, look, compare."""
+"""Compare two sets of images or statistics: check that they are comparable, extract features, compute metrics."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,79 +18,79 @@ from vca.runtime.errors import ConfigError, check
 
 
 def check_comparable(samples: Any, reference: Any, extractor: Extractor, allow_few: bool) -> list[str]:
-    """Warnings about two sources that can be compared, before anything is computed.
+    """Check that two sources are comparable, before any computation, and return warnings.
 
     Args:
-        samples, reference: what `vca.evaluation.sources.open_source` found, or a `DrawnSet`.
-        extractor: of both.
-        allow_few: let sets pass that have fewer images than features.
+        samples, reference: results of `vca.evaluation.sources.open_source`, or `GeneratedImages`.
+        extractor: feature extractor of both.
+        allow_few: accept sets with fewer images than features.
 
     Raises:
-        ConfigError: if their sizes differ, the extractor does not take them, or they are too few.
+        ConfigError: if image sizes differ, the extractor does not accept the images, or there are too few.
     """
     if samples.shape is not None and reference.shape is not None and tuple(samples.shape) != tuple(reference.shape):
         raise ConfigError(
-            f"samples: {samples.source} holds images of {format_shape(samples.shape)}, the reference "
-            f"{reference.source} of {format_shape(reference.shape)}; they must be alike"
+            f"samples: images of {samples.source} must have the size of the reference {reference.source}, "
+            f"{format_shape(reference.shape)}, got {format_shape(samples.shape)}"
         )
     sides = {"samples": samples, "reference": reference}
     warnings = [line for s in sides.values() if isinstance(s, StatisticsFile) for line in s.check_extractor(extractor)]
-    sizes = {key: sizes_of(source, extractor) for key, source in sides.items()}
-    for kind in ("pool", "spatial"):
+    sizes = {key: feature_sizes(source, extractor) for key, source in sides.items()}
+    for kind in ("pooled", "spatial"):
         ours, theirs = sizes["samples"].get(kind), sizes["reference"].get(kind)
         if ours != theirs and None not in (ours, theirs):
             raise ConfigError(
-                f"reference: {reference.source} has {theirs} {kind} features, {samples.source} with "
-                f"extractor={extractor.name} {ours}; make the statistics again by scripts/reference_stats.py"
+                f"reference: {reference.source} must have {ours} {kind} features (extractor={extractor.name}), got "
+                f"{theirs}; recreate the statistics with scripts/reference_stats.py"
             )
     for key, source in sides.items():
-        features = sizes[key]["pool"]
+        features = sizes[key]["pooled"]
         if source.count is not None and source.count < 2:
-            raise ConfigError(f"{key}: {source.source} holds {source.count} image, and a covariance needs two")
+            raise ConfigError(f"{key}: {source.source} must contain at least 2 images, got {source.count}")
         if source.count is not None and source.count < features:
-            few = f"{source.count} images are fewer than the {features} features, and the distance is biased upwards"
+            few = f"{source.count} images are fewer than the {features} features; the distance is biased upwards"
             if not allow_few:
-                raise ConfigError(f"{key}: {source.source}: {few}; take more, or all the same: allow_few=true")
+                raise ConfigError(f"{key}: {source.source}: {few}; use more images, or set allow_few=true")
             warnings.append(f"{key}: {few}")
-    check(samples.count is not None, "samples", "a set of a known number of images", samples.source)
+    check(samples.count is not None, "samples", "a set with a known number of images", samples.source)
     return warnings
 
 
-def sizes_of(source: Any, extractor: Extractor) -> dict[str, int]:
-    """How many features of each kind a source has."""
+def feature_sizes(source: Any, extractor: Extractor) -> dict[str, int]:
+    """Return the number of features of each kind of a source."""
     if isinstance(source, StatisticsFile):
         return source.sizes
     return {name: rows.shape[1] for name, rows in probe(source, extractor).items()}
 
 
 def read_features(
-    source: Any, extractor: Extractor, world: World, batch_size: int, keep: int, talk: bool = True
+    source: Any, extractor: Extractor, world: World, batch_size: int, keep: int, verbose: bool = True
 ) -> FeatureSet:
-    """`measure` a set of images; or take the statistics of a file, and the features of ADM's images beside them."""
+    """Measure a set of images, or read a statistics file and measure the images that ADM's files contain."""
     if not isinstance(source, StatisticsFile):
-        return measure(source, extractor, world, batch_size, keep, talk)
-    found = source.read()
+        return measure(source, extractor, world, batch_size, keep, verbose)
+    statistics = source.read()
     if source.images is None or not keep:
-        return found
-    shown = measure(source.images, extractor, world, batch_size, keep, talk)
-    return replace(found, features=shown.features, neighbours_only=True)
+        return statistics
+    images = measure(source.images, extractor, world, batch_size, keep, verbose)
+    return replace(statistics, features=images.features, neighbours_only=True)
 
 
 KID = {"subsets": 100, "subset_size": 1000, "seed": 2020}
-SPLIT = 5000  # images of a split of the Inception Score
-NEIGHBOURS = 3  # of precision and recall
+SPLIT = 5000  # images per split of the Inception Score
+NEIGHBOURS = 3  # k of precision and recall
 
 
 @dataclass
 class Metrics:
-    """Figures; None where they could not be had.
+    """Metric values; None if not computed.
 
     Attributes:
-        frechet: distance of the pooled features: of Inception's it is the FID.
-        spatial_frechet: of the spatial ones: sFID.
-        kernel, kernel_std: KID over its subsets; a single subset has no spread.
-        inception_score, inception_score_std: over its splits.
-        precision, recall: from 0 to 1.
+        frechet: Frechet distance of the pooled features; FID with Inception.
+        spatial_frechet: Frechet distance of the spatial features; sFID.
+        kernel, kernel_std: KID, mean and std over subsets; no std for a single subset.
+        inception_score, inception_score_std: mean and std over splits.
+        precision, recall: fractions in [0, 1].
     """
 
     frechet: float
@@ -106,11 +106,11 @@ class Metrics:
 def compare_sets(
     samples: FeatureSet, reference: FeatureSet, device: torch.device | str = "cpu", dtype: str = "float64"
 ) -> tuple[Metrics, dict[str, Any]]:
-    """The figures, and the settings that they depend on besides the two sets.
+    """Compute the metrics, and return them with the settings that they depend on.
 
-    `dtype` is that of the distances of precision and recall. The setting `missing` says why a figure is None.
+    `dtype` is that of the distances of precision and recall. The setting `missing` has the reason for each None.
     """
-    metrics = Metrics(frechet_distance(*samples.pool, *reference.pool))
+    metrics = Metrics(frechet_distance(*samples.pooled, *reference.pooled))
     settings: dict[str, Any] = {"kid": None, "inception_score_split": None, "neighbours": None}
     settings["missing"] = why_missing(samples, reference)
     if samples.spatial is not None and reference.spatial is not None:
@@ -123,11 +123,11 @@ def compare_sets(
         least = min(len(x), len(y))
         if not reference.neighbours_only and least >= 2:
             size = min(KID["subset_size"], least)
-            whole = size == len(x) == len(y)  # every subset is the same
-            of = {**KID, "subsets": 1 if whole else KID["subsets"], "subset_size": size}
-            settings["kid"] = {**of, "of": [len(x), len(y)]}
-            metrics.kernel, spread = kernel_distance(x, y, **of)
-            metrics.kernel_std = None if whole else spread
+            whole = size == len(x) == len(y)  # all subsets are identical
+            options = {**KID, "subsets": 1 if whole else KID["subsets"], "subset_size": size}
+            settings["kid"] = {**options, "of": [len(x), len(y)]}
+            metrics.kernel, std = kernel_distance(x, y, **options)
+            metrics.kernel_std = None if whole else std
         if least > NEIGHBOURS:
             settings["neighbours"] = {"k": NEIGHBOURS, "of": [len(x), len(y)], "dtype": dtype}
             metrics.precision, metrics.recall = precision_recall(x, y, NEIGHBOURS, device, dtype)
@@ -135,59 +135,59 @@ def compare_sets(
 
 
 def why_missing(samples: FeatureSet, reference: FeatureSet) -> dict[str, str]:
-    """For each figure that `compare_sets` cannot compute, the reason."""
+    """Return the reason for each metric that `compare_sets` cannot compute."""
     sides = {"samples": samples, "reference": reference}
     missing: dict[str, str] = {}
     for key, side in sides.items():
         if side.spatial is None:
             missing.setdefault("spatial_frechet", f"{key} {side.source} has no spatial features")
         kept = 0 if side.features is None else len(side.features)
-        has = "statistics only, no features of single images" if side.features is None else f"features of {kept} images"
+        has = "no features of individual images" if side.features is None else f"features of {kept} images"
         for name, least in (("kernel", 2), ("precision", NEIGHBOURS + 1)):
             if kept < least:
                 missing.setdefault(name, f"{key} {side.source} has {has}")
     if reference.neighbours_only:
-        missing.setdefault("kernel", f"the images of {reference.source} are the reference of precision and recall only")
+        missing.setdefault("kernel", f"the images of {reference.source} are for precision and recall only")
     if samples.logits is None:
-        missing["inception_score"] = f"samples {samples.source} has no logits of every image"
+        missing["inception_score"] = f"samples {samples.source} does not have logits of every image"
     return missing
 
 
-def labelled(metrics: Metrics, settings: dict[str, Any], count: int, published: bool) -> dict[str, str]:
-    """Names that say what was measured on how many images, and the figures: FID-50K is that of 50,000 images alone.
+def labelled_metrics(metrics: Metrics, settings: dict[str, Any], count: int, published: bool) -> dict[str, str]:
+    """Return metric values by a label with the number of images: FID-50K is only for exactly 50,000 samples.
 
     Args:
-        metrics, settings: as `compare_sets` returns them.
-        count: samples.
-        published: whether the extractor is the Inception network of FID; other features make no FID.
+        metrics, settings: results of `compare_sets`.
+        count: number of samples.
+        published: whether the extractor is FID's Inception network; the label is FID only then.
     """
     names = ("FID", "sFID", "KID", "Inception Score")
     if not published:
-        names = ("Frechet distance", "spatial Frechet distance", "kernel distance", "score of the classifier")
-    shown = {f"{names[0]}{size_of(count)}": f"{metrics.frechet:.4g}"}
+        names = ("Frechet distance", "spatial Frechet distance", "kernel distance", "classifier score")
+    lines = {f"{names[0]}{size_suffix(count)}": f"{metrics.frechet:.4g}"}
     if metrics.spatial_frechet is not None:
-        shown[f"{names[1]}{size_of(count)}"] = f"{metrics.spatial_frechet:.4g}"
+        lines[f"{names[1]}{size_suffix(count)}"] = f"{metrics.spatial_frechet:.4g}"
     if metrics.kernel is not None:
-        spread = "" if metrics.kernel_std is None else f" +- {metrics.kernel_std:.2g}"
-        shown[f"{names[2]}{size_of(settings['kid']['of'][0])}"] = f"{metrics.kernel:.4g}{spread}"
+        std = "" if metrics.kernel_std is None else f" +- {metrics.kernel_std:.2g}"
+        lines[f"{names[2]}{size_suffix(settings['kid']['of'][0])}"] = f"{metrics.kernel:.4g}{std}"
     if metrics.inception_score is not None:
-        spread = f" +- {metrics.inception_score_std:.2g}" if count > SPLIT else ""
-        shown[f"{names[3]}{size_of(count)}"] = f"{metrics.inception_score:.4g}{spread}"
+        std = f" +- {metrics.inception_score_std:.2g}" if count > SPLIT else ""
+        lines[f"{names[3]}{size_suffix(count)}"] = f"{metrics.inception_score:.4g}{std}"
     if metrics.precision is not None:
-        of = " vs ".join(map(short, settings["neighbours"]["of"]))
-        of += ", float16" if settings["neighbours"]["dtype"] == "float16" else ""
-        shown[f"precision, {of}"], shown[f"recall, {of}"] = f"{metrics.precision:.4f}", f"{metrics.recall:.4f}"
-    absent = {"spatial_frechet": names[1], "kernel": names[2], "inception_score": names[3]}
-    for figure, reason in settings["missing"].items():
-        shown[absent.get(figure, "precision, recall")] = f"not computed: {reason}"
-    return shown
+        sizes = " vs ".join(map(format_count, settings["neighbours"]["of"]))
+        sizes += ", float16" if settings["neighbours"]["dtype"] == "float16" else ""
+        lines[f"precision, {sizes}"], lines[f"recall, {sizes}"] = f"{metrics.precision:.4f}", f"{metrics.recall:.4f}"
+    missing = {"spatial_frechet": names[1], "kernel": names[2], "inception_score": names[3]}
+    for name, reason in settings["missing"].items():
+        lines[missing.get(name, "precision, recall")] = f"not computed: {reason}"
+    return lines
 
 
-def size_of(count: int) -> str:
-    """`-50K`, or ` (N = 49,999)`."""
-    return f"-{short(count)}" if count % 1000 == 0 else f" (N = {short(count)})"
+def size_suffix(count: int) -> str:
+    """Format a count as `-50K` or ` (N = 49,999)`."""
+    return f"-{format_count(count)}" if count % 1000 == 0 else f" (N = {format_count(count)})"
 
 
-def short(count: int) -> str:
-    """`50K`, or `49,999`."""
+def format_count(count: int) -> str:
+    """Format a count as `50K` or `49,999`."""
     return f"{count // 1000}K" if count % 1000 == 0 else f"{count:,}"

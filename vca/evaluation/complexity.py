@@ -1,4 +1,4 @@
-"""Parameters and multiply-adds of a model, counted without computing anything."""
+"""Count parameters and multiply-adds of a model on the meta device."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 @dataclass(frozen=True)
 class Complexity:
-    """Number of parameters, and of multiply-adds (MACs) in the forward pass of one image of shape `input`."""
+    """Parameters, and multiply-adds (MACs) of the forward pass of one image of shape `input`."""
 
     params: int
     macs: int
@@ -18,14 +18,14 @@ class Complexity:
 
 
 def count(build: Callable[[], nn.Module], inputs: Callable[[], tuple[Tensor, ...]]) -> Complexity:
-    """Count a model on the meta device.
+    """Count parameters and MACs of a model on the meta device.
 
-    Multiply-adds are those of matrix products and convolutions; norms, softmaxes, pooling and additions are not
-    counted, as in the papers' figures.
+    MACs are those of matrix products and convolutions; norms, softmax, pooling and additions are not counted, as in
+    the papers.
 
     Args:
-        build: makes the model.
-        inputs: makes its arguments, for one image.
+        build: returns the model.
+        inputs: returns its arguments for one image.
     """
     with torch.device("meta"):
         model, arguments = build().eval(), inputs()

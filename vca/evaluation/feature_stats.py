@@ -1,7 +1,6 @@
 """Mean and covariance of features in one pass, in float64, over any batches and ranks.
 
-Kept are the number of rows, their sum and the sum of their outer products: nothing else of an image has to travel or to
-be stored.
+The state is the number of rows, their sum, and the sum of their outer products.
 
 Shape letters: B batch, D features.
 """
@@ -14,11 +13,11 @@ from vca.runtime.distributed import World
 
 
 class FeatureStatistics:
-    """Running sums of rows `(B, D)`.
+    """Running sums over rows `(B, D)`.
 
     Args:
         features: D.
-        device: where the sums are kept.
+        device: device of the sums.
     """
 
     def __init__(self, features: int, device: torch.device | str = "cpu") -> None:
@@ -30,7 +29,7 @@ class FeatureStatistics:
         """Add rows `(B, D)`.
 
         Raises:
-            ValueError: if they are not `(B, D)`, or something is NaN or infinite.
+            ValueError: if the shape differs, or a value is NaN or infinite.
         """
         if rows.ndim != 2 or rows.shape[1] != len(self.total):
             raise ValueError(f"features must be (B, {len(self.total)}), got {tuple(rows.shape)}")
@@ -42,14 +41,14 @@ class FeatureStatistics:
         self.outer += rows.T @ rows
 
     def reduce(self, world: World) -> "FeatureStatistics":
-        """The statistics of all ranks' rows, on every rank."""
-        whole = FeatureStatistics(len(self.total), self.total.device)
-        whole.count = int(world.sum(torch.tensor(self.count, device=self.total.device)))
-        whole.total, whole.outer = world.sum(self.total.clone()), world.sum(self.outer.clone())
-        return whole
+        """Return the statistics over all ranks, on every rank."""
+        total = FeatureStatistics(len(self.total), self.total.device)
+        total.count = int(world.sum(torch.tensor(self.count, device=self.total.device)))
+        total.total, total.outer = world.sum(self.total.clone()), world.sum(self.outer.clone())
+        return total
 
     def mean_and_covariance(self) -> tuple[np.ndarray, np.ndarray]:
-        """Mean `(D,)` and unbiased covariance `(D, D)` (divided by count - 1), as `numpy.cov` has it.
+        """Return mean `(D,)` and unbiased covariance `(D, D)` (divided by count - 1), as `numpy.cov`.
 
         Raises:
             ValueError: if there are fewer than two rows.

@@ -1,9 +1,9 @@
-"""What is kept of a set of images: moments of its features over all of it, and the features of some, in one pass.
+"""Extract features of a set of images in one pass: moments over all images, and the features of a subset.
 
-Images are cut into blocks of fixed size, of which each rank takes every K-th: nothing but the order of a float64 sum
-depends on how many ranks share the work. Only features travel, and only to rank 0.
+Images are processed in blocks of fixed size, distributed round-robin over ranks. The world size therefore changes only
+the order of float64 sums. Features are gathered on rank 0.
 
-Shape letters: N images, n of which features are kept, D features, S spatial features, K classes.
+Shape letters: N images, n images with stored features, D features, S spatial features, K classes.
 """
 
 import time
@@ -33,24 +33,24 @@ class Moments(NamedTuple):
 
 @dataclass
 class FeatureSet:
-    """A set of images in the eyes of an extractor.
+    """Features of a set of images.
 
     Attributes:
-        source: what the user calls the set.
-        count: images; None where a file of statistics does not say.
-        shape: `(H, W, C)`; None likewise.
-        sha256: of the images in order, or of the file of statistics; None on other ranks than 0.
-        pool, spatial: moments.
-        features: pooled features `(n, D)` float32 of images chosen at random, for KID, precision and recall.
-        logits: `(N, K)` float32, for the Inception Score; None where not all were kept.
-        neighbours_only: the features serve precision and recall alone, as those of ADM's reference images.
+        source: the set, as named by the user.
+        count: number of images; None if a statistics file does not record it.
+        shape: `(H, W, C)`; None if a statistics file does not record it.
+        sha256: checksum of the images in order, or of the statistics file; None on ranks other than 0.
+        pooled, spatial: moments of the pooled and spatial features.
+        features: pooled features `(n, D)` float32 of randomly chosen images, for KID, precision and recall.
+        logits: `(N, K)` float32, for the Inception Score; None unless stored for all images.
+        neighbours_only: use `features` only for precision and recall, as with ADM's reference images.
     """
 
     source: str
     count: int | None
     shape: tuple[int, ...] | None
     sha256: str | None
-    pool: Moments
+    pooled: Moments
     spatial: Moments | None = None
     features: np.ndarray | None = None
     logits: np.ndarray | None = None
@@ -58,51 +58,51 @@ class FeatureSet:
 
 
 def measure(
-    images: Any, extractor: Extractor, world: World, batch_size: int, keep: int, talk: bool = True
+    images: Any, extractor: Extractor, world: World, batch_size: int, keep: int, verbose: bool = True
 ) -> FeatureSet:
-    """Look at every image once.
+    """Extract features of every image.
 
     Args:
-        images: one of `vca.evaluation.images`, or the `DrawnSet` of a generator.
+        images: an `ImageSet` of `vca.evaluation.images`, or `GeneratedImages`.
         extractor: on `world.device`.
-        world: this process; all ranks call this alike.
-        batch_size: images of a block.
-        keep: of how many images features are kept; logits are kept only of all.
-        talk: show a progress bar on rank 0, and print how long it took.
+        world: rank and device of this process; collective, all ranks must call it.
+        batch_size: images per block.
+        keep: number of images whose features are stored; logits are stored only if this is all images.
+        verbose: show a progress bar on rank 0, and print the time.
 
     Returns:
-        The set. `features`, `logits` and `sha256` are there on rank 0 alone.
+        The features; `features`, `logits` and `sha256` only on rank 0.
 
     Raises:
-        ConfigError: if the images do not fit the extractor.
+        ConfigError: if the extractor does not accept the images.
         NonFiniteError: if features are NaN or infinite.
     """
     sizes = {name: rows.shape[1] for name, rows in probe(images, extractor).items()}
-    kept, wanted = set(chosen_numbers(images.count, keep)), {"pool"} | ({"logits"} if keep >= images.count else set())
-    moments = {name: FeatureStatistics(sizes[name], world.device) for name in ("pool", "spatial") if name in sizes}
+    kept, wanted = set(subset_numbers(images.count, keep)), {"pooled"} | ({"logits"} if keep >= images.count else set())
+    moments = {name: FeatureStatistics(sizes[name], world.device) for name in ("pooled", "spatial") if name in sizes}
     digests: dict[int, bytes] = {}
-    rows: dict[int, dict[str, np.ndarray]] = {}  # of each block, by its first number
+    rows: dict[int, dict[str, np.ndarray]] = {}  # first number of a block -> stored features
     blocks = [range(start, min(start + batch_size, images.count)) for start in range(0, images.count, batch_size)]
     start = time.monotonic()
     error: Exception | None = None
     try:
-        with progress_bar(images.count, "img", talk and world.is_main) as bar:
+        with progress_bar(images.count, "img", verbose and world.is_main) as bar:
             for numbers, pixels in images.stream(blocks[world.rank :: world.size]):
-                found = extract(extractor, pixels, batch_size)
-                check_finite(found, numbers, images.source)
-                for name, part in moments.items():
-                    part.update(found[name])
+                output = extract(extractor, pixels, batch_size)
+                check_finite(output, numbers, images.source)
+                for name, statistics in moments.items():
+                    statistics.update(output[name])
                 digests.update(zip(numbers, map(image_sha256, pixels), strict=True))
                 chosen = [row for row, number in enumerate(numbers) if number in kept]
-                rows[numbers[0]] = {name: found[name][chosen].cpu().numpy() for name in wanted & set(found)}
+                rows[numbers[0]] = {name: output[name][chosen].cpu().numpy() for name in wanted & set(output)}
                 bar.update(min(len(numbers) * world.size, images.count - bar.n))
     except (ConfigError, NonFiniteError) as caught:
         error = caught
-    world.raise_first(error)  # the ranks part here together or not at all
-    if talk and world.is_main:
-        took = time.monotonic() - start
-        print(f"{images.source}: features of {images.count} images in {took:.1f} s", flush=True)
-    found_moments = {name: Moments(*part.reduce(world).mean_and_covariance()) for name, part in moments.items()}
+    world.raise_first(error)  # on all ranks or none
+    if verbose and world.is_main:
+        seconds = time.monotonic() - start
+        print(f"{images.source}: features of {images.count} images in {seconds:.1f} s", flush=True)
+    reduced = {name: Moments(*part.reduce(world).mean_and_covariance()) for name, part in moments.items()}
     digests, rows = (merge(world.gather(part)) for part in (digests, rows))
     in_order = [rows[number] for number in sorted(rows)]
     features = {name: np.concatenate([part[name] for part in in_order]) for name in wanted & set(sizes) if in_order}
@@ -111,60 +111,60 @@ def measure(
         images.count,
         tuple(images.shape),
         images_sha256(digests[number] for number in sorted(digests)) if world.is_main else None,
-        found_moments["pool"],
-        found_moments.get("spatial"),
-        features.get("pool"),
+        reduced["pooled"],
+        reduced.get("spatial"),
+        features.get("pooled"),
         features.get("logits"),
     )
 
 
 def probe(images: Any, extractor: Extractor) -> dict[str, Tensor]:
-    """Features of one black image: how many there are, and whether the extractor takes such images at all."""
+    """Return the features of one black image, or fail if the extractor does not accept images of this shape."""
     height, width, channels = images.shape
     if extractor.channels not in (None, channels):
         wanted = "RGB" if extractor.channels == 3 else "grey"
         raise ConfigError(
-            f"{images.source}: its images are {format_shape(images.shape)}, but extractor={extractor.name} takes {wanted} "
-            f"ones; convert them, or choose another extractor"
+            f"{images.source}: images must be {wanted} for extractor={extractor.name}, got "
+            f"{format_shape(images.shape)}; convert them, or choose another extractor"
         )
     try:
-        return named(extractor(torch.zeros(1, channels, height, width, dtype=torch.uint8)))
+        return as_dict(extractor(torch.zeros(1, channels, height, width, dtype=torch.uint8)))
     except (ValueError, RuntimeError, TypeError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(
-            f"{images.source}: extractor={extractor.name} does not take images of {format_shape(images.shape)} ({reason})"
+            f"{images.source}: extractor={extractor.name} must accept {format_shape(images.shape)} images ({reason})"
         ) from error
 
 
 def extract(extractor: Extractor, pixels: np.ndarray, batch_size: int) -> dict[str, Tensor]:
-    """Features of images `(b, H, W, C)`. On a GPU a block that is not full is padded: its kernels are then the same."""
+    """Extract features of images `(b, H, W, C)`; a GPU pads partial blocks to use the same kernels."""
     batch = torch.from_numpy(pixels).permute(0, 3, 1, 2)  # (b, C, H, W)
-    short = batch_size - len(batch) if extractor.device.type == "cuda" else 0
-    if short:
-        batch = torch.cat((batch, batch[:1].expand(short, -1, -1, -1)))
-    return {name: rows[: len(pixels)] for name, rows in named(extractor(batch)).items()}
+    padding = batch_size - len(batch) if extractor.device.type == "cuda" else 0
+    if padding:
+        batch = torch.cat((batch, batch[:1].expand(padding, -1, -1, -1)))
+    return {name: rows[: len(pixels)] for name, rows in as_dict(extractor(batch)).items()}
 
 
-def named(features: Features) -> dict[str, Tensor]:
-    """Those that the network has."""
+def as_dict(features: Features) -> dict[str, Tensor]:
+    """Return the features that the network has, by name."""
     return {name: rows for name, rows in features._asdict().items() if rows is not None}
 
 
-def check_finite(found: dict[str, Tensor], numbers: Sequence[int], source: str) -> None:
+def check_finite(features: dict[str, Tensor], numbers: Sequence[int], source: str) -> None:
     """Raise `NonFiniteError` with the first image whose features are NaN or infinite."""
-    for name, values in found.items():
+    for name, values in features.items():
         if not torch.isfinite(values).all():
             row = int((~torch.isfinite(values)).any(dim=1).nonzero()[0])
-            raise NonFiniteError(f"{name} features of number {numbers[row]} of {source} are not finite")
+            raise NonFiniteError(f"{name} features of image {numbers[row]} of {source} are NaN or infinite")
 
 
-def chosen_numbers(count: int, keep: int) -> list[int]:
-    """`keep` numbers below `count`, or all of them: always the same, and in no step with labels that take turns."""
+def subset_numbers(count: int, keep: int) -> list[int]:
+    """Return `keep` numbers below `count` (or all): a fixed random subset, so that balanced labels stay balanced."""
     if keep >= count:
         return list(range(count))
     return sorted(torch.randperm(count, generator=torch.Generator().manual_seed(0))[:keep].tolist())
 
 
 def merge(parts: list[dict[int, Any]]) -> dict[int, Any]:
-    """One dict of the dicts of all ranks."""
+    """Merge the dicts of all ranks."""
     return {number: value for part in parts for number, value in part.items()}

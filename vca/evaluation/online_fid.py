@@ -1,4 +1,4 @@
-"""The FID of a generator while it trains, as `eval_fid.py` would measure it."""
+"""FID during a generation run, measured as by `eval_fid.py`."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,12 +18,12 @@ from vca.runtime.errors import NonFiniteError, check
 
 @dataclass
 class FidConfig:
-    """How a generator is measured while it trains, at `trainer.fid_every`.
+    """FID during a run, every `trainer.fid_every` steps.
 
     Attributes:
-        reference: see `vca.evaluation.sources`; `data:train` and `data:test` are splits of the training's data.
-        count: samples that are drawn, by `sampler`, with random labels, set 0.
-        batch_size: samples computed at once on a GPU.
+        reference: see `vca.evaluation.sources`; `data:train` and `data:test` are splits of the run's data.
+        count: number of samples, by `sampler`, with random labels and seed 0.
+        batch_size: samples per batch on a GPU.
     """
 
     reference: str | None = None
@@ -36,15 +36,15 @@ class FidConfig:
 
 
 class OnlineFid:
-    """Samples of a run, measured at some of its steps.
+    """Frechet distance between samples of a run and a reference.
 
     Args:
         fid: config.
-        extractor: of the features, on `world.device`.
-        sampler: config of the samples.
-        data: of a reference `data:train` or `data:test`.
-        pipeline: of the run; its network changes from step to step.
-        world: this process; all ranks share the work.
+        extractor: feature extractor, on `world.device`.
+        sampler: sampler settings.
+        data: data set of a reference `data:train` or `data:test`.
+        pipeline: pipeline with the network in training.
+        world: rank and device of this process; the ranks share the work.
     """
 
     def __init__(
@@ -65,13 +65,13 @@ class OnlineFid:
         self.reference = read_features(reference, extractor, world, fid.batch_size, keep=0)
 
     def measure(self, log: Callable[[str], None]) -> dict[str, float | None]:
-        """Frechet distance from the reference, None if a sample is not finite, and number of samples."""
+        """Return `frechet` (None if a sample is NaN or infinite) and `frechet_samples`."""
         self.pipeline.model.eval()
         log(f"sampling {self.fid.count} images for the Frechet distance")
         try:
-            found = measure(self.samples, self.extractor, self.world, self.fid.batch_size, keep=0)
-            distance = frechet_distance(*found.pool, *self.reference.pool)
+            features = measure(self.samples, self.extractor, self.world, self.fid.batch_size, keep=0)
+            distance = frechet_distance(*features.pooled, *self.reference.pooled)
         except NonFiniteError as error:
-            log(f"warning: no Frechet distance: {error}")
+            log(f"warning: skipping the Frechet distance: {error}")
             distance = None
         return {"frechet": distance, "frechet_samples": self.fid.count}

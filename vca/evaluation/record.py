@@ -1,7 +1,7 @@
-"""The record of an evaluation: its figures and everything that they depend on, as JSON.
+"""Evaluation records: metrics with all settings that they depend on, as JSON.
 
-A figure without its protocol is no result: a record that lacks a field, or was changed after it was written, is refused
-by `read_record`, and so by `scripts/table.py`; one that says that nobody knows how its samples were made is left out.
+`read_record`, and therefore `scripts/table.py`, rejects a record with a missing field or a changed value.
+`scripts/table.py` skips records with unknown sampling settings.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ from vca.runtime.provenance import provenance
 FORMAT = "vca-evaluation-1"
 SAMPLER = tuple(f.name for f in fields(SamplerConfig))
 
-# Fields by section; a dot leads into a section of a section.
+# Fields by section; a dot separates nested sections.
 FIELDS: dict[str, tuple[str, ...]] = {
     "": (
         "format",
@@ -72,8 +72,9 @@ FIELDS: dict[str, tuple[str, ...]] = {
     "compute": ("batch_size", "ranks", "device", "versions", "commit", "uncommitted"),
     "compute.versions": ("python", "torch", "torch_fidelity", "numpy"),
 }
-# What says who computed a record and where it lies, not what it says.
+# Where and with which software a record was computed; no influence on the metrics.
 INCIDENTAL = ("samples.source", "reference.source", "compute")
+UNKNOWN_SETTINGS = "sampling settings unknown (not a sample.py folder): excluded from scripts/table.py"
 
 
 def make_record(
@@ -87,7 +88,7 @@ def make_record(
     batch_size: int,
     world: World,
 ) -> dict[str, Any]:
-    """The record; `made` says how the samples were drawn, None if nobody knows."""
+    """Build the record; `made` contains the sampling settings, None if unknown."""
     from importlib.metadata import version
 
     import numpy as np
@@ -130,22 +131,32 @@ def make_record(
 
 
 def seal(record: dict[str, Any]) -> str:
-    """sha256 of all of a record but this."""
+    """Return the sha256 of a record without its `sha256`."""
     content = {key: value for key, value in record.items() if key != "sha256"}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def record_path(folder: Path, prefix: str, record: dict[str, Any]) -> Path:
-    """A name that only the same evaluation has: of the same samples, reference, extractor and settings."""
+def record_location(run: str | None, samples: str) -> tuple[Path, str]:
+    """Return the default folder of a record and the prefix of its name: in the run or sample folder, or beside it."""
+    if run is not None:
+        return Path(run), ""
+    if samples.startswith("data:"):
+        return Path(), ""
+    path = Path(samples).expanduser().resolve()
+    return (path, "") if (path / "manifest.json").is_file() else (path.parent, f"{path.stem}-")
+
+
+def record_name(record: dict[str, Any]) -> str:
+    """Return a file name that is unique to samples, reference, extractor and settings."""
     content = {key: record[key] for key in ("count", "settings", "extractor")}
     content |= {key: record[key]["sha256"] for key in ("samples", "reference")}
     content["protocol"] = (record["samples"]["made"] or {}).get("protocol")
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
-    return folder / f"{prefix}evaluation-{record['extractor']['name']}-{record['count']}-{digest}.json"
+    return f"evaluation-{record['extractor']['name']}-{record['count']}-{digest}.json"
 
 
 def write_record(path: Path, record: dict[str, Any]) -> None:
-    """Write a record as a whole.
+    """Write a record atomically.
 
     Raises:
         ConfigError: if the folder cannot be written.
@@ -154,24 +165,24 @@ def write_record(path: Path, record: dict[str, Any]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, json.dumps(record, indent=2) + "\n")
     except OSError as error:
-        raise ConfigError(f"out: {path} cannot be written: {error.strerror}") from error
+        raise ConfigError(f"out: cannot write {path}: {error.strerror}") from error
 
 
 def check_writable(file: Path) -> None:
-    """Raise `ConfigError` before the work is done unless a file can be written beside this name."""
+    """Raise `ConfigError` unless the folder of a file is writable; called before the computation."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=file.parent):
             pass
     except OSError as error:
-        raise ConfigError(f"out: {file.parent} cannot be written: {error.strerror}; choose another out=FILE") from error
+        raise ConfigError(f"out: cannot write to {file.parent}: {error.strerror}; choose another out=FILE") from error
 
 
 def read_record(path: Path) -> dict[str, Any]:
-    """A record, complete and unchanged.
+    """Read a record and verify that it is complete and unchanged.
 
     Raises:
-        ConfigError: names the field that is missing, or says that the record was changed.
+        ConfigError: if the file cannot be read, a field is missing, or the record has changed.
     """
     try:
         record: dict[str, Any] = json.loads(path.read_text())
@@ -179,23 +190,23 @@ def read_record(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path} cannot be read ({error})") from error
     if missing := missing_fields(record):
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise ConfigError(f"{path} does not name {missing[0]}{more}; evaluate again")
+        raise ConfigError(f"{path} has no field {missing[0]}{more}; evaluate again")
     if record["format"] != FORMAT:
-        raise ConfigError(f"{path} has format {record['format']}, not {FORMAT}; evaluate again")
+        raise ConfigError(f"{path} must have format {FORMAT}, got {record['format']}; evaluate again")
     if record["sha256"] != seal(record):
-        raise ConfigError(f"{path} was changed after it was written; evaluate again")
+        raise ConfigError(f"{path} has changed since it was written; evaluate again")
     return record
 
 
 def missing_fields(record: dict[str, Any]) -> list[str]:
-    """Full names of the fields that a record lacks."""
+    """Return the full names of missing fields."""
     missing: list[str] = []
     if not isinstance(record, dict):
         return ["format"]
     unknown = isinstance(record.get("samples"), dict) and record["samples"].get("made", "") is None
     for section, names in FIELDS.items():
         if unknown and section.startswith("samples.made"):
-            continue  # nobody knows how the samples were made, and the record says so
+            continue  # sampling settings unknown
         part: Any = record
         for step in filter(None, section.split(".")):
             part = part.get(step) if isinstance(part, dict) else None

@@ -1,8 +1,8 @@
-"""Where a set of images is found, by what the user writes:
+"""Open a set of images or statistics by its path or name:
 
-FOLDER          of `sample.py`, or a flat one of PNG files
-FILE.npz        images as `arr_0`, or statistics: of `scripts/reference_stats.py`, or ADM's
-data:train      a split of the data set that the config names; or data:test
+FOLDER                   a `sample.py` folder, or a flat folder of PNG files
+FILE.npz                 images as `arr_0`, or statistics of `scripts/reference_stats.py` or ADM
+data:train, data:test    a split of the config's data set
 """
 
 import json
@@ -18,47 +18,60 @@ from vca.runtime.errors import ConfigError, check
 
 
 def open_source(place: str, key: str, data: DataConfig | None, reference: bool = False) -> ImageSet | StatisticsFile:
-    """The set that `place` means.
+    """Open a set of images or statistics.
 
     Args:
-        place: see above.
-        key: what the user calls it.
-        data: of `data:train` and `data:test`.
-        reference: whether of a file that holds statistics and images, as ADM's does, the statistics are meant.
+        place: path or name, see above.
+        key: config key, for messages.
+        data: data set of `data:train` and `data:test`.
+        reference: use the statistics of a file with both statistics and images, such as ADM's.
 
     Raises:
-        ConfigError: if there is no such thing, or it is not as it should be.
+        ConfigError: if it does not exist or is invalid.
     """
     if place in ("data:train", "data:test"):
-        check(data is not None, "data", f"given for {key}={place}, such as data=cifar10", None)
+        check(data is not None, "data", f"set for {key}={place}, such as data=cifar10", None)
         assert data is not None
-        check(data.name != "latents", "data", f"images for {key}={place}", data.name)
+        check(data.name != "latents", "data", f"a data set of images for {key}={place}", data.name)
         dataset = load_dataset(data, train=place == "data:train")
         return DatasetImages(dataset, data.img_size, data.in_chans, f"{data.name} ({place})", key)
     path = Path(place).expanduser()
     if path.is_dir():
         return PngFolder(path / "images" if (path / "manifest.json").is_file() else path, key)
     if path.is_file() and path.suffix.lower() == ".npz":
-        there = members(path, key)
-        is_statistics = bool({"mu", "sigma"} & set(there)) and (reference or "arr_0" not in there)
+        names = members(path, key)
+        is_statistics = bool({"mu", "sigma"} & set(names)) and (reference or "arr_0" not in names)
         return StatisticsFile(path, key) if is_statistics else NpzImages(path, key)
-    missing = "" if path.exists() else ", which is not there"
+    missing = "" if path.exists() else " (no such file or folder)"
     raise ConfigError(f"{key} must be a folder of PNG files, an .npz, data:train or data:test, got '{place}'{missing}")
 
 
-def made_by(manifest: dict[str, Any] | None) -> dict[str, Any] | None:
-    """What a manifest says about how its samples were made."""
+def open_samples(
+    place: str, data: DataConfig | None, count: int | None
+) -> tuple[ImageSet | StatisticsFile, dict[str, Any] | None]:
+    """Open existing samples, and return them with their sampling settings, None if unknown.
+
+    Raises:
+        ConfigError: if they do not exist or are invalid, or there are not `count`.
+    """
+    samples = open_source(place, "samples", data)
+    check(count in (None, samples.count), "count", f"{samples.count}, the number of images in {place}", count)
+    return samples, sampling_settings(read_sample_manifest(place))
+
+
+def sampling_settings(manifest: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Return the sampling settings of a manifest; None if there is no manifest."""
     if manifest is None:
         return None
     made = {key: value for key, value in manifest.items() if key != "result"}
     return {**made, "nfe": manifest["result"].get("nfe") or manifest["result"]["evaluations"]}
 
 
-def manifest_of(place: str) -> dict[str, Any] | None:
-    """How the samples there were made, if `sample.py` made them: the `manifest.json` beside them.
+def read_sample_manifest(place: str) -> dict[str, Any] | None:
+    """Read the `manifest.json` of a `sample.py` folder; None if there is none.
 
     Raises:
-        ConfigError: if it cannot be read, or the set is not complete.
+        ConfigError: if it is corrupt, or the folder is not complete.
     """
     path = Path(place).expanduser()
     file = (path.parent if path.name in ("images", "samples.npz") else path) / "manifest.json"
@@ -67,15 +80,15 @@ def manifest_of(place: str) -> dict[str, Any] | None:
     try:
         manifest: dict[str, Any] = json.loads(file.read_text())
     except ValueError as error:
-        raise ConfigError(f"samples: {file} is damaged ({error}); draw the samples again") from error
+        raise ConfigError(f"samples: {file} is corrupt ({error}); sample again with sample.py") from error
     if "result" not in manifest:
-        raise ConfigError(f"samples: the set in {file.parent} is not complete; run its sample.py command again")
+        raise ConfigError(f"samples: {file.parent} is not complete; rerun its sample.py command")
     return manifest
 
 
-def check_unchanged(samples: str | None, found: FeatureSet) -> None:
-    """Raise `ConfigError` if the images are not those that `sample.py` wrote there."""
-    manifest = manifest_of(samples) if samples is not None else None
-    if manifest is not None and manifest["result"]["sha256"] != found.sha256:
-        changed = f"samples: {samples} holds other images than sample.py wrote"
-        raise ConfigError(f"{changed}; run its sample.py command again, which names a changed one")
+def check_unchanged(samples: str | None, features: FeatureSet) -> None:
+    """Raise `ConfigError` if the images differ from those that `sample.py` wrote."""
+    manifest = read_sample_manifest(samples) if samples is not None else None
+    if manifest is not None and manifest["result"]["sha256"] != features.sha256:
+        changed = f"samples: images in {samples} have changed since sample.py wrote them"
+        raise ConfigError(f"{changed}; rerun its sample.py command, which names a changed image")

@@ -1,1 +1,1 @@
-"""Class-conditional generation: the two objectives, and the samplers that read them."""
+"""Class-conditional generation: objectives, samplers, autoencoders and sample folders."""

@@ -1,11 +1,11 @@
-"""From images to latents and back: the first stage of latent diffusion, or none of it (pixel space).
+"""Autoencoders of latent diffusion, and the identity for pixel space.
 
-An image's *moments* are what a cache keeps of it: mean and standard deviation of the posterior, `(B, 2 C, h, w)`, or
-the code alone, `(B, C, h, w)`, of an autoencoder without a posterior. A latent is a sample of the posterior, shifted
-and scaled to about unit variance: `(mean + std noise - shift) scale`, for Stable Diffusion's VAE with scale 0.18215 and
-no shift (arXiv 2112.10752, appendix G).
+A latent cache stores the *moments* of an image: mean and standard deviation of the posterior, `(B, 2 C, h, w)`, or the
+code `(B, C, h, w)` of an autoencoder without a posterior. A latent is a sample of the posterior, shifted and scaled to
+about unit variance: `(mean + std noise - shift) scale`. Stable Diffusion's VAE has scale 0.18215 and no shift
+(arXiv 2112.10752, appendix G).
 
-To add one: a loader here and a line in `AUTOENCODERS`; or a Python file outside the project, see `from_file`.
+To add one: a loader here and a line in `AUTOENCODERS`; or a Python file outside the project, see `load_custom_vae`.
 
 Shape letters: B batch, C latent channels, h w the latent's, H = h factor and W = w factor the image's.
 """
@@ -24,19 +24,19 @@ from vca.runtime.digest import tensors_sha256
 from vca.runtime.errors import ConfigError, check
 from vca.runtime.plugin import describe_weights, load_function
 
-PART = 16  # images that go through an autoencoder at once: its activations are large, and its speed is reached
+CHUNK = 16  # images per call of the autoencoder: limits its large activations at full speed
 
 
 @dataclass
 class AutoencoderConfig:
-    """Which autoencoder.
+    """Autoencoder between images and latents.
 
     Attributes:
-        name: the key in `AUTOENCODERS`: `none`, `diffusers` or `file`.
-        source: of `diffusers` a folder or a name on the hub, of `file` a Python file.
-        weights: of `file`: what its function is given.
-        channels, factor: C, and how many times smaller a latent is than the image; what is loaded must agree.
-        scale, shift: of the latents; null takes those of the autoencoder's own config, or 1 and 0.
+        name: key in `AUTOENCODERS`: `none`, `diffusers` or `file`.
+        source: folder or hub name (`diffusers`), Python file (`file`).
+        weights: argument of the file's `load_autoencoder` (`file` only).
+        channels, factor: latent channels C, and the downsampling factor; must match the loaded autoencoder.
+        scale, shift: scale and shift of the latents; null uses the autoencoder's own config, else 1 and 0.
     """
 
     name: str = "none"
@@ -51,7 +51,7 @@ class AutoencoderConfig:
         check(self.name in AUTOENCODERS, "autoencoder.name", f"one of {sorted(AUTOENCODERS)}", self.name)
         for key in ("channels", "factor"):
             check(getattr(self, key) >= 1, f"autoencoder.{key}", ">= 1", getattr(self, key))
-        rule = "null but for autoencoder.name=file"
+        rule = "null unless autoencoder.name=file"
         check(self.weights is None or self.name == "file", "autoencoder.weights", rule, self.weights)
         check(self.scale is None or self.scale > 0, "autoencoder.scale", "> 0 or null", self.scale)
         if self.name == "none":
@@ -59,21 +59,21 @@ class AutoencoderConfig:
             for key in ("source", "scale", "shift"):
                 check(getattr(self, key) is None, f"autoencoder.{key}", "null in pixel space", getattr(self, key))
         else:
-            check(self.source is not None, "autoencoder.source", "a path or a name", self.source)
-        for key in ("source", "weights"):  # so that a run can be read from another folder
+            check(self.source is not None, "autoencoder.source", "a path or a hub name", self.source)
+        for key in ("source", "weights"):  # absolute, so that the run can be sampled from any working directory
             value = getattr(self, key)
             if value is not None and Path(value).expanduser().exists():
                 setattr(self, key, str(Path(value).expanduser().resolve()))
 
 
 class Autoencoder:
-    """A frozen autoencoder on a device; it runs in float32, also where the training around it is in bf16.
+    """Frozen autoencoder; always computes in float32, also inside a bf16 run.
 
     Args:
-        config: which.
-        network: with `encode(images) -> moments` and `decode(unscaled latents) -> images`.
-        scale, shift: of the latents.
-        text: what makes the network besides its parameters.
+        config: the autoencoder's config.
+        network: module with `encode(images) -> moments` and `decode(unscaled latents) -> images`.
+        scale, shift: scale and shift of the latents where the config has null.
+        text: source or settings of the network, hashed together with its parameters.
     """
 
     def __init__(
@@ -87,80 +87,74 @@ class Autoencoder:
         self.device = torch.device("cpu")
 
     def to(self, device: torch.device) -> "Autoencoder":
-        """Move to a device."""
         self.network.to(device)
         self.device = device
         return self
 
     def identity(self) -> dict[str, Any]:
-        """What a latent depends on besides its image, as plain values; two autoencoders that agree on it are one."""
+        """Return everything that a latent depends on besides its image; equal identities give equal latents."""
         return {key: getattr(self, key) for key in ("name", "sha256", "channels", "factor", "scale", "shift")}
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """Images `(B, 3, H, W)` in [-1, 1] to moments `(B, 2 C or C, h, w)`."""
+        """Encode images `(B, 3, H, W)` in [-1, 1] as moments `(B, 2 C or C, h, w)`."""
         with computing(Precision.fp32, images.device):
-            return torch.cat([self.network.encode(part) for part in images.split(PART)])
+            return torch.cat([self.network.encode(chunk) for chunk in images.split(CHUNK)])
 
     def latents(self, moments: Tensor, noise: Tensor) -> Tensor:
-        """Moments and `noise` `(B, C, h, w)` to latents `(B, C, h, w)`; without a posterior the noise is not used."""
+        """Sample latents `(B, C, h, w)` from moments and `noise` of that shape, which is unused without a posterior."""
         if not self.has_posterior(moments):
             return (moments - self.shift) * self.scale
         mean, std = moments.chunk(2, dim=1)
         return (mean + std * noise - self.shift) * self.scale
 
     def has_posterior(self, moments: Tensor) -> bool:
-        """Whether these are a mean and a standard deviation."""
+        """Return whether the moments are a mean and a standard deviation."""
         return moments.shape[1] == 2 * self.channels
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """Latents `(B, C, h, w)` to images `(B, 3, H, W)`, about in [-1, 1]."""
+        """Decode latents `(B, C, h, w)` to images `(B, 3, H, W)`, roughly in [-1, 1]."""
         with computing(Precision.fp32, latents.device):
-            return torch.cat(
-                [self.network.decode(part) for part in (latents.float() / self.scale + self.shift).split(PART)]
-            )
+            codes = latents.float() / self.scale + self.shift
+            return torch.cat([self.network.decode(chunk) for chunk in codes.split(CHUNK)])
 
 
 class PixelSpace(nn.Module):
-    """Images are their own latents."""
+    """Identity: images are their own latents."""
 
     def encode(self, images: Tensor) -> Tensor:
-        """As they are."""
         return images
 
     def decode(self, latents: Tensor) -> Tensor:
-        """As they are."""
         return latents
 
 
 class DiffusersVAE(nn.Module):
-    """An `AutoencoderKL` of diffusers with the interface of this file."""
+    """Adapter from diffusers' `AutoencoderKL` to `encode` and `decode`."""
 
     def __init__(self, vae: Any) -> None:
         super().__init__()
         self.vae = vae
 
     def encode(self, images: Tensor) -> Tensor:
-        """Mean and standard deviation `(B, 2 C, h, w)`."""
         posterior = self.vae.encode(images).latent_dist
         return torch.cat((posterior.mean, posterior.std), dim=1)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Unscaled latents to images."""
         return self.vae.decode(latents).sample
 
 
 def pixel_space(config: AutoencoderConfig) -> Autoencoder:
-    """No autoencoder."""
+    """Return the identity autoencoder."""
     return Autoencoder(config, PixelSpace())
 
 
-def from_diffusers(config: AutoencoderConfig) -> Autoencoder:
-    """An `AutoencoderKL` in diffusers' format, from a folder or from the hub; scale and shift from its config.
+def load_diffusers_vae(config: AutoencoderConfig) -> Autoencoder:
+    """Load an `AutoencoderKL` in diffusers' format from a folder or the hub; scale and shift come from its config.
 
     Raises:
-        ConfigError: if it cannot be had, or is not what the config says.
+        ConfigError: if it cannot be loaded or does not match the config.
     """
     from diffusers.models import AutoencoderKL
 
@@ -169,39 +163,38 @@ def from_diffusers(config: AutoencoderConfig) -> Autoencoder:
     if folder.is_absolute() or source.startswith(".") or folder.exists():
         check((folder / "config.json").is_file(), "autoencoder.source", "a folder with diffusers' config.json", source)
     try:
-        vae, loaded = AutoencoderKL.from_pretrained(
+        vae, loading_info = AutoencoderKL.from_pretrained(
             str(folder) if folder.exists() else source, low_cpu_mem_usage=False, output_loading_info=True
         )
-    except Exception as error:  # diffusers, the hub's client and safetensors each have their own
+    except Exception as error:  # diffusers, huggingface_hub and safetensors raise errors of their own
         reason = str(error).strip().splitlines() or [type(error).__name__]
-        there = "" if folder.exists() else f"; where there is a network: hf download {source} --local-dir FOLDER, then"
-        there += " autoencoder.source=FOLDER" if there else ""
-        raise ConfigError(f"autoencoder.source: '{source}' cannot be loaded ({reason[0]}){there}") from error
-    if wrong := [
-        f"{key} {loaded[key][0]}" for key in ("missing_keys", "unexpected_keys", "mismatched_keys") if loaded[key]
-    ]:
+        remedy = "" if folder.exists() else f"; on a machine with network access: hf download {source} --local-dir DIR,"
+        remedy += " then autoencoder.source=DIR" if remedy else ""
+        raise ConfigError(f"autoencoder.source: '{source}' cannot be loaded ({reason[0]}){remedy}") from error
+    keys = ("missing_keys", "unexpected_keys", "mismatched_keys")
+    if wrong := [f"{key} {loading_info[key][0]}" for key in keys if loading_info[key]]:
         raise ConfigError(
-            f"autoencoder.source: the weights in '{source}' are not those of its config ({'; '.join(wrong)})"
+            f"autoencoder.source: the weights in '{source}' do not match its config.json ({'; '.join(wrong)})"
         )
     settings: Any = vae.config
-    found = {"channels": settings.latent_channels, "factor": 2 ** (len(settings.block_out_channels) - 1)}
-    for key, value in found.items():
+    expected = {"channels": settings.latent_channels, "factor": 2 ** (len(settings.block_out_channels) - 1)}
+    for key, value in expected.items():
         ours = getattr(config, key)
-        check(ours == value, f"autoencoder.{key}", f"{value}, as '{source}' has it", ours)
+        check(ours == value, f"autoencoder.{key}", f"{value} for '{source}'", ours)
     shift = getattr(settings, "shift_factor", None) or 0.0
     text = json.dumps({key: value for key, value in settings.items() if key[0] != "_"}, sort_keys=True, default=str)
     return Autoencoder(config, DiffusersVAE(vae), settings.scaling_factor, shift, text)
 
 
-def from_file(config: AutoencoderConfig) -> Autoencoder:
-    """An autoencoder that a Python file outside the project makes.
+def load_custom_vae(config: AutoencoderConfig) -> Autoencoder:
+    """Load the autoencoder that a Python file outside the project builds.
 
-    The file defines `load_autoencoder(weights)`, which gets `autoencoder.weights` and returns an `nn.Module` with
-    `encode`, images `(B, 3, H, W)` in [-1, 1] to moments, and `decode`, unscaled latents to images. The text of the
-    file is part of the identity, as the parameters are.
+    The file defines `load_autoencoder(weights)`, which receives `autoencoder.weights` and returns an `nn.Module` with
+    `encode`, images `(B, 3, H, W)` in [-1, 1] to moments, and `decode`, unscaled latents to images. The identity
+    includes the parameters and the text of the file.
 
     Raises:
-        ConfigError: if the file is missing, fails, or makes something else.
+        ConfigError: if the file is missing, fails, or returns something else.
     """
     path = Path(str(config.source)).expanduser()
     side = 8 * config.factor
@@ -214,16 +207,16 @@ def from_file(config: AutoencoderConfig) -> Autoencoder:
         image = autoencoder.decode(torch.zeros(1, config.channels, 8, 8))
     except ConfigError:
         raise
-    except Exception as error:  # somebody else's code
+    except Exception as error:  # user code
         reason = str(error).strip().splitlines() or [""]
-        made = f"{path} with autoencoder.weights={config.weights}"
-        raise ConfigError(f"autoencoder.source: {made}: {type(error).__name__}: {reason[0]}") from error
+        call = f"{path} with autoencoder.weights={config.weights}"
+        raise ConfigError(f"autoencoder.source: {call}: {type(error).__name__}: {reason[0]}") from error
     shape = tuple(moments.shape)
     fits = shape in ((1, config.channels, 8, 8), (1, 2 * config.channels, 8, 8))
     if not fits:
         raise ConfigError(
-            f"autoencoder.channels={config.channels} autoencoder.factor={config.factor}: {path} makes {side} x {side} "
-            f"px {shape[1:]}, not {config.channels} or {2 * config.channels} channels of 8 x 8; set what it has"
+            f"autoencoder.channels={config.channels} autoencoder.factor={config.factor}: {path} must encode "
+            f"{side} x {side} px as {config.channels} or {2 * config.channels} channels of 8 x 8, got {shape[1:]}"
         )
     rule = f"decode {config.channels} channels of 8 x 8 to {side} x {side} px"
     check(tuple(image.shape) == (1, 3, side, side), f"autoencoder.source: {path}", rule, tuple(image.shape))
@@ -233,11 +226,11 @@ def from_file(config: AutoencoderConfig) -> Autoencoder:
 # name -> (config dataclass, loader)
 AUTOENCODERS: dict[str, tuple[type, Callable[[Any], Autoencoder]]] = {
     "none": (AutoencoderConfig, pixel_space),
-    "diffusers": (AutoencoderConfig, from_diffusers),
-    "file": (AutoencoderConfig, from_file),
+    "diffusers": (AutoencoderConfig, load_diffusers_vae),
+    "file": (AutoencoderConfig, load_custom_vae),
 }
 
 
 def load_autoencoder(config: AutoencoderConfig, device: torch.device) -> Autoencoder:
-    """The autoencoder that `config` describes, on a device."""
+    """Load the autoencoder that `config` describes, on a device."""
     return AUTOENCODERS[config.name][1](config).to(device)

@@ -1,10 +1,10 @@
-"""Gaussian diffusion with learned range variance, as DiT trains it.
+"""Gaussian diffusion with learned range variance, as in DiT.
 
-Equations are of "Improved Denoising Diffusion Probabilistic Models" (arXiv 2102.09672, IDDPM) and "Denoising Diffusion
+Equations: "Improved Denoising Diffusion Probabilistic Models" (arXiv 2102.09672, IDDPM) and "Denoising Diffusion
 Implicit Models" (arXiv 2010.02502, DDIM). With a = cumulative product of 1 - beta:
 
     x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) e                              the noisy input
-    e^, v = net(x_t, t)                                                the network: noise, and where the variance lies
+    e^, v = net(x_t, t)                                                the network: noise, and variance interpolation
     log var = f log beta_t + (1 - f) log posterior_t, f = (v + 1) / 2  between its bounds (IDDPM, 15)
     loss = |e - e^|^2 + KL(q(x_t-1 | x_t, x_0) || p(x_t-1 | x_t))      in bits, the mean of p held fixed (IDDPM, 16)
 
@@ -22,15 +22,15 @@ Net = Callable[[Tensor, Tensor], Tensor]
 
 
 def linear_betas(steps: int = 1000) -> Tensor:
-    """Noise added at each step, `(steps,)` float64: 1e-4 to 0.02 for 1000 steps, and as much in all for others."""
+    """Return betas `(steps,)` float64: 1e-4 to 0.02 for 1000 steps, rescaled to the same total for other lengths."""
     scale = 1000 / steps
     return torch.linspace(scale * 1e-4, scale * 0.02, steps, dtype=torch.float64)
 
 
 def respaced_steps(num_steps: int, count: int) -> list[int]:
-    """`count` of `num_steps` step numbers, evenly spaced, the first and the last among them.
+    """Return `count` of `num_steps` step numbers, evenly spaced, including the first and the last.
 
-    The stride is added up and each sum rounded, as DiT's `space_timesteps` does: 278 of the counts from 1 to 1000
+    The stride is accumulated and each sum is rounded, as DiT's `space_timesteps` does: 278 of the counts from 1 to 1000
     differ from rounding `index * stride`.
     """
     if not 1 <= count <= num_steps:
@@ -40,11 +40,11 @@ def respaced_steps(num_steps: int, count: int) -> list[int]:
 
 
 class GaussianDiffusion:
-    """The chain of steps, of which `respaced` makes a shorter one.
+    """Diffusion chain; `respaced` returns a shorter one.
 
     Args:
         betas: `(S,)` float64.
-        numbers: `(S,)` what the network calls each step; 0, 1, ... if None.
+        numbers: `(S,)` step numbers that the network receives; 0, 1, ... if None.
     """
 
     def __init__(self, betas: Tensor, numbers: Tensor | None = None) -> None:
@@ -55,7 +55,7 @@ class GaussianDiffusion:
         self.alphas_cumprod_before = before
         after = 1 - self.alphas_cumprod
         self.posterior_variance = betas * (1 - before) / after
-        # The first is 0 and has no logarithm; the second, or in a chain of one step beta, stands in for it.
+        # The first is 0 and has no logarithm: use the second, or beta in a chain of one step.
         second = self.posterior_variance[1:2] if len(betas) > 1 else betas
         self.posterior_log_variance = torch.cat((second, self.posterior_variance[1:])).log()
         self.posterior_mean_x0 = betas * before.sqrt() / after
@@ -65,33 +65,33 @@ class GaussianDiffusion:
         return len(self.betas)
 
     def respaced(self, count: int) -> "GaussianDiffusion":
-        """The chain of `count` of the steps, with the noise levels that they have here."""
+        """Return the chain of `count` of the steps, which keep their noise levels."""
         kept = torch.tensor(respaced_steps(len(self), count))
         levels = self.alphas_cumprod[kept]
         before = torch.cat((torch.ones(1, dtype=torch.float64), levels[:-1]))
         return GaussianDiffusion(1 - levels / before, self.numbers[kept])
 
     def add_noise(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        """`x_t` for step indices `t` `(B,)`."""
+        """Return `x_t` for step indices `t` `(B,)`."""
         level = at(self.alphas_cumprod, t, x0), at(1 - self.alphas_cumprod, t, x0)
         return level[0].sqrt() * x0 + level[1].sqrt() * noise
 
     def posterior_mean(self, x0: Tensor, xt: Tensor, t: Tensor) -> Tensor:
-        """Mean of `q(x_t-1 | x_t, x_0)`."""
+        """Return the mean of `q(x_t-1 | x_t, x_0)`."""
         return at(self.posterior_mean_x0, t, x0) * x0 + at(self.posterior_mean_xt, t, x0) * xt
 
     def predict_x0(self, xt: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        """`x_0` from `x_t` and its noise."""
+        """Return `x_0` from `x_t` and its noise."""
         return at(self.alphas_cumprod.rsqrt(), t, xt) * xt - at((1 / self.alphas_cumprod - 1).sqrt(), t, xt) * noise
 
     def log_variance(self, fraction: Tensor, t: Tensor) -> Tensor:
-        """Log variance of `p(x_t-1 | x_t)` from the network's second half, in [-1, 1]."""
+        """Return the log variance of `p(x_t-1 | x_t)` from the second half of the network's output, in [-1, 1]."""
         low, high = at(self.posterior_log_variance, t, fraction), at(self.betas.log(), t, fraction)
         part = (fraction + 1) / 2
         return part * high + (1 - part) * low
 
     def losses(self, net: Net, x0: Tensor, t: Tensor, noise: Tensor) -> dict[str, Tensor]:
-        """`mse`, `vb` (bits per dimension) and their sum `loss`, each `(B,)`, for step indices `t`."""
+        """Return `mse`, `vb` (bits per dimension) and their sum `loss`, each `(B,)`, for step indices `t`."""
         xt = self.add_noise(x0, t, noise)
         predicted, fraction = net(xt, self.numbers.to(t.device)[t]).float().chunk(2, dim=1)
         mse = mean_flat((noise - predicted) ** 2)
@@ -99,7 +99,7 @@ class GaussianDiffusion:
         return {"mse": mse, "vb": vb, "loss": mse + vb}
 
     def variational_bound(self, x0: Tensor, xt: Tensor, t: Tensor, noise: Tensor, fraction: Tensor) -> Tensor:
-        """One term of the bound, in bits per dimension: KL, or at the first step the likelihood of 8-bit pixels."""
+        """Return one term of the bound in bits per dimension: the KL, or at step 0 the likelihood of 8-bit pixels."""
         mean = self.posterior_mean(self.predict_x0(xt, t, noise), xt, t)
         log_variance = self.log_variance(fraction, t)
         true_log_variance = at(self.posterior_log_variance, t, x0)
@@ -108,14 +108,14 @@ class GaussianDiffusion:
         return torch.where(t == 0, -mean_flat(likelihood), mean_flat(kl)) / math.log(2)
 
     def ddpm_step(self, net: Net, xt: Tensor, index: int, noise: Tensor) -> Tensor:
-        """One ancestral step, `x_t` to `x_t-1`; the last one adds no noise."""
+        """Take one ancestral step from `x_t` to `x_t-1`; the last one adds no noise."""
         t = torch.full((len(xt),), index, device=xt.device)
         predicted, fraction = net(xt, self.numbers.to(t.device)[t]).chunk(2, dim=1)
         mean = self.posterior_mean(self.predict_x0(xt, t, predicted), xt, t)
         return mean + (index > 0) * (0.5 * self.log_variance(fraction, t)).exp() * noise
 
     def ddim_step(self, net: Net, xt: Tensor, index: int, noise: Tensor, eta: float = 0.0) -> Tensor:
-        """One DDIM step (DDIM, 12 and 16); `eta=0` is deterministic. The network's variance is not used."""
+        """Take one DDIM step (DDIM, 12 and 16); `eta=0` is deterministic. The network's variance is unused."""
         t = torch.full((len(xt),), index, device=xt.device)
         predicted = net(xt, self.numbers.to(t.device)[t])[:, : xt.shape[1]]
         level, before = at(self.alphas_cumprod, t, xt), at(self.alphas_cumprod_before, t, xt)
@@ -125,25 +125,25 @@ class GaussianDiffusion:
 
 
 def at(table: Tensor, t: Tensor, like: Tensor) -> Tensor:
-    """Entries `t` `(B,)` of a float64 table in the dtype of `like`, shaped `(B, 1, 1, ...)`."""
+    """Return entries `t` `(B,)` of a float64 table in the dtype of `like`, shaped `(B, 1, 1, ...)`."""
     return table.to(t.device)[t].to(like.dtype).reshape(-1, *[1] * (like.ndim - 1))
 
 
 def mean_flat(x: Tensor) -> Tensor:
-    """Mean over all dimensions but the first."""
+    """Average over all dimensions except the first."""
     return x.flatten(1).mean(1)
 
 
 def normal_kl(mean1: Tensor, log_variance1: Tensor, mean2: Tensor, log_variance2: Tensor) -> Tensor:
-    """`KL(N1 || N2)` of diagonal normal distributions, elementwise, in nats."""
+    """Return `KL(N1 || N2)` of diagonal normal distributions, elementwise, in nats."""
     ratio = log_variance1 - log_variance2
     return 0.5 * (ratio.exp() - 1 - ratio + (mean1 - mean2) ** 2 * (-log_variance2).exp())
 
 
 def discretized_log_likelihood(x: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:
-    """Log of the probability that a normal distribution gives the 8-bit bin of `x` in [-1, 1], elementwise, in nats.
+    """Return the log probability of the 8-bit bin of `x` in [-1, 1] under a normal distribution, elementwise, in nats.
 
-    The first and the last bin reach to infinity. The normal CDF is GELU's tanh approximation, as in the original.
+    The first and the last bin extend to infinity. The normal CDF is GELU's tanh approximation, as in the original.
     """
 
     def cdf(x: Tensor) -> Tensor:

@@ -1,9 +1,9 @@
-"""Interpolants between noise and data, as SiT trains them (arXiv 2401.08740; stochastic interpolants, 2303.08797).
+"""Interpolants between noise and data, as in SiT (arXiv 2401.08740; stochastic interpolants, 2303.08797).
 
 Time runs from noise at 0 to data at 1:
 
     x_t = alpha(t) x_1 + sigma(t) x_0,    x_0 noise, x_1 data
-    velocity  v = d alpha x_1 + d sigma x_0          what the ODE dx = v dt follows
+    velocity  v = d alpha x_1 + d sigma x_0          of the ODE dx = v dt
     score     s = -x_0 / sigma                       of the density of x_t
 
     path      alpha(t)           sigma(t)
@@ -11,26 +11,25 @@ Time runs from noise at 0 to data at 1:
     gvp       sin(pi t / 2)      cos(pi t / 2)
     vp        exp(l)             sqrt(1 - exp(2 l)),   l = -(1 - t)^2 (b1 - b0) / 4 - (1 - t) b0 / 2
 
-A network may predict any of the three (noise, velocity, score); each is a function of any other one and x_t.
+A network may predict any of the three (noise, velocity, score); each follows from any other and x_t.
 
 Shape letters: B batch. `net(x, t)` maps `(B, I, H, W)` and times `(B,)` to `(B, I, H, W)`.
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 
 import torch
 from torch import Tensor
 
-Net = Callable[[Tensor, Tensor], Tensor]
+from vca.generation.diffusion import Net
 
-VP_BETAS = (0.1, 20.0)  # b0, b1: noise rates at the data and at the noise end
+VP_BETAS = (0.1, 20.0)  # b0, b1: noise rates at the data end and at the noise end
 
 
 class PathType(Enum):
-    """How noise and data are mixed."""
+    """Path between noise and data."""
 
     linear = "linear"
     gvp = "gvp"
@@ -38,7 +37,7 @@ class PathType(Enum):
 
 
 class Prediction(Enum):
-    """What the network's output means."""
+    """Quantity that the network predicts."""
 
     velocity = "velocity"
     noise = "noise"
@@ -46,7 +45,7 @@ class Prediction(Enum):
 
 
 class Weighting(Enum):
-    """Of the loss of a noise or score prediction over time: none, that of the velocity's, or the likelihood's."""
+    """Weighting over time of the loss of a noise or score prediction."""
 
     none = "none"
     velocity = "velocity"
@@ -54,7 +53,7 @@ class Weighting(Enum):
 
 
 class DiffusionForm(Enum):
-    """How much noise the SDE adds over time; the marginals are the same for each."""
+    """Diffusion coefficient of the SDE over time; the marginals do not depend on it."""
 
     sbdm = "sbdm"
     sigma = "sigma"
@@ -66,7 +65,7 @@ class DiffusionForm(Enum):
 
 @dataclass(frozen=True)
 class Coefficients:
-    """alpha, sigma, their derivatives, and `d_alpha / alpha`, which stays exact where alpha vanishes slowly."""
+    """alpha, sigma, their derivatives, and `ratio = d_alpha / alpha`, which stays exact where alpha is tiny."""
 
     alpha: Tensor
     sigma: Tensor
@@ -76,12 +75,12 @@ class Coefficients:
 
     @property
     def drift_variance(self) -> Tensor:
-        """`g` of the equivalent SDE `dx = ratio x dt`: velocity = ratio x + g score."""
+        """Return g of `velocity = ratio x + g score`."""
         return self.ratio * self.sigma**2 - self.sigma * self.d_sigma
 
 
 def coefficients(path: PathType, t: Tensor) -> Coefficients:
-    """Of a path at times `t`, elementwise."""
+    """Return the coefficients of a path at times `t`, elementwise."""
     if path is PathType.linear:
         return Coefficients(t, 1 - t, torch.ones_like(t), -torch.ones_like(t), 1 / t)
     if path is PathType.gvp:
@@ -97,11 +96,10 @@ def coefficients(path: PathType, t: Tensor) -> Coefficients:
 
 @dataclass(frozen=True)
 class Interpolant:
-    """A path, a prediction and a weighting: everything between a network and its loss or its samples.
+    """Path, prediction and loss weighting: the equations between a network and its loss or samples.
 
     Attributes:
-        train_eps, sample_eps: how far from the ends of time training and sampling stay where the equations are singular
-            there; None takes SiT's.
+        train_eps, sample_eps: distance from the ends of time at which the equations are singular; None uses SiT's.
     """
 
     path: PathType = PathType.linear
@@ -111,16 +109,16 @@ class Interpolant:
     sample_eps: float | None = None
 
     def at(self, t: Tensor, x: Tensor) -> Coefficients:
-        """Coefficients at times `t` `(B,)`, shaped to multiply `x`."""
+        """Return the coefficients at times `t` `(B,)`, shaped to multiply `x`."""
         return coefficients(self.path, t.reshape(-1, *[1] * (x.ndim - 1)))
 
     def mix(self, noise: Tensor, data: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """`x_t` and its velocity."""
+        """Return `x_t` and its velocity."""
         c = self.at(t, data)
         return c.alpha * data + c.sigma * noise, c.d_alpha * data + c.d_sigma * noise
 
     def losses(self, net: Net, noise: Tensor, data: Tensor, t: Tensor) -> Tensor:
-        """Loss of each image, `(B,)`."""
+        """Return the loss of each image, `(B,)`."""
         xt, velocity = self.mix(noise, data, t)
         out = net(xt, t).float()
         if self.prediction is Prediction.velocity:
@@ -135,14 +133,14 @@ class Interpolant:
         return (weight * error.square()).flatten(1).mean(1)
 
     def velocity(self, out: Tensor, x: Tensor, t: Tensor) -> Tensor:
-        """The velocity that an output of the network stands for."""
+        """Convert the network's output to a velocity."""
         if self.prediction is Prediction.velocity:
             return out
         c = self.at(t, x)
         return c.ratio * x + c.drift_variance * self.score(out, x, t)
 
     def score(self, out: Tensor, x: Tensor, t: Tensor) -> Tensor:
-        """The score that an output of the network stands for."""
+        """Convert the network's output to a score."""
         if self.prediction is Prediction.score:
             return out
         c = self.at(t, x)
@@ -152,7 +150,7 @@ class Interpolant:
         return (inverse * out - x) / (c.sigma**2 - inverse * c.d_sigma * c.sigma)
 
     def diffusion(self, form: DiffusionForm, norm: float, x: Tensor, t: Tensor) -> Tensor:
-        """Coefficient w of the SDE `dx = (v + w s) dt + sqrt(2 w) dW`, `(B, 1, 1, 1)`."""
+        """Return the coefficient w of the SDE `dx = (v + w s) dt + sqrt(2 w) dW`, `(B, 1, 1, 1)`."""
         c = self.at(t, x)
         time = t.reshape(c.sigma.shape)
         if form is DiffusionForm.sbdm:
@@ -168,18 +166,18 @@ class Interpolant:
         return torch.full_like(time, norm)
 
     def train_interval(self) -> tuple[float, float]:
-        """First and last time of training."""
+        """Return the first and last time of training."""
         default = 1e-5 if self.path is PathType.vp else 0.0 if self.prediction is Prediction.velocity else 1e-3
         return self.interval(default if self.train_eps is None else self.train_eps)
 
     def sample_interval(self, form: DiffusionForm | None = None, last_step: float = 0.0) -> tuple[float, float]:
-        """First and last time of sampling: of the ODE, or of the SDE of a form before a last step of that size."""
+        """Return the first and last time of sampling: of the ODE, or of an SDE before its last step."""
         regular = self.path is not PathType.vp and self.prediction is Prediction.velocity
         default = 0.0 if regular and form is not DiffusionForm.sbdm else 1e-3
         return self.interval(default if self.sample_eps is None else self.sample_eps, form, last_step)
 
     def interval(self, eps: float, form: DiffusionForm | None = None, last_step: float = 0.0) -> tuple[float, float]:
-        """Where time starts and ends, `eps` away from the ends at which something is singular."""
+        """Return where time starts and ends: `eps` away from singular ends."""
         start, end = 0.0, 1.0
         sde, velocity = form is not None, self.prediction is Prediction.velocity
         late = 1 - last_step if sde and last_step else 1 - eps

@@ -1,8 +1,7 @@
-"""What a generative network is trained for, and how its output becomes samples: DiT's diffusion, SiT's interpolant.
+"""Training objectives and their samplers behind one interface: DiT's diffusion, SiT's interpolant.
 
-Both are used alike: `losses` from data, noise and a uniform number that picks the time; `sample` from noise by a
-sampler that belongs to the objective. To add one: a config dataclass with a `name`, a class, and one line in
-`OBJECTIVES`.
+`losses` computes the loss from data, noise and a uniform number that selects the time; `sample` maps noise to samples.
+To add an objective: a config dataclass with a `name`, a class, and one line in `OBJECTIVES`.
 
 Shape letters: B batch, I channels of the data. `net(x, t)` returns `(B, 2I, H, W)`, or `(B, I, H, W)` for an
 interpolant without `learn_sigma`.
@@ -21,7 +20,7 @@ from vca.runtime.errors import check
 
 
 class Method(Enum):
-    """How samples are made: the first two of a diffusion, the others of an interpolant."""
+    """Sampling methods: the first two for diffusion, the others for an interpolant."""
 
     ddpm = "ddpm"
     ddim = "ddim"
@@ -34,17 +33,18 @@ class Method(Enum):
 
 @dataclass
 class SamplerConfig:
-    """How samples are made.
+    """Sampler settings.
 
     Attributes:
-        method: one that belongs to the objective.
-        steps: of a diffusion; points of the time grid of an interpolant. Null, and only null, for `ode_dopri5`.
-        cfg_scale: guidance scale of classifier-free guidance; 1 is none.
-        cfg_channels: how many channels it acts on; null for all. 3 is what the tables of DiT and SiT have.
-        cfg_interval: `[low, high]`, the part of the noise time in which it acts; 0 is data, 1 is noise.
-        eta: noise of DDIM.
-        rtol, atol: of `ode_dopri5`.
-        diffusion_form, diffusion_norm, last_step, last_step_size: of an SDE, see `vca.generation.samplers.sample_sde`.
+        method: sampling method; must belong to the objective.
+        steps: sampling steps of a diffusion; points of the time grid of an interpolant; null for `ode_dopri5`.
+        cfg_scale: classifier-free guidance scale; 1 disables guidance.
+        cfg_channels: number of channels under guidance, null for all; DiT's and SiT's tables use 3.
+        cfg_interval: `[low, high]` range of the noise time with guidance; 0 is data, 1 is noise.
+        eta: noise scale of DDIM.
+        rtol, atol: tolerances of `ode_dopri5`.
+        diffusion_form, diffusion_norm, last_step, last_step_size: SDE settings, see
+            `vca.generation.samplers.sample_sde`.
     """
 
     method: Method = Method.ddpm
@@ -62,7 +62,7 @@ class SamplerConfig:
 
     def __post_init__(self) -> None:
         if self.method is Method.ode_dopri5:
-            check(self.steps is None, "sampler.steps", "null for ode_dopri5, which chooses its own", self.steps)
+            check(self.steps is None, "sampler.steps", "null for ode_dopri5 (adaptive step size)", self.steps)
         else:
             least = 1 if self.method in (Method.ddpm, Method.ddim) else 2
             check(self.steps is not None and self.steps >= least, "sampler.steps", f">= {least}", self.steps)
@@ -82,24 +82,24 @@ class SamplerConfig:
 
 
 class Objective(Protocol):
-    """What the two objectives offer.
+    """Interface of an objective.
 
     Attributes:
-        methods: the samplers that can read it.
-        most_steps: that a sampler can make; None if there is no limit.
+        methods: its sampling methods.
+        max_steps: the largest number of sampling steps; None if there is no limit.
     """
 
     methods: tuple[Method, ...]
-    most_steps: int | None
+    max_steps: int | None
 
     def losses(self, net: Net, data: Tensor, noise: Tensor, u: Tensor) -> dict[str, Tensor]:
-        """`loss` of each image `(B,)`, and its parts; `u` `(B,)` in [0, 1) picks the time."""
+        """Return `loss` of each image `(B,)` and its terms; `u` `(B,)` in [0, 1) selects the time."""
 
     def noise_time(self, t: Tensor) -> Tensor:
-        """The times that the network is told, as a number from 0 (data) to 1 (noise)."""
+        """Convert the network's times to numbers from 0 (data) to 1 (noise)."""
 
     def sample(self, net: Net, noise: Tensor, sampler: SamplerConfig, step_noise: Noise) -> SamplerOutput:
-        """Samples from noise."""
+        """Sample from noise; `step_noise(step)` is the noise of a step."""
 
 
 @dataclass
@@ -107,7 +107,7 @@ class DiffusionConfig:
     """DiT's objective.
 
     Attributes:
-        steps: of the chain.
+        steps: length of the diffusion chain.
     """
 
     name: str = "diffusion"
@@ -124,19 +124,16 @@ class Diffusion:
 
     def __init__(self, config: DiffusionConfig) -> None:
         self.chain = GaussianDiffusion(linear_betas(config.steps))
-        self.most_steps: int | None = config.steps
+        self.max_steps: int | None = config.steps
 
     def losses(self, net: Net, data: Tensor, noise: Tensor, u: Tensor) -> dict[str, Tensor]:
-        """`mse`, `vb` and `loss`."""
-        t = (u.double() * len(self.chain)).long()  # in float32 u * 1000 may round up to 1000
+        t = (u.double() * len(self.chain)).long()  # in float32, u * 1000 may round up to 1000
         return self.chain.losses(net, data, t, noise)
 
     def noise_time(self, t: Tensor) -> Tensor:
-        """Step numbers over the number of steps."""
         return t.double() / len(self.chain)
 
     def sample(self, net: Net, noise: Tensor, sampler: SamplerConfig, step_noise: Noise) -> SamplerOutput:
-        """By DDPM or DDIM."""
         assert sampler.steps is not None
         if sampler.method is Method.ddim:
             return sample_ddim(net, noise, self.chain, sampler.steps, step_noise, sampler.eta)
@@ -145,13 +142,13 @@ class Diffusion:
 
 @dataclass
 class InterpolantConfig:
-    """SiT's objective; the defaults are those of its tables.
+    """SiT's objective; the defaults are those of SiT's tables.
 
     Attributes:
         path: `linear`, `gvp` or `vp`.
         prediction: `velocity`, `noise` or `score`.
         weighting: `none`, `velocity` or `likelihood`.
-        train_eps, sample_eps: distance from singular ends of time; null takes SiT's.
+        train_eps, sample_eps: distance from singular ends of time; null uses SiT's.
     """
 
     name: str = "interpolant"
@@ -168,9 +165,9 @@ class InterpolantConfig:
 
 
 class StochasticInterpolant:
-    """A prediction along a path from noise to data. Of a network with `learn_sigma` the second half is not read."""
+    """Prediction along a path from noise to data; the second half of the output with `learn_sigma` is unused."""
 
-    most_steps: int | None = None
+    max_steps: int | None = None
     methods = (Method.ode_euler, Method.ode_heun, Method.ode_dopri5, Method.sde_euler, Method.sde_heun)
 
     def __init__(self, config: InterpolantConfig) -> None:
@@ -179,16 +176,13 @@ class StochasticInterpolant:
         )
 
     def losses(self, net: Net, data: Tensor, noise: Tensor, u: Tensor) -> dict[str, Tensor]:
-        """`loss`."""
         start, end = self.interpolant.train_interval()
         return {"loss": self.interpolant.losses(first_half(net), noise, data, start + (end - start) * u)}
 
     def noise_time(self, t: Tensor) -> Tensor:
-        """Time runs from noise to data here."""
-        return 1 - t.double()
+        return 1 - t.double()  # time runs from noise to data
 
     def sample(self, net: Net, noise: Tensor, sampler: SamplerConfig, step_noise: Noise) -> SamplerOutput:
-        """By an ODE or an SDE."""
         kind, solver = sampler.method.value.split("_")
         net = first_half(net)
         if kind == "ode":
@@ -209,7 +203,7 @@ class StochasticInterpolant:
 
 
 def first_half(net: Net) -> Net:
-    """A network of which only as many output channels are read as it has input channels."""
+    """Wrap a network to return only as many channels as its input has."""
     return lambda x, t: net(x, t)[:, : x.shape[1]]
 
 
@@ -221,7 +215,7 @@ OBJECTIVES: dict[str, tuple[type, type]] = {
 
 
 def build_objective(config: Any) -> Objective:
-    """The objective that `config` (one of the dataclasses in `OBJECTIVES`) describes."""
+    """Build the objective that `config` (one of the dataclasses in `OBJECTIVES`) describes."""
     check(config.name in OBJECTIVES, "objective.name", f"one of {sorted(OBJECTIVES)}", config.name)
     config_class, objective = OBJECTIVES[config.name]
     check(type(config) is config_class, "objective.name", f"the name of a {type(config).__name__}", config.name)

@@ -1,4 +1,4 @@
-"""A trained generator, and the set of samples that it draws: sample i of a set follows from its seed and i alone."""
+"""A trained generator and its samples: sample i depends only on the set's seed and i."""
 
 import io
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -23,7 +23,7 @@ from vca.runtime.seeding import derive_seed
 
 @dataclass(frozen=True)
 class GeneratedImage:
-    """Pixels `(H, W, I)` uint8, the class asked for, and how often the network was evaluated for it."""
+    """Pixels `(H, W, I)` uint8, the class label, and the NFE (network evaluations)."""
 
     pixels: np.ndarray
     label: int
@@ -32,12 +32,12 @@ class GeneratedImage:
 
 @dataclass
 class DiffusionPipeline:
-    """A trained network with all that makes samples of it.
+    """Network, objective and autoencoder: everything needed for sampling.
 
     Attributes:
         model, objective, autoencoder: on one device.
-        configs: of the model, the attention, the objective and the autoencoder; empty while it is trained.
-        origin: where the weights are from; likewise.
+        configs: configs of model, attention, objective and autoencoder; empty during training.
+        origin: run or file of the weights; empty during training.
     """
 
     model: Any
@@ -48,29 +48,29 @@ class DiffusionPipeline:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """`(C, h, w)` of what the network makes."""
+        """Shape `(C, h, w)` of a latent."""
         return (self.autoencoder.channels, *self.model.config.size)
 
 
 class GeneratedImages:
-    """The samples of a generator by number.
+    """Samples of a generator, addressed by number.
 
     Args:
-        generator: what draws.
-        sampler: how.
+        pipeline: the generator.
+        sampler: sampler settings.
         labels: `random`, `balanced`, or a list of classes that is repeated.
-        seed: of the set.
-        precision: of the network; the autoencoder stays in float32.
-        count: how many.
-        batch_size: samples computed at once on a GPU.
+        seed: seed of the set.
+        precision: precision of the network; the autoencoder uses float32.
+        count: number of samples.
+        batch_size: samples per batch on a GPU.
 
     Raises:
-        ConfigError: if the sampler does not belong to the generator, or it has no such class.
+        ConfigError: if the sampler does not fit the objective, or a label is not a class of the model.
     """
 
     def __init__(
         self,
-        generator: DiffusionPipeline,
+        pipeline: DiffusionPipeline,
         sampler: SamplerConfig,
         labels: Any,
         seed: int,
@@ -78,68 +78,67 @@ class GeneratedImages:
         count: int,
         batch_size: int,
     ) -> None:
-        config, autoencoder = generator.model.config, generator.autoencoder
-        check_sampler(generator.objective, sampler, config.class_dropout_prob)
+        config, autoencoder = pipeline.model.config, pipeline.autoencoder
+        check_sampler(pipeline.objective, sampler, config.class_dropout_prob)
         if isinstance(labels, list):
             fits = all(0 <= label < config.num_classes for label in labels)
             check(fits, "labels", f"from 0 to {config.num_classes - 1}", labels)
-        self.generator, self.sampler, self.labels, self.seed = generator, sampler, labels, seed
+        self.pipeline, self.sampler, self.labels, self.seed = pipeline, sampler, labels, seed
         self.precision, self.device, self.count = precision, autoencoder.device, count
         self.compute_batch_size = 1 if self.device.type == "cpu" else batch_size
         height, width = (side * autoencoder.factor for side in config.size)
         in_pixels = autoencoder.name == "none"
         self.shape = (height, width, autoencoder.channels if in_pixels else 3)
-        self.source = str(generator.origin.get("run") or generator.origin.get("checkpoint") or "the run")
-        self.nfe: list[int] = []  # of all that was streamed here
+        self.source = str(pipeline.origin.get("run") or pipeline.origin.get("checkpoint") or "the run")
+        self.nfe: list[int] = []  # of each streamed sample
 
-    def draw(self, numbers: Sequence[int]) -> list[GeneratedImage]:
-        """Samples of some numbers that lie between two multiples of `batch_size`.
+    def sample(self, numbers: Sequence[int]) -> list[GeneratedImage]:
+        """Sample numbers from one block of `batch_size` (between two consecutive multiples of it).
 
-        On a GPU all `batch_size` from one multiple to the next are computed at once, since how a product rounds may
-        depend on how many they are. On CPUs they are computed one by one and on one thread. So nothing but its number
-        decides about a sample.
+        Rounding may depend on the batch size and on the number of threads. A GPU therefore always computes whole
+        blocks, and a CPU computes samples one by one on one thread: a sample depends only on its number.
 
         Raises:
             NonFiniteError: if a sample is not finite.
         """
         if self.device.type == "cpu":
             with one_thread():
-                return [sample for number in numbers for sample in self.draw_at_once([number])]
+                return [sample for number in numbers for sample in self.sample_batch([number])]
         first = numbers[0] // self.compute_batch_size * self.compute_batch_size
-        block = self.draw_at_once(range(first, first + self.compute_batch_size))
+        block = self.sample_batch(range(first, first + self.compute_batch_size))
         return [block[number - first] for number in numbers]
 
-    def draw_at_once(self, numbers: Sequence[int]) -> list[GeneratedImage]:
-        """Samples of one batch."""
-        generator = self.generator
-        classes = [label_of(self.labels, number, self.seed, generator.model.config.num_classes) for number in numbers]
+    def sample_batch(self, numbers: Sequence[int]) -> list[GeneratedImage]:
+        """Sample one batch."""
+        pipeline = self.pipeline
+        classes = [label_of(self.labels, number, self.seed, pipeline.model.config.num_classes) for number in numbers]
         labels = torch.tensor(classes, device=self.device)
         with computing(self.precision, self.device):
-            drawn = sample_latents(
-                generator.model, generator.objective, self.sampler, labels, numbers, self.seed, generator.shape
+            output = sample_latents(
+                pipeline.model, pipeline.objective, self.sampler, labels, numbers, self.seed, pipeline.shape
             )
         try:
-            pixels = to_uint8(generator.autoencoder.decode(drawn.x)).permute(0, 2, 3, 1).cpu().numpy()
+            pixels = to_uint8(pipeline.autoencoder.decode(output.x)).permute(0, 2, 3, 1).cpu().numpy()
         except NonFiniteError as error:
-            raise NonFiniteError(f"{error}: number {numbers[0]} to {numbers[-1]} of {self.source}") from error
-        return [GeneratedImage(image, label, drawn.nfe) for image, label in zip(pixels, classes, strict=True)]
+            raise NonFiniteError(f"{error}: samples {numbers[0]} to {numbers[-1]} of {self.source}") from error
+        return [GeneratedImage(image, label, output.nfe) for image, label in zip(pixels, classes, strict=True)]
 
     def read(self, numbers: Sequence[int]) -> np.ndarray:
-        """Pixels of samples, `(len(numbers), H, W, I)` uint8."""
-        samples = self.draw(numbers)
+        """Sample and return pixels `(len(numbers), H, W, I)` uint8."""
+        samples = self.sample(numbers)
         self.nfe += [sample.nfe for sample in samples]
         return np.stack([sample.pixels for sample in samples])
 
     def stream(self, blocks: Iterable[Sequence[int]]) -> Iterator[tuple[Sequence[int], np.ndarray]]:
-        """Blocks of samples one after the other."""
+        """Yield the blocks and their pixels in order."""
         self.nfe = []
         for block in blocks:
             yield block, self.read(block)
 
-    def describe(self) -> dict[str, Any]:
-        """Everything that the pixels depend on."""
-        generator, cuda = self.generator, self.device.type == "cuda"
-        source = generator.configs["autoencoder"].source
+    def settings(self) -> dict[str, Any]:
+        """Return everything that the pixels depend on."""
+        pipeline, cuda = self.pipeline, self.device.type == "cuda"
+        source = pipeline.configs["autoencoder"].source
         return {
             "seed": self.seed,
             "labels": self.labels,
@@ -149,20 +148,20 @@ class GeneratedImages:
             "compute_batch_size": self.compute_batch_size,
             "device": torch.cuda.get_device_name(self.device) if cuda else "cpu",
             "torch": torch.__version__,
-            "origin": generator.origin,
-            **{key: to_dict(generator.configs[key]) for key in ("model", "attention", "objective")},
-            "autoencoder": {"source": source and Path(source).name, **generator.autoencoder.identity()},
+            "origin": pipeline.origin,
+            **{key: to_dict(pipeline.configs[key]) for key in ("model", "attention", "objective")},
+            "autoencoder": {"source": source and Path(source).name, **pipeline.autoencoder.identity()},
         }
 
 
 def nfe_stats(counts: Sequence[int]) -> dict[str, float]:
-    """Mean, least and most of some counts."""
+    """Return mean, minimum and maximum of NFE counts."""
     return {"mean": float(np.mean(counts)), "min": min(counts), "max": max(counts)}
 
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Compute on one thread of the CPU."""
+    """Use one CPU thread within the context."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -172,19 +171,18 @@ def one_thread() -> Iterator[None]:
 
 
 def check_sampler(objective: Objective, sampler: SamplerConfig, class_dropout: float) -> None:
-    """Raise `ConfigError` if the sampler does not belong to the objective, or asks a model for guidance that has none.
+    """Raise `ConfigError` if the sampler does not fit the objective, or the model was not trained for guidance.
 
-    `class_dropout` is how often the model's training replaced a label by the null label.
+    `class_dropout` is the probability of the null label during training.
     """
-    guidable = sampler.cfg_scale == 1 or class_dropout > 0
-    check(guidable, "sampler.cfg_scale", "1 for a model with class_dropout_prob=0", sampler.cfg_scale)
+    supported = sampler.cfg_scale == 1 or class_dropout > 0
+    check(supported, "sampler.cfg_scale", "1 for a model with class_dropout_prob=0", sampler.cfg_scale)
     names = ", ".join(method.value for method in objective.methods)
-    files = "sampler=ddpm or ddim" if Method.ddpm in objective.methods else "sampler=ode_heun, dopri5 or sde"
+    files = "sampler=ddpm or ddim" if Method.ddpm in objective.methods else "sampler=ode_heun, ode_dopri5 or sde_euler"
     check(sampler.method in objective.methods, "sampler.method", f"one of {names} ({files})", sampler.method.value)
-    most = objective.most_steps
-    if most is not None and sampler.steps is not None:
-        rule = f"at most {most}, the steps of the objective"
-        check(sampler.steps <= most, "sampler.steps", rule, sampler.steps)
+    limit = objective.max_steps
+    if limit is not None and sampler.steps is not None:
+        check(sampler.steps <= limit, "sampler.steps", f"<= objective.steps={limit}", sampler.steps)
 
 
 @torch.inference_mode()
@@ -197,32 +195,31 @@ def sample_latents(
     seed: int,
     shape: tuple[int, int, int],
 ) -> SamplerOutput:
-    """Samples of the classes `labels` `(B,)`, for the sample numbers `indices`.
+    """Sample latents of the classes `labels` `(B,)` for the sample numbers `indices`.
 
-    All noise of a sample comes from a CPU generator of its own, seeded by `(seed, index)`: first the start, then that
-    of each step.
+    Each sample has its own CPU generator, seeded by `(seed, index)`, for the initial noise and the noise of each step.
 
     Args:
-        model: a `DiT`, in evaluation mode.
-        objective, sampler: what it was trained for, and how to read it.
-        labels: on the model's device.
-        indices: B of them.
-        seed: of the set of samples.
-        shape: `(I, H, W)` of one.
+        model: a `DiT` in evaluation mode.
+        objective, sampler: its objective, and the sampler settings.
+        labels: class labels, on the model's device.
+        indices: B sample numbers.
+        seed: seed of the set.
+        shape: `(I, H, W)` of a latent.
 
     Returns:
-        `(B, I, H, W)`.
+        Latents `(B, I, H, W)` and the NFE.
     """
     generators = [torch.Generator().manual_seed(derive_seed(seed, "sample", index)) for index in indices]
 
-    def draw(step: int = 0) -> Tensor:
+    def draw_noise(step: int = 0) -> Tensor:
         return torch.stack([torch.randn(shape, generator=g) for g in generators]).to(labels.device)
 
-    return objective.sample(guided(model, objective, sampler, labels), draw(), sampler, draw)
+    return objective.sample(guided(model, objective, sampler, labels), draw_noise(), sampler, draw_noise)
 
 
 def guided(model: Any, objective: Objective, sampler: SamplerConfig, labels: Tensor) -> Callable[..., Tensor]:
-    """`net(x, t)` for these labels, under guidance where the sampler asks for it."""
+    """Return `net(x, t)` for these labels, with classifier-free guidance if the sampler has it."""
     low, high = sampler.cfg_interval
 
     def net(x: Tensor, t: Tensor) -> Tensor:
@@ -235,10 +232,10 @@ def guided(model: Any, objective: Objective, sampler: SamplerConfig, labels: Ten
 
 
 def to_uint8(images: Tensor) -> Tensor:
-    """Images in [-1, 1] as 8-bit pixels: `127.5 x + 128`, cut off at both ends and truncated.
+    """Convert images in [-1, 1] to 8-bit pixels: `127.5 x + 128`, clamped and truncated.
 
     Raises:
-        NonFiniteError: if there is a NaN or an infinity, which would become a black pixel unseen.
+        NonFiniteError: if a value is NaN or infinite; the conversion would hide it as a black pixel.
     """
     if not torch.isfinite(images).all():
         raise NonFiniteError("samples are NaN or infinite")
@@ -246,7 +243,7 @@ def to_uint8(images: Tensor) -> Tensor:
 
 
 def label_of(scheme: str | Sequence[int], index: int, seed: int, num_classes: int) -> int:
-    """The class of sample number `index`: `random`, `balanced` (0, 1, 2, ... in turn), or a list that is repeated."""
+    """Return the class of sample `index`: `random`, `balanced` (0, 1, 2, ... in turn), or from a repeated list."""
     if scheme == "random":
         return derive_seed(seed, "label", index) % num_classes
     if scheme == "balanced":
@@ -257,9 +254,9 @@ def label_of(scheme: str | Sequence[int], index: int, seed: int, num_classes: in
 def save_image_grid(
     images: Tensor, path: Path, columns: int, labels: Sequence[object] | None = None, zoom: int = 1
 ) -> None:
-    """Write images `(B, I, H, W)`, uint8, as one PNG, `columns` in a row, a pixel apart; grey or RGB.
+    """Write images `(B, I, H, W)` uint8 as one PNG with `columns` per row, one pixel apart; grey or RGB.
 
-    Each may carry a label above it, and be enlarged by a whole factor.
+    `labels` are printed above the images; `zoom` enlarges each image by an integer factor.
     """
     from PIL import Image, ImageDraw
 

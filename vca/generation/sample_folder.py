@@ -1,12 +1,12 @@
-"""A set of samples on the disk: one PNG a sample, named by its number, and a manifest that says how they were made.
+"""Sample folder: one PNG per sample, named by its number, and a manifest with the settings that produced them.
 
-    images/000000.png    with its label and its number of function evaluations as PNG text
-    manifest.json        everything that the pixels depend on; once the set is complete, its `result`
-    digests.txt          once the set is complete: the digest of each image in order, a line each
-    samples.npz          on demand: `arr_0` (count, H, W, I) uint8, as ADM's evaluator takes it
-    grid.png             on demand: the first samples
+    images/000000.png    the image, with its label and NFE as PNG text
+    manifest.json        everything that the pixels depend on; `result` once the folder is complete
+    digests.txt          sha256 of each image in order, one per line, once the folder is complete
+    samples.npz          optional: `arr_0` (count, H, W, I) uint8, the format of ADM's evaluator
+    grid.png             optional: the first samples
 
-A set that was interrupted holds whole images only, and goes on with those that are missing.
+An interrupted folder contains only complete images; sampling resumes with the missing ones.
 """
 
 import io
@@ -31,72 +31,75 @@ from vca.runtime.files import write_bytes, write_text
 from vca.runtime.metrics_log import progress_bar
 from vca.runtime.rundir import diff_configs
 
-SHOWN = 100  # samples in grid.png
-# Names of things whose sha256 is compared, how these came about, and what is not known before the end.
+GRID_SIZE = 100  # samples in grid.png
+# Manifest fields that may differ: names of parts whose sha256 is compared, and the result.
 FREE = ("autoencoder.source", "origin.checkpoint", "origin.run", "origin.training", "result")
 
 
 class SampleFolder:
-    """The folder of a set."""
+    """A folder of samples."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.images, self.manifest_file = path, path / "images", path / "manifest.json"
         self.digests_file = path / "digests.txt"
 
     def open(self, manifest: dict[str, Any], count: int, block: int) -> list[range]:
-        """Begin the set, or enter it again; it may have grown since. Returns `missing_blocks(count, block)`.
+        """Create the folder, or reopen it to resume or extend it; returns `missing_blocks(count, block)`.
 
         Raises:
-            ConfigError: if the folder holds another set (names what differs), or more samples, or none of ours.
+            ConfigError: if the folder contains samples with other settings, more samples, or other files.
         """
         if self.manifest_file.exists():
             if differences := diff_configs(self.read_manifest(), manifest, FREE):
                 raise ConfigError(
-                    f"out: {self.path} holds other samples ({'; '.join(differences)}); choose another folder"
+                    f"out: {self.path} contains samples with other settings ({'; '.join(differences)}); "
+                    f"choose another folder"
                 )
         else:
             try:
                 self.path.mkdir(parents=True, exist_ok=True)
                 if others := {entry.name for entry in os.scandir(self.path)} - {"manifest.tmp"}:
-                    there = f"{self.path} is no set of samples, and holds other files, such as {min(others)}"
-                    raise ConfigError(f"out: {there}; choose another folder")
+                    raise ConfigError(
+                        f"out: {self.path} must be empty or a folder of sample.py, got a folder with {min(others)}; "
+                        f"choose another folder"
+                    )
                 write_text(self.manifest_file, json.dumps(manifest, indent=2) + "\n")
             except OSError as error:
-                raise ConfigError(f"out: {self.path} cannot be written: {error.strerror}") from error
+                raise ConfigError(f"out: cannot write {self.path}: {error.strerror}") from error
         self.images.mkdir(exist_ok=True)
-        if more := [index for index in self.there() if index >= count]:
+        if beyond := [index for index in self.existing() if index >= count]:
             raise ConfigError(
-                f"count must be >= {max(more) + 1}, which {self.path} holds already; or choose another folder"
+                f"count must be >= {max(beyond) + 1}, the samples in {self.path}, got {count}; or choose another folder"
             )
         return self.missing_blocks(count, block)
 
     def read_manifest(self) -> dict[str, Any]:
-        """The manifest that is there.
+        """Read the manifest.
 
         Raises:
-            ConfigError: if it cannot be read.
+            ConfigError: if it is corrupt.
         """
         try:
             return json.loads(self.manifest_file.read_text())
         except ValueError as error:
-            raise ConfigError(f"{self.manifest_file} is damaged ({error}); choose another folder") from error
+            raise ConfigError(f"{self.manifest_file} is corrupt ({error}); choose another folder") from error
 
     def image_path(self, index: int) -> Path:
-        """Where a sample lies."""
+        """Return the path of a sample."""
         return self.images / f"{index:06d}.png"
 
-    def there(self) -> set[int]:
-        """Numbers of the samples that are done."""
+    def existing(self) -> set[int]:
+        """Return the numbers of the samples on disk."""
         return {int(p.stem) for p in self.images.glob("*.png") if p.stem.isdigit()}
 
     def missing_blocks(self, count: int, size: int) -> list[range]:
-        """Blocks of `size` consecutive numbers of which some below `count` are missing; each is a whole block."""
-        there: Collection[int] = self.there()
+        """Return the blocks of `size` consecutive numbers in which a sample below `count` is missing."""
+        existing: Collection[int] = self.existing()
         blocks = (range(start, start + size) for start in range(0, count, size))
-        return [block for block in blocks if any(index not in there for index in block if index < count)]
+        return [block for block in blocks if any(index not in existing for index in block if index < count)]
 
     def write(self, index: int, sample: GeneratedImage) -> None:
-        """Add a sample."""
+        """Write one sample."""
         text = PngInfo()
         text.add_text("label", str(sample.label))
         text.add_text("nfe", str(sample.nfe))
@@ -106,38 +109,38 @@ class SampleFolder:
         write_bytes(self.image_path(index), content.getbuffer())
 
     def read(self, index: int) -> GeneratedImage:
-        """A sample that is there."""
+        """Read one sample."""
         try:
             with Image.open(self.image_path(index)) as image:
                 pixels = np.asarray(image)
                 text: Any = image.text  # type: ignore[attr-defined]
-            label, nfe = int(text["label"]), int(text.get("nfe") or text["evaluations"])  # its old name
+            label, nfe = int(text["label"]), int(text.get("nfe") or text["evaluations"])  # older samples
         except (OSError, SyntaxError, AttributeError, KeyError) as error:
-            raise ConfigError(f"{self.image_path(index)} is not a whole sample; delete it and start again") from error
+            raise ConfigError(f"{self.image_path(index)} is corrupt; delete it and rerun the command") from error
         return GeneratedImage(pixels if pixels.ndim == 3 else pixels[..., None], label, nfe)
 
     def read_all(self, count: int) -> Iterator[GeneratedImage]:
-        """The samples in order, a few read ahead."""
+        """Yield the samples in order, with read-ahead."""
         ahead = 256
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
             for start in range(0, count, ahead):
                 yield from pool.map(self.read, range(start, min(start + ahead, count)))
 
     def finish(self, count: int, npz: bool, grid: bool) -> dict[str, Any]:
-        """Read the whole set, write what is asked for, and add the `result` to the manifest.
+        """Read all samples, write the optional files, and add `result` to the manifest.
 
         Returns:
-            `count`; `sha256` of the images in order; `evaluations` a sample, `{"mean", "min", "max"}`; `classes`, how
-            many there are of each label.
+            `count`; `sha256` of the images in order; `nfe` per sample, `{"mean", "min", "max"}`; `classes`, the number
+            of samples of each label.
 
         Raises:
-            ConfigError: if an image is not what it was when the set was complete before; names it.
+            ConfigError: if an image has changed since the folder was complete; names it.
         """
         digests: list[bytes] = []
         nfe, labels = [], []
-        shown: list[torch.Tensor] = []
+        thumbnails: list[torch.Tensor] = []
         before = self.read_manifest().get("result")
-        signed = self.read_digests(before) if before else []
+        recorded = self.read_digests(before) if before else []
         with (
             NpzWriter(self.path / "samples.npz" if npz else None, count) as writer,
             progress_bar(count, "img", show=True) as bar,
@@ -145,20 +148,22 @@ class SampleFolder:
             for index, sample in enumerate(self.read_all(count)):
                 content = sample.pixels.tobytes()
                 digests.append(image_sha256(sample.pixels))
-                if index < len(signed) and digests[index] != signed[index]:
-                    changed = f"{self.image_path(index)} was changed after the set was complete"
-                    raise ConfigError(f"{changed}; delete it and start again")
+                if index < len(recorded) and digests[index] != recorded[index]:
+                    changed = f"{self.image_path(index)} has changed since the folder was complete"
+                    raise ConfigError(f"{changed}; delete it and rerun the command")
                 bar.update()
                 writer.write(sample.pixels, content)
                 nfe.append(sample.nfe)
                 labels.append(sample.label)
-                if len(shown) < SHOWN:
-                    shown.append(torch.from_numpy(sample.pixels.copy()).permute(2, 0, 1))
+                if len(thumbnails) < GRID_SIZE:
+                    thumbnails.append(torch.from_numpy(sample.pixels.copy()).permute(2, 0, 1))
             if before and before["count"] <= count and images_sha256(digests[: before["count"]]) != before["sha256"]:
-                raise ConfigError(f"{self.images} holds other images than the manifest names; choose another folder")
+                raise ConfigError(
+                    f"images in {self.images} have changed since the folder was complete; choose another folder"
+                )
         if grid:
-            zoom = max(1, 48 // shown[0].shape[1])
-            save_image_grid(torch.stack(shown), self.path / "grid.png", 10, labels[: len(shown)], zoom)
+            zoom = max(1, 48 // thumbnails[0].shape[1])
+            save_image_grid(torch.stack(thumbnails), self.path / "grid.png", 10, labels[: len(thumbnails)], zoom)
         result = {
             "count": count,
             "sha256": images_sha256(digests),
@@ -170,7 +175,7 @@ class SampleFolder:
         return result
 
     def read_digests(self, result: dict[str, Any]) -> list[bytes]:
-        """Digests of the images when the manifest got its `result`; none if the file does not fit it."""
+        """Read the digests recorded with `result`; an empty list if the file is missing or does not match."""
         try:
             digests = [bytes.fromhex(line) for line in self.digests_file.read_text().split()[: result["count"]]]
         except (OSError, ValueError):
@@ -179,7 +184,7 @@ class SampleFolder:
 
 
 class NpzWriter:
-    """Writes `arr_0` of an npz row by row, so that the whole array is never in memory; without a path, nothing."""
+    """Write `arr_0` of an npz row by row, without the whole array in memory; does nothing without a path."""
 
     def __init__(self, path: Path | None, count: int) -> None:
         self.path, self.count = path, count
@@ -192,7 +197,7 @@ class NpzWriter:
         return self
 
     def write(self, row: np.ndarray, content: bytes) -> None:
-        """Append a row, whose bytes are `content`."""
+        """Append a row; `content` is its bytes."""
         if self.archive is None:
             return
         if self.file is None:

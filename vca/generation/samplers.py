@@ -1,8 +1,7 @@
-"""From noise to samples: ancestral and implicit steps of a diffusion, ODE and SDE solvers of an interpolant.
+"""Samplers: DDPM and DDIM for a diffusion, ODE and SDE solvers for an interpolant.
 
-Every sampler takes a network, the starting noise, and counts how often it called the network: `Samples.evaluations` is
-the figure that a protocol states. Noise inside a chain comes from `noise(step)`, so that whoever calls decides what it
-depends on; every sampler is deterministic otherwise.
+Every sampler takes a network and the initial noise, and returns the samples with the NFE (network evaluations). The
+noise of each step comes from `noise(step)`; otherwise samplers are deterministic.
 
 Shape letters: B batch. States are `(B, I, H, W)`, times `(B,)`.
 """
@@ -23,26 +22,25 @@ Field = Callable[[Tensor, float], Tensor]  # (x, t) -> dx / dt
 
 @dataclass(frozen=True)
 class SamplerOutput:
-    """What came out, and how many times the network was evaluated for it."""
+    """Samples, and the NFE (network evaluations) per sample."""
 
     x: Tensor
     nfe: int
 
 
 class Counted:
-    """A network that counts its calls."""
+    """Network wrapper that counts calls."""
 
     def __init__(self, net: Net) -> None:
         self.net, self.calls = net, 0
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
-        """Evaluate, and count; the chain goes on in the precision of x, also where the network is in bf16."""
         self.calls += 1
-        return self.net(x, t).to(x.dtype)
+        return self.net(x, t).to(x.dtype)  # the state keeps its dtype when the network runs in bf16
 
 
 def sample_ddpm(net: Net, x: Tensor, diffusion: GaussianDiffusion, steps: int, noise: Noise) -> SamplerOutput:
-    """Ancestral sampling over `steps` of the chain's steps."""
+    """Sample with DDPM over `steps` of the chain's steps."""
     chain, counted = diffusion.respaced(steps), Counted(net)
     for step, index in enumerate(reversed(range(steps))):
         x = chain.ddpm_step(counted, x, index, noise(step))
@@ -52,9 +50,9 @@ def sample_ddpm(net: Net, x: Tensor, diffusion: GaussianDiffusion, steps: int, n
 def sample_ddim(
     net: Net, x: Tensor, diffusion: GaussianDiffusion, steps: int, noise: Noise | None = None, eta: float = 0.0
 ) -> SamplerOutput:
-    """DDIM over `steps` of the chain's steps; `eta=0` needs no noise."""
+    """Sample with DDIM over `steps` of the chain's steps; `eta=0` needs no noise."""
     if eta and noise is None:
-        raise ValueError(f"DDIM with eta={eta} needs noise")
+        raise ValueError(f"noise must be given for eta > 0, got eta={eta}")
     chain, counted = diffusion.respaced(steps), Counted(net)
     for step, index in enumerate(reversed(range(steps))):
         x = chain.ddim_step(counted, x, index, noise(step) if noise and eta else torch.zeros_like(x), eta)
@@ -73,9 +71,9 @@ def sample_ode(
     """Solve `dx = v dt` from noise to data.
 
     Args:
-        net, x, interpolant: the network, the noise, and what its output means.
-        method: `euler` or `heun` on a grid of `points` times, or `dopri5`, which chooses its own within `rtol, atol`.
-        points: of the grid, both ends counted, as SiT counts; `euler` makes `points - 1` steps.
+        net, x, interpolant: network, initial noise, and the interpolant it was trained with.
+        method: `euler` or `heun` on a grid of `points` times, or `dopri5` (adaptive, tolerances `rtol` and `atol`).
+        points: grid points including both ends, as in SiT; `euler` takes `points - 1` steps.
     """
     counted = Counted(net)
     start, end = interpolant.sample_interval()
@@ -91,7 +89,7 @@ def sample_ode(
         x = odeint(lambda t, x: velocity(x, float(t)), x, span, method="dopri5", rtol=rtol, atol=atol)[-1]
         return SamplerOutput(x, counted.calls)
     if method not in ("euler", "heun"):
-        raise ValueError(f"the ODE method must be euler, heun or dopri5, got '{method}'")
+        raise ValueError(f"method must be euler, heun or dopri5, got '{method}'")
     times = time_grid(start, end, points)
     step = {"euler": euler_step, "heun": heun_step}[method]
     for t, after in pairwise(times):
@@ -100,12 +98,12 @@ def sample_ode(
 
 
 def euler_step(field: Field, x: Tensor, t: float, dt: float) -> Tensor:
-    """Explicit Euler, first order."""
+    """Take an explicit Euler step (first order)."""
     return x + dt * field(x, t)
 
 
 def heun_step(field: Field, x: Tensor, t: float, dt: float) -> Tensor:
-    """Heun's method, second order."""
+    """Take a step of Heun's method (second order)."""
     first = field(x, t)
     return x + 0.5 * dt * (first + field(x + dt * first, t + dt))
 
@@ -125,31 +123,31 @@ def sample_sde(
     """Solve `dx = (v + w s) dt + sqrt(2 w) dW` from noise to data.
 
     Args:
-        net, x, interpolant: the network, the noise, and what its output means.
-        noise: of each step, `points - 1` of them.
-        method: `euler` (Euler-Maruyama) or `heun` (noise first, then Heun's step of the drift).
-        points: of the time grid, both ends counted, as SiT counts.
-        form, norm: of the diffusion coefficient w.
-        last_step: how the rest, `last_step_size` of time, is gone without noise: `mean` (a step of the SDE's drift),
-            `euler` (a step of the ODE), `tweedie` (the mean of the data given x), or None: there is no rest.
+        net, x, interpolant: network, initial noise, and the interpolant it was trained with.
+        noise: noise of each of the `points - 1` steps.
+        method: `euler` (Euler-Maruyama) or `heun` (noise first, then a Heun step of the drift).
+        points: grid points including both ends, as in SiT.
+        form, norm: form and scale of the diffusion coefficient w.
+        last_step: noise-free final step of size `last_step_size`: `mean` (a step of the SDE's drift), `euler` (a step
+            of the ODE), `tweedie` (the mean of the data given x), or None for no final step.
     """
     counted = Counted(net)
     rest = last_step_size if last_step is not None else 0.0
     start, end = interpolant.sample_interval(form, rest)
 
-    def read(x: Tensor, t: float) -> tuple[Tensor, Tensor, Tensor]:
-        """Velocity, score and w from one evaluation."""
+    def terms(x: Tensor, t: float) -> tuple[Tensor, Tensor, Tensor]:
+        """Return velocity, score and w from one network evaluation."""
         times = torch.full((len(x),), float(t), device=x.device)
         out = counted(x, times)
         w = interpolant.diffusion(form, norm, x, times)
         return interpolant.velocity(out, x, times), interpolant.score(out, x, times), w
 
     def drift(x: Tensor, t: float) -> Tensor:
-        velocity, score, w = read(x, t)
+        velocity, score, w = terms(x, t)
         return velocity + w * score
 
     if method not in ("euler", "heun"):
-        raise ValueError(f"the SDE method must be euler or heun, got '{method}'")
+        raise ValueError(f"method must be euler or heun, got '{method}'")
     times = time_grid(start, end, points)
     for index, (t, after) in enumerate(pairwise(times)):
         dt = after - t
@@ -159,7 +157,7 @@ def sample_sde(
 
     if last_step is None:
         return SamplerOutput(x, counted.calls)
-    velocity, score, w = read(x, end)
+    velocity, score, w = terms(x, end)
     if last_step == "mean":
         x = x + rest * (velocity + w * score)
     elif last_step == "euler":
@@ -168,12 +166,12 @@ def sample_sde(
         c = interpolant.at(torch.full((len(x),), end, device=x.device), x)
         x = x / c.alpha + c.sigma**2 / c.alpha * score
     else:
-        raise ValueError(f"the last step must be mean, euler, tweedie or None, got '{last_step}'")
+        raise ValueError(f"last_step must be mean, euler, tweedie or None, got '{last_step}'")
     return SamplerOutput(x, counted.calls)
 
 
 def time_grid(start: float, end: float, points: int) -> list[float]:
-    """`points` evenly spaced times from `start` to `end`."""
+    """Return `points` evenly spaced times from `start` to `end`."""
     if points < 2:
-        raise ValueError(f"the number of points must be >= 2, got {points}")
+        raise ValueError(f"points must be >= 2, got {points}")
     return [start + (end - start) * index / (points - 1) for index in range(points)]

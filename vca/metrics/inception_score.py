@@ -1,4 +1,4 @@
-"""The Inception Score (arXiv 1606.03498): how sure a classifier is of each image, and how varied its answers are.
+"""Inception Score (arXiv 1606.03498): confidence of a classifier per image, and diversity of its predictions.
 
     IS = exp( mean_x KL( p(y | x) || p(y) ) )
 
@@ -13,11 +13,11 @@ from vca.metrics.common import Score
 
 
 def inception_score(logits: Tensor | np.ndarray, split_size: int = 5000) -> Score:
-    """The score of each split of consecutive images, their mean and standard deviation, computed in float64.
+    """Compute mean and std of the score over splits of consecutive images, in float64.
 
     Args:
-        logits: `(N, K)`. Those of Inception are taken without the bias of the last layer, as always.
-        split_size: images of a split; the last one may be smaller. Nothing is shuffled.
+        logits: `(N, K)`; for Inception, by convention, without the bias of the last layer.
+        split_size: images per split, without shuffling; the last split may be smaller.
 
     Raises:
         ValueError: if the logits are not `(N, K)`, or not finite.
@@ -28,7 +28,7 @@ def inception_score(logits: Tensor | np.ndarray, split_size: int = 5000) -> Scor
     if split_size < 1:
         raise ValueError(f"split_size must be >= 1, got {split_size}")
     if not torch.isfinite(logits).all():
-        raise ValueError("logits are NaN or infinite")
+        raise ValueError("logits must be finite, got NaN or infinity")
     scores = []
     for split in logits.split(split_size):
         log_p = split.double().log_softmax(dim=1)  # (n, K)

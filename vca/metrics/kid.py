@@ -1,5 +1,5 @@
-"""The kernel Inception distance, KID (arXiv 1801.01401): the squared maximum mean discrepancy of two sets of features
-under the kernel `(x . y / D + 1)^3`, unbiased in the number of images, averaged over random subsets.
+"""Kernel Inception distance, KID (arXiv 1801.01401): squared maximum mean discrepancy of two sets of features with the
+kernel `(x . y / D + 1)^3`, unbiased in the number of images, averaged over random subsets.
 
 Shape letters: N generated and M real images, D features.
 """
@@ -12,21 +12,21 @@ from vca.metrics.common import Score, check_features
 def kernel_distance(
     generated: np.ndarray, real: np.ndarray, subsets: int = 100, subset_size: int = 1000, seed: int = 2020
 ) -> Score:
-    """KID of two sets of features, computed in float64.
+    """Compute the KID of two sets of features, in float64.
 
     Args:
         generated, real: features `(N, D)` and `(M, D)`.
-        subsets: how often a subset of each is drawn.
-        subset_size: how large these are.
-        seed: of the drawing. The defaults are those of the usual implementations.
+        subsets: number of random subsets.
+        subset_size: images per subset.
+        seed: seed of the subsets; the defaults are torch-fidelity's.
 
     Raises:
-        ValueError: if shapes do not agree, something is not finite, or a set is smaller than a subset.
+        ValueError: if shapes do not match, a value is not finite, or a set is smaller than a subset.
     """
     generated, real = check_features(generated, real)
     least = min(len(generated), len(real))
     if not 2 <= subset_size <= least:
-        raise ValueError(f"subset_size must be from 2 to {least}, the images of the smaller set, got {subset_size}")
+        raise ValueError(f"subset_size must be in [2, {least}], the size of the smaller set, got {subset_size}")
     rng = np.random.RandomState(seed)
     values = []
     for _ in range(subsets):
@@ -37,12 +37,12 @@ def kernel_distance(
 
 
 def squared_discrepancy(x: np.ndarray, y: np.ndarray) -> float:
-    """The unbiased estimate from two sets of equal size `(m, D)`: pairs of an image with itself do not count."""
+    """Compute the unbiased estimate from two sets of equal size `(m, D)`, without pairs of an image with itself."""
     pairs = len(x) * (len(x) - 1)
     within = sum((values.sum() - np.trace(values)) / pairs for values in (kernel(x, x), kernel(y, y)))
     return float(within - 2 * kernel(x, y).mean())
 
 
 def kernel(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """`(x . y / D + 1)^3` of all pairs."""
+    """Compute `(x . y / D + 1)^3` of all pairs."""
     return (x @ y.T / x.shape[1] + 1) ** 3

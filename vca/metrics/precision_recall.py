@@ -1,7 +1,7 @@
-"""Precision and recall of a set of images (arXiv 1904.06991): the share of generated images within the manifold of real
-ones, and of real ones within that of the generated.
+"""Precision and recall of generated images (arXiv 1904.06991): the fraction of generated images in the manifold of real
+ones, and of real images in the manifold of generated ones.
 
-A manifold is the union of balls around the features of its images, each reaching to the k-th nearest neighbour.
+A manifold is the union of balls around the features of its images, with the distance to the k-th neighbour as radius.
 
 Shape letters: N generated and M real images, D features.
 """
@@ -15,11 +15,11 @@ from torch import Tensor
 
 from vca.metrics.common import check_features
 
-BLOCK = 2**24  # entries of a distance matrix at a time: 128 MiB
+BLOCK = 2**24  # entries of a distance matrix per chunk: 128 MiB
 
 
 class PrecisionRecall(NamedTuple):
-    """Shares from 0 to 1."""
+    """Fractions in [0, 1]."""
 
     precision: float
     recall: float
@@ -32,35 +32,35 @@ def precision_recall(
     device: torch.device | str = "cpu",
     dtype: str = "float64",
 ) -> PrecisionRecall:
-    """Precision and recall.
+    """Compute precision and recall.
 
     Args:
         generated, real: features `(N, D)` and `(M, D)`.
         neighbours: k.
-        device: where the distances are computed.
-        dtype: of the distances: `float64`, or `float16` as ADM's evaluator computes them.
+        device: device of the distances.
+        dtype: dtype of the distances: `float64`, or `float16` as in ADM's evaluator.
 
     Raises:
-        ValueError: if shapes do not agree, something is not finite, or a set has no k neighbours.
+        ValueError: if shapes do not match, a value is not finite, or a set has at most k images.
     """
     generated, real = check_features(generated, real)
     least = min(len(generated), len(real))
     if not 1 <= neighbours < least:
-        raise ValueError(f"neighbours must be from 1 to {least - 1}, below the images of the smaller set: {neighbours}")
+        raise ValueError(f"neighbours must be in [1, {least - 1}], below the size of the smaller set, got {neighbours}")
     if dtype == "float16":
         x, y = (torch.from_numpy(features).to(device, torch.float32) for features in (generated, real))
         distances = half_distances
     else:
-        centre = real.mean(axis=0)  # differences do not change, and lose fewer digits
+        centre = real.mean(axis=0)  # centring keeps the differences and loses fewer digits
         x, y = (torch.from_numpy(features - centre).to(device) for features in (generated, real))
         distances = squared_distances
-    return PrecisionRecall(share_within(x, y, neighbours, distances), share_within(y, x, neighbours, distances))
+    return PrecisionRecall(fraction_within(x, y, neighbours, distances), fraction_within(y, x, neighbours, distances))
 
 
-def share_within(
+def fraction_within(
     points: Tensor, manifold: Tensor, neighbours: int, distances: Callable[[Tensor, Tensor], Tensor]
 ) -> float:
-    """Share of the points `(N, D)` that lie in a ball of the manifold `(M, D)`."""
+    """Compute the fraction of points `(N, D)` inside a ball of the manifold `(M, D)`."""
     rows = max(1, BLOCK // len(manifold))
     radii = torch.cat(  # the nearest neighbour of a point is the point itself
         [distances(part, manifold).kthvalue(neighbours + 1).values for part in manifold.split(rows)]
@@ -70,14 +70,14 @@ def share_within(
 
 
 def squared_distances(x: Tensor, y: Tensor) -> Tensor:
-    """`(N, D)` and `(M, D)` to `(N, M)`; what is within rounding of zero is zero."""
+    """Compute squared distances `(N, M)` of `(N, D)` and `(M, D)`; values within rounding of zero are set to zero."""
     norms = x.square().sum(dim=1)[:, None] + y.square().sum(dim=1)
     distances = norms - 2 * x @ y.T
     return torch.where(distances > 1e-13 * norms, distances, 0.0)
 
 
 def half_distances(x: Tensor, y: Tensor) -> Tensor:
-    """Squared distances as ADM's evaluator computes them: each operation in float16, on features `(N, D)`, `(M, D)`.
+    """Compute squared distances of `(N, D)` and `(M, D)` as in ADM's evaluator: each operation in float16.
 
     Products are summed in float32, as float16 matrix units do. A block that overflows float16 is computed in float32.
 

@@ -1,1 +1,1 @@
-"""Tables and figures of finished runs, beside the paper's numbers."""
+"""Tables and plots of finished runs, and the paper's published numbers."""

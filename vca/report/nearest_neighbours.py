@@ -1,4 +1,4 @@
-"""The samples that are farthest from the reference, and those that are nearest to it with what they are nearest to."""
+"""Plot the samples farthest from the reference, and those nearest to it with their nearest neighbours."""
 
 from pathlib import Path
 from typing import Any
@@ -6,34 +6,35 @@ from typing import Any
 import numpy as np
 import torch
 
-from vca.evaluation.features import FeatureSet, chosen_numbers
+from vca.evaluation.features import FeatureSet, subset_numbers
 from vca.generation.pipeline import save_image_grid
 from vca.metrics.precision_recall import BLOCK, squared_distances
 
-SHOWN = 10
+COLUMNS = 10
 
 
-def plot_nearest_neighbours(samples: Any, reference: Any, found: FeatureSet, there: FeatureSet, path: Path) -> None:
-    """Three rows: the farthest samples, the nearest samples, and under these the reference images they are nearest to.
+def plot_nearest_neighbours(samples: Any, reference: Any, x: FeatureSet, y: FeatureSet, path: Path) -> None:
+    """Save three rows: the farthest samples, the nearest samples, and the reference images nearest to the latter.
 
-    A sample that equals its neighbour is a copy; samples far from everything show what a model cannot do.
+    Equal images in rows two and three are copies; row one shows the worst samples.
 
     Args:
-        samples, reference: sources; the images of both must be at hand.
-        found, there: their features.
-        path: of the PNG.
+        samples, reference: sets of images.
+        x, y: features of the samples and of the reference.
+        path: the PNG to write.
     """
-    assert found.features is not None
-    assert there.features is not None
-    centre = there.features.mean(axis=0)
-    x, y = (torch.from_numpy((part - centre).astype(np.float64)) for part in (found.features, there.features))
-    nearest = [squared_distances(part, y).min(dim=1) for part in x.split(max(1, BLOCK // len(y)))]
+    assert x.features is not None
+    assert y.features is not None
+    centre = y.features.mean(axis=0)
+    ours, theirs = (torch.from_numpy((part.features - centre).astype(np.float64)) for part in (x, y))
+    nearest = [squared_distances(part, theirs).min(dim=1) for part in ours.split(max(1, BLOCK // len(theirs)))]
     distances, neighbours = (torch.cat([part[index] for part in nearest]) for index in (0, 1))
-    order, shown = distances.argsort(), min(SHOWN, len(x))
-    numbers = chosen_numbers(samples.count, len(x))
-    of_reference = chosen_numbers(reference.count, len(y))
-    rows = [samples.read([numbers[index]]) for index in [*order.flip(0)[:shown].tolist(), *order[:shown].tolist()]]
-    rows += [reference.read([of_reference[int(neighbours[index])]]) for index in order[:shown].tolist()]
-    pictures = torch.from_numpy(np.concatenate(rows)).permute(0, 3, 1, 2)
-    save_image_grid(pictures, path, columns=shown, zoom=max(1, 48 // pictures.shape[2]))
-    print(f"picture: {path} (farthest from the reference; nearest to it; and what these are nearest to)", flush=True)
+    order, columns = distances.argsort(), min(COLUMNS, len(ours))
+    numbers = subset_numbers(samples.count, len(ours))
+    reference_numbers = subset_numbers(reference.count, len(theirs))
+    near, far = order[:columns].tolist(), order.flip(0)[:columns].tolist()
+    rows = [samples.read([numbers[index]]) for index in [*far, *near]]
+    rows += [reference.read([reference_numbers[int(neighbours[index])]]) for index in near]
+    images = torch.from_numpy(np.concatenate(rows)).permute(0, 3, 1, 2)
+    save_image_grid(images, path, columns, zoom=max(1, 48 // images.shape[2]))
+    print(f"plot: {path} (rows: farthest from the reference; nearest to it; their nearest neighbours)", flush=True)

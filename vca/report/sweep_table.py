@@ -1,11 +1,11 @@
-"""The table of a sweep: a row for each config, with the mean and the spread over its seeds."""
+"""Table of any runs: one row per config, mean ± std over its seeds."""
 
 import json
 import statistics
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from vca.attention import variant_name
 from vca.report.tables import NOT_COMPARED, total_steps
@@ -14,40 +14,46 @@ from vca.runtime.rundir import RunDirectory, read_config
 Records = list[dict[str, Any]]
 
 
-def last(key: str) -> Callable[[Records], float | None]:
-    """The figure of the last report that has it."""
+def last_value(key: str) -> Callable[[Records], float | None]:
+    """Return a function that returns the value of the last record with this key."""
     return lambda records: next((record[key] for record in reversed(records) if key in record), None)
 
 
 def final_loss(records: Records) -> float | None:
-    """Mean training loss over the last tenth of the updates: one report alone is noise."""
-    begin = 0.9 * records[-1]["step"] if records else 0
-    losses = [record["loss"] for record in records if record.get("loss") is not None and record["step"] > begin]
+    """Average the training loss over the last tenth of the steps; a single record is too noisy."""
+    start = 0.9 * records[-1]["step"] if records else 0
+    losses = [record["loss"] for record in records if record.get("loss") is not None and record["step"] > start]
     return statistics.mean(losses) if losses else None
 
 
-# Column -> the figure of a run, None where it has none.
-COLUMNS: dict[str, Callable[[Records], float | None]] = {
-    "top-1 (%)": last("val/top1"),
-    "top-1 of the EMA (%)": last("ema/top1"),
-    "evaluation loss": last("val/loss"),
-    "training loss": final_loss,
-    "Frechet distance": last("frechet"),
+class Column(NamedTuple):
+    """Value of a run, None if it has none, and the number of decimals."""
+
+    value: Callable[[Records], float | None]
+    decimals: int
+
+
+COLUMNS = {
+    "top-1 (%)": Column(last_value("val/top1"), 2),
+    "EMA top-1 (%)": Column(last_value("ema/top1"), 2),
+    "evaluation loss": Column(last_value("val/loss"), 4),
+    "training loss": Column(final_loss, 4),
+    "Frechet distance": Column(last_value("frechet"), 2),
 }
 
 
 @dataclass
-class Run:
-    """A finished run: its config, flat, and its figures."""
+class FinishedRun:
+    """A finished run: its flattened config, and its values by column."""
 
     path: Path
     seed: int
     config: dict[str, Any]
-    figures: dict[str, float | None]
+    values: dict[str, float | None]
 
 
-def flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Leaves of a config by their full key, without those that do not tell one row from another."""
+def flatten_config(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return the leaves of a config by full key, without keys that cannot change results."""
     leaves: dict[str, Any] = {}
     for name, value in config.items():
         key = f"{prefix}{name}"
@@ -56,79 +62,81 @@ def flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         if key == "attention":
             leaves[key] = variant_name(value)
         elif isinstance(value, dict):
-            leaves |= flat(value, f"{key}.")
+            leaves |= flatten_config(value, f"{key}.")
         else:
             leaves[key] = value
     return leaves
 
 
-def read(folder: Path) -> Run | str:
-    """A run, or a line that says why it has no figures yet."""
+def read_finished_run(folder: Path) -> FinishedRun | str:
+    """Read a run, or return a line with the reason why it has no results."""
     file = folder / "config.json"
     if not file.exists():
-        return f"{folder}: not begun"
+        return f"{folder}: not started"
     try:
         config, records = read_config(folder), RunDirectory(folder).records()
         last_step, steps = records[-1]["step"] if records else 0, total_steps(config, records)
-        whole = "objective" in config or any(r["step"] == last_step and "val/top1" in r for r in records)
-        if not records or last_step < steps or not whole:
+        evaluated = "objective" in config or any(r["step"] == last_step and "val/top1" in r for r in records)
+        if not records or last_step < steps or not evaluated:
             return f"{folder}: not finished (step {last_step})"
-        return Run(folder, config["seed"], flat(config), {name: figure(records) for name, figure in COLUMNS.items()})
+        values = {name: column.value(records) for name, column in COLUMNS.items()}
+        return FinishedRun(folder, config["seed"], flatten_config(config), values)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        return f"{folder}: is no run of this project or is damaged ({type(error).__name__})"
+        return f"{folder}: not a run of this project, or corrupt ({type(error).__name__})"
 
 
 def sweep_table(folders: Iterable[Path]) -> str:
-    """Markdown: a row for each config among the runs, named by what tells it from the others.
+    """Return Markdown with one row per config, named by the options that differ, and the skipped runs below.
 
-    Runs that were evaluated on other data stand in a table of their own. Below are the runs without figures.
+    Runs that were evaluated on different data are in separate tables.
     """
-    found = [read(folder) for folder in dict.fromkeys(folder.resolve() for folder in folders)]
-    by_data: dict[str, list[Run]] = {}
-    for run in found:
-        if isinstance(run, Run):
-            by_data.setdefault(json.dumps(only_data(run), sort_keys=True), []).append(run)
-    firsts = [only_data(runs[0]) for runs in by_data.values()]
+    runs = [read_finished_run(folder) for folder in dict.fromkeys(folder.resolve() for folder in folders)]
+    by_data: dict[str, list[FinishedRun]] = {}
+    for run in runs:
+        if isinstance(run, FinishedRun):
+            by_data.setdefault(json.dumps(data_options(run), sort_keys=True), []).append(run)
+    firsts = [data_options(group[0]) for group in by_data.values()]
     keys = sorted({key for first in firsts for key in first})
-    told_apart = [key for key in keys if len({str(first.get(key)) for first in firsts}) > 1]
+    differing = [key for key in keys if len({str(first.get(key)) for first in firsts}) > 1]
     parts = []
-    for runs in by_data.values():
-        title = ", ".join(f"{key}={runs[0].config.get(key)}" for key in told_apart)
-        parts.append("\n".join([*([title, ""] if title else []), *rows(runs)]))
-    return "\n\n".join(parts) + "".join(f"\n{line}" for line in found if isinstance(line, str))
+    for group in by_data.values():
+        title = ", ".join(f"{key}={group[0].config.get(key)}" for key in differing)
+        parts.append("\n".join([*([title, ""] if title else []), *table_lines(group)]))
+    return "\n\n".join(parts) + "".join(f"\n{line}" for line in runs if isinstance(line, str))
 
 
-def only_data(run: Run) -> dict[str, Any]:
-    """What a run was evaluated on."""
+def data_options(run: FinishedRun) -> dict[str, Any]:
+    """Return the options of the data set that a run was evaluated on."""
     return {key: value for key, value in run.config.items() if key.startswith("data.")}
 
 
-def rows(runs: list[Run]) -> list[str]:
-    """The lines of one table; a second run of one config and seed is named below it and not counted."""
-    alike: dict[str, dict[int, Run]] = {}
-    twice = []
+def table_lines(runs: list[FinishedRun]) -> list[str]:
+    """Return the lines of one table; a second run with the same config and seed is skipped and named below."""
+    by_config: dict[str, dict[int, FinishedRun]] = {}
+    duplicates = []
     for run in runs:
-        seeds = alike.setdefault(json.dumps(run.config, sort_keys=True), {})
+        seeds = by_config.setdefault(json.dumps(run.config, sort_keys=True), {})
         if run.seed in seeds:
-            twice.append(f"{run.path}: the same config and seed as {seeds[run.seed].path}, left out")
+            duplicates.append(f"{run.path}: skipped, same config and seed as {seeds[run.seed].path}")
         seeds.setdefault(run.seed, run)
     keys = sorted({key for run in runs for key in run.config})
-    told_apart = [key for key in keys if len({json.dumps(run.config.get(key)) for run in runs}) > 1]
-    columns = [name for name in COLUMNS if any(run.figures[name] is not None for run in runs)]
+    differing = [key for key in keys if len({json.dumps(run.config.get(key)) for run in runs}) > 1]
+    columns = [name for name in COLUMNS if any(run.values[name] is not None for run in runs)]
 
-    lines = [["", *columns, "seeds"], ["---"] * (len(columns) + 2)]
-    for ones in alike.values():
-        config = next(iter(ones.values())).config
-        label = ", ".join(config[key] if key == "attention" else f"{key}={config.get(key)}" for key in told_apart)
-        figures = [mean_std([run.figures[name] for run in ones.values()]) for name in columns]
-        lines.append([label or str(config["attention"]), *figures, str(len(ones))])
-    return [*(f"| {' | '.join(line)} |" for line in lines), *twice]
+    lines = [["", *columns, "seeds", "runs"], ["---"] * (len(columns) + 3)]
+    for seeds in by_config.values():
+        config = next(iter(seeds.values())).config
+        label = ", ".join(config[key] if key == "attention" else f"{key}={config.get(key)}" for key in differing)
+        cells = [mean_std([run.values[name] for run in seeds.values()], COLUMNS[name].decimals) for name in columns]
+        names = " ".join(run.path.name for run in seeds.values())
+        lines.append([label or str(config["attention"]), *cells, str(len(seeds)), names])
+    return [*(f"| {' | '.join(line)} |" for line in lines), *duplicates]
 
 
-def mean_std(values: list[float | None]) -> str:
-    """`mean +- standard deviation`, the mean alone of one, `-` where a run has no such figure."""
+def mean_std(values: list[float | None], decimals: int) -> str:
+    """Format `mean +- std`, only the mean of a single value, `-` if a run has no value."""
     known = [value for value in values if value is not None]
     if len(known) < len(values):
         return "-"
-    mean = f"{statistics.mean(known):.4g}"
-    return f"{mean} +- {statistics.stdev(known):.2g}" if len(known) > 1 else mean
+    mean = f"{statistics.mean(known):.{decimals}f}"
+    return f"{mean} +- {statistics.stdev(known):.{decimals}f}" if len(known) > 1 else mean

@@ -1,8 +1,7 @@
-"""The paper's tables from run directories and evaluation records: the paper's figure beside the measured one.
+"""The paper's tables from run directories and evaluation records: published and measured values side by side.
 
-A row is found by what a run was, not by what it is called: model, attention, data. Runs that differ in their seed alone
-are one row with a spread. Figures that were not measured alike do not stand in one table: that is an error, which names
-the fields.
+Runs are matched to rows by model, attention and data, not by name. Runs that differ only in the seed give mean ± std.
+Values measured with different settings in one table are an error that names the settings.
 """
 
 import csv
@@ -14,8 +13,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from vca.attention import DifferentialStagesConfig, SoftmaxConfig, VCAConfig
+from vca.attention import DifferentialStagesConfig, SoftmaxConfig, VCAConfig, variant_name
 from vca.evaluation.record import FORMAT, INCIDENTAL, read_record
+from vca.report import paper
+from vca.report.accuracy import accuracy_at, ema_warning
 from vca.runtime.errors import ConfigError
 from vca.runtime.rundir import RESUME_IGNORED_KEYS, RunDirectory, diff_configs, read_config, to_dict
 
@@ -23,20 +24,20 @@ VCA, SOFTMAX = to_dict(VCAConfig()), to_dict(SoftmaxConfig())
 
 
 def vca(**options: str) -> dict[str, Any]:
-    """The attention of an ablation."""
+    """Return the config of a VCA variant."""
     return to_dict(VCAConfig(**options))  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A figure of the paper, and what a run must be to measure it.
+    """A published value, and the settings of the runs that measure it.
 
     Attributes:
-        paper: the figure; None where it is not at hand.
-        model: its name.
-        attention: its config.
-        objective: of a generator; None for a classifier.
-        size: pixels of an image.
+        paper: published value; None if not available.
+        model: model name.
+        attention: attention config.
+        objective: objective of a generator; None for a classifier.
+        size: image size in pixels.
     """
 
     paper: float | None
@@ -48,87 +49,79 @@ class Cell:
 
 @dataclass(frozen=True)
 class Table:
-    """A table of the paper: rows of `(label, cells)`, a cell for each column."""
+    """A table of the paper: rows of `(label, cells)`, one cell per column."""
 
     title: str
     columns: tuple[str, ...]
     rows: tuple[tuple[str, tuple[Cell, ...]], ...]
 
 
-def classified(label: str, model: str, base: float, ours: float) -> tuple[str, tuple[Cell, ...]]:
-    """A row of Table 1."""
-    return label, (Cell(base, model, SOFTMAX), Cell(ours, model, VCA))
-
-
-def generated(label: str, base: float | None, ours: float | None, size: int = 256) -> tuple[str, tuple[Cell, ...]]:
-    """A row of Table 2; SiT is the network of DiT."""
-    kind, _, rest = label.split(" ")[0].partition("-")
+def table2_cells(label: str) -> tuple[Cell, ...]:
+    """Return the cells of a row of Table 2; SiT uses the networks of DiT."""
+    (name, *size), values = label.split(" "), paper.TABLE2[label]
+    kind, _, rest = name.partition("-")
     model, objective = f"dit_{rest.replace('/', '_').lower()}", {"DiT": "diffusion", "SiT": "interpolant"}[kind]
-    return label, (Cell(base, model, SOFTMAX, objective, size), Cell(ours, model, VCA, objective, size))
+    pixels = int(size[1]) if size else 256
+    return tuple(Cell(fid, model, attention, objective, pixels) for fid, attention in zip(values, BOTH, strict=True))
 
 
-def ablated(label: str, top1: float, fid: float, attention: Any) -> tuple[str, tuple[Cell, ...]]:
-    """A row of Tables 3 and 4."""
-    return label, (Cell(top1, "deit_tiny", attention), Cell(fid, "dit_s_2", attention, "diffusion", 256))
+def ablation_cells(row: paper.AblationRow, attention: Any) -> tuple[Cell, ...]:
+    """Return the cells of a row of Tables 3 and 4."""
+    return Cell(row.top1, "deit_tiny", attention), Cell(row.fid, "dit_s_2", attention, "diffusion", 256)
 
 
+BOTH = (SOFTMAX, VCA)
 ABLATION = ("DeiT-Tiny top-1", "DiT-S/2 FID-50K")
+ABLATED_ATTENTION = {
+    "Stage I only": vca(stage2="plain"),
+    "Stage II only": vca(stage1="plain"),
+    "Differential Attention in both stages": to_dict(DifferentialStagesConfig()),
+    "VCA": VCA,
+    "embedding only": vca(positive_stream="embedding", negative_stream="embedding"),
+    "pool + embedding": VCA,
+}
 TABLES = {
     "table1": Table(
         "Table 1: ImageNet-1K, top-1 (%)",
         ("softmax", "VCA"),
-        (
-            classified("DeiT-Tiny", "deit_tiny", 72.2, 75.6),
-            classified("DeiT-Small", "deit_small", 79.8, 80.7),
-            classified("PVT-Tiny", "pvt_tiny", 75.1, 78.2),
-            classified("Swin-Tiny", "swin_tiny", 81.3, 82.3),
-            classified("CSwin-Tiny", "cswin_tiny", 82.7, 83.3),
+        tuple(
+            (label, tuple(Cell(paper.TABLE1[model, a["name"]].top1, model, a) for a in BOTH))
+            for model, label in paper.CLASSIFIERS.items()
         ),
     ),
     "table2": Table(
         "Table 2: ImageNet-1K, FID-50K without guidance",
         ("softmax", "VCA"),
-        (
-            generated("DiT-S/2", 67.2, 62.3),
-            generated("DiT-S/4", 97.9, 92.7),
-            generated("DiT-S/8", None, None),
-            generated("DiT-B/2", 42.9, 38.9),
-            generated("DiT-B/4", None, None),
-            generated("DiT-B/8", None, None),
-            generated("DiT-S/2 at 512 px", None, None, 512),
-            generated("SiT-S/2", 57.3, 53.0),
-            generated("SiT-B/2", 35.3, 32.7),
-        ),
+        tuple((label, table2_cells(label)) for label in paper.TABLE2),
     ),
     "table3": Table(
         "Table 3: the two stages",
         ABLATION,
-        (
-            ablated("Stage I only", 75.4, 64.6, vca(stage2="plain")),
-            ablated("Stage II only", 75.5, 64.3, vca(stage1="plain")),
-            ablated("Differential Attention in both stages", 75.1, 63.9, to_dict(DifferentialStagesConfig())),
-            ablated("VCA", 75.6, 62.3, VCA),
-        ),
+        tuple((label, ablation_cells(row, ABLATED_ATTENTION[label])) for label, row in paper.TABLE3.items()),
     ),
     "table4": Table(
         "Table 4: content of the streams",
         ABLATION,
-        (
-            ablated("embedding only", 75.1, 63.7, vca(positive_stream="embedding", negative_stream="embedding")),
-            ablated("pool + embedding", 75.6, 62.3, VCA),
-        ),
+        tuple((label, ablation_cells(row, ABLATED_ATTENTION[label])) for label, row in paper.TABLE4.items()),
     ),
 }
-PROTOCOLS = {"diffusion": "dit_table", "interpolant": "sit_sde250"}  # of the figures without guidance
+PROTOCOLS = {"diffusion": "dit_table", "interpolant": "sit_sde250"}  # protocols of FID without guidance
 IMAGENET = {"name": "imagefolder", "num_classes": 1000}
 
-# What may differ between two runs of one row, and between two records of one row and of one table.
-NOT_COMPARED = (*RESUME_IGNORED_KEYS, "seed", "trainer.micro_batch_size")
+# Settings that may differ between runs of one row, and between records of one row and of one table.
+NO_EFFECT = (
+    "data.check",
+    "trainer.log_every",
+    "trainer.eval_every",
+    "trainer.eval_batch_size",
+    "trainer.micro_batch_size",
+)
+NOT_COMPARED = (*RESUME_IGNORED_KEYS, *NO_EFFECT, "seed")
 RUN_FREE = (*NOT_COMPARED, "name", "attention")
 RECORD_FREE = (
     *INCIDENTAL,
     "metrics",
-    "settings",  # of the other figures
+    "settings",  # of the other metrics
     "reference.features",
     "sha256",
     "warnings",
@@ -143,13 +136,13 @@ TABLE_FREE = (*RECORD_FREE, "samples.made.model")
 
 @dataclass
 class Measurement:
-    """One figure, of one run or record.
+    """A measured value of a run or record.
 
     Attributes:
-        path: where it is from.
-        value: the figure.
-        training: what is the same for two figures of one training, which count as one seed.
-        settings: what must agree, and what may differ between any two of a table, and of a row.
+        path: the run directory or record.
+        value: the measured value.
+        training: identity of the trained weights; several measurements of the same weights count as one seed.
+        settings: settings to compare with the other measurements of the table.
         model, attention, objective, size: as in `Cell`.
     """
 
@@ -163,7 +156,7 @@ class Measurement:
     size: int
 
     def fits(self, cell: Cell) -> bool:
-        """Whether this is a measurement of the cell."""
+        """Return whether this measures the cell."""
         return (self.model, self.attention, self.objective, self.size) == (
             cell.model,
             cell.attention,
@@ -173,82 +166,102 @@ class Measurement:
 
 
 @dataclass
-class Found:
-    """What lies in the folders: figures that belong into a table, and lines about the rest."""
+class Measurements:
+    """Measurements for the tables, and a line for each run or record without one."""
 
     measured: list[Measurement] = field(default_factory=list)
     left_out: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    generators: list[Path] = field(default_factory=list)
+
+    def skip(self, path: Path, reason: str) -> None:
+        """Record why a run or record is in no table."""
+        self.left_out.append(f"{path}: {reason}")
 
 
-def gather(folders: Iterable[Path], weights: str = "raw") -> Found:
-    """All runs and records below some folders.
+def gather(folders: Iterable[Path], weights: str | None = None) -> Measurements:
+    """Read all runs and records below some folders.
 
     Args:
-        folders: where to look.
-        weights: `raw` or `ema`: which accuracy of a classifier counts.
+        folders: where to search.
+        weights: accuracy of a classifier's `raw` or `ema` weights; None: EMA if the run has one, else raw.
 
     Raises:
-        ConfigError: if a folder is not there, or a record is incomplete or was changed.
+        ConfigError: if a folder does not exist, or a record is incomplete or has changed.
     """
-    found = Found()
+    found = Measurements()
     for folder in folders:
         if not folder.is_dir():
-            raise ConfigError(f"{folder} is no folder")
+            raise ConfigError(f"not a directory: {folder}")
         for path in sorted(folder.rglob("config.json")):
-            read_classifier_run(path.parent, weights, found)
+            read_run(path.parent, weights, found)
         for path in sorted(folder.rglob("*.json")):
             if "evaluation-" in path.name or f'"{FORMAT}"' in path.read_text(errors="ignore"):
                 read_evaluation(path, found)
+    evaluated = {str(one.settings["samples"]["made"]["origin"].get("run")) for one in found.measured if one.objective}
+    for run in found.generators:
+        if run.name not in evaluated:
+            found.skip(run, "no FID-50K record of a table's protocol; run eval_fid.py with protocol=...")
+    cells = [cell for table in TABLES.values() for _, cells in table.rows for cell in cells]
+    for one in found.measured:
+        if not any(one.fits(cell) for cell in cells):
+            found.skip(one.path, f"no table has {one.model} with {variant_name(one.attention)} at {one.size} px")
     return found
 
 
-def read_classifier_run(folder: Path, weights: str, found: Found) -> None:
-    """A finished ImageNet run of `train_cls.py`."""
+def read_run(folder: Path, weights: str | None, found: Measurements) -> None:
+    """Add a run: a finished ImageNet run of `train_cls.py`, or the folder of a generator."""
     config = read_config(folder)
-    if not {"data", "model", "attention", "trainer", "seed"} <= set(config) or "inputs" in config:
-        return  # a generator's, or none of ours
+    if not {"data", "model", "attention", "trainer", "seed"} <= set(config):
+        return  # a config.json of another project
+    if "inputs" in config:
+        found.generators.append(folder)
+        return
     if {key: config["data"].get(key) for key in IMAGENET} != IMAGENET:
+        found.skip(folder, f"data is not ImageNet-1K, got {config['data'].get('name')}")
         return
     records = RunDirectory(folder).records()
     last = next((record for record in reversed(records) if "val/top1" in record), None)
     if last is None or last["step"] < total_steps(config, records):
-        at = records[-1]["step"] if records else 0
-        found.left_out.append(f"{folder}: not finished (step {at})")
+        found.skip(folder, f"not finished (step {records[-1]['step'] if records else 0})")
         return
-    key = {"raw": "val/top1", "ema": "ema/top1"}[weights]
-    if key not in last:
-        raise ConfigError(f"{folder} keeps no average of its weights; --weights raw")
+    top1 = accuracy_at(records, last["step"])
+    chosen = weights or ("ema" if "ema" in top1 else "raw")
+    if chosen not in top1:
+        raise ConfigError(f"--weights must be raw for {folder}, which has no EMA")
     if "val/images" not in last:
-        raise ConfigError(f"{folder} does not name val/images; evaluate again with trainer.eval_only=true")
+        raise ConfigError(f"{folder}: metrics.jsonl has no val/images; evaluate again with trainer.eval_only=true")
+    if chosen == "ema" and (warning := ema_warning(top1)):
+        found.warnings.append(f"{folder}: {warning} (--weights raw)")
+    # The default is one rule for all rows; runs of one row have the same trainer.ema_decay.
     settings = {**config, "images": last["val/images"], "weights": weights}
     model, size = config["model"]["name"], config["data"]["img_size"]
     found.measured.append(
-        Measurement(folder, last[key], str(folder.resolve()), settings, model, config["attention"], None, size)
+        Measurement(folder, top1[chosen], str(folder.resolve()), settings, model, config["attention"], None, size)
     )
 
 
 def total_steps(config: Mapping[str, Any], records: list[dict[str, Any]]) -> float:
-    """Updates of a whole training, from its config and its reports."""
+    """Return the steps of a whole run, from its config and its records."""
     if config["trainer"]["steps"] is not None:
         return config["trainer"]["steps"]
     report = next((record for record in reversed(records) if record.get("epoch")), None)
     return round(config["trainer"]["epochs"] * report["step"] / report["epoch"]) if report else math.inf
 
 
-def read_evaluation(path: Path, found: Found) -> None:
-    """An FID-50K of a table's protocol."""
+def read_evaluation(path: Path, found: Measurements) -> None:
+    """Add a record that is an FID-50K of a table's protocol."""
     record = read_record(path)
     made = record["samples"]["made"]
     if made is None:
-        found.left_out.append(f"{path}: nothing says how its samples were made")
+        found.skip(path, "sampling settings unknown (not a sample.py folder)")
         return
     objective = made["objective"]["name"]
     wanted = PROTOCOLS.get(objective)
     if not record["extractor"]["published"] or record["count"] != 50_000 or made["protocol"] != wanted:
-        what = "" if record["extractor"]["published"] else f" by {record['extractor']['name']}"
-        value = f"{record['metrics']['frechet']:.4g}"
-        said = f"{value} of {record['count']:,} samples{what}, protocol {made['protocol']}"
-        found.left_out.append(f"{path}: {said}; the tables hold FID-50K by {wanted}")
+        extractor = "" if record["extractor"]["published"] else f" by {record['extractor']['name']}"
+        value = f"{record['metrics']['frechet']:.2f} of {record['count']:,} samples{extractor}"
+        found.skip(path, f"{value}, protocol {made['protocol']}; the tables need FID-50K with protocol={wanted}")
         return
     found.measured.append(
         Measurement(
@@ -265,24 +278,24 @@ def read_evaluation(path: Path, found: Found) -> None:
 
 
 def fill(table: Table, measured: list[Measurement]) -> list[tuple[str, list[tuple[Cell, list[Measurement]]]]]:
-    """The rows of a table with what was measured of each cell.
+    """Return the rows of a table with the measurements of each cell.
 
     Raises:
-        ConfigError: if two figures that stand together were not measured alike; names both and the fields.
+        ConfigError: if two measurements have different settings; names both and the settings.
     """
     rows = [
         (label, [(cell, [one for one in measured if one.fits(cell)]) for cell in cells]) for label, cells in table.rows
     ]
-    compute_batch_size: dict[tuple[str | None, int], list[Measurement]] = {}  # the FIDs of a table, and its accuracies
+    by_metric: dict[tuple[str | None, int], list[Measurement]] = {}  # FIDs and accuracies of a table
     for _, cells in rows:
         by_kind: dict[str | None, list[Measurement]] = {}
         for cell, ones in cells:
             by_kind.setdefault(cell.objective, []).extend(ones)
-            compute_batch_size.setdefault((cell.objective, cell.size), []).extend(ones)
+            by_metric.setdefault((cell.objective, cell.size), []).extend(ones)
         for kind, ones in by_kind.items():
             check_alike(ones, RUN_FREE if kind is None else RECORD_FREE)
-    for (kind, _), ones in compute_batch_size.items():
-        if kind is None:  # each backbone has its recipe and its evaluation crop
+    for (kind, _), ones in by_metric.items():
+        if kind is None:  # recipe and evaluation crop differ between backbones
             counts = [replace(one, settings={key: one.settings[key] for key in ("images", "weights")}) for one in ones]
             check_alike(counts, ())
         else:
@@ -291,17 +304,17 @@ def fill(table: Table, measured: list[Measurement]) -> list[tuple[str, list[tupl
 
 
 def check_alike(measured: list[Measurement], free: Iterable[str]) -> None:
-    """Raise `ConfigError` unless all of these have the same settings but for the free ones."""
+    """Raise `ConfigError` unless all measurements have the same settings, except the free ones."""
     for one in measured[1:]:
         if differences := diff_configs(measured[0].settings, one.settings, tuple(free)):
             raise ConfigError(
-                f"{measured[0].path} and {one.path} were not measured alike ({'; '.join(differences)}); name only "
+                f"{measured[0].path} and {one.path} must have the same settings ({'; '.join(differences)}); pass only "
                 f"folders that belong together"
             )
 
 
 def lines_of(table: Table, measured: list[Measurement]) -> list[dict[str, str]]:
-    """A dict a row: the paper's figure, the measured one, its standard deviation and of how many it is the mean."""
+    """Return a dict per row: for each column the published value, mean, std, number of seeds, and run folders."""
     lines = []
     for label, cells in fill(table, measured):
         line = {"row": label}
@@ -314,12 +327,13 @@ def lines_of(table: Table, measured: list[Measurement]) -> list[dict[str, str]]:
             line[f"{column} measured"] = f"{statistics.mean(values):.2f}" if values else ""
             line[f"{column} std"] = f"{statistics.stdev(values):.2f}" if len(values) > 1 else ""
             line[f"{column} seeds"] = str(len(values)) if values else ""
+            line[f"{column} runs"] = " ".join(str(one.path) for one in ones)
         lines.append(line)
     return lines
 
 
 def as_markdown(table: Table, lines: list[dict[str, str]]) -> str:
-    """A Markdown table under its title; a spread stands behind its mean, with the number of seeds."""
+    """Format a table as Markdown: title, mean ± std with the number of seeds, and the run folders below."""
     rows = [["", *(f"{column}: {what}" for column in table.columns for what in ("paper", "measured"))]]
     rows.append(["---"] * len(rows[0]))
     for line in lines:
@@ -328,11 +342,13 @@ def as_markdown(table: Table, lines: list[dict[str, str]]) -> str:
             mean, std, seeds = (line[f"{column} {key}"] for key in ("measured", "std", "seeds"))
             row += [line[f"{column} paper"] or "-", f"{mean} +- {std} ({seeds} seeds)" if std else mean or "-"]
         rows.append(row)
-    return "\n".join([f"## {table.title}", "", *(f"| {' | '.join(row)} |" for row in rows), ""])
+    names = [(line["row"], column, line[f"{column} runs"]) for line in lines for column in table.columns]
+    runs = [f"- {label}, {column}: {paths}" for label, column, paths in names if paths]
+    return "\n".join([f"## {table.title}", "", *(f"| {' | '.join(row)} |" for row in rows), "", *runs, ""])
 
 
 def as_csv(lines: list[dict[str, str]]) -> str:
-    """The same as CSV."""
+    """Format a table as CSV."""
     text = io.StringIO()
     writer = csv.DictWriter(text, list(lines[0]), lineterminator="\n")
     writer.writeheader()

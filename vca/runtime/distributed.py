@@ -14,7 +14,7 @@ from torch import Tensor
 from vca.runtime.errors import ConfigError
 from vca.runtime.signals import end_workers
 
-COLLECTIVE_TIMEOUT_MINUTES = 24 * 60.0  # of sampling and evaluation: ranks finish at different times
+COLLECTIVE_TIMEOUT_MINUTES = 24 * 60.0  # sampling and evaluation: ranks finish at different times
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,7 @@ def run_sweep(config_name: str, program: Sequence[str], summary: Callable[[Path]
     except KeyboardInterrupt:
         launcher.wait()
         if queued(folder):
-            print(f"the jobs stay queued; for their table run: scripts/table.py {folder} --sweep", file=sys.stderr)
+            print(f"the jobs stay queued; for their table run: scripts/table.py {folder} --runs", file=sys.stderr)
     return report(folder, summary)
 
 

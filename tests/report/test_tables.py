@@ -84,14 +84,15 @@ def test_tables_table1_rows_from_runs(tmp_path):
     trained(tmp_path / "b", "deit_tiny_softmax", 72.25)
     trained(tmp_path / "c", "cswin_tiny_vca", 83.0, epoch=310)
     trained(tmp_path / "d", "swin_tiny_vca", 50.0, epoch=299)
-    rows = table("table1", tmp_path)
+    rows = table("table1", tmp_path, weights="raw")
     tiny = rows["DeiT-Tiny"]
     assert (tiny["softmax paper"], tiny["softmax measured"], tiny["softmax std"]) == ("72.2", "72.25", "")
     assert [tiny[f"VCA {key}"] for key in ("paper", "measured", "std", "seeds")] == ["75.6", "75.60", "0.66", "3"]
+    assert tiny["VCA runs"] == " ".join(str(tmp_path / "a" / f"whatever{seed}") for seed in range(3))
     assert rows["CSwin-Tiny"]["VCA measured"] == "83.00"
     assert rows["Swin-Tiny"]["VCA measured"] == ""
     assert gather([tmp_path]).left_out == [f"{tmp_path / 'd'}: not finished (step {1251 * 299})"]
-    assert table("table1", tmp_path, weights="ema")["DeiT-Tiny"]["softmax measured"] == "73.25"
+    assert table("table1", tmp_path)["DeiT-Tiny"]["softmax measured"] == "73.25"
 
 
 def test_tables_table2_rows_from_records(tmp_path):
@@ -110,7 +111,8 @@ def test_tables_table2_rows_from_records(tmp_path):
     assert rows["DiT-S/4"]["VCA measured"] == ""
     left_out = gather([tmp_path]).left_out
     assert any(
-        "1 of 10,000 samples, protocol dit_table; the tables hold FID-50K by dit_table" in line for line in left_out
+        "1.00 of 10,000 samples, protocol dit_table; the tables need FID-50K with protocol=dit_table" in line
+        for line in left_out
     )
     assert any("protocol dit_best" in line for line in left_out)
 
@@ -135,18 +137,33 @@ def test_tables_foreign_configs_and_samples_skipped(tmp_path):
     record["samples"]["made"] = None
     path.write_text(json.dumps({**record, "sha256": seal(record)}))
     found = gather([tmp_path])
-    assert (found.measured, found.left_out) == ([], [f"{path}: nothing says how its samples were made"])
+    assert (found.measured, found.left_out) == ([], [f"{path}: sampling settings unknown (not a sample.py folder)"])
     del record["samples"]["made"]
     path.write_text(json.dumps({**record, "sha256": seal(record)}))
-    with pytest.raises(ConfigError, match=r"does not name samples\.made and \d+ more"):
+    with pytest.raises(ConfigError, match=r"has no field samples\.made and \d+ more"):
         gather([tmp_path])
 
 
+def test_tables_unused_runs_named_with_reason(tmp_path):
+    """A run on other data, a generator without a record, and an EMA with a horizon longer than the run."""
+    trained(tmp_path / "small", "deit_tiny_vca", 50.0, "data=cifar10", "data.root=x")
+    ema = trained(tmp_path / "ema", "deit_tiny_vca", 75.0, **{"ema/top1": 5.8})
+    config = to_dict(compose("train_gen", ["experiment=table2/dit_s_2_vca", "data.root=somewhere"]))
+    (tmp_path / "gen").mkdir()
+    (tmp_path / "gen" / "config.json").write_text(json.dumps({**config, "inputs": {}}))
+    found = gather([tmp_path])
+    assert found.left_out[0] == f"{tmp_path / 'small'}: data is not ImageNet-1K, got cifar10"
+    assert found.left_out[1].startswith(f"{tmp_path / 'gen'}: no FID-50K record")
+    assert found.warnings[0].startswith(f"{ema}: top-1 of the EMA, 5.80 %, is below that of the raw weights, 75.00 %")
+
+
 def test_tables_irrelevant_differences_accepted(tmp_path):
-    """Who computed it, in which micro-batches, where the weights lay, what else was measured."""
+    """Device, micro-batches, logging, place of the weights, and other metrics."""
     measured(tmp_path / "a", "dit_s_2_vca", 62.0)
     other = {"kid": None, "inception_score_split": None, "neighbours": None}
-    measured(tmp_path / "b", "dit_s_2_softmax", 67.0, "trainer.micro_batch_size=32", settings=other)
+    measured(
+        tmp_path / "b", "dit_s_2_softmax", 67.0, "trainer.micro_batch_size=32", "trainer.log_every=7", settings=other
+    )
     assert table("table2", tmp_path)["DiT-S/2"]["softmax measured"] == "67.00"
 
 
@@ -159,7 +176,8 @@ def test_tables_table3_and_table4_ablation_rows(tmp_path):
     trained(tmp_path / "embedding", "deit_tiny_vca", 75.0, *streams)
     trained(tmp_path / "all", "deit_tiny_vca", 75.7)
     trained(tmp_path / "other", "deit_tiny_vca", 10.0, "attention.contrast_grid=[8,8]")
-    three, four = table("table3", tmp_path), table("table4", tmp_path)
+    three, four = (table(name, tmp_path, weights="raw") for name in ("table3", "table4"))
+    assert gather([tmp_path]).left_out[0].endswith("vca-contrast_grid_8x8 at 224 px")
     accuracy, fid = (f"{column} measured" for column in TABLES["table3"].columns)
     assert [three[row][accuracy] for row in ("Stage I only", "Stage II only", "VCA")] == ["75.20", "75.30", "75.70"]
     assert [three[row][fid] for row in ("Stage I only", "Stage II only", "VCA")] == ["64.00", "65.00", ""]
@@ -178,7 +196,7 @@ def test_tables_table3_and_table4_ablation_rows(tmp_path):
 def test_tables_different_measurements_refused(change, message, tmp_path):
     measured(tmp_path / "a", "dit_s_2_vca", 62.0)
     measured(tmp_path / "b", "dit_b_2_softmax", 42.0, **change)
-    with pytest.raises(ConfigError, match=f"a/.* and .*b/.* were not measured alike \\(.*{message}"):
+    with pytest.raises(ConfigError, match=f"a/.* and .*b/.* must have the same settings \\(.*{message}"):
         table("table2", tmp_path)
 
 
@@ -224,7 +242,7 @@ def test_table_script_writes_markdown_and_csv(tmp_path):
     path = measured(runs / "c", "dit_s_2_vca", 62.5)
     done = run(runs, "--out", tmp_path / "tables")
     assert done.returncode == 0, done.stderr
-    assert "| DeiT-Tiny | 72.2 | - | 75.6 | 75.50 +- 0.71 (2 seeds) |" in done.stdout
+    assert "| DeiT-Tiny | 72.2 | - | 75.6 | 76.50 +- 0.71 (2 seeds) |" in done.stdout
     assert (tmp_path / "tables" / "table2.md").read_text() in done.stdout
     with open(tmp_path / "tables" / "table2.csv") as file:
         lines = list(csv.DictReader(file))
@@ -234,5 +252,5 @@ def test_table_script_writes_markdown_and_csv(tmp_path):
     path.write_text(json.dumps(record))
     done = run(runs)
     assert done.returncode == 2
-    assert done.stderr.strip() == f"config error: {path} does not name samples.made.sampler.cfg_scale; evaluate again"
-    assert run(tmp_path / "none").stderr.strip() == f"config error: {tmp_path / 'none'} is no folder"
+    assert done.stderr.strip() == f"config error: {path} has no field samples.made.sampler.cfg_scale; evaluate again"
+    assert run(tmp_path / "none").stderr.strip() == f"config error: not a directory: {tmp_path / 'none'}"
