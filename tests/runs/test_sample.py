@@ -150,7 +150,7 @@ def test_sample_script_set_extended_but_not_changed(generator_run, tmp_path):
         with pytest.raises(ConfigError, match=message):
             draw(tmp_path / "a", f"run={generator_run}", *(["count=8"] if "count" not in other else []), other)
     (tmp_path / "c" / "images").mkdir(parents=True)
-    with pytest.raises(ConfigError, match="must be empty or a folder of sample.py, got a folder with images"):
+    with pytest.raises(ConfigError, match=r"must be empty or a folder of sample\.py, got a folder with images"):
         draw(tmp_path / "c", f"run={generator_run}", "count=2")
 
 
