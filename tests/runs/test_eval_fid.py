@@ -59,7 +59,7 @@ def test_eval_fid_every_sample_form_same_metrics(samples, generator_run, use, tm
     assert made["nfe"] == {"mean": 4.0, "min": 4, "max": 4}
     assert (made["origin"]["step"], made["origin"]["weights"], made["sampler"]["steps"]) == (2, "ema", 4)
     assert records["foreign"]["samples"]["made"] is None
-    assert any("nothing says how" in line for line in records["foreign"]["warnings"])
+    assert any("sampling settings unknown" in line for line in records["foreign"]["warnings"])
     assert records["run"]["reference"]["count"] == 359
 
 
@@ -158,7 +158,7 @@ def test_eval_fid_reports_progress(samples, use, tmp_path):
         rf"opened {DRAWN} samples and 359 reference images {seconds}",
         rf"\S+: features of {DRAWN} images {seconds}",
         rf"digits \(data:test\): features of 359 images {seconds}",
-        "computing the figures",
+        "computing the metrics",
     ]
     lines = done.stdout.splitlines()
     for line, pattern in zip(lines, stages, strict=False):
@@ -224,7 +224,7 @@ def test_eval_fid_adm_file_uses_stored_statistics(samples, use, tmp_path):
     arguments = ["images=" + str(tmp_path / "stored.npz"), f"out={tmp_path / 'new.npz'}", *use]
     with pytest.raises(ConfigError, match="images must be images, got the statistics in"):
         reference_stats.run(compose("reference_stats", arguments))
-    assert any("nothing says that stored.npz was made with this extractor" in w for w in records[0]["warnings"])
+    assert any("stored.npz does not record its extractor" in w for w in records[0]["warnings"])
 
 
 def test_extractor_classifier_features_before_head(samples, classifier_run, tmp_path):
