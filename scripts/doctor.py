@@ -158,10 +158,15 @@ def job_output(folder: Path) -> str:
     return "\n".join(line for line in lines if line.startswith(("ok ", "error ", "config error:")))
 
 
-def main() -> None:
-    """Run the data check or, with `--cluster`, the cluster check, which starts ranks unless torchrun did."""
+def register_configs() -> None:
+    """Register the config schemas of both checks with Hydra."""
     register_schemas(root={"doctor": DoctorConfig}, groups={})
     train_cls.register_configs()
+
+
+def main() -> None:
+    """Run the data check or, with `--cluster`, the cluster check, which starts ranks unless torchrun did."""
+    register_configs()
     if "--cluster" not in sys.argv:
         command_line("doctor", run)
         return

@@ -11,12 +11,7 @@ import pytest
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-import eval_fid  # noqa: F401 - registers the schemas
-import sample  # noqa: F401
-import train_cls  # noqa: F401
-import train_gen  # noqa: F401
-from benchmarks.attention import beside_mhsa
-from scripts import doctor, prepare_latents, reference_stats  # noqa: F401
+from benchmarks.attention import relative_to_mhsa
 from scripts.complexity import complexity_of
 from tests.processes import ROOT, environment
 from vca.config import compose
@@ -100,7 +95,7 @@ def test_documents_reproduction_table():
 def test_documents_attention_benchmark_table():
     """The rows that `python -m benchmarks attention --json` prints for the stored results."""
     rows = json.loads((ROOT / "benchmarks" / "results" / "cpu-attention.json").read_text())["rows"]
-    printed = [line for line in beside_mhsa(rows) if re.match(r"\| \d", line)]
+    printed = [line for line in relative_to_mhsa(rows) if re.match(r"\| \d", line)]
     text = (ROOT / "docs" / "performance.md").read_text()
     assert len(printed) == 10
     assert [line for line in printed if line not in text] == []

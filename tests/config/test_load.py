@@ -228,9 +228,9 @@ def test_config_name_that_a_file_can_have_accepted(name):
 # The same for train_gen.py.
 WRONG_GEN = {
     "sampler=ode_heun": r"sampler.method must be one of ddpm, ddim .sampler=ddpm or ddim., got 'ode_heun'",
-    "sampler=ode_dopri5 sampler.steps=5": r"sampler.steps must be null for ode_dopri5, which chooses its own, got 5",
+    "sampler=ode_dopri5 sampler.steps=5": r"sampler.steps must be null for ode_dopri5 \(adaptive step size\), got 5",
     "model.class_dropout_prob=0 sampler.cfg_scale=2": r"sampler.cfg_scale must be 1 for a model with class",
-    "sampler.steps=2000": r"sampler.steps must be at most 1000, the steps of the objective, got 2000",
+    "sampler.steps=2000": r"sampler.steps must be <= objective.steps=1000, got 2000",
     "sampler.cfg_interval=[0.5,0.1]": r"sampler.cfg_interval must be two numbers, 0 <= low <= high <= 1",
     "objective=difusion": r"objective=difusion: no such option; did you mean 'diffusion'",
     "objective.path=linear": r"unknown key 'objective.path'",

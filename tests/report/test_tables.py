@@ -224,7 +224,7 @@ def test_tables_paper_figures_equal_experiments():
                 size = "_512" if cell.size == 512 else ""
                 text = (EXPERIMENTS / name / f"{stem}{size}_{attention}.yaml").read_text()
                 assert label in text
-                wanted = "not at hand" if cell.paper is None else f": {cell.paper}"
+                wanted = "is unknown" if cell.paper is None else f": {cell.paper}"
                 assert wanted in text.splitlines()[1], text
         files = len(list((EXPERIMENTS / name).glob("*.yaml")))
         assert files == 2 * len(TABLES[name].rows)

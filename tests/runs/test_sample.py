@@ -279,7 +279,7 @@ def test_protocol_settings_applied_and_changes_refused(latent_run, vaes, tmp_pat
     assert manifest["protocol"] == name
     assert manifest["sampler"]["cfg_scale"] == (1.5 if name in ("dit_best", "sit_heun250") else 1.0)
     for change, message in (
-        ("sampler.cfg_scale=4.0", rf"protocol {name} has other values \(sampler.cfg_scale: 1.\d there, 4.0 here\)"),
+        ("sampler.cfg_scale=4.0", rf"protocol {name} has other values \(sampler.cfg_scale: 1.\d -> 4.0\)"),
         ("precision=bf16", "precision: 'fp32' -> 'bf16'"),
         (f"decoder={vaes / 'other'}", r"decoder: 'sd-vae-ft-\w+' -> 'other'"),
         ("weights=raw", "weights: 'ema' -> 'raw'"),
