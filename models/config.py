@@ -14,6 +14,8 @@ class BackboneConfig:
         family: the key in `models.MODELS`.
         name: name of this size in run names and tables.
         img_size: image size in pixels, an integer or `[height, width]`.
+        in_chans: channels of the images; follows `data.in_chans`.
+        num_classes: number of classes of the head; follows `data.num_classes`.
         drop_rate: dropout after the position embedding, the attention projection and in the MLPs.
         drop_path_rate: stochastic depth rate of the last block; linear from 0 at the first block.
     """
@@ -67,6 +69,7 @@ class PyramidConfig(BackboneConfig):
     Attributes:
         patch_size: stride of the first embedding, in pixels.
         depths, num_heads: number of blocks and of heads per stage.
+        qkv_bias: whether the projections to q, k and v have a bias.
         attention_stages: stages, counted from 1, in which the attention variant replaces the backbone's own attention
             and attends globally. `attention=softmax` keeps the backbone's own attention in every stage.
         contrast_grid: `[h, w]` of the contrast tokens per stage; `attention.contrast_grid` overrides it.

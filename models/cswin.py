@@ -31,6 +31,7 @@ class CSWinConfig(PyramidConfig):
     Attributes:
         embed_dim: width of the first stage; it doubles with each stage.
         split_size: stripe width per stage, in tokens; the last stage always attends globally.
+        mlp_ratio: hidden width of the MLPs, as a multiple of the stage's width.
     """
 
     family: str = "cswin"

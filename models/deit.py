@@ -25,6 +25,11 @@ class DeiTConfig(BackboneConfig):
     """Config of a DeiT, with timm's names.
 
     Attributes:
+        patch_size: side of a patch, in pixels.
+        embed_dim: width C.
+        depth, num_heads: number of blocks, and of heads per block.
+        mlp_ratio: hidden width of the MLPs, as a multiple of `embed_dim`.
+        qkv_bias: whether the projections to q, k and v have a bias.
         contrast_grid: `[h, w]` of the contrast tokens; `attention.contrast_grid` overrides it.
     """
 

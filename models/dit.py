@@ -38,6 +38,12 @@ class DiTConfig:
         family: the key in `models.MODELS`.
         name: name of this size in run names and tables.
         input_size: size of the latent or image, an integer or `[height, width]`.
+        patch_size: side of a patch, in latent pixels.
+        in_channels: channels of the latent or image; follows `autoencoder.channels`.
+        hidden_size: width C.
+        depth, num_heads: number of blocks, and of heads per block.
+        mlp_ratio: hidden width of the MLPs, as a multiple of `hidden_size`.
+        num_classes: number of classes; follows `data.num_classes`.
         class_dropout_prob: probability of replacing a label by the null label, `num_classes`, in training.
         learn_sigma: predict a variance too, which doubles the output channels.
         contrast_grid: `[h, w]` of the contrast tokens; null is half the token grid per side, at most 8, as in the

@@ -40,6 +40,7 @@ class SwinConfig(PyramidConfig):
     Attributes:
         embed_dim: width of the first stage; it doubles with each stage.
         window_size: side of a window, in tokens; a smaller grid is one window.
+        mlp_ratio: hidden width of the MLPs, as a multiple of the stage's width.
     """
 
     family: str = "swin"

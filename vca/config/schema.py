@@ -256,6 +256,7 @@ class EvalFidConfig(GeneratorConfig):
         features: number of random images of each set whose features are kept for KID, precision and recall.
         allow_few: allow fewer images than feature dimensions.
         out: file of the record; null writes it to the sample folder or the run, or next to the samples.
+        data: data set of `data:train` and `data:test`, such as `data=digits`.
         precision_recall_dtype: dtype of the distances of precision and recall: `float64`, or `float16` as in ADM.
         picture: also plot the samples that are farthest from the reference and closest to it.
     """
@@ -294,6 +295,7 @@ class ReferenceStatsConfig:
     Attributes:
         out: the .npz file to write.
         images: a folder of images, an .npz, `data:train` or `data:test`.
+        data: data set of `data:train` and `data:test`, such as `data=digits`.
         features: number of random images whose features are kept for KID, precision and recall.
         batch_size: images per batch on each rank.
         device: `auto`, `cpu` or `cuda`.

@@ -33,6 +33,8 @@ class AugmentConfig:
     Attributes:
         crop: `resized` (area in `scale`, aspect ratio in `ratio`), `padded` (by `padding` pixels), `adm` (centre crop
             of the shorter side) or `none` (the image resized to a square).
+        scale, ratio: smallest and largest area (fraction of the image) and aspect ratio of the `resized` crop.
+        padding: pixels of zero padding on each side before the `padded` crop.
         interpolation: of the resized crop: `bicubic`, `bilinear` or `random`.
         hflip: probability of a horizontal flip.
         color_jitter: strength; ignored if `auto_augment` is set, as in timm.

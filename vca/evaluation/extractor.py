@@ -45,6 +45,7 @@ class InceptionConfig:
     """FID's Inception network.
 
     Attributes:
+        name: `inception`, the key in `EXTRACTORS`.
         weights: weights file; null uses torch-fidelity's location and downloads the file if it is missing.
         sha256: required checksum of the file; null accepts any file, and the metric is then not labelled FID.
     """
@@ -59,6 +60,7 @@ class ClassifierConfig:
     """A classifier trained by this project.
 
     Attributes:
+        name: `classifier`, the key in `EXTRACTORS`.
         run: run directory of `train_cls.py`; its newest checkpoint is used.
         weights: `ema` (raw if the run has no EMA) or `raw`.
     """
@@ -76,6 +78,7 @@ class FileConfig:
     """An extractor from a Python file outside the project.
 
     Attributes:
+        name: `file`, the key in `EXTRACTORS`.
         source: the Python file.
         weights: argument of its `load_extractor`.
     """

@@ -107,6 +107,7 @@ class DiffusionConfig:
     """DiT's objective.
 
     Attributes:
+        name: `diffusion`, the key in `OBJECTIVES`.
         steps: length of the diffusion chain.
     """
 
@@ -145,6 +146,7 @@ class InterpolantConfig:
     """SiT's objective; the defaults are those of SiT's tables.
 
     Attributes:
+        name: `interpolant`, the key in `OBJECTIVES`.
         path: `linear`, `gvp` or `vp`.
         prediction: `velocity`, `noise` or `score`.
         weighting: `none`, `velocity` or `likelihood`.

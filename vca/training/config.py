@@ -18,10 +18,11 @@ class TrainerConfig:
         micro_batch_size: images per forward pass of a rank, which sets the accumulation steps; null is
             `global_batch_size / world size`, without accumulation.
         eval_batch_size: images per forward pass of a rank in an evaluation.
-        precision: `fp32`, `tf32`, `bf16` or `fp16`.
-        device: `auto`, `cpu` or `cuda`.
+        precision: `fp32`, `tf32` (float32 with TF32 matrix products), or autocast to `bf16` or `fp16`.
+        device: `cpu` or `cuda`; `auto` is `cuda` if there is a GPU.
         compile: use `torch.compile`.
-        ema_decay: decay of the weights' moving average; null disables it.
+        ema_decay: decay per step of the exponential moving average (EMA) of the weights, which averages over about
+            1 / (1 - ema_decay) steps; null disables it. Evaluations report it as `ema/...`.
         log_every, checkpoint_every: interval in steps; may change on resume.
         eval_every: interval of evaluations in steps, 0 only at the end; may change on resume.
         fid_every: interval in steps of measuring a generator against `fid.reference`, 0 never.

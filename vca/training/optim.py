@@ -37,10 +37,15 @@ class OptimConfig:
 
     Attributes:
         lr: peak learning rate; null is `base_lr * trainer.global_batch_size / 512`.
+        base_lr: peak learning rate of 512 images per step; used if `lr` is null.
+        weight_decay: weight decay of parameters with two or more dimensions; a model can exclude more.
+        betas: decay rates of AdamW's averages of the gradient and of its square.
+        eps: constant in the denominator of AdamW.
         schedule: `cosine` or `constant`.
         schedule_unit: `step`, `epoch` or `epoch_late`.
         warmup_epochs: length of the linear warm-up from `warmup_lr`; fractions are allowed.
         cooldown_epochs: epochs at `min_lr` at the end of the run, included in its length.
+        warmup_lr: learning rate at the first step of the warm-up.
         min_lr: final learning rate of the cosine.
         clip_grad: maximum norm of the gradient; null disables clipping.
     """
