@@ -14,8 +14,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from vca.cli import exit_on_user_error
-
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
@@ -23,6 +21,7 @@ from torch import Tensor
 
 from models import rebuild
 from vca.attention.maps import maps_of, recorded_calls
+from vca.cli import exit_on_user_error
 from vca.config import from_plain
 from vca.data import load_dataset
 from vca.data.augment import eval_transform

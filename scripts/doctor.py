@@ -27,8 +27,6 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
-from vca.cli import command_line, exit_on_user_error
-
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
@@ -36,6 +34,7 @@ from torch import Tensor
 
 import train_cls
 from models import build_model
+from vca.cli import command_line, exit_on_user_error
 from vca.config import DoctorConfig, TrainClsConfig, compose, register_schemas
 from vca.data import load_dataset
 from vca.data.config import DataConfig

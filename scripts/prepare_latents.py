@@ -14,8 +14,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from vca.cli import command_line
-
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import numpy as np
@@ -23,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from vca.cli import command_line
 from vca.config import PrepareLatentsConfig, register_schemas
 from vca.data import load_dataset
 from vca.data.augment import AugmentConfig, Crop, train_transform

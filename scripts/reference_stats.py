@@ -13,11 +13,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from vca.cli import command_line
-
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from models import rebuild
+from vca.cli import command_line
 from vca.config import ReferenceStatsConfig, register_schemas
 from vca.evaluation.extractor import EXTRACTORS, load_extractor
 from vca.evaluation.features import measure

@@ -15,16 +15,15 @@ import argparse
 import sys
 from pathlib import Path
 
-from vca.cli import exit_on_user_error
-from vca.sweep.summary import report
-
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from vca.cli import exit_on_user_error
 from vca.report.sweep_table import sweep_table
 from vca.report.tables import TABLES, as_csv, as_markdown, gather, lines_of
 from vca.runtime.errors import ConfigError, check
 from vca.runtime.files import write_text
 from vca.runtime.rundir import RunDirectory
+from vca.sweep.summary import report
 from vca.training.curves import plot_curves
 
 
