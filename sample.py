@@ -55,8 +55,9 @@ def run(config: SampleConfig) -> dict[str, Any]:
         world.barrier()
         result = world.from_main(lambda: folder.finish(config.count, config.npz, config.grid))
         if world.is_main:
-            nfe = result["nfe"]["mean"]
-            print(f"{config.out}: {config.count} samples, {nfe:g} NFE each, sha256 {result['sha256'][:12]}")
+            nfe, origin = result["nfe"]["mean"], settings["origin"]
+            weights = "" if origin["step"] is None else f"{origin['weights']} weights of step {origin['step']}, "
+            print(f"{config.out}: {config.count} samples, {weights}{nfe:g} NFE each, sha256 {result['sha256'][:12]}")
         return result
 
 
