@@ -197,7 +197,7 @@ def test_train_state_nonfinite_gradient_skips_step():
     assert state.train_step([torch.randn(4, 1, 8, 8)], finite, seed=0).applied
 
 
-@pytest.mark.parametrize(("steps", "warnings"), [(19, 2), (20, 1), (100, 0)])
+@pytest.mark.parametrize(("steps", "warnings"), [(19, 2), (20, 2), (21, 1), (100, 0)])
 def test_length_warnings_of_short_run(steps, warnings):
     """A warm-up of 20 steps and an EMA over 100 steps."""
     trainer = TrainerConfig(steps=steps, global_batch_size=4, ema_decay=0.99)
@@ -207,7 +207,8 @@ def test_length_warnings_of_short_run(steps, warnings):
     if warnings:
         assert messages[-1].startswith("trainer.ema_decay=0.99 averages over about 100 steps, but the run has")
     if warnings == 2:
-        assert messages[0].startswith("optim.warmup_epochs=2 is 20 steps, but the run has 19: the learning rate never")
+        expected = f"optim.warmup_epochs=2 is 20 steps, but the run has {steps}: the learning rate never"
+        assert messages[0].startswith(expected)
 
 
 @pytest.mark.parametrize("precision", list(Precision))

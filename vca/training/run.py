@@ -254,7 +254,7 @@ class TrainingRun:
 def length_warnings(state: TrainState) -> Iterator[str]:
     """Yield a warning for each schedule that is longer than the run."""
     warmup = state.optim.warmup_epochs * state.steps_per_epoch
-    if warmup > state.total_steps:
+    if warmup >= state.total_steps:
         yield (
             f"optim.warmup_epochs={state.optim.warmup_epochs:g} is {warmup:.0f} steps, but the run has "
             f"{state.total_steps}: the learning rate never reaches its peak"
