@@ -126,7 +126,8 @@ def table_lines(runs: list[FinishedRun]) -> list[str]:
     lines = [["", *columns, "seeds", "runs"], ["---"] * (len(columns) + 3)]
     for seeds in by_config.values():
         config = next(iter(seeds.values())).config
-        label = ", ".join(config[key] if key == "attention" else f"{key}={config.get(key)}" for key in differing)
+        shown = {key: "null" if config.get(key) is None else config[key] for key in differing}
+        label = ", ".join(shown[key] if key == "attention" else f"{key}={shown[key]}" for key in differing)
         cells = [mean_std([run.values[name] for run in seeds.values()], COLUMNS[name].decimals) for name in columns]
         names = " ".join(run.path.name for run in seeds.values())
         lines.append([label or str(config["attention"]), *cells, str(len(seeds)), names])
