@@ -20,12 +20,11 @@ from yaml import MarkedYAMLError
 
 from vca.config.composition import to_dataclass
 from vca.config.help import help_text
-from vca.config.hydra_errors import CONFIGS, explain, registered_schemas
+from vca.config.hydra_errors import CONFIGS, config_dir, explain, options
 from vca.runtime.distributed import is_main_process
 from vca.runtime.errors import ConfigError, NonFiniteError, PreemptedError, check, known_cause
 from vca.runtime.signals import EXIT_PREEMPTED
 from vca.sweep.launcher import LAUNCHER, launch, run_sweep
-from vca.sweep.plan import config_dir
 from vca.sweep.summary import table
 
 # Exit codes of the root scripts, besides 0, Python's 1 and `EXIT_PREEMPTED`.
@@ -54,7 +53,7 @@ def command_line(
     flags = set(sys.argv[1:])
     root: Any = OmegaConf.get_type(ConfigStore.instance().repo[f"{config_name}_schema.yaml"].node)
     if {"-h", "--help"} & flags:
-        print(help_text(sys.modules["__main__"].__doc__, root, CONFIGS / f"{config_name}.yaml", registered_schemas()))
+        print(help_text(sys.modules["__main__"].__doc__, root, CONFIGS / f"{config_name}.yaml", options))
         return
 
     with exit_on_user_error():

@@ -275,6 +275,24 @@ def test_config_typo_in_experiment_file_refused(tmp_path, monkeypatch):
         compose("train_cls", ["experiment=broken"])
 
 
+@pytest.mark.parametrize(
+    ("text", "place"),
+    [
+        ("model:\n  dpeth: 3\n", ", line 3: unknown key 'model.dpeth'; did you mean 'model.depth'?"),
+        ("augment:\n  dpeth: 3\nmodel:\n  dpeth: 3\n", ": unknown key 'augment.dpeth'"),
+        ("model: {dpeth: 3}\n", ": unknown key 'model.dpeth'; did you mean 'model.depth'?"),
+    ],
+    ids=["one line", "two lines", "no line"],
+)
+def test_config_typo_in_own_file_names_file_and_line(tmp_path, monkeypatch, capsys, text, place):
+    file = tmp_path / "experiment" / "mine.yaml"
+    file.parent.mkdir()
+    file.write_text(f"# @package _global_\n{text}")
+    arguments = ["--config-dir", str(tmp_path), "experiment=mine"]
+    said = one_line("train_cls", train_cls.run, arguments, monkeypatch, capsys)
+    assert said.startswith(f"config error: {file}{place}")
+
+
 @pytest.mark.process
 def test_config_model_of_other_script_refused():
     for script, option, fit in (
@@ -310,3 +328,19 @@ def test_command_line_help_lists_keys_and_groups(script, monkeypatch, capsys):
     assert ", vca, vca_embedding_streams, " in said  # gets its schema from vca.yaml
     assert "_schema" not in said
     assert ("epochs: length of the run" in said) == (script != "sample")
+
+
+@pytest.mark.process
+def test_command_line_help_lists_only_options_that_fit(tmp_path):
+    """Help includes the options of `--config-dir`; it omits those that use another script's options."""
+    (tmp_path / "experiment").mkdir()
+    for name, model in (("mine", "deit_tiny"), ("other", "dit_mini")):
+        (tmp_path / "experiment" / f"{name}.yaml").write_text(f"defaults:\n  - override /model: {model}\n")
+    for script, fit, unfit in (
+        ("train_cls.py", ("deit_tiny", "cifar10_ablation", "mine", "table1/deit_tiny_vca"), ("other", "cifar10_dit")),
+        ("train_gen.py", ("dit_mini", "cifar10_dit", "other", "table2/sit_s_2_vca"), ("mine", "cifar10_ablation")),
+    ):
+        done = run_script(script, "--config-dir", str(tmp_path), "--help")
+        listed = set(re.findall(r"[\w/]+", done.stdout.partition("\nmodel: ")[2]))
+        assert listed >= set(fit)
+        assert not listed & {*unfit, "table2/sit_s_2_vca" if "cls" in script else "table1/deit_tiny_vca"}

@@ -305,7 +305,7 @@ def test_latent_cache_mismatched_or_truncated_refused(photos, vaes, cache, tmp_p
         (
             cache,
             f"autoencoder.source={vaes / 'other'}",
-            r"autoencoder.sha256: '\w+' there.*autoencoder.shift: 0.0 there",
+            r"autoencoder.sha256: '\w+' -> .*autoencoder.shift: 0.0 -> ",
         ),
         (cache, "autoencoder.scale=1.0", r"autoencoder.scale: 0.18215 -> 1.0"),
         (short, "", "is not complete: 1 of 4 files are missing or cut short, such as shard_00002.npy"),
@@ -435,7 +435,7 @@ def test_latent_cache_flipped_bit_found_by_full_check(photos, quick, tmp_path, m
     with pytest.raises(ConfigError, match=re.escape(line)):
         train_gen.run(compose("train_gen", [*run, "data.check_seconds=5"]))
     prepared(photos, quick, folder)
-    assert "1 of 4 files to make" in capsys.readouterr().out
+    assert "1 of 4 files to encode" in capsys.readouterr().out
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
@@ -539,7 +539,7 @@ def test_resume_with_other_latents_refused(photos, quick, quick_cache, tmp_path)
 
     first = go(quick_cache)
     assert go(moved, Path(elsewhere)) == first
-    with pytest.raises(ConfigError, match=r"another config \(inputs.cache.files: '\w+' there.*shard_size: 8 there"):
+    with pytest.raises(ConfigError, match=r"another config \(inputs.cache.files: '\w+' -> .*shard_size: 8 -> "):
         go(other)
     Path(elsewhere).write_text(QUICK + "# changed\n")
     with pytest.raises(ConfigError, match=r"was made with another autoencoder \(autoencoder.sha256"):

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from secrets import token_hex
 
 import hydra
@@ -54,7 +55,7 @@ def test_sweep_failing_job_named_others_tabulated(tmp_path):
 
     table = [line for line in done.stdout.splitlines() if line.startswith("| vca")]
     assert len(table) == 1
-    assert table[0].endswith("| 2 |")
+    assert table[0].endswith(f"| 2 | {names[0]} {names[2]} |")
     assert " +- " in table[0]
     failed = [line for line in done.stderr.splitlines() if line.startswith("failed: ")]
     assert len(failed) == 1
@@ -246,17 +247,24 @@ def test_sweep_report_lists_failed_jobs(tmp_path, capsys):
     jobs = [
         {"number": 0, "name": "a", "run": str(finished_run(tmp_path / "a")), "overrides": []},
         {"number": 1, "name": "b", "run": str(tmp_path / "b"), "overrides": []},
+        {"number": 2, "name": "c", "run": str(finished_run(tmp_path / "c", seed=1)), "already_finished": True},
     ]
     for name in ("ends", "logs"):
         (tmp_path / "sweep" / name).mkdir(parents=True)
     (tmp_path / "sweep" / "jobs.json").write_text(json.dumps({"jobs": jobs}))
-    (tmp_path / "sweep" / "ends" / "0.json").write_text('{"exit_code": 0, "seconds": 7.1}')
-    (tmp_path / "sweep" / "logs" / "a.log").write_text("### started now\nstep 4\ntop-1 50\n")
+    for number, name in ((0, "a"), (2, "c")):
+        (tmp_path / "sweep" / "ends" / f"{number}.json").write_text('{"exit_code": 0, "seconds": 7.1}')
+        (tmp_path / "sweep" / "logs" / f"{name}.log").write_text("### started now\nstep 4\ntop-1 50\n")
     (tmp_path / "sweep" / "logs" / "b.log").write_text("### started now\nconfig error: x\n")
     assert report(tmp_path / "sweep") == 1
     said = capsys.readouterr()
-    assert "| vca | 50.00 |" in said.out
-    assert said.out.startswith(f"finished: a: top-1 50 (7 s; {tmp_path / 'sweep' / 'logs' / 'a.log'})\n")
+    lines = said.out.splitlines()
+    assert lines[:2] == [
+        f"finished: a: top-1 50 (7 s; {tmp_path / 'sweep' / 'logs' / 'a.log'})",
+        f"already finished: c: top-1 50 (7 s; {tmp_path / 'sweep' / 'logs' / 'c.log'})",
+    ]
+    assert lines[-2].startswith("| vca | 50.00 ")
+    assert lines[-1] == f"with the runs of other sweeps: python scripts/table.py {tmp_path} --runs"
     assert said.err == f"failed: b: did not finish; config error: x ({tmp_path / 'sweep' / 'logs' / 'b.log'})\n"
 
 
@@ -287,20 +295,19 @@ def test_failure_reason_reason_from_last_attempt(tmp_path, log, second, line):
     assert file.name == ("run.node1.log" if second else "run.log")
 
 
+@contextmanager
+def sweep_config(*options: str, script: str = "train_cls"):
+    """Yield the config of a sweep, inside Hydra's context."""
+    GlobalHydra.instance().clear()
+    with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        yield GlobalHydra.instance().hydra.compose_config(script, list(options), RunMode.MULTIRUN)
+
+
 def test_sweep_name_interpolates_swept_values(tmp_path):
     """The remedy in the error about equal run directories works."""
     options = ["optim.lr=1e-3,5e-4", "name='lr${optim.lr}-seed${seed}'", f"out_dir={tmp_path}"]
-    GlobalHydra.instance().clear()
-    with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        config = GlobalHydra.instance().hydra.compose_config("train_cls", options, RunMode.MULTIRUN)
+    with sweep_config(*options) as config:
         assert [job["name"] for job in plan(config, "train_cls")] == ["lr0.001-seed0", "lr0.0005-seed0"]
-
-
-def sweep_config(*options: str):
-    """The config of a sweep, inside Hydra's context."""
-    GlobalHydra.instance().clear()
-    hydra.initialize_config_dir(str(CONFIGS), version_base="1.3")
-    return GlobalHydra.instance().hydra.compose_config("train_cls", list(options), RunMode.MULTIRUN)
 
 
 @pytest.mark.parametrize(
@@ -315,12 +322,57 @@ def sweep_config(*options: str):
 def test_sweep_glob_takes_matching_options(override, expected):
     """A glob matches the options that `--help` lists, not schemas."""
     group = override.partition("=")[0]
-    config = sweep_config(override, "seed=0,1", f"name='${{{group}.name}}-${{seed}}-${{variant:${{attention}}}}'")
-    jobs = plan(config, "train_cls")
+    name = f"name='${{{group}.name}}-${{seed}}-${{variant:${{attention}}}}'"
+    with sweep_config(override, "seed=0,1", name) as config:
+        jobs = plan(config, "train_cls")
     assert [job["overrides"][:2] for job in jobs] == [
         [f"{group}={name}", f"seed={seed}"] for name in expected for seed in (0, 1)
     ]
-    GlobalHydra.instance().clear()
+
+
+@pytest.mark.parametrize("script", ["train_cls", "train_gen"])
+def test_sweep_plan_marks_finished_runs(tmp_path, script):
+    """A job is marked if its run has finished before; it only reads the result again."""
+    name = compose(script).name
+    finished_run(tmp_path / name)
+    finished_run(tmp_path / name.replace("seed0", "seed1"), step=2)  # not finished
+    with sweep_config("seed=0,1,2", f"out_dir={tmp_path}", script=script) as config:
+        assert [job["already_finished"] for job in plan(config, script)] == [True, False, False]
+
+
+@pytest.mark.parametrize("data", ["imagefolder", "imagenet"])
+def test_sweep_class_count_checked_before_start(tmp_path, data):
+    """The number of class folders must be `data.num_classes`; a folder that is absent on this machine is no error."""
+    for name in ("cat", "dog"):
+        (tmp_path / "images" / "train" / name).mkdir(parents=True)
+    options = (f"data={data}", "model=deit_tiny", f"out_dir={tmp_path}", "seed=0,1")
+    wrong = pytest.raises(ConfigError, match=r"num_classes is 1000, but .*/train has 2 class folders; .*\(job 0: ")
+    with sweep_config(*options, f"data.root={tmp_path}/images") as config, wrong:
+        plan(config, "train_cls")
+    with sweep_config(*options, f"data.root={tmp_path}/images", "data.num_classes=2") as config:
+        assert len(plan(config, "train_cls")) == 2
+    with sweep_config(*options, f"data.root={tmp_path}/absent") as config:
+        assert len(plan(config, "train_cls")) == 2
+
+
+@pytest.mark.process
+def test_sweep_refused_by_sbatch_reported(tmp_path):
+    """sbatch's own error is printed once, then a line for each job; there is no table and no traceback."""
+    error = "sbatch: error: invalid partition specified: nowhere"
+    for name, text in (("sbatch", f"echo '{error}' >&2; exit 1"), ("srun", ""), ("squeue", "")):
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    options = ["cluster=slurm", "cluster.partition=nowhere", "seed=0,1", f"out_dir={tmp_path / 'out'}"]
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    done = run_command(sys.executable, "train_cls.py", "-m", *options, PATH=path)
+    assert done.returncode == 1
+    first, *failed = done.stderr.splitlines()
+    assert first == error
+    assert [line.split(";")[0] for line in failed] == [
+        f"failed: digits-deit_mini-vca-seed{seed}: did not finish" for seed in (0, 1)
+    ]
+    assert done.stdout.startswith("2 job(s), 0 already finished, sweep folder ")
+    assert done.stdout.splitlines()[1:] == ["no job finished"]
 
 
 MINE = "# @package _global_\ntrainer:\n  steps: 3\n"  # an experiment

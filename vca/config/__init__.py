@@ -1,12 +1,6 @@
 """Config schemas of the scripts, and their strict composition from YAML files and overrides to dataclasses."""
 
-from vca.config.composition import (
-    compose,
-    from_plain,
-    from_registry,
-    read_protocol,
-    register_schemas,
-)
+from vca.config.composition import compose, from_plain, from_registry, read_protocol, register_schemas
 from vca.config.pipeline import load_generated_images
 from vca.config.schema import (
     DoctorConfig,

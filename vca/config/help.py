@@ -2,21 +2,21 @@
 
 import dataclasses
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 
 
-def help_text(script: str | None, config: type, file: Path, schemas: Mapping[str, set[str]]) -> str:
+def help_text(script: str | None, config: type, file: Path, options: Callable[[str], list[str]]) -> str:
     """Return the help text of a script.
 
     Args:
         script: docstring of the script.
         config: dataclass of its config; docstrings describe the keys.
         file: YAML file of the script, whose defaults list names the groups.
-        schemas: group -> the schemas that the script registered; only options with these schemas are listed.
+        options: returns the options of a group that fit the script.
     """
     parts = [(script or "").strip(), "Keys (write key=value):", *key_lines(config)]
     lines = ["Groups (write group=option; the default in brackets):"]
@@ -24,8 +24,7 @@ def help_text(script: str | None, config: type, file: Path, schemas: Mapping[str
     for entry in defaults["defaults"]:
         if isinstance(entry, dict) and not next(iter(entry)).startswith("override"):
             ((group, chosen),) = entry.items()
-            names = ", ".join(options([file.parent / group], schemas.get(group)))
-            lines.append(f"{group}: {names} ({'null' if chosen is None else chosen})")
+            lines.append(f"{group}: {', '.join(options(group))} ({'null' if chosen is None else chosen})")
     return "\n\n".join([*parts, "\n".join(lines), "All keys with their values: --cfg job --resolve"])
 
 
@@ -60,25 +59,28 @@ def attribute_docs(part: type) -> dict[str, str]:
     return docs
 
 
-def options(folders: Iterable[Path], schemas: set[str] | None) -> list[str]:
-    """Return the options of a group that use one of these schemas, directly or through another option.
+def fitting_options(group: str, roots: Collection[Path], schemas: Mapping[str, set[str]]) -> list[str]:
+    """Return the options of a group below `roots` that use only these schemas, directly or through other options."""
+    folders = [root / group for root in roots]
+    files = {str(path.relative_to(at).with_suffix("")): path for at in folders for path in at.rglob("*.yaml")}
+    defaults = {name: defaults_of(file) for name, file in files.items()}
+    bases = {name: {option for other, option in pairs if not other} for name, pairs in defaults.items()}
+    if group in schemas:
+        fit: set[str] = set()
+        while more := {name for name, of in bases.items() if of & (schemas[group] | fit)} - fit:
+            fit |= more
+        return sorted(fit)
+    overridden = {other for pairs in defaults.values() for other, _ in pairs if other in schemas}
+    valid = {other: fitting_options(other, roots, schemas) for other in overridden}
+    unfit = {name for name, pairs in defaults.items() if any(one not in valid.get(of, [one]) for of, one in pairs)}
+    while more := {name for name, of in bases.items() if of & unfit} - unfit:
+        unfit |= more
+    return sorted(files.keys() - unfit)
 
-    For a group without schemas, return all options.
-    """
-    files = {
-        str(file.relative_to(folder).with_suffix("")): file for folder in folders for file in folder.rglob("*.yaml")
-    }
-    if not schemas:
-        return sorted(files)
-    bases = {name: bases_of(file) for name, file in files.items()}
-    fit: set[str] = set()
-    while more := {name for name, of in bases.items() if of & (schemas | fit)} - fit:
-        fit |= more
-    return sorted(fit)
 
-
-def bases_of(file: Path) -> set[str]:
-    """Return the options of its own group that a YAML file names in its defaults list."""
+def defaults_of(file: Path) -> list[tuple[str, str]]:
+    """Return the pairs (overridden group, option) of a YAML file's defaults list; "" is the file's own group."""
     content: Any = OmegaConf.to_container(OmegaConf.load(file))
-    defaults = content.get("defaults", []) if isinstance(content, dict) else []
-    return {entry for entry in defaults if isinstance(entry, str)}
+    entries = content.get("defaults", []) if isinstance(content, dict) else []
+    chosen = [next(iter(entry.items())) if isinstance(entry, dict) else ("", entry) for entry in entries]
+    return [(key.removeprefix("override /"), option) for key, option in chosen]

@@ -6,15 +6,23 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
+from hydra._internal.utils import get_args_parser
 from hydra.core.config_store import ConfigStore
 from hydra.errors import OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from yaml import MarkedYAMLError
 
-from vca.config.help import options
+from vca.config.help import fitting_options
 from vca.runtime.renamed import RENAMED
 
 CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+def config_dir() -> Path | None:
+    """Return the absolute path of the command line's `--config-dir`."""
+    given = get_args_parser().parse_known_args()[0].config_dir
+    return None if given is None else Path(given).absolute()
+
 
 # Usual names in other codebases -> keys of this one, of which a script may have one.
 USUAL = {
@@ -80,20 +88,26 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     return f"; did you mean '{near[0]}'?" if near and near[0] != word else ""
 
 
-def registered_schemas() -> dict[str, set[str]]:
-    """Return group -> names of the schemas that this script registered."""
+def options(group: str) -> list[str]:
+    """Return the options of a group that fit this script."""
     store = ConfigStore.instance().repo
-    return {
+    schemas = {
         group: {name.removesuffix(".yaml") for name in members}
         for group, members in store.items()
         if isinstance(members, dict) and group != "hydra"
     }
+    return fitting_options(group, [CONFIGS, *filter(None, [config_dir()])], schemas)
 
 
-def not_for_this_script(group: str, option: str) -> str:
-    """Explain that the option belongs to another script; list the options of this one."""
-    valid = options([CONFIGS / group], registered_schemas().get(group))
-    return f"{group}={option}: not for this script (options: {', '.join(valid)})"
+def location(text: str, key: str) -> str:
+    """Return `"FILE, line N: "` of the YAML file with an error, without N if several lines match; `""` if in none."""
+    option = re.search(r"In '([^']+)': \w+ raised while composing", text)
+    pattern = rf"\s*{re.escape(key.rpartition('.')[2])}\s*:"
+    files = [root / f"{option[1]}.yaml" for root in (config_dir(), CONFIGS) if root is not None] if option else []
+    for file in filter(Path.is_file, files):
+        lines = [n for n, line in enumerate(file.read_text().splitlines(), start=1) if re.match(pattern, line)]
+        return f"{file}, line {lines[0]}: " if len(lines) == 1 else f"{file}: "
+    return ""
 
 
 def explain(error: BaseException) -> str:
@@ -117,13 +131,12 @@ def explain(error: BaseException) -> str:
     if match := re.search(r"Unsupported interpolation type (\S+)\s+full_key: (\S+)", text):
         return f"{match[2]} uses the unknown resolver '{match[1]}'; such as ${{oc.env:NAME}}"
     if match := re.search(r"In '([^']+)/([^']+)': Could not load '[^']+_schema'", text):
-        return not_for_this_script(match[1], match[2])
+        return f"{match[1]}={match[2]}: not for this script (options: {', '.join(options(match[1]))})"
     if match := re.search(r"Could not find '([^']+)'", text):
         group, _, option = match[1].rpartition("/")
         if (new := RENAMED.get(f"{group}={option}")) is not None:
             return f"{group}={option} was renamed to {new}"
-        folder = CONFIGS / group
-        valid = sorted(str(p.relative_to(folder).with_suffix("")) for p in folder.rglob("*.yaml")) if group else []
+        valid = options(group) if group else []
         choices = f" (options: {', '.join(valid)})" if valid else ""
         return f"{group or 'config'}={option}: no such option" + did_you_mean(option, valid) + choices
     if match := re.search(r"In '([^']+)/([^']+)': Could not override '[^']+'\.\s*No match in the defaults list", text):
@@ -141,7 +154,8 @@ def explain(error: BaseException) -> str:
     if re.search(r"Key '[^']*' (is not in struct|not in '\w+')", text):
         unknown = re.search(r"Could not override '([^']+)'", text) or full_key
         if unknown is not None:
-            return f"unknown key '{unknown[1]}'" + did_you_mean(unknown[1], all_known_keys())
+            known = did_you_mean(unknown[1], all_known_keys())
+            return f"{location(text, unknown[1])}unknown key '{unknown[1]}'{known}"
     if match := re.search(r"Value '(.*)' of type '\w+' could not be converted to (\w+)", text):
         null = " (write null for no value)" if match[1].lower() == "none" else ""
         kind = {"Integer": "an integer"}.get(match[2], f"a {match[2].lower()}")

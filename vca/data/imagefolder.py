@@ -18,16 +18,24 @@ SPLITS = ("train", "val")
 
 
 def load_imagefolder(config: DataConfig, train: bool) -> Dataset:
-    """Load a split as `(RGB PIL image, label)`; labels are the sorted names of the folders in `train/`.
-
-    `val/` is optional for the training split (generation does not read it).
-
-    Raises:
-        ConfigError: if a folder is missing or has no class folders, a class has no image, the splits have different
-            classes, or their number is not `data.num_classes`.
-    """
+    """Load a split as `(RGB PIL image, label)`; labels are the sorted names of the folders in `train/`."""
     from torchvision.datasets import ImageFolder
 
+    check_class_folders(config, train)
+    split = "train" if train else "val"
+    try:
+        return ImageFolder(str(Path(config.root or "", split)), loader=read_rgb)
+    except FileNotFoundError as error:  # a class without an image
+        raise ConfigError(f"data.root={config.root}: {split}/: {error}") from error
+
+
+def check_class_folders(config: DataConfig, train: bool) -> None:
+    """Check the class folders of an image folder; `val/` is optional for training, as generation does not read it.
+
+    Raises:
+        ConfigError: if a folder is missing or has no class folders, the splits have different classes, or their number
+            is not `data.num_classes`.
+    """
     root = Path(config.root or "")
     splits = SPLITS if not train or (root / "val").is_dir() else SPLITS[:1]
     if config.root is None or not all((root / split).is_dir() for split in splits):
@@ -53,11 +61,6 @@ def load_imagefolder(config: DataConfig, train: bool) -> Dataset:
             f"data.num_classes is {config.num_classes}, but {root / 'train'} has {count} class folders; "
             f"complete it or set data.num_classes={count}"
         )
-    split = "train" if train else "val"
-    try:
-        return ImageFolder(str(root / split), loader=read_rgb)
-    except FileNotFoundError as error:  # a class without an image
-        raise ConfigError(f"data.root={config.root}: {split}/: {error}") from error
 
 
 def read_rgb(path: str) -> Image.Image:

@@ -13,15 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+from hydra._internal.utils import get_args_parser
 from hydra.core.global_hydra import GlobalHydra
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
+from vca.config.hydra_errors import config_dir
 from vca.runtime.errors import ConfigError
 from vca.runtime.files import write_text
 from vca.runtime.provenance import CODE, COMMIT, DIFF, PARTS, provenance
 from vca.sweep.job import run_job
-from vca.sweep.plan import config_dir, globs, plan, search_path
+from vca.sweep.plan import globs, plan, search_path
 from vca.sweep.slurm import queued, wait_for_jobs
 from vca.sweep.summary import report, table
 
@@ -52,7 +54,7 @@ def run_sweep(config_name: str, program: Sequence[str], summary: Callable[[Path]
     except KeyboardInterrupt:
         launcher.wait()
         if queued(folder):
-            print(f"the jobs stay queued; for their table run: scripts/table.py {folder} --runs", file=sys.stderr)
+            print(f"the jobs stay queued; for their table: python scripts/table.py {folder} --runs", file=sys.stderr)
     return report(folder, summary)
 
 
@@ -62,8 +64,6 @@ def prepare(config_name: str) -> tuple[Path, list[str]]:
     Returns:
         The folder, and additional arguments of the launcher's command line.
     """
-    from hydra._internal.utils import get_args_parser
-
     if "RANK" in os.environ:
         raise ConfigError("-m must not run under torchrun, it starts torchrun per job; use python train_cls.py -m ...")
     own = config_dir()
@@ -72,12 +72,12 @@ def prepare(config_name: str) -> tuple[Path, list[str]]:
         composer = GlobalHydra.instance().hydra
         assert composer is not None
         config = composer.compose_config(config_name, overrides, RunMode.MULTIRUN, with_log_configuration=False)
-        jobs = plan(config, config_name, own)
+        jobs = plan(config, config_name)
         folder = Path(config.hydra.sweep.dir).absolute()
     commit, diff = provenance()
     record = {"command": shlex.join(sys.argv), "commit": commit, "jobs": jobs}
     files = [] if own is None else sorted(own.rglob("*.yaml"))  # listed before the sweep's folder may be created in it
-    arguments = [f"hydra.sweep.dir='{folder}'", *globs(config, own).values()]
+    arguments = [f"hydra.sweep.dir='{folder}'", *globs(config).values()]
     try:
         for name in ("code", "logs", "ends"):
             (folder / name).mkdir(parents=True)
@@ -91,7 +91,8 @@ def prepare(config_name: str) -> tuple[Path, list[str]]:
             arguments += ["--config-dir", str(folder / "config_dir")]  # the last one takes effect
     except OSError as error:
         raise ConfigError(f"out_dir: {error}") from error
-    print(f"{len(jobs)} job(s), sweep folder {config.hydra.sweep.dir}", flush=True)
+    finished = sum(job["already_finished"] for job in jobs)
+    print(f"{len(jobs)} job(s), {finished} already finished, sweep folder {config.hydra.sweep.dir}", flush=True)
     return folder, arguments
 
 
@@ -125,10 +126,7 @@ def launch(start: Callable[[Any], Any], program: Sequence[str]) -> None:
 
     try:
         start(job)()
-    except (KeyboardInterrupt, UncompletedJobError):  # a failed or cancelled job, which `run_sweep` reports
+    except (KeyboardInterrupt, UncompletedJobError):  # `run_sweep` reports failed jobs; submitit printed sbatch's error
         sys.exit(1)
     except Exception as error:
-        reason = " ".join(str(error).split())
-        sys.exit(
-            f"sbatch: {reason.rpartition('sbatch: ')[2]}" if "sbatch: " in reason else f"the launcher failed: {reason}"
-        )
+        sys.exit(f"the launcher failed: {' '.join(str(error).split())}")

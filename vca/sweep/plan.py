@@ -9,19 +9,12 @@ from hydra.core.override_parser.types import Glob, Override
 from omegaconf import DictConfig, OmegaConf
 
 from vca.config.composition import compose
-from vca.config.help import options
-from vca.config.hydra_errors import registered_schemas
+from vca.config.hydra_errors import config_dir, options
+from vca.data.imagefolder import check_class_folders
+from vca.report.sweep_table import FinishedRun, read_finished_run
 from vca.runtime.errors import ConfigError
 from vca.runtime.provenance import CODE
 from vca.runtime.rundir import FromEnvironment
-
-
-def config_dir() -> Path | None:
-    """Return the absolute path of the command line's `--config-dir`."""
-    from hydra._internal.utils import get_args_parser
-
-    given = get_args_parser().parse_known_args()[0].config_dir
-    return None if given is None else Path(given).absolute()
 
 
 def search_path(own: Path | None) -> list[str]:
@@ -51,7 +44,7 @@ def sweep_overrides(config: DictConfig) -> dict[str, Override]:
     return {one.get_key_element(): one for one in OverridesParser.create().parse_overrides([*swept, *task])}
 
 
-def globs(config: DictConfig, own: Path | None) -> dict[str, str]:
+def globs(config: DictConfig) -> dict[str, str]:
     """Return the overrides `group=glob(...)` of a sweep by key, expanded to choices `group=a,b`.
 
     Hydra's own expansion includes the schemas and the options of other scripts.
@@ -59,37 +52,37 @@ def globs(config: DictConfig, own: Path | None) -> dict[str, str]:
     Raises:
         ConfigError: if a pattern matches no option.
     """
-    roots, choices = [CODE / "configs", *([own] if own is not None else [])], {}
+    choices = {}
     for key, override in sweep_overrides(config).items():
         pattern: Any = override.value()
         if isinstance(pattern, Glob):
-            group = override.key_or_group
-            valid = options([root / group for root in roots], registered_schemas().get(group))
+            valid = options(override.key_or_group)
             if not (names := pattern.filter(valid)):
                 raise ConfigError(f"{key}=glob(): no option matches (options: {', '.join(valid) or 'none'})")
             choices[key] = f"{key}={','.join(names)}"
     return choices
 
 
-def plan(config: DictConfig, config_name: str, own: Path | None = None) -> list[dict[str, Any]]:
-    """Return number, name, run directory and overrides of every job of a sweep.
+def plan(config: DictConfig, config_name: str) -> list[dict[str, Any]]:
+    """Return number, name, run directory and overrides of every job, and whether its run has already finished.
 
     Args:
         config: config of the sweep.
         config_name: name of the YAML file.
-        own: the `--config-dir`.
 
     Raises:
         ConfigError: if the config of a job is invalid, or two jobs have the same run directory.
     """
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 
-    chosen = {key: OverridesParser.create().parse_override(text) for key, text in globs(config, own).items()}
+    chosen = {key: OverridesParser.create().parse_override(text) for key, text in globs(config).items()}
     overrides = list({**sweep_overrides(config), **chosen}.values())
     jobs: list[dict[str, Any]] = []
     for number, job in enumerate(BasicSweeper.split_arguments(overrides, None)[0]):
         try:
-            one = compose(config_name, [*job, *search_path(own)])
+            one = compose(config_name, [*job, *search_path(config_dir())])
+            if one.data.name == "imagefolder" and Path(one.data.root or "", "train").is_dir():  # visible here
+                check_class_folders(one.data, train=True)
         except ConfigError as error:
             raise ConfigError(f"{error} (job {number}: {' '.join(job)})") from error
         if one.out_dir != config.out_dir:
@@ -107,7 +100,8 @@ def plan(config: DictConfig, config_name: str, own: Path | None = None) -> list[
                     f"jobs {other['number']} and {number} have the same run directory {run}; put the swept values into "
                     f"the name, such as name='lr${{optim.lr}}-seed${{seed}}'"
                 )
-        jobs.append({"number": number, "name": one.name, "run": run, "overrides": job})
+        finished = isinstance(read_finished_run(Path(run)), FinishedRun)
+        jobs.append({"number": number, "name": one.name, "run": run, "overrides": job, "already_finished": finished})
     return jobs
 
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterable, Mapping
@@ -14,55 +15,45 @@ from vca.sweep.plan import read_jobs
 
 
 def table(folder: Path) -> str:
-    """Return the table of the runs whose jobs succeeded; a failed job's directory may contain another run."""
-    return sweep_table([Path(job["run"]) for job in read_jobs(folder) if exit_code(folder, job) == 0])
+    """Return the table of the runs whose jobs succeeded, as a failed job's directory may contain another run."""
+    runs = [Path(job["run"]) for job in read_jobs(folder) if ending(folder, job).get("exit_code") == 0]
+    if not runs:
+        return "no job finished"
+    out_dir = shlex.quote(str(runs[0].parent))
+    return f"{sweep_table(runs)}\nwith the runs of other sweeps: python scripts/table.py {out_dir} --runs"
 
 
 def report(folder: Path, summary: Callable[[Path], str] = table) -> int:
-    """Print the summary of a sweep, then its failed jobs; return 1 if any failed, else 0."""
-    failed = failures(folder)
+    """Print the finished jobs of a sweep, its summary, then its failed jobs; return 1 if any failed, else 0."""
+    finished, failed = outcomes(folder)
     try:
-        print("\n".join([*outcomes(folder), summary(folder)]), flush=True)
+        print("\n".join([*finished, summary(folder)]), flush=True)
     finally:
         for line in failed:
             print(line, file=sys.stderr, flush=True)
     return 1 if failed else 0
 
 
-def failures(folder: Path) -> list[str]:
-    """Return a line for each failed job: name, exit code, reason, log."""
-    lines = []
+def outcomes(folder: Path) -> tuple[list[str], list[str]]:
+    """Return a line for each finished job (last line of its log, duration), and for each failed job (its reason)."""
+    finished, failed = [], []
     for job in read_jobs(folder):
-        code = exit_code(folder, job)
-        if code != 0:
-            how = "did not finish" if code is None else f"exit code {code}"
-            log, line = failure_reason(folder / "logs", job["name"])
-            lines.append(f"failed: {job['name']}: {how}; {line} ({log})")
-    return lines
-
-
-def outcomes(folder: Path) -> list[str]:
-    """Return a line for each finished job: name, last line of its log, duration, log."""
-    lines = []
-    for job in read_jobs(folder):
-        if exit_code(folder, job) == 0:
-            log = folder / "logs" / f"{job['name']}.log"
-            result = (last_attempt(log) if log.exists() else []) or ["no log"]
-            lines.append(
-                f"finished: {job['name']}: {result[-1]} ({ending(folder, job).get('seconds', 0):.0f} s; {log})"
-            )
-    return lines
+        end, name, log = ending(folder, job), job["name"], folder / "logs" / f"{job['name']}.log"
+        if end.get("exit_code") == 0:
+            how = "already finished" if job.get("already_finished") else "finished"
+            result = (last_attempt(log) or ["no log"])[-1]
+            finished.append(f"{how}: {name}: {result} ({end.get('seconds', 0):.0f} s; {log})")
+        else:
+            how = f"exit code {end['exit_code']}" if end else "did not finish"
+            log, line = failure_reason(folder / "logs", name)
+            failed.append(f"failed: {name}: {how}; {line} ({log})")
+    return finished, failed
 
 
 def ending(folder: Path, job: Mapping[str, Any]) -> dict[str, Any]:
     """Read how a job ended, see `run_job`; empty if it did not finish."""
     file = folder / "ends" / f"{job['number']}.json"
     return json.loads(file.read_text()) if file.exists() else {}
-
-
-def exit_code(folder: Path, job: Mapping[str, Any]) -> int | None:
-    """Return the exit code of a job; None if it did not finish."""
-    return ending(folder, job).get("exit_code")
 
 
 def failure_reason(folder: Path, name: str) -> tuple[Path, str]:
@@ -78,8 +69,8 @@ def failure_reason(folder: Path, name: str) -> tuple[Path, str]:
 
 
 def last_attempt(log: Path) -> list[str]:
-    """Return the lines of a log since the last start of its job."""
-    text = log.read_text(errors="replace").rpartition(ATTEMPT)[2]
+    """Return the lines of a log since the last start of its job, `[]` without a log."""
+    text = log.read_text(errors="replace").rpartition(ATTEMPT)[2] if log.exists() else ""
     return [line.strip() for line in text.splitlines()[1:] if line.strip()]
 
 
