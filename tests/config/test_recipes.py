@@ -288,7 +288,7 @@ def test_reproduce_table_scripts_commands_and_errors(tmp_path):
     assert "no config.json" in reproduce(2, "--print", VAES="nowhere").stderr
     failed = reproduce(2, "data.root=nowhere", ROWS="dit_s_8_vca")
     assert failed.returncode == 1
-    assert "data.root must be a latent cache, a folder with manifest.json, got 'nowhere'" in failed.stderr
+    assert "data.root must be a latent cache (a folder with manifest.json), got 'nowhere'" in failed.stderr
     assert "sample.py" not in failed.stdout
     assert reproduce(2).returncode == 2
     assert "prepare_latents.py" in reproduce(2).stderr

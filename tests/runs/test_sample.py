@@ -279,7 +279,7 @@ def test_protocol_settings_applied_and_changes_refused(latent_run, vaes, tmp_pat
     assert manifest["protocol"] == name
     assert manifest["sampler"]["cfg_scale"] == (1.5 if name in ("dit_best", "sit_heun250") else 1.0)
     for change, message in (
-        ("sampler.cfg_scale=4.0", rf"protocol {name} has other values \(sampler.cfg_scale: 1.\d -> 4.0\)"),
+        ("sampler.cfg_scale=4.0", rf"protocol {name} fixes other values \(sampler.cfg_scale: 1.\d -> 4.0\)"),
         ("precision=bf16", "precision: 'fp32' -> 'bf16'"),
         (f"decoder={vaes / 'other'}", r"decoder: 'sd-vae-ft-\w+' -> 'other'"),
         ("weights=raw", "weights: 'ema' -> 'raw'"),
@@ -309,7 +309,7 @@ def test_sample_script_replaced_autoencoder_refused(latent_run, tmp_path):
     config = json.loads((run / "config.json").read_text())
     config["inputs"]["autoencoder"]["sha256"] = "0"
     (run / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ConfigError, match=r"trained with another autoencoder \(autoencoder.sha256: '0' there"):
+    with pytest.raises(ConfigError, match=r"trained with another autoencoder \(autoencoder.sha256: '0' -> "):
         draw(tmp_path / "out", f"run={run}", "count=1")
 
 
@@ -339,30 +339,30 @@ def test_sample_script_damaged_set_or_checkpoint(generator_run, tmp_path):
 
 
 WRONG = {
-    "count=1": "run or checkpoint must be given, and not both",
-    "run=RUN checkpoint=x": "run or checkpoint must be given, and not both",
+    "count=1": "run or checkpoint must be set, but not both",
+    "run=RUN checkpoint=x": "run or checkpoint must be set, but not both",
     "run=nowhere": "run must be a run directory with a config.json, got 'nowhere'",
-    "run=RUN model=dit_s_2": "model must be left out with run, which has its own, got 'dit_s_2'",
-    "checkpoint=x model=dit_s_2": "attention must be given with checkpoint, got None",
+    "run=RUN model=dit_s_2": "model must be omitted with run, which determines it, got 'dit_s_2'",
+    "checkpoint=x model=dit_s_2": "attention must be set with checkpoint, got None",
     "checkpoint=x model=dit_s_2 attention=vca objective=diffusion": (
-        "autoencoder must be given for a model of 4 channels"
+        "autoencoder must be set for a model with 4 channels"
     ),
     "checkpoint=nowhere.pt model=dit_mini model.in_channels=1 attention=vca objective=diffusion": (
         "checkpoint must be a file, got 'nowhere.pt'"
     ),
     "checkpoint=RUN/checkpoints/step_00000002.pt model=dit_mini model.hidden_size=16 model.num_heads=2 "
     "model.patch_size=2 model.in_channels=1 attention=vca objective=diffusion": (
-        r"checkpoint must be a file that holds this model exactly; \d+ parameters differ, such as"
+        r"checkpoint must be a file with exactly this model; \d+ parameters differ, such as"
     ),
-    "run=RUN step=7": "holds no checkpoint of step 7, but of 1, 2",
-    "run=RUN step=0": "holds no checkpoint of step 0",
+    "run=RUN step=7": "has no checkpoint of step 7; available: 1, 2",
+    "run=RUN step=0": "has no checkpoint of step 0",
     "run=RUN count=0": "count must be >= 1, got 0",
     "run=RUN labels=some": r"labels must be random, balanced or a list of classes such as \[207, 360\], got 'some'",
     "run=RUN labels=[3,10]": r"labels must be from 0 to 9, got \[3, 10\]",
     "run=RUN sampler=ode_heun": "sampler.method must be one of ddpm, ddim .sampler=ddpm or ddim., got 'ode_heun'",
-    "run=RUN protocol=dit_table": "protocol must be null for a model of pixels, got 'dit_table'",
+    "run=RUN protocol=dit_table": "protocol must be null for a pixel-space model, got 'dit_table'",
     "run=RUN protocol=dit_tabel": "protocol=dit_tabel: no such option; did you mean 'dit_table'",
-    "run=RUN decoder=x": "decoder must be null for a model of pixels, got 'x'",
+    "run=RUN decoder=x": "decoder must be null for a pixel-space model, got 'x'",
     "run=RUN cuont=3": "unknown key 'cuont'; did you mean 'count'",
 }
 
