@@ -161,7 +161,11 @@ def train_loader(
     )
     batches = iter(loader)
     for _ in micro_batches.steps:
-        yield [Batch(*next(batches)) for _ in range(micro_batches.accumulation)]
+        try:
+            of_step = [Batch(*next(batches)) for _ in range(micro_batches.accumulation)]
+        except (ConnectionError, EOFError, FileNotFoundError) as error:
+            raise RuntimeError("DataLoader worker exited while it sent a batch") from error
+        yield of_step
 
 
 def eval_loader(images: Any, transform: Any, world: World, batch_size: int, workers: int) -> DataLoader:
