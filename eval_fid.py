@@ -15,9 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from models import GENERATORS, build_model, rebuild
-from vca.attention import ATTENTIONS
 from vca.cli import command_line
-from vca.config import EvalFidConfig, load_generated_images, register_schemas
+from vca.config import EvalFidConfig, generator_groups, load_generated_images, register_schemas
 from vca.evaluation.compare import check_comparable, compare_sets, labelled_metrics, read_features
 from vca.evaluation.extractor import EXTRACTORS, load_extractor
 from vca.evaluation.images import ImageSet
@@ -30,8 +29,6 @@ from vca.evaluation.record import (
     write_record,
 )
 from vca.evaluation.sources import check_unchanged, open_samples, open_source
-from vca.generation.autoencoder import AUTOENCODERS
-from vca.generation.objective import OBJECTIVES
 from vca.generation.pipeline import GeneratedImages, nfe_stats
 from vca.report.nearest_neighbours import plot_nearest_neighbours
 from vca.runtime import distributed
@@ -43,16 +40,7 @@ DEFAULT_COUNT = 50_000  # samples of `run` or `checkpoint`
 
 def register_configs() -> None:
     """Register the config schemas of this script with Hydra."""
-    register_schemas(
-        root={"eval_fid": EvalFidConfig},
-        groups={
-            "model": GENERATORS,
-            "attention": ATTENTIONS,
-            "objective": OBJECTIVES,
-            "autoencoder": AUTOENCODERS,
-            "extractor": EXTRACTORS,
-        },
-    )
+    register_schemas(root={"eval_fid": EvalFidConfig}, groups={**generator_groups(GENERATORS), "extractor": EXTRACTORS})
 
 
 def run(config: EvalFidConfig) -> dict[str, Any]:

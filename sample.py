@@ -14,11 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from models import GENERATORS, build_model
-from vca.attention import ATTENTIONS
 from vca.cli import command_line
-from vca.config import SampleConfig, load_generated_images, register_schemas
-from vca.generation.autoencoder import AUTOENCODERS
-from vca.generation.objective import OBJECTIVES
+from vca.config import SampleConfig, generator_groups, load_generated_images, register_schemas
 from vca.generation.sample_folder import SampleFolder
 from vca.runtime import distributed
 from vca.runtime.metrics_log import progress_bar
@@ -27,15 +24,7 @@ from vca.runtime.rundir import check_ranks_agree
 
 def register_configs() -> None:
     """Register the config schemas of this script with Hydra."""
-    register_schemas(
-        root={"sample": SampleConfig},
-        groups={
-            "model": GENERATORS,
-            "attention": ATTENTIONS,
-            "objective": OBJECTIVES,
-            "autoencoder": AUTOENCODERS,
-        },
-    )
+    register_schemas(root={"sample": SampleConfig}, groups=generator_groups(GENERATORS))
 
 
 def run(config: SampleConfig) -> dict[str, Any]:

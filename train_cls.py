@@ -37,13 +37,7 @@ from vca.training.step import TrainState
 
 def register_configs() -> None:
     """Register the config schemas of this script with Hydra."""
-    register_schemas(
-        root={"train_cls": TrainClsConfig},
-        groups={
-            "model": CLASSIFIERS,
-            "attention": ATTENTIONS,
-        },
-    )
+    register_schemas(root={"train_cls": TrainClsConfig}, groups={"model": CLASSIFIERS, "attention": ATTENTIONS})
 
 
 def run(config: TrainClsConfig) -> dict[str, float]:

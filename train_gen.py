@@ -17,16 +17,16 @@ from pathlib import Path
 import torch
 
 from models import GENERATORS, build_model, rebuild
-from vca.attention import ATTENTIONS, backend_of
+from vca.attention import backend_of
 from vca.cli import command_line
-from vca.config import TrainGenConfig, register_schemas
+from vca.config import TrainGenConfig, generator_groups, register_schemas
 from vca.data import identify_files, load_dataset
 from vca.data.doctor import check_before_training
 from vca.data.loader import MicroBatches, TrainOrder, train_loader
 from vca.evaluation.extractor import EXTRACTORS, load_extractor
 from vca.evaluation.online_fid import OnlineFid
-from vca.generation.autoencoder import AUTOENCODERS, load_autoencoder
-from vca.generation.objective import OBJECTIVES, build_objective
+from vca.generation.autoencoder import load_autoencoder
+from vca.generation.objective import build_objective
 from vca.generation.pipeline import DiffusionPipeline, check_sampler, sample_latents, save_image_grid, to_uint8
 from vca.runtime import distributed
 from vca.runtime.compute import set_precision
@@ -41,14 +41,7 @@ from vca.training.step import TrainState
 def register_configs() -> None:
     """Register the config schemas of this script with Hydra."""
     register_schemas(
-        root={"train_gen": TrainGenConfig},
-        groups={
-            "model": GENERATORS,
-            "attention": ATTENTIONS,
-            "objective": OBJECTIVES,
-            "autoencoder": AUTOENCODERS,
-            "extractor": EXTRACTORS,
-        },
+        root={"train_gen": TrainGenConfig}, groups={**generator_groups(GENERATORS), "extractor": EXTRACTORS}
     )
 
 

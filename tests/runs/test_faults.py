@@ -9,9 +9,10 @@ import time
 import pytest
 
 import train_cls
+from tests.data.test_latents import QUICK
 from tests.data.test_loader import write_image_folder
 from tests.processes import ROOT, Launch, process_table, run_script
-from tests.support import DRAWN, SMALL_DIT, TINY, assert_same, last_step, metrics, untimed
+from tests.support import DRAWN, SMALL_DIT, TINY, assert_same, last_step, metrics, train_and_kill, untimed
 from vca.config import compose
 from vca.runtime.errors import NonFiniteError
 from vca.training.checkpoint import load_latest
@@ -132,6 +133,54 @@ def test_fault_with_workers_ends_run(tmp_path, fault, ranks):
     assert 'train_cls.py", line' not in launch.stderr  # no traceback
     time.sleep(0.5)
     assert not [pid for pid in members if any(process.pid == pid for process in process_table())]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("script", ["train_cls.py", "scripts/prepare_latents.py"])
+def test_fault_unreadable_image_ends_evaluation_and_scripts(tmp_path, script, workers):
+    """The loader of an evaluation, and of a script, as that of the training."""
+    write_image_folder(tmp_path / "data")
+    file = tmp_path / "data" / ("val" if script == "train_cls.py" else "train") / "dog" / "1.jpg"
+    file.write_bytes(file.read_bytes()[:-300])
+    options = ["data=imagefolder", f"data.root={tmp_path}/data", "data.num_classes=2", "data.check_seconds=0"]
+    if script == "train_cls.py":
+        options += ["model=deit_mini", "augment=none", "data.img_size=8", "trainer.steps=8", "trainer.device=cpu"]
+        options += ["trainer.global_batch_size=2", f"trainer.workers={workers}", f"out_dir={tmp_path}"]
+    else:
+        (tmp_path / "quick.py").write_text(QUICK)
+        options += ["autoencoder=file", f"autoencoder.source={tmp_path}/quick.py", "autoencoder.factor=4"]
+        options += ["data.img_size=32", "device=cpu", f"workers={workers}", f"out={tmp_path}/latents"]
+    done = run_script(script, *options, timeout=60)
+    assert done.returncode == 1
+    assert any(
+        line.startswith(f"stopped: {file} cannot be read (image file is truncated") for line in done.stderr.splitlines()
+    ), done.stderr[-3000:]
+
+
+def test_corrupt_log_and_config_resume(tmp_path):
+    """With NUL bytes in the log a run resumes; with an empty config.json it does once that is removed."""
+    options = [*CLASSIFIER, f"out_dir={tmp_path}", "name=run"]
+    whole = run_script("train_cls.py", *CLASSIFIER, f"out_dir={tmp_path}", "name=whole")
+    assert whole.returncode == 0, whole.stderr[-3000:]
+    train_and_kill(tmp_path / "run", 14, "train_cls.py", *options)
+    log = tmp_path / "run" / "metrics.jsonl"
+    lines = log.read_bytes().split(b"\n")
+    log.write_bytes(b"\n".join([*lines[:3], b"\0" * 512 + lines[3], *lines[4:]]))
+    config = tmp_path / "run" / "config.json"
+    content = config.read_bytes()
+    config.write_bytes(b"")
+    refused = run_script("train_cls.py", *options)
+    assert refused.returncode == 2
+    assert refused.stderr.startswith(f"config error: {config} cannot be read (")
+    assert refused.stderr.count("\n") == 1
+    config.unlink()
+    done = run_script("train_cls.py", *options)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "1 corrupt line(s); old file saved as metrics.jsonl.1" in done.stderr
+    assert config.read_bytes() == content.replace(b'"whole"', b'"run"')
+    assert_same(*(load_latest(tmp_path / name / "checkpoints") for name in ("whole", "run")))
+    records = untimed(tmp_path / "whole")
+    assert untimed(tmp_path / "run") == [*records[:3], *records[4:]]
 
 
 # A run in its own mount namespace, with less shared memory than its batches need.

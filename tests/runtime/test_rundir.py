@@ -63,6 +63,11 @@ def test_run_directory_restart_at_step_0_keeps_copies(tmp_path):
         assert folder.records() == []
     assert (tmp_path / "metrics.jsonl.1").read_text() == '{"step": 8}\n'
     assert (tmp_path / "metrics.jsonl.2").read_text() == '{"step": 9}\n'
+    (tmp_path / "metrics.jsonl.1").unlink()
+    folder.append({"step": 10})
+    with pytest.warns(UserWarning, match="metrics.jsonl.1"):
+        folder.rewind(0)
+    assert (tmp_path / "metrics.jsonl.2").read_text() == '{"step": 9}\n', "a copy was overwritten"
 
 
 @pytest.mark.parametrize("content", [b"", b'{"seed": ', b"[1]", b"\xff\xfe{", b"\0" * 100])

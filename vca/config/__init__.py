@@ -1,7 +1,7 @@
 """Config schemas of the scripts, and their strict composition from YAML files and overrides to dataclasses."""
 
 from vca.config.composition import compose, from_plain, from_registry, read_protocol, register_schemas
-from vca.config.pipeline import load_generated_images
+from vca.config.pipeline import generator_groups, load_generated_images
 from vca.config.schema import (
     DoctorConfig,
     EvalFidConfig,
@@ -23,6 +23,7 @@ __all__ = [
     "compose",
     "from_plain",
     "from_registry",
+    "generator_groups",
     "load_generated_images",
     "read_protocol",
     "register_schemas",

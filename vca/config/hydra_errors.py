@@ -37,7 +37,6 @@ USUAL = {
     "num_steps": ("trainer.steps", "sampler.steps"),
     "num_workers": ("trainer.workers", "workers"),
     "amp": ("trainer.precision", "precision"),
-    "resume": ("trainer.init_from", "run"),
     "pretrained": ("trainer.init_from", "checkpoint"),
     "drop_path": ("model.drop_path_rate",),
     "grad_clip": ("optim.clip_grad",),

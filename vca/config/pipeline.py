@@ -17,6 +17,11 @@ from vca.runtime.rundir import diff_configs, read_config, to_dict
 from vca.training.restore import THE_ONLY_ONES, load_generator
 
 
+def generator_groups(networks: Registry) -> dict[str, Registry]:
+    """Return the config groups that define a generator, for `register_schemas`."""
+    return {"model": networks, "attention": ATTENTIONS, "objective": OBJECTIVES, "autoencoder": AUTOENCODERS}
+
+
 def read_generator(config: GeneratorConfig, networks: Registry) -> dict[str, Any]:
     """Return the configs of model, attention, objective and autoencoder, from the run or from the command line.
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class Crop(Enum):
-    """Crop of a training image: random resized crop, random crop after zero padding, ADM's centre crop, or none."""
+    """Training crop: random resized crop, random crop after zero padding, ADM's centre crop, or none."""
 
     resized = "resized"
     padded = "padded"
@@ -35,7 +35,7 @@ class AugmentConfig:
             of the shorter side) or `none` (the image resized to a square).
         scale, ratio: smallest and largest area (fraction of the image) and aspect ratio of the `resized` crop.
         padding: pixels of zero padding on each side before the `padded` crop.
-        interpolation: of the resized crop: `bicubic`, `bilinear` or `random`.
+        interpolation: `bicubic`, `bilinear` or `random`, for the resized crop.
         hflip: probability of a horizontal flip.
         color_jitter: strength; ignored if `auto_augment` is set, as in timm.
         auto_augment: timm's policy string, such as `rand-m9-mstd0.5-inc1`; null is none.

@@ -16,7 +16,7 @@ class DataConfig:
         in_chans, num_classes: channels of the images, number of classes.
         mean, std: normalisation of pixels in [0, 1], one number per channel.
         crop_pct: fraction of the shorter side that the evaluation centre crop keeps.
-        interpolation: of the evaluation resize: `bicubic` or `bilinear`.
+        interpolation: `bicubic` or `bilinear`, for the evaluation resize.
         check_seconds: seconds to check files of the data set, in random order, before a run starts; 0 disables it.
     """
 

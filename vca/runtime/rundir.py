@@ -11,6 +11,7 @@ checkpoints/      see vca.training.checkpoint
 import dataclasses
 import errno
 import fcntl
+import itertools
 import json
 import os
 import platform
@@ -174,12 +175,12 @@ class RunDirectory:
         lines = self.lines()
         corrupt = lines.count(None)
         if corrupt or (lines and step == 0):
-            number = 1 + len(list(self.path.glob("metrics.jsonl.*")))
-            copy = self.metrics_file.with_name(f"metrics.jsonl.{number}")
+            copies = (self.metrics_file.with_name(f"metrics.jsonl.{number}") for number in itertools.count(1))
+            copy = next(path for path in copies if not path.exists())
             write_bytes(copy, self.metrics_file.read_bytes())
             why = f"{corrupt} corrupt line(s)" if corrupt else "the run restarts at step 0"
             warnings.warn(f"{self.metrics_file}: {why}; old file saved as {copy.name}", stacklevel=2)
-        kept = [json.dumps(record) + "\n" for record in self.records() if record["step"] <= step]
+        kept = [json.dumps(record) + "\n" for record in lines if record is not None and record["step"] <= step]
         write_text(self.metrics_file, "".join(kept))
 
 
