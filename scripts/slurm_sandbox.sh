@@ -12,8 +12,7 @@ set -euo pipefail
 action=${1:-}
 folder=${2:-/tmp/slurm_sandbox}
 nodes=${3:-2}
-cpus=${SANDBOX_CPUS:-2}       # CPUs per simulated node, independent of the machine
-port=${SANDBOX_PORT:-16800}   # port of slurmctld; the nodes use the following ports
+cpus=2 # per simulated node, independent of the machine
 
 die() { echo "slurm_sandbox.sh: $1" >&2; exit 1; }
 
@@ -33,9 +32,24 @@ start_munge() {
     runuser -u munge -- munged --force
 }
 
+# Prints the first of NODES + 1 consecutive unused ports, for slurmctld and the nodes. They are below 32768, where no
+# outgoing connection takes one.
+unused_ports() {
+    local first port
+    while true; do
+        first=$((10000 + RANDOM % 20000))
+        for ((port = first; port <= first + nodes; port++)); do
+            if (exec 3<> "/dev/tcp/127.0.0.1/$port") 2> /dev/null; then continue 2; fi
+        done
+        echo "$first"
+        return
+    done
+}
+
 write_conf() {
-    local host
+    local host port
     host=$(hostname -s)
+    port=$(unused_ports)
     cat > "$folder/slurm.conf" << CONF
 ClusterName=sandbox
 SlurmctldHost=$host(127.0.0.1)

@@ -48,8 +48,7 @@ def slurm(tmp_path_factory):
     """Environment of a client of a SLURM sandbox with two nodes."""
     folder = tmp_path_factory.mktemp("slurm")
     sandbox = [str(ROOT / "scripts" / "slurm_sandbox.sh")]
-    ports = environment(SANDBOX_PORT=str(30000 + os.getpid() % 20000))
-    done = subprocess.run([*sandbox, "start", str(folder), "2"], env=ports, capture_output=True, text=True, check=False)
+    done = subprocess.run([*sandbox, "start", str(folder), "2"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     yield environment(SLURM_CONF=str(folder / "slurm.conf"))
     subprocess.run([*sandbox, "stop", str(folder)], check=True)
