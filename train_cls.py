@@ -11,17 +11,16 @@ Rerun the same command to resume an interrupted run, bit-exactly. `--cfg job --r
 
 from collections.abc import Iterable
 from pathlib import Path
-
-from torch import Tensor
+from typing import Any
 
 from models import CLASSIFIERS, build_model
 from vca.attention import ATTENTIONS, backend_of
 from vca.cli import command_line
 from vca.config import TrainClsConfig, register_schemas
 from vca.data import identify_files, load_dataset
-from vca.data.augment import BatchMixer, eval_transform, train_transform
+from vca.data.augment import BatchMixer, Normalize, eval_transform, worker_transform
 from vca.data.doctor import check_before_training
-from vca.data.loader import MicroBatches, TrainOrder, eval_loader, train_loader
+from vca.data.loader import MicroBatches, TrainOrder, eval_loader, image_inputs, train_loader
 from vca.evaluation.accuracy import evaluate
 from vca.runtime import distributed
 from vca.runtime.compute import set_precision
@@ -72,21 +71,22 @@ def run(config: TrainClsConfig) -> dict[str, float]:
         state = TrainState(model, trainer, config.optim, world, order.steps_per_epoch)
         training = TrainingRun(run_dir, state, trainer, world)
         resumed = training.resume()
-        val_batches = eval_loader(
-            val_images, eval_transform(config.data), world, trainer.eval_batch_size, trainer.workers
-        )
+        transform = worker_transform(eval_transform(config.data))
+        val_loader = eval_loader(val_images, transform, world, trainer.eval_batch_size, trainer.workers)
+        normalize = Normalize(config.data, world.device)
         evaluating = f"evaluating {len(val_images)} images"
         if trainer.eval_only or (training.finished and "val/top1" in training.reported):
             if not resumed:
                 check_complete(load_report, run_dir)
                 state.ema = None  # a copy of the loaded weights
             log_on_main(world, evaluating)
-            result = evaluate_weights(state, val_batches)
+            result = evaluate_weights(state, val_loader, normalize)
             if resumed:
                 training.plot_curves(config.name)
             return summarize(config, result, world.is_main)
 
-        batch_bytes = micro_batch_size * config.data.image_bytes
+        inputs = image_inputs(config.augment, config.data, config.seed, world.device)
+        batch_bytes = micro_batch_size * inputs.item_bytes
         check_before_training(config.data, [train_images, val_images], trainer.workers, batch_bytes, world)
         with training.open(config.name, record, config.wandb):
             data = f"{config.data.name}: {len(train_images)} training and {len(val_images)} evaluation images"
@@ -95,20 +95,18 @@ def run(config: TrainClsConfig) -> dict[str, float]:
                 training.reporter.log(f"initialized from {trainer.init_from}\n{load_report}")
             loss_of = ClassificationLoss(BatchMixer(config.augment, config.data.num_classes, config.seed))
             micro_batches = MicroBatches(order, world, micro_batch_size, accumulation, state.step, state.total_steps)
-            transform = train_transform(config.augment, config.data)
-            loader = train_loader(train_images, transform, config.seed, micro_batches, trainer.workers)
+            loader = train_loader(train_images, inputs, config.seed, micro_batches, trainer.workers)
             result = {}
 
             def evaluate_if_due() -> None:
                 if training.due(trainer.eval_every, "val/top1"):
                     training.reporter.log(evaluating)
-                    result.update(evaluate_weights(state, val_batches))
+                    result.update(evaluate_weights(state, val_loader, normalize))
                     training.write(result)
 
             evaluate_if_due()  # after a kill between a checkpoint and its evaluation
             for batches in training.timing(loader):
-                step_result = state.train_step([batch.to(world.device) for batch in batches], loss_of, config.seed)
-                training.record(step_result, batches)
+                training.record(state.train_step(batches, loss_of, config.seed), batches)
                 if training.due(trainer.checkpoint_every):
                     training.save()
                 training.exit_if_signalled()
@@ -124,11 +122,12 @@ def check_complete(load_report: LoadReport | None, run_dir: RunDirectory) -> Non
     load_report.check_complete("trainer.eval_only=true needs a trainer.init_from")
 
 
-def evaluate_weights(state: TrainState, batches: Iterable[tuple[Tensor, Tensor]]) -> dict[str, float]:
+def evaluate_weights(state: TrainState, loader: Iterable[Any], normalize: Normalize) -> dict[str, float]:
     """Evaluate the raw weights as `val/...`, and with EMA its weights as `ema/...`."""
     models = {"val": state.model} | ({"ema": state.ema.module} if state.ema is not None else {})
-    results = {prefix: evaluate(model, batches, state.world, state.autocast) for prefix, model in models.items()}
-    return {f"{prefix}/{key}": value for prefix, result in results.items() for key, value in result.items()}
+    device = state.world.device
+    batches = ((normalize(images), labels.to(device, non_blocking=True)) for images, labels in loader)
+    return evaluate(models, batches, state.world, state.autocast)
 
 
 def summarize(config: TrainClsConfig, result: dict[str, float], verbose: bool) -> dict[str, float]:

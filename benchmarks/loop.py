@@ -53,9 +53,13 @@ def loop_row(device: torch.device, budget: Budget, name: str, model_config: Any,
     size = model_config.img_size
     batches = [Batch(torch.randn(batch, 3, size, size), numbers % 10, numbers, numbers) for _ in range(STEPS)]
 
+    def to_device(batch: Batch) -> Batch:
+        images, labels = (tensor.to(device, non_blocking=True) for tensor in batch[:2])
+        return batch._replace(images=images, labels=labels)
+
     def bare_loop() -> None:
         for step, cpu_batch in enumerate(batches):
-            loss = loss_of(bare, cpu_batch.to(device), step)
+            loss = loss_of(bare, to_device(cpu_batch), step)
             loss.backward()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -65,8 +69,7 @@ def loop_row(device: torch.device, budget: Budget, name: str, model_config: Any,
 
         def trainer_loop() -> None:
             for cpu_batch in batches:
-                result = state.train_step([cpu_batch.to(device)], loss_of, 0)
-                training.record(result, [cpu_batch])
+                training.record(state.train_step([to_device(cpu_batch)], loss_of, 0), [cpu_batch])
 
         with training.open("benchmark", {}, WandbConfig()):
             training.reporter.log = lambda line: None  # type: ignore[method-assign]

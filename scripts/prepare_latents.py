@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 from vca.cli import command_line
 from vca.config import PrepareLatentsConfig, register_schemas
 from vca.data import load_dataset
-from vca.data.augment import AugmentConfig, Crop, train_transform
+from vca.data.augment import AugmentConfig, Crop, Normalize, train_transform, worker_transform
 from vca.data.doctor import check_before_training
 from vca.data.imagefolder import files_identity
 from vca.data.latents import CROP, LatentCache, Manifest, file_is_made, save_array, shard_path
@@ -98,8 +98,7 @@ def make_manifest(config: PrepareLatentsConfig, images: Any, files_sha256: str, 
 
 
 def encode(autoencoder: Autoencoder, images: Tensor, flips: bool) -> Tensor:
-    """Encode images `(B, 3, H, W)`, original and flipped, to moments `(B, V, K, h, w)` on the CPU."""
-    images = images.to(autoencoder.device, non_blocking=True)
+    """Encode normalised images `(B, 3, H, W)`, original and flipped, to moments `(B, V, K, h, w)` on the CPU."""
     versions = [images, images.flip(-1)] if flips else [images]
     return torch.stack([autoencoder.encode(version) for version in versions], dim=1).cpu()
 
@@ -113,7 +112,8 @@ def encode_shards(
         for rows in map(manifest.rows, shards)
         for start in range(0, len(rows), config.batch_size)
     ]
-    transform = train_transform(AugmentConfig(crop=Crop.adm), config.data)
+    transform = worker_transform(train_transform(AugmentConfig(crop=Crop.adm), config.data))
+    normalize = Normalize(config.data, autoencoder.device)
     dataset = EvalImages(images, transform)
     loader = iter(DataLoader(dataset, batch_sampler=batches, num_workers=config.workers, worker_init_fn=start_worker))
     for shard in shards:
@@ -122,7 +122,7 @@ def encode_shards(
         done = 0
         while done < len(rows):
             pixels, _ = next(loader)
-            latents[done : done + len(pixels)] = encode(autoencoder, pixels, config.flips).numpy()
+            latents[done : done + len(pixels)] = encode(autoencoder, normalize(pixels), config.flips).numpy()
             done += len(pixels)
         if not np.isfinite(latents).all():
             raise ConfigError(f"autoencoder: latents must be finite as {manifest.dtype}, got NaN or infinity")

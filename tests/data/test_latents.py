@@ -17,13 +17,13 @@ from tests.support import SHARED, SMALL_DIT, assert_resume_exact, assert_same, s
 from vca.config import compose
 from vca.data import load_dataset
 from vca.data.augment import AdmCrop, train_transform
-from vca.data.latents import LatentCache, RandomVersion, read_manifest, save_array
+from vca.data.latents import LatentCache, read_manifest, save_array
 from vca.data.loader import MicroBatches, TrainOrder, train_loader
 from vca.generation.autoencoder import Autoencoder, AutoencoderConfig, load_autoencoder
 from vca.generation.objective import build_objective
 from vca.runtime.distributed import World
 from vca.runtime.errors import ConfigError
-from vca.training.generation import GenerationLoss
+from vca.training.generation import GenerationLoss, generation_data
 
 pytestmark = pytest.mark.process
 
@@ -221,13 +221,12 @@ def batches_of(config, steps):
     images = load_dataset(config.data, train=True)
     cached = isinstance(images, LatentCache)
     autoencoder = load_autoencoder(config.autoencoder, CPU)
-    if cached:
-        images.check(autoencoder.identity(), config.augment)
-    transform = RandomVersion(config.augment.hflip) if cached else train_transform(config.augment, config.data)
+    data = generation_data(images, config.data, config.augment, autoencoder, config.seed)
+    assert data.cached == cached
     order = TrainOrder(len(images), config.trainer.global_batch_size, config.seed)
-    loss_of = GenerationLoss(build_objective(config.objective), autoencoder, cached, 0.1, 3, config.seed)
+    loss_of = GenerationLoss(build_objective(config.objective), autoencoder, cached, 0.1, 3)
     shares = MicroBatches(order, ALONE, config.trainer.global_batch_size, 1, 0, steps)
-    for (batch,) in train_loader(images, transform, config.seed, shares, 0):
+    for (batch,) in train_loader(images, data.inputs, config.seed, shares, 0):
         yield (*loss_of.prepare(batch), batch.fingerprints)
 
 
@@ -552,7 +551,6 @@ def test_latent_cache_float16_close_to_float32(photos, vaes, cache, tmp_path):
     one, other = LatentCache(cache)[5][0], LatentCache(tmp_path / "half")[5][0]
     assert (one.dtype, other.dtype) == (np.float32, np.float16)
     np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-3)
-    assert RandomVersion(0.5)(other).dtype == torch.float32
 
 
 @pytest.mark.parametrize("ranks", [1, 2])

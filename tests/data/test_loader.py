@@ -1,15 +1,36 @@
 """The step-addressed loader, the data sets and the augmentation."""
 
+import random
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from timm.data.random_erasing import RandomErasing as TimmErasing
+from torch.utils.data import default_collate
 
 from tests.support import write_png16
 from vca.config import compose
 from vca.data import load_dataset
-from vca.data.augment import AugmentConfig, BatchMixer, eval_transform, train_transform
-from vca.data.loader import Address, AddressedImages, MicroBatches, TrainOrder, eval_loader, train_loader
+from vca.data.augment import (
+    AugmentConfig,
+    BatchMixer,
+    Normalize,
+    RandomErasing,
+    eval_transform,
+    train_transform,
+    worker_transform,
+)
+from vca.data.loader import (
+    Address,
+    AddressedImages,
+    Batch,
+    MicroBatches,
+    TrainOrder,
+    eval_loader,
+    image_inputs,
+    train_loader,
+)
 from vca.evaluation.images import DatasetImages
 from vca.runtime.distributed import World
 from vca.runtime.errors import ConfigError, ImageError
@@ -35,13 +56,13 @@ def step_batches(size, micro, first=0, last=4, workers=0, repeats=1, global_batc
     accumulation = global_batch_size // (size * micro)
     for rank in range(size):
         share = MicroBatches(order, world(rank, size), micro, accumulation, first, last)
-        transform = train_transform(config.augment, config.data)
-        for index, batches in enumerate(train_loader(images, transform, 3, share, workers)):
+        inputs = image_inputs(config.augment, config.data, 3, CPU)
+        for index, batches in enumerate(train_loader(images, inputs, 3, share, workers)):
             for batch in batches:
                 places = list(range(micro))
                 places = places[0::2] + places[1::2][::-1]
                 back = torch.tensor(places).argsort()
-                steps[index].append([tensor[back] for tensor in batch])
+                steps[index].append([tensor[back] for tensor in batch[:5]])
     return [[torch.cat(parts) for parts in zip(*step, strict=True)] for step in steps]
 
 
@@ -68,13 +89,60 @@ def test_train_loader_independent_of_workers_and_resume():
 
 def test_augmentation_differs_between_epochs_and_seeds():
     config, images = digits("augment.re_prob=1.0")
-    transform = train_transform(config.augment, config.data)
-    one = AddressedImages(images, transform, seed=0)
-    first = one[Address(0, 5, 0)][0]
-    assert torch.equal(first, one[Address(0, 5, 0)][0])
-    for other in (Address(1, 5, 0), Address(0, 5, 1)):
-        assert not torch.equal(first, one[other][0])
-    assert not torch.equal(first, AddressedImages(images, transform, seed=1)[Address(0, 5, 0)][0])
+
+    def image(address, seed=0):
+        inputs = image_inputs(config.augment, config.data, seed, CPU)
+        item = AddressedImages(images, inputs, seed)[address]
+        return inputs.to_device(Batch(*default_collate([item])), CPU).images
+
+    first = image(Address(0, 5, 0))
+    assert torch.equal(first, image(Address(0, 5, 0)))
+    assert not torch.equal(first, image(Address(1, 5, 0)))
+    assert not torch.equal(first, image(Address(0, 5, 1)))
+    assert not torch.equal(first, image(Address(0, 5, 0), seed=1))
+
+
+def test_image_inputs_equal_whole_transform(tmp_path):
+    """uint8 from the worker, normalised on the device, gives the pixels of the recipe's transform to the bit."""
+    write_image_folder(tmp_path)
+    options = ["data=imagefolder", f"data.root={tmp_path}", "data.num_classes=2", "data.img_size=32"]
+    config, images = digits(*options, "augment=imagenet", "augment.re_prob=0")
+    inputs = image_inputs(config.augment, config.data, 0, CPU)
+    whole = train_transform(config.augment, config.data)
+    for address in (Address(0, 1, 0), Address(3, 5, 1)):
+        item = AddressedImages(images, inputs, 0)[address]
+        assert item[0].dtype == torch.uint8
+        batch = inputs.to_device(Batch(*default_collate([item])), CPU)
+        seed_everything(0, "augment", *address)
+        assert torch.equal(batch.images[0], whole(images[address.image][0]))
+    evaluated = Normalize(config.data, CPU)(worker_transform(eval_transform(config.data))(images[1][0])[None])[0]
+    assert torch.equal(evaluated, eval_transform(config.data)(images[1][0]))
+
+
+@pytest.mark.parametrize(("mode", "count"), [("pixel", 1), ("const", 1), ("rand", 3)])
+def test_random_erasing_equals_timm(mode, count):
+    """The same boxes from the same state of `random`, with a fill of the same kind."""
+    erasing = RandomErasing(AugmentConfig(re_prob=0.7, re_mode=mode, re_count=count), seed=3)
+    theirs = TimmErasing(0.7, mode=mode, max_count=count, device="cpu")
+    images = torch.full((40, 3, 24, 32), 7.0)
+    random.seed(5)
+    boxes = torch.stack([erasing.draw(24, 32) for _ in range(40)])
+    erasing.fill(images, boxes, torch.arange(40))
+    random.seed(5)
+    for index, ours in enumerate(images):
+        expected = theirs(torch.full((3, 24, 32), 7.0))
+        assert torch.equal(ours == 7, expected == 7)
+        again = torch.full((1, 3, 24, 32), 7.0)
+        erasing.fill(again, boxes[index : index + 1], torch.tensor([index]))
+        assert torch.equal(again[0], ours), "depends on the batch"
+    fill = images[images != 7]
+    assert 0.1 < len(fill) / images.numel() < 0.25
+    if mode == "const":
+        assert (fill == 0).all()
+    else:
+        assert abs(fill.mean()) < 0.2
+        assert 0.8 < fill.std() < 1.2
+        assert (len(fill.unique()) > 1000) == (mode == "pixel")
 
 
 @pytest.mark.parametrize(("images", "batch"), [(103, 10), (96, 48), (10, 32)])
@@ -153,7 +221,9 @@ def test_digits_split_sizes_and_normalisation():
 def test_eval_loader_ranks_cover_set_once(count):
     config, _ = digits()
     images = load_dataset(config.data, train=False)
-    loaders = [eval_loader(images, eval_transform(config.data), world(r, count), 50, 0) for r in range(count)]
+    loaders = [
+        eval_loader(images, worker_transform(eval_transform(config.data)), world(r, count), 50, 0) for r in range(count)
+    ]
     labels = [label for loader in loaders for _, batch in loader for label in batch.tolist()]
     assert sorted(labels) == sorted(images.labels)
 
@@ -175,7 +245,7 @@ def test_imagefolder_loads_and_transforms(tmp_path):
     options = ["data=imagefolder", f"data.root={tmp_path}", "data.img_size=32", "augment=imagenet"]
     config, images = digits(*options, "data.num_classes=2")
     assert len(images) == 8
-    augmented = AddressedImages(images, train_transform(config.augment, config.data), 0)[Address(0, 0, 0)][0]
+    augmented = AddressedImages(images, image_inputs(config.augment, config.data, 0, CPU), 0)[Address(0, 0, 0)][0]
     assert augmented.shape == eval_transform(config.data)(images[0][0]).shape == (3, 32, 32)
 
 

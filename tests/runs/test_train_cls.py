@@ -140,7 +140,7 @@ def test_signal_during_evaluation_acknowledged(tmp_path, monkeypatch, capfd):
     printed = capfd.readouterr()
     assert "\nstarting, 6 steps\n" in printed.out
     assert "evaluating 359 images\n" in printed.out
-    line = "SIGINT received: stopping after the current step or evaluation; press Ctrl-C again to stop at once\n"
+    line = "SIGINT received: stopping after the next step; press Ctrl-C again to stop at once\n"
     assert printed.err.count(line) == 1
 
 

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data import default_collate
 
 import train_gen
 from models import build_model
@@ -16,7 +17,7 @@ from vca.generation.autoencoder import AutoencoderConfig, load_autoencoder
 from vca.generation.objective import Method, SamplerConfig, build_objective
 from vca.generation.pipeline import check_sampler, guided, sample_latents, save_image_grid, to_uint8
 from vca.runtime.errors import ConfigError, NonFiniteError
-from vca.training.generation import GenerationLoss
+from vca.training.generation import GenerationDraws, GenerationLoss
 
 pytestmark = pytest.mark.process
 
@@ -85,10 +86,11 @@ def test_resume_of_finished_run_returns_result(tmp_path):
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
 
 
-def batch_of(count, start=0):
+def batch_of(count, start=0, seed=5):
     numbers = torch.arange(start, start + count)
     pixels = torch.stack([torch.full((1, 8, 8), float(number)) for number in numbers])
-    return Batch(pixels, numbers % 10, numbers, 1000 + numbers)
+    draws = default_collate([GenerationDraws(seed, (1, 1, 8, 8))(1000 + number) for number in numbers.tolist()])
+    return Batch(pixels, numbers % 10, numbers, 1000 + numbers, draws=draws)
 
 
 def test_generation_loss_draws_independent_of_batch():
@@ -104,12 +106,12 @@ def test_generation_loss_draws_independent_of_batch():
 
         return Net()
 
-    loss_of = GenerationLoss(objective, PIXELS, False, class_dropout=0.3, null_label=10, seed=5)
+    loss_of = GenerationLoss(objective, PIXELS, False, class_dropout=0.3, null_label=10)
     loss_of(record("whole"), batch_of(64), step=0)
     loss_of(record("part"), batch_of(10, start=20), step=7)
     for whole, part in zip(seen["whole"], seen["part"], strict=True):
         assert torch.equal(whole[20:30], part)
-    GenerationLoss(objective, PIXELS, False, 0.3, 10, seed=6)(record("other"), batch_of(64), step=0)
+    loss_of(record("other"), batch_of(64, seed=6), step=0)
     assert not torch.equal(seen["other"][0], seen["whole"][0])
     _, t, y = seen["whole"]
     assert len(set(t.tolist())) > 40
@@ -117,7 +119,7 @@ def test_generation_loss_draws_independent_of_batch():
     assert t.max() < 1000
     assert 8 <= (y == 10).sum() <= 32  # 19 of 64 are expected to be dropped
     assert torch.equal(y[y != 10], (torch.arange(64) % 10)[y != 10])
-    GenerationLoss(objective, PIXELS, False, 0.0, 10, seed=5)(record("kept"), batch_of(64), step=0)
+    GenerationLoss(objective, PIXELS, False, 0.0, 10)(record("kept"), batch_of(64), step=0)
     assert torch.equal(seen["kept"][2], torch.arange(64) % 10)
 
 

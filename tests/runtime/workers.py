@@ -10,8 +10,8 @@ from torch import nn
 from models import build_model
 from vca.config import compose
 from vca.data import load_dataset
-from vca.data.augment import BatchMixer, train_transform
-from vca.data.loader import MicroBatches, TrainOrder, eval_loader, train_loader
+from vca.data.augment import BatchMixer
+from vca.data.loader import MicroBatches, TrainOrder, eval_loader, image_inputs, train_loader
 from vca.evaluation.accuracy import evaluate
 from vca.runtime import distributed
 from vca.training.classification import ClassificationLoss
@@ -42,7 +42,7 @@ def gradients(world):
     state = TrainState(model, trainer, OptimConfig(warmup_epochs=0), world, 2)
     images = load_dataset(config.data, train=True)
     share = MicroBatches(TrainOrder(len(images), 48, 0), world, state.micro_batch_size, state.accumulation, 0, 1)
-    batches = next(train_loader(images, train_transform(config.augment, config.data), 0, share, 0))
+    batches = next(train_loader(images, image_inputs(config.augment, config.data, 0, world.device), 0, share, 0))
     kept = {}
     state.optimizer.step = lambda *_: kept.update({n: p.grad.clone() for n, p in model.named_parameters()})
     result = state.train_step(batches, ClassificationLoss(BatchMixer(config.augment, 10, 0)), seed=0)
@@ -56,7 +56,7 @@ def accuracies(world):
     results = {}
     for batch in (1, 8, 16):
         loader = eval_loader(NoiseImages(), lambda image: image, world, batch, 0)
-        results[batch] = evaluate(model, loader, world)
+        results[batch] = evaluate({"val": model}, loader, world)
     return results
 
 

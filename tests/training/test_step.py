@@ -14,7 +14,7 @@ from models import build_model
 from vca.config import compose
 from vca.runtime.compute import Precision
 from vca.runtime.distributed import World
-from vca.runtime.errors import ConfigError, NonFiniteError
+from vca.runtime.errors import ConfigError
 from vca.training.config import TrainerConfig
 from vca.training.ema import Ema
 from vca.training.optim import OptimConfig, learning_rate, parameter_groups
@@ -122,7 +122,7 @@ def test_ema_closed_form_and_buffers():
         for step in range(5):
             model[0].weight += 1
             model[1].running_mean.fill_(step)
-            ema.update(model)
+            ema.update(model, torch.tensor(True))
     shift = sum(0.1 * 0.9 ** (4 - step) * (step + 1) for step in range(5))
     torch.testing.assert_close(ema.module[0].weight, start + shift)
     assert torch.equal(ema.module[1].running_mean, model[1].running_mean)
@@ -183,6 +183,7 @@ def test_train_state_nonfinite_gradient_skips_step():
     )
     before = copy.deepcopy(state.state_dict())
     result = state.train_step([torch.randn(4, 1, 8, 8)], lambda model, x, s: model(x).mean() * float("nan"), seed=0)
+    assert result.failed
     assert not result.applied
     after = state.state_dict()
     for part in ("model", "ema"):
@@ -191,8 +192,9 @@ def test_train_state_nonfinite_gradient_skips_step():
     def finite(model, x, step):
         return model(x).square().mean()
 
-    with pytest.raises(NonFiniteError, match="the gradient of step 0 was not finite"):
-        state.train_step([torch.randn(4, 1, 8, 8)], finite, seed=0)
+    assert not state.train_step([torch.randn(4, 1, 8, 8)], finite, seed=0).applied  # nor any later step
+    for part in ("model", "ema"):
+        assert all(torch.equal(before[part][name], state.state_dict()[part][name]) for name in before[part])
     state.load_state_dict(before)
     assert state.train_step([torch.randn(4, 1, 8, 8)], finite, seed=0).applied
 
@@ -236,6 +238,7 @@ def test_train_state_fp16_overflow_lowers_scale():
     scale = state.scaler.get_scale()
     overflowed = state.train_step([images], lambda model, x, s: model(x).float().mean() * 1e38, seed=0)
     assert not overflowed.applied
+    assert not overflowed.failed
     assert state.scaler.get_scale() < scale
     assert state.train_step([images], lambda model, x, s: model(x).float().square().mean(), seed=0).applied
 

@@ -1,10 +1,16 @@
-"""Image transforms and batch mixing, built from timm."""
+"""Image transforms and batch mixing, built from timm.
 
+Loader workers decode and augment, and deliver uint8; normalisation, random erasing and mixing run on the device.
+"""
+
+import math
+import random
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
@@ -156,6 +162,72 @@ def eval_transform(data: DataConfig) -> "Compose":
         std=tuple(data.std),
         crop_pct=data.crop_pct,
     )
+
+
+def worker_transform(transform: "Compose") -> "Compose":
+    """Return the part of a transform that loader workers run: PIL image to uint8 `(in_chans, img_size, img_size)`."""
+    from timm.data.random_erasing import RandomErasing as TimmErasing
+    from timm.data.transforms import MaybeToTensor
+    from torchvision import transforms
+
+    on_device = (MaybeToTensor, transforms.Normalize, TimmErasing)
+    steps = [step for step in transform.transforms if not isinstance(step, on_device)]
+    return transforms.Compose([*steps, transforms.PILToTensor()])
+
+
+class Normalize:
+    """Normalise uint8 images `(b, in_chans, H, W)` to float32 on a device, as ToTensor and Normalize do on a CPU."""
+
+    def __init__(self, data: DataConfig, device: torch.device) -> None:
+        self.mean, self.std = (torch.tensor(list(x), device=device)[:, None, None] for x in (data.mean, data.std))
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return images.to(self.mean.device, torch.float32, non_blocking=True).div_(255).sub_(self.mean).div_(self.std)
+
+
+class RandomErasing:
+    """Random erasing (arXiv 1708.04896) with timm's distribution of boxes.
+
+    A loader worker draws the boxes, the device fills them. The fill of an image depends on the seed and its
+    fingerprint.
+    """
+
+    def __init__(self, augment: AugmentConfig, seed: int) -> None:
+        self.probability, self.mode, self.max_count = augment.re_prob, augment.re_mode, augment.re_count
+        self.seed = seed
+
+    def draw(self, height: int, width: int) -> Tensor:
+        """Draw the boxes of an image from `random`: `(re_count, 4)`, top, left, height, width; unused rows are 0."""
+        boxes = torch.zeros(self.max_count, 4, dtype=torch.int64)
+        if random.random() > self.probability:
+            return boxes
+        count = random.randint(1, self.max_count) if self.max_count > 1 else 1
+        for index in range(count):
+            for _ in range(10):
+                area = random.uniform(0.02, 1 / 3) * height * width / count
+                aspect = math.exp(random.uniform(math.log(0.3), math.log(1 / 0.3)))
+                h, w = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+                if h < height and w < width:
+                    top, left = random.randint(0, height - h), random.randint(0, width - w)
+                    boxes[index] = torch.tensor([top, left, h, w])
+                    break
+        return boxes
+
+    def fill(self, images: Tensor, boxes: Tensor, fingerprints: Tensor) -> None:
+        """Fill the boxes `(b, re_count, 4)` of normalised images in place; boxes and fingerprints are on the CPU."""
+        generator = torch.Generator(images.device)
+        for image, fingerprint, rows in zip(images, fingerprints.tolist(), boxes.tolist(), strict=True):
+            generator.manual_seed(derive_seed(self.seed, "erase", fingerprint))
+            for top, left, height, width in rows:
+                box = image[:, top : top + height, left : left + width]
+                if not box.numel():
+                    continue
+                if self.mode == "const":
+                    box.zero_()
+                elif self.mode == "rand":
+                    box.copy_(torch.randn(len(box), 1, 1, generator=generator, device=box.device).expand_as(box))
+                else:
+                    box.copy_(torch.randn(box.shape, generator=generator, device=box.device))
 
 
 class BatchMixer:

@@ -33,8 +33,8 @@ class DataConfig:
 
     @property
     def image_bytes(self) -> int:
-        """Size of one image as a float32 tensor, in bytes."""
-        return 4 * self.in_chans * self.img_size**2
+        """Size of one image as a uint8 tensor, in bytes."""
+        return self.in_chans * self.img_size**2
 
     def __post_init__(self) -> None:
         check(self.img_size >= 1, "data.img_size", ">= 1", self.img_size)

@@ -13,6 +13,7 @@ equals a run on the images, up to rounding of the encoder.
 import hashlib
 import io
 import json
+import math
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,11 @@ class Manifest:
     def rows(self, shard: int) -> range:
         """Indices of the images in a shard."""
         return range(shard * self.shard_size, min((shard + 1) * self.shard_size, self.images))
+
+    @property
+    def item_bytes(self) -> int:
+        """Size of one version of one image."""
+        return math.prod(self.shape[1:]) * np.dtype(self.dtype).itemsize
 
     @property
     def names(self) -> list[str]:
@@ -300,7 +306,7 @@ class LatentCache(Dataset):
 
 
 class RandomVersion:
-    """Choose a version: latents `(V, K, h, w)` to `(K, h, w)`, float32; flipped with probability `hflip`.
+    """Choose a version: latents `(V, K, h, w)` to `(K, h, w)`; flipped with probability `hflip`.
 
     It draws one random number as `RandomHorizontalFlip` does, so the same images are flipped as in a run on the images.
     """
@@ -310,7 +316,7 @@ class RandomVersion:
 
     def __call__(self, versions: np.ndarray) -> Tensor:
         flipped = self.hflip > 0 and bool(torch.rand(1) < self.hflip)
-        return torch.from_numpy(versions[int(flipped)].astype(np.float32))
+        return torch.from_numpy(np.array(versions[int(flipped)]))
 
 
 def load_latents(config: DataConfig, train: bool) -> LatentCache:

@@ -7,7 +7,9 @@ images, or with repeated augmentation the first part of one, each image `repeats
 step s is positions `s B .. (s + 1) B`; each rank loads its part of it in micro-batches.
 """
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -15,6 +17,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 
+from vca.data.augment import AugmentConfig, Normalize, RandomErasing, train_transform, worker_transform
+from vca.data.config import DataConfig
 from vca.runtime.distributed import World
 from vca.runtime.errors import ImageError
 from vca.runtime.seeding import derive_seed, seed_everything
@@ -30,17 +34,56 @@ class Address(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Images `(b, in_chans, H, W)`, labels `(b,)`, indices `(b,)` and hashes of their addresses `(b,)`."""
+    """A micro-batch.
+
+    Attributes:
+        images: `(b, in_chans, H, W)`; uint8 from the workers, normalised on the device.
+        labels: `(b,)`.
+        indices, fingerprints: indices of the images and hashes of their addresses, `(b,)`, always on the CPU.
+        boxes: rectangles of random erasing, `(b, count, 4)`, on the CPU.
+        draws: further random numbers of each image, such as the noise of a generator.
+    """
 
     images: Tensor
     labels: Tensor
     indices: Tensor
     fingerprints: Tensor
+    boxes: Tensor | None = None
+    draws: tuple[Tensor, ...] = ()
 
-    def to(self, device: torch.device) -> "Batch":
-        """Move images and labels; indices and fingerprints are read on the CPU."""
-        images, labels = (tensor.to(device, non_blocking=True) for tensor in self[:2])
-        return Batch(images, labels, self.indices, self.fingerprints)
+
+@dataclass(frozen=True)
+class Inputs:
+    """How images become the inputs of a training step, in the loader workers and then on the device.
+
+    Attributes:
+        transform: image to tensor, in the worker, seeded by the image's address.
+        on_device: tensors of a batch, moved to the device, to the network's float32 input.
+        erasing: random erasing, or None.
+        draw: maps the fingerprint of an image to further random numbers, or None.
+        item_bytes: size of an item that a worker sends.
+    """
+
+    transform: Callable[[Any], Tensor]
+    on_device: Callable[[Tensor], Tensor]
+    item_bytes: int
+    erasing: RandomErasing | None = None
+    draw: Callable[[int], tuple[Tensor, ...]] | None = None
+
+    def to_device(self, batch: Batch, device: torch.device) -> Batch:
+        """Move a batch from the workers to the device, and finish its images there."""
+        images = self.on_device(batch.images.to(device, non_blocking=True))
+        if self.erasing is not None and batch.boxes is not None:
+            self.erasing.fill(images, batch.boxes, batch.fingerprints)
+        labels, *draws = (x.to(device, non_blocking=True) for x in (batch.labels, *batch.draws))
+        return batch._replace(images=images, labels=labels, draws=tuple(draws))
+
+
+def image_inputs(augment: AugmentConfig, data: DataConfig, seed: int, device: torch.device) -> Inputs:
+    """Inputs of a step on images with `train_transform`."""
+    erasing = RandomErasing(augment, seed) if augment.re_prob > 0 else None
+    transform = worker_transform(train_transform(augment, data))
+    return Inputs(transform, Normalize(data, device), data.image_bytes, erasing)
 
 
 class TrainOrder:
@@ -125,13 +168,17 @@ def read_image(images: Any, index: int) -> tuple[Any, int]:
 class AddressedImages(Dataset):
     """Augmented training images by address; the transform is seeded by `(seed, epoch, image, repeat)`."""
 
-    def __init__(self, images: Any, transform: Any, seed: int) -> None:
-        self.images, self.transform, self.seed = images, transform, seed
+    def __init__(self, images: Any, inputs: Inputs, seed: int) -> None:
+        self.images, self.inputs, self.seed = images, inputs, seed
 
-    def __getitem__(self, address: Address) -> tuple[Tensor, int, int, int]:
+    def __getitem__(self, address: Address) -> tuple[Any, ...]:
+        """Return the fields of a `Batch` for one image."""
         image, label = read_image(self.images, address.image)
         seed_everything(self.seed, "augment", *address)
-        return self.transform(image), label, address.image, derive_seed(*address)
+        item = self.inputs.transform(image)
+        erasing, draw, fingerprint = self.inputs.erasing, self.inputs.draw, derive_seed(*address)
+        boxes = erasing.draw(*item.shape[1:]) if erasing is not None else torch.zeros(0, 4, dtype=torch.int64)
+        return item, label, address.image, fingerprint, boxes, draw(fingerprint) if draw is not None else ()
 
 
 class EvalImages(Dataset):
@@ -149,11 +196,38 @@ class EvalImages(Dataset):
 
 
 def train_loader(
-    images: Any, transform: Any, seed: int, micro_batches: MicroBatches, workers: int
+    images: Any, inputs: Inputs, seed: int, micro_batches: MicroBatches, workers: int
+) -> Iterator[list[Batch]]:
+    """Yield this rank's micro-batches of each step, on the device.
+
+    On a GPU, batches are copied from pinned memory on a stream of their own, one step ahead.
+    """
+    device = micro_batches.world.device
+    steps = worker_batches(images, inputs, seed, micro_batches, workers)
+    if device.type == "cpu":
+        for step in steps:
+            yield [inputs.to_device(batch, device) for batch in step]
+        return
+    stream = torch.cuda.Stream(device)
+    ready: list[Batch] = []
+    for step in itertools.chain(steps, [[]]):
+        with torch.cuda.stream(stream):
+            following = [inputs.to_device(batch, device) for batch in step]
+        if ready:
+            yield ready
+        torch.cuda.current_stream(device).wait_stream(stream)
+        for batch in following:
+            for tensor in (batch.images, batch.labels, *batch.draws):
+                tensor.record_stream(torch.cuda.current_stream(device))
+        ready = following
+
+
+def worker_batches(
+    images: Any, inputs: Inputs, seed: int, micro_batches: MicroBatches, workers: int
 ) -> Iterator[list[Batch]]:
     """Yield this rank's micro-batches of each step, on the CPU."""
     loader: DataLoader = DataLoader(
-        AddressedImages(images, transform, seed),
+        AddressedImages(images, inputs, seed),
         batch_sampler=micro_batches,
         num_workers=workers,
         worker_init_fn=start_worker,
@@ -169,7 +243,16 @@ def train_loader(
 
 
 def eval_loader(images: Any, transform: Any, world: World, batch_size: int, workers: int) -> DataLoader:
-    """Build the loader of this rank's part of an evaluation set; each image is on exactly one rank, without padding."""
+    """Build the loader of this rank's part of an evaluation set; each image is on exactly one rank, without padding.
+
+    Its workers stay for the next evaluation.
+    """
     part = Subset(EvalImages(images, transform), range(world.rank, len(images), world.size))
-    pin = world.device.type == "cuda"
-    return DataLoader(part, batch_size, num_workers=workers, pin_memory=pin, worker_init_fn=start_worker)
+    return DataLoader(
+        part,
+        batch_size,
+        num_workers=workers,
+        pin_memory=world.device.type == "cuda",
+        worker_init_fn=start_worker,
+        persistent_workers=workers > 0,
+    )

@@ -1,6 +1,7 @@
 """Classification accuracy, exact on any number of ranks."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -12,40 +13,40 @@ from vca.runtime.distributed import World
 
 @torch.inference_mode()
 def evaluate(
-    model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], world: World, autocast: Any = None
+    models: Mapping[str, nn.Module], batches: Iterable[tuple[Tensor, Tensor]], world: World, autocast: Any = nullcontext
 ) -> dict[str, float]:
-    """Compute top-1, top-5 (with more than five classes), mean cross entropy, and the number of images.
+    """Compute top-1, top-5 (with more than five classes), mean cross entropy, and the number of images of each model.
 
     Each rank counts its own images and the integer counts are summed over ranks, so every image counts exactly once.
 
     Args:
-        model: maps images to logits `(b, K)`.
-        batches: this rank's `(images, labels)`.
+        models: prefix of the results to network, which maps images to logits `(b, K)`.
+        batches: this rank's `(images, labels)` on the device; each is used for all models.
         world: rank and device of this process.
-        autocast: context manager for the forward pass, or None.
+        autocast: returns the context manager of the forward pass.
 
     Returns:
-        `top1` and `top5` in percent, `loss` in nats, `images`.
+        For each model `<prefix>/top1` and `<prefix>/top5` in percent, `<prefix>/loss` in nats, `<prefix>/images`.
     """
-    model.eval()
-    counts = torch.zeros(3, dtype=torch.int64, device=world.device)  # correct in top-1, correct in top-5, images
-    loss = torch.zeros((), dtype=torch.float64, device=world.device)
+    counts = {prefix: torch.zeros(3, dtype=torch.int64, device=world.device) for prefix in models}
+    losses = {prefix: torch.zeros((), dtype=torch.float64, device=world.device) for prefix in models}
+    for model in models.values():
+        model.eval()
     classes = 0
     for images, labels in batches:
-        images, labels = images.to(world.device, non_blocking=True), labels.to(world.device, non_blocking=True)
-        if autocast is None:
-            logits = model(images).float()
-        else:
+        for prefix, model in models.items():
             with autocast():
                 logits = model(images).float()
-        classes = logits.shape[1]
-        hits = logits.topk(min(5, classes), dim=1).indices == labels[:, None]  # (b, 5)
-        counts += torch.stack((hits[:, 0].sum(), hits.sum(), torch.tensor(len(labels), device=world.device)))
-        loss += F.cross_entropy(logits, labels, reduction="sum").double()
-    world.sum(counts)
-    world.sum(loss)
-    correct1, correct5, total = counts.tolist()
-    result = {"top1": 100 * correct1 / total, "loss": loss.item() / total, "images": total}
-    if classes > 5:
-        result["top5"] = 100 * correct5 / total
+            classes = logits.shape[1]
+            hits = logits.topk(min(5, classes), dim=1).indices == labels[:, None]  # (b, 5)
+            counts[prefix] += torch.stack((hits[:, 0].sum(), hits.sum(), torch.ones_like(labels).sum()))
+            losses[prefix] += F.cross_entropy(logits, labels, reduction="sum").double()
+    result = {}
+    for prefix in models:
+        correct1, correct5, total = world.sum(counts[prefix]).tolist()
+        result[f"{prefix}/top1"] = 100 * correct1 / total
+        result[f"{prefix}/loss"] = world.sum(losses[prefix]).item() / total
+        result[f"{prefix}/images"] = total
+        if classes > 5:
+            result[f"{prefix}/top5"] = 100 * correct5 / total
     return result

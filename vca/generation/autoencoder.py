@@ -10,6 +10,7 @@ To add one: a loader here and a line in `AUTOENCODERS`; or a Python file outside
 Shape letters: B batch, C latent channels, h w the latent's, H = h factor and W = w factor the image's.
 """
 
+import functools
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -103,14 +104,16 @@ class Autoencoder:
 
     def latents(self, moments: Tensor, noise: Tensor) -> Tensor:
         """Sample latents `(B, C, h, w)` from moments and `noise` of that shape, which is unused without a posterior."""
-        if not self.has_posterior(moments):
+        if not self.has_posterior:
             return (moments - self.shift) * self.scale
         mean, std = moments.chunk(2, dim=1)
         return (mean + std * noise - self.shift) * self.scale
 
-    def has_posterior(self, moments: Tensor) -> bool:
-        """Return whether the moments are a mean and a standard deviation."""
-        return moments.shape[1] == 2 * self.channels
+    @functools.cached_property
+    def has_posterior(self) -> bool:
+        """Whether the moments are a mean and a standard deviation."""
+        image = torch.zeros(1, 3, 8 * self.factor, 8 * self.factor, device=self.device)
+        return self.encode(image).shape[1] == 2 * self.channels
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
@@ -19,12 +19,16 @@ COLLECTIVE_TIMEOUT_MINUTES = 24 * 60.0  # sampling and evaluation: ranks finish 
 
 @dataclass(frozen=True)
 class World:
-    """Rank, world size and device of this process: the local rank selects the device, the global rank the data."""
+    """Rank, world size and device of this process: the local rank selects the device, the global rank the data.
+
+    `cpu_group` is a process group for tensors on the CPU; None is the default group.
+    """
 
     rank: int
     local_rank: int
     size: int
     device: torch.device
+    cpu_group: Any = None
 
     @property
     def is_main(self) -> bool:
@@ -36,6 +40,22 @@ class World:
         if self.size > 1:
             dist.all_reduce(tensor)
         return tensor
+
+    def start_sum(self, number: int) -> Callable[[], int]:
+        """Start to sum a number over all ranks; the returned function waits for the sum and returns it.
+
+        It uses CPUs only, so that it does not wait for a GPU.
+        """
+        if self.size == 1:
+            return lambda: number
+        total = torch.tensor([number])
+        work = dist.all_reduce(total, group=self.cpu_group, async_op=True)
+
+        def wait() -> int:
+            work.wait()
+            return int(total.numpy()[0])
+
+        return wait
 
     def broadcast(self, value: Any) -> Any:
         """Return rank 0's picklable value on every rank."""
@@ -120,8 +140,10 @@ def start(device: str, timeout_minutes: float = 10.0, key: str = "trainer.device
     join = size > 1 and not dist.is_initialized()
     if join:
         check_restart()
-        backend = "nccl" if world.device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(minutes=timeout_minutes))
+        limit = timedelta(minutes=timeout_minutes)
+        dist.init_process_group("nccl" if world.device.type == "cuda" else "gloo", timeout=limit)
+        if world.device.type == "cuda":
+            world = replace(world, cpu_group=dist.new_group(backend="gloo", timeout=limit))
     try:
         yield world
     finally:

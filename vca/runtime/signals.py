@@ -1,6 +1,7 @@
 """Stop signals: SIGTERM, SIGUSR1 and SIGUSR2 from SLURM before a job ends, SIGINT from Ctrl-C."""
 
 import ctypes
+import gc
 import multiprocessing
 import os
 import signal
@@ -31,7 +32,7 @@ def catch_stop_signals() -> Iterator[StopRequest]:
         request.received = signal.Signals(number).name
         if os.environ.get("RANK", "0") == "0":  # os.write, since print is not reentrant
             again = "; press Ctrl-C again to stop at once" if number == signal.SIGINT else ""
-            os.write(2, f"{request.received} received: stopping after the current step or evaluation{again}\n".encode())
+            os.write(2, f"{request.received} received: stopping after the next step{again}\n".encode())
         if number == signal.SIGINT:
             signal.signal(number, signal.default_int_handler)  # a second Ctrl-C stops at once
 
@@ -47,11 +48,12 @@ def catch_stop_signals() -> Iterator[StopRequest]:
 
 
 def start_worker(*_: object) -> None:
-    """Initialize a loader worker: ignore stop signals, which reach the whole job, and exit with the parent.
+    """Initialize a loader worker: collect garbage, ignore stop signals (the whole job gets them), exit with the parent.
 
     The parent ends its workers with `end_workers`. Without Linux's `prctl`, a worker whose parent was killed exits
     seconds later, through torch's watchdog.
     """
+    gc.enable()
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     if sys.platform == "linux":

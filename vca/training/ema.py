@@ -4,7 +4,7 @@ import copy
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 class Ema:
@@ -20,9 +20,10 @@ class Ema:
         self.module = copy.deepcopy(model).eval().requires_grad_(False)
 
     @torch.no_grad()
-    def update(self, model: nn.Module) -> None:
-        """Move the average towards `model`; copy the buffers."""
+    def update(self, model: nn.Module, applied: Tensor) -> None:
+        """Move the average towards `model` where `applied`, a bool `()` on the device, is true; copy the buffers."""
         averages: list[Any] = list(self.module.parameters())
-        torch._foreach_lerp_(averages, list(model.parameters()), 1 - self.decay)
+        weight = torch.where(applied, 1 - self.decay, 0.0)
+        torch._foreach_lerp_(averages, list(model.parameters()), [weight] * len(averages))
         for average, buffer in zip(self.module.buffers(), model.buffers(), strict=True):
             average.copy_(buffer)

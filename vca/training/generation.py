@@ -1,19 +1,37 @@
 """Generation loss: time, noise and label dropout of each image are functions of its address."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from vca.data.augment import AugmentConfig, train_transform
+from vca.data.augment import AugmentConfig
 from vca.data.config import DataConfig
 from vca.data.latents import LatentCache, RandomVersion
-from vca.data.loader import Batch
+from vca.data.loader import Batch, Inputs, image_inputs
 from vca.generation.autoencoder import Autoencoder
 from vca.generation.objective import Objective
 from vca.runtime.seeding import derive_seed
+
+
+@dataclass(frozen=True)
+class GenerationDraws:
+    """Random numbers of a training image, a function of the seed and its fingerprint, drawn in the loader workers.
+
+    They are the same at any world size, and for cached latents and images. `shape` is the shape `(n, C, h, w)` of the
+    noise: that of the diffusion and, with n = 2, that of the posterior.
+    """
+
+    seed: int
+    shape: tuple[int, ...]
+
+    def __call__(self, fingerprint: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Draw `u` in [0, 1), which selects the time, the uniform number of the label dropout, and the noise."""
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, "generation", fingerprint))
+        u, drop = torch.rand(2, generator=generator).unbind()
+        return u, drop, torch.randn(self.shape, generator=generator)
 
 
 @dataclass(frozen=True)
@@ -21,38 +39,38 @@ class GenerationData:
     """Training data of a generator: images, encoded in each step, or cached latents.
 
     Attributes:
-        dataset: data set of `(image, label)` or `(moments, label)`.
-        transform: transform of one item.
-        item_bytes: size of a transformed item.
-        cached: whether the items are moments of latents.
+        inputs: how they become images or moments on the device.
+        cached: whether these are moments of latents.
         cache: identity of the cache, None for images.
     """
 
-    dataset: Any
-    transform: Any
-    item_bytes: int
+    inputs: Inputs
     cached: bool
     cache: dict[str, Any] | None
 
 
-def generation_data(dataset: Any, data: DataConfig, augment: AugmentConfig, autoencoder: Autoencoder) -> GenerationData:
+def generation_data(
+    dataset: Any, data: DataConfig, augment: AugmentConfig, autoencoder: Autoencoder, seed: int
+) -> GenerationData:
     """Combine a training split with the transform that an autoencoder needs.
 
     Raises:
         ConfigError: if a latent cache was made by another autoencoder or does not support the augmentation.
     """
+    side = data.img_size // autoencoder.factor
+    draw = GenerationDraws(seed, (1 + autoencoder.has_posterior, autoencoder.channels, side, side))
+    draw_bytes = 4 * (2 + math.prod(draw.shape))
     if not isinstance(dataset, LatentCache):
-        return GenerationData(dataset, train_transform(augment, data), data.image_bytes, False, None)
+        inputs = image_inputs(augment, data, seed, autoencoder.device)
+        return GenerationData(replace(inputs, draw=draw, item_bytes=inputs.item_bytes + draw_bytes), False, None)
     dataset.check(autoencoder.identity(), augment)
-    item_bytes = 4 * math.prod(dataset.manifest.shape[1:])
-    return GenerationData(dataset, RandomVersion(augment.hflip), item_bytes, True, dataset.manifest.identity())
+    item_bytes = dataset.manifest.item_bytes + draw_bytes
+    inputs = Inputs(RandomVersion(augment.hflip), Tensor.float, item_bytes, draw=draw)
+    return GenerationData(inputs, True, dataset.manifest.identity())
 
 
 class GenerationLoss:
     """`loss_of` of `TrainState.train_step` for generation.
-
-    Label dropout, time, noise and posterior sample depend on the seed and the address of the image (epoch, image,
-    repeat) only. They are the same at any world size, and for cached latents and images.
 
     Args:
         objective: diffusion or interpolant.
@@ -60,23 +78,16 @@ class GenerationLoss:
         cached: the batches contain moments instead of images.
         class_dropout: probability of replacing a label by the null label.
         null_label: number of classes.
-        seed: seed of the run.
     """
 
     def __init__(
-        self,
-        objective: Objective,
-        autoencoder: Autoencoder,
-        cached: bool,
-        class_dropout: float,
-        null_label: int,
-        seed: int,
+        self, objective: Objective, autoencoder: Autoencoder, cached: bool, class_dropout: float, null_label: int
     ) -> None:
         self.objective, self.autoencoder, self.cached = objective, autoencoder, cached
-        self.class_dropout, self.null_label, self.seed = class_dropout, null_label, seed
+        self.class_dropout, self.null_label = class_dropout, null_label
 
     def __call__(self, model: nn.Module, batch: Batch, step: int) -> Tensor:
-        """Return the mean loss of a micro-batch of images in [-1, 1] or of moments."""
+        """Return the mean loss of a micro-batch of images in [-1, 1] or of moments, with `GenerationDraws`."""
         latents, noise, u, labels = self.prepare(batch)
         losses = self.objective.losses(lambda x, t: model(x, t, labels), latents, noise, u)
         return losses["loss"].mean()
@@ -84,15 +95,6 @@ class GenerationLoss:
     def prepare(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return latents and noise `(b, C, h, w)`, `u` `(b,)` in [0, 1), which selects the time, and labels `(b,)`."""
         moments = batch.images if self.cached else self.autoencoder.encode(batch.images)
-        noises = 1 + self.autoencoder.has_posterior(moments)  # the second one samples the posterior
-        shape = (noises, self.autoencoder.channels, *moments.shape[2:])
-        draws = [self.draw_noise(fingerprint, shape) for fingerprint in batch.fingerprints.tolist()]
-        u, drop, noise = (torch.stack(column).to(moments.device) for column in zip(*draws, strict=True))
+        u, drop, noise = batch.draws
         labels = torch.where(drop < self.class_dropout, self.null_label, batch.labels)
         return self.autoencoder.latents(moments, noise[:, -1]), noise[:, 0], u, labels
-
-    def draw_noise(self, fingerprint: int, shape: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor]:
-        """Draw `u`, the uniform number of the label dropout, and the noise of one image."""
-        generator = torch.Generator().manual_seed(derive_seed(self.seed, "generation", fingerprint))
-        u, drop = torch.rand(2, generator=generator).unbind()
-        return u, drop, torch.randn(shape, generator=generator)

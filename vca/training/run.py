@@ -1,12 +1,16 @@
 """A training run around its steps, the same for both trainers: resume, reports, checkpoints, stopping."""
 
+import gc
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from vca.runtime.distributed import World
 from vca.runtime.errors import NonFiniteError, PreemptedError
@@ -40,7 +44,9 @@ class TrainingRun:
         self.data_checksum = 0
         self.local_checksum = 0  # of this rank, not yet summed over the ranks
 
-        # Since the last report:
+        # Results and image indices of the steps since the last `settle`:
+        self.unsettled: list[tuple[StepResult, list[int]]] = []
+        # Of the settled steps since the last report:
         self.loss = torch.zeros((), device=world.device)  # sum over this rank's applied steps
         self.applied = 0  # steps
         self.overflows = 0  # steps that fp16 skipped
@@ -51,9 +57,12 @@ class TrainingRun:
 
         self.unsaved = 0  # applied steps since the newest checkpoint
         self.saved_step = -1  # step of the newest checkpoint
+        self.writer = ThreadPoolExecutor(1)
+        self.writing: Future[Path] | None = None  # of rank 0: the newest checkpoint, until its outcome is known
         self.reported: set[str] = set()  # keys of the records of the step at which the run was resumed
         self.reporter = Reporter()
         self.stop = StopRequest()
+        self.signalled: Callable[[], int] = lambda: 0  # returns how many ranks had a stop signal before the step
 
     @property
     def finished(self) -> bool:
@@ -84,7 +93,8 @@ class TrainingRun:
     def open(self, name: str, config: dict[str, Any], wandb: WandbConfig) -> Iterator[None]:
         """Open the run directory for writing, drop the records after the current step, and close it at the end.
 
-        Inside, a stop signal takes effect at the next `exit_if_signalled`.
+        Inside, a stop signal takes effect at an `exit_if_signalled`, and garbage is collected at reports only, which
+        are at the same step on every rank.
         """
         step, total = self.state.step, self.state.total_steps
         self.world.from_main(lambda: self.run_dir.begin(config, self.world, step))
@@ -92,10 +102,12 @@ class TrainingRun:
             self.reporter = Reporter(self.run_dir, step, total, self.trainer.global_batch_size)
             self.reporter.wandb = WandbMirror(wandb, self.run_dir.path, name, config)
         self.clock = time.perf_counter()
-        with catch_stop_signals() as self.stop:
+        with catch_stop_signals() as self.stop, without_automatic_gc():
             try:
                 yield
+                self.finish_writing()
             finally:
+                self.writer.shutdown()
                 self.reporter.close()
 
     def log_setup(self, name: str, model: str, data: str) -> None:
@@ -116,7 +128,11 @@ class TrainingRun:
             self.reporter.log(f"warning: {warning}")
 
     def timing(self, batches: Iterable[Any]) -> Iterator[Any]:
-        """Yield the batches and measure how long this rank waits for them."""
+        """Yield the batches of each step, and measure how long this rank waits for them.
+
+        The ranks start to tell each other of stop signals here, and `exit_if_signalled` ends it, so that the message
+        travels during the step.
+        """
         source = iter(batches)
         while True:
             start = time.perf_counter()
@@ -124,65 +140,98 @@ class TrainingRun:
             if batch is None:
                 return
             self.waited += time.perf_counter() - start
+            self.signalled = self.world.start_sum(self.stop.received is not None)
             yield batch
 
     def due(self, every: int, key: str = "") -> bool:
-        """Whether an action with an interval of `every` steps (0: only at the end) is due.
+        """Whether an action with an interval of `every` steps (0: only at the end) is due; if so, settle the steps.
 
         With `key`, only if no record of this step has it: a run that was killed between a checkpoint and the evaluation
         of the same step evaluates when it resumes.
-        """
-        step = self.state.step
-        return (self.finished or (every > 0 and step > 0 and step % every == 0)) and key not in self.reported
-
-    def record(self, result: StepResult, batches: Sequence[Any]) -> None:
-        """Account for a step, and report if due.
 
         Raises:
-            NonFiniteError: on every rank, if the gradient was not finite.
+            NonFiniteError: as `settle`.
         """
-        if not result.applied and not self.is_fp16_overflow():
-            indices = [index for batch in batches for index in batch.indices.tolist()]
-            failure = {"step": self.state.step - 1, "grad_norm": str(result.grad_norm), "loss": str(float(result.loss))}
-            self.run_dir.write_failure(self.world.rank, {**failure, "indices": indices})
-            newest = f"the newest checkpoint is of step {self.saved_step}" if self.saved_step >= 0 else ""
-            raise NonFiniteError(
-                f"gradient norm {result.grad_norm} in step {self.state.step - 1}; loss and image indices of each rank "
-                f"are in {self.run_dir.path}/nonfinite_rank*.json; {newest or 'no checkpoint exists'}"
-            )
+        step = self.state.step
+        if not (self.finished or (every > 0 and step > 0 and step % every == 0)) or key in self.reported:
+            return False
+        self.settle()
+        return True
+
+    def record(self, result: StepResult, batches: Sequence[Any]) -> None:
+        """Account for a step, without waiting for it, and report if due.
+
+        Raises:
+            NonFiniteError: as `settle`, if a report is due.
+        """
+        self.unsettled.append((result, [index for batch in batches for index in batch.indices.tolist()]))
         self.reported = set()
-        self.local_checksum += sum(int(batch.fingerprints.sum()) for batch in batches)
-        if result.applied:
-            self.loss += result.loss
-            self.applied += 1
-            self.unsaved += 1
-        else:
-            self.overflows += 1
+        self.local_checksum += sum(int(batch.fingerprints.numpy().sum()) for batch in batches)  # int64 wraps around
         self.timed += 1
-        self.seconds += time.perf_counter() - self.clock
-        self.clock = time.perf_counter()
+        self.count_seconds()
         self.reporter.advance()
         if self.due(self.trainer.log_every):
             self.report(result)
 
-    def is_fp16_overflow(self) -> bool:
-        """Whether the skipped step was a tolerable fp16 overflow: the run has applied a step or has steps left."""
-        never_applied = self.saved_step < 0 and self.unsaved == 0
-        return self.state.is_fp16_overflow() and not (self.finished and never_applied)
+    def count_seconds(self) -> None:
+        now = time.perf_counter()
+        self.seconds += now - self.clock
+        self.clock = now
+
+    def settle(self) -> None:
+        """Wait for the steps since the last call, and account for their results.
+
+        Nothing else in a step waits for the device.
+
+        Raises:
+            NonFiniteError: on every rank, if the gradient of a step was not finite. No step since then was applied.
+        """
+        results = [result for result, _ in self.unsettled]
+        flags = torch.stack([torch.stack((r.applied, r.failed)) for r in results]).tolist() if results else []
+        self.count_seconds()
+        never_applied = self.finished and self.saved_step < 0 and self.unsaved == 0
+        for number, (applied, failed) in enumerate(flags):
+            result = results[number]
+            never_applied = never_applied and not applied
+            if failed or (never_applied and number == len(flags) - 1):
+                self.raise_non_finite(result, self.state.step - len(flags) + number, self.unsettled[number][1])
+            if applied:
+                self.loss += result.loss
+            self.applied += applied
+            self.unsaved += applied
+            self.overflows += not applied
+        self.unsettled = []
+
+    def raise_non_finite(self, result: StepResult, step: int, indices: list[int]) -> None:
+        grad_norm = float(result.grad_norm)
+        failure = {"step": step, "grad_norm": str(grad_norm), "loss": str(float(result.loss)), "indices": indices}
+        self.run_dir.write_failure(self.world.rank, failure)
+        newest = f"the newest checkpoint is of step {self.saved_step}" if self.saved_step >= 0 else ""
+        raise NonFiniteError(
+            f"gradient norm {grad_norm} in step {step}; loss and image indices of each rank "
+            f"are in {self.run_dir.path}/nonfinite_rank*.json; {newest or 'no checkpoint exists'}"
+        )
 
     def report(self, result: StepResult) -> None:
         """Write a record of the steps since the last report.
 
         `data_wait` is the fraction of the time that `data_wait_rank`, the slowest rank, waits for its data. `overflows`
         is the number of steps that fp16 skipped; `loss` is null if it skipped all of them.
+
+        Raises:
+            RuntimeError: on every rank, if the newest checkpoint could not be written.
         """
+        gc.collect()
+        self.count_seconds()
+        if self.world.from_main(lambda: self.writing is not None and self.writing.done()):
+            self.finish_writing()
         waits = self.world.gather(self.waited / self.seconds)
         self.write(
             {
                 "epoch": self.state.step / self.state.steps_per_epoch,
                 "loss": self.mean_loss().item() / self.applied if self.applied else None,
                 "lr": result.lr,
-                "grad_norm": result.grad_norm if result.applied else None,
+                "grad_norm": float(result.grad_norm) if result.applied else None,
                 **({"overflows": self.overflows} if self.overflows else {}),
                 "consumed": self.sum_checksum(),
                 "images_per_second": self.timed * self.trainer.global_batch_size / self.seconds,
@@ -210,33 +259,46 @@ class TrainingRun:
         self.clock = time.perf_counter()
 
     def save(self) -> None:
-        """Write a checkpoint; it exists when this returns, on every rank.
+        """Copy the state, and write it as a checkpoint in the background; at most one copy is in memory.
 
         If fp16 has skipped every step since the newest checkpoint, nothing is written: a resume repeats these steps.
 
         Raises:
-            RuntimeError: on every rank, if the checkpoint cannot be written. The previous ones are intact.
+            RuntimeError: on every rank, if the previous checkpoint could not be written. Earlier ones are intact.
         """
+        self.settle()
         if not self.unsaved and not (self.finished and self.saved_step >= 0):
             return
+        self.finish_writing()
         report = {"loss": self.mean_loss(), "updates": self.applied, "overflows": self.overflows}
         state = {**self.state.state_dict(), "consumed": self.sum_checksum(), "report": report}
-        folder, keep = self.run_dir.checkpoints, self.trainer.keep_checkpoints
-        self.world.from_main(lambda: save_checkpoint(folder, self.state.step, state, keep))
         self.saved_step, self.unsaved = self.state.step, 0
+        if self.world.is_main:
+            copy = tree_map(lambda x: x.to("cpu", copy=True) if isinstance(x, Tensor) else x, state)
+            folder, keep = self.run_dir.checkpoints, self.trainer.keep_checkpoints
+            self.writing = self.writer.submit(save_checkpoint, folder, self.saved_step, copy, keep)
         self.clock = time.perf_counter()
 
+    def finish_writing(self) -> None:
+        """Wait on every rank until the newest checkpoint is written.
+
+        Raises:
+            RuntimeError: on every rank, if it cannot be written. The earlier ones are intact.
+        """
+        self.world.from_main(lambda: self.writing and self.writing.result())
+        self.writing = None
+
     def exit_if_signalled(self) -> None:
-        """Save a checkpoint and exit on every rank, after the same step, if any rank received a stop signal.
+        """Save a checkpoint and exit on every rank, after the same step, if any had a stop signal before this step.
 
         Raises:
             PreemptedError: on every rank. A run that has completed its last step ends normally instead.
         """
-        signalled = torch.tensor(self.stop.received is not None, dtype=torch.int, device=self.world.device)
-        if self.world.sum(signalled) == 0 or self.finished:
+        if self.signalled() == 0 or self.finished:
             return
         if self.saved_step != self.state.step:
             self.save()
+        self.finish_writing()
         signal = self.stop.received or "signal to another rank"
         saved = f"checkpoint saved at step {self.saved_step} of {self.state.total_steps}"
         saved = saved if self.saved_step >= 0 else "no step to save"
@@ -249,6 +311,19 @@ class TrainingRun:
             with self.reporter.expendable(file):
                 plot_curves({name: self.run_dir.records()}, file)
         self.clock = time.perf_counter()
+
+
+@contextmanager
+def without_automatic_gc() -> Iterator[None]:
+    """Turn automatic garbage collection off, and exempt all existing objects from collections."""
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+        gc.unfreeze()
 
 
 def length_warnings(state: TrainState) -> Iterator[str]:

@@ -1,6 +1,5 @@
 """One training step, shared by both trainers: accumulation, autocast, clipping, optimizer and EMA, and their state."""
 
-import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -12,7 +11,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from vca.runtime.compute import Precision, autocast
 from vca.runtime.distributed import World
-from vca.runtime.errors import NonFiniteError
 from vca.runtime.seeding import seed_torch
 from vca.training.config import TrainerConfig
 from vca.training.ema import Ema
@@ -21,19 +19,21 @@ from vca.training.optim import OptimConfig, build_optimizer, learning_rate
 
 @dataclass
 class StepResult:
-    """Result of one step.
+    """Result of one step. The tensors are `()` and on the device: reading one waits for the step.
 
     Attributes:
-        loss: mean loss over this rank's images, `()`, on the device.
+        loss: mean loss over this rank's images.
         grad_norm: norm of the gradient over all ranks, before clipping.
+        applied: False if the step left weights, optimizer and EMA unchanged.
+        failed: whether the gradient was not finite and this was no fp16 overflow.
         lr: learning rate of the step.
-        applied: False if the gradient was not finite and the weights are unchanged.
     """
 
     loss: Tensor
-    grad_norm: float
+    grad_norm: Tensor
+    applied: Tensor
+    failed: Tensor
     lr: float
-    applied: bool
 
 
 class TrainState:
@@ -61,13 +61,14 @@ class TrainState:
         self.ema = Ema(self.model, trainer.ema_decay) if trainer.ema_decay is not None else None
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=trainer.precision is Precision.fp16)
         self.step = 0
-        self.nonfinite_step: int | None = None
+        self.failed = torch.zeros((), dtype=torch.bool, device=world.device)  # a step since the last load has failed
+        self.one = torch.ones((), device=world.device)
         self.buckets_settled = False
 
         self.forward_model: Any = self.model
         if world.size > 1:
             ids = [world.local_rank] if world.device.type == "cuda" else None
-            self.forward_model = DistributedDataParallel(self.model, device_ids=ids)
+            self.forward_model = DistributedDataParallel(self.model, device_ids=ids, gradient_as_bucket_view=True)
         if trainer.compile:
             self.forward_model = torch.compile(self.forward_model)
 
@@ -88,14 +89,9 @@ class TrainState:
             seed: seed of the run.
 
         Returns:
-            The result. If the gradient is not finite, on every rank alike, `applied` is False and weights, optimizer
-            and EMA are unchanged.
-
-        Raises:
-            NonFiniteError: if the gradient of the previous step was not finite and was no fp16 overflow.
+            The result. If the gradient is not finite, on every rank alike, the step is not applied. Unless this was an
+            fp16 overflow, no later step is applied either, until `load_state_dict`.
         """
-        if self.nonfinite_step is not None:
-            raise NonFiniteError(f"the gradient of step {self.nonfinite_step} was not finite; load a checkpoint first")
         step = self.step
         lr = learning_rate(self.optim, step, self.total_steps, self.steps_per_epoch, self.peak_lr)
         for group in self.optimizer.param_groups:
@@ -115,26 +111,24 @@ class TrainState:
             total += loss.detach().float() / len(batches)
 
         self.scaler.unscale_(self.optimizer)
-        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
-        norm = nn.utils.get_total_norm(gradients)
-        grad_norm = float(norm)
-        finite = math.isfinite(grad_norm)
-        if finite and self.optim.clip_grad is not None and grad_norm > self.optim.clip_grad:
+        norm = nn.utils.get_total_norm([p.grad for p in self.model.parameters() if p.grad is not None])
+        finite = norm.isfinite()
+        applied = finite & ~self.failed
+        if self.optim.clip_grad is not None:
             nn.utils.clip_grads_with_norm_(self.model.parameters(), self.optim.clip_grad, norm)
-        if finite:
-            self.scaler.step(self.optimizer)
-            if self.ema is not None:
-                self.ema.update(self.model)
+        # Fused AdamW skips the step where this is 1, as it does for GradScaler.
+        self.optimizer.found_inf = (~applied).float()  # type: ignore[attr-defined]
+        self.optimizer.step()
+        if self.ema is not None:
+            self.ema.update(self.model, applied)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        if not finite and not self.is_fp16_overflow():
-            self.nonfinite_step = step
+        failed = ~finite
+        if self.scaler.is_enabled():  # an overflow halves the loss scale; below 1 the gradient itself is not finite
+            failed = failed & (self.scaler.scale(self.one) < 1)
+        self.failed = self.failed | failed
         self.step = step + 1
-        return StepResult(total, grad_norm, lr, finite)
-
-    def is_fp16_overflow(self) -> bool:
-        """Whether a non-finite gradient may be an fp16 overflow, which lowers the loss scale until it is below 1."""
-        return self.trainer.precision is Precision.fp16 and self.scaler.get_scale() >= 1
+        return StepResult(total, norm, applied, failed, lr)
 
     def settle_buckets(self, batch: Any, loss_of: Callable[[nn.Module, Any, int], Tensor]) -> None:
         """Run one backward pass and discard its gradients.
@@ -159,7 +153,7 @@ class TrainState:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.step, self.nonfinite_step = state["step"], None
+        self.step, self.failed = state["step"], torch.zeros_like(self.failed)
         self.model.load_state_dict(state["model"])
         if self.ema is not None:
             self.ema.module.load_state_dict(state["ema"])
