@@ -55,6 +55,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--models", nargs="+", default=[], choices=load_sizes(), metavar="NAME")
     parser.add_argument("--size", type=int, help="model: largest image size in pixels (default 1024; on a CPU 256)")
     parser.add_argument("--root", type=Path, help="image folder with train/ and val/, for data and table1")
+    parser.add_argument("--workers", type=int, default=0, help="data: loader workers (default 0: this process)")
     parser.add_argument("--weights", type=Path, help="torch-fidelity's Inception weights, for inception")
     parser.add_argument("--json", type=Path, help="write the results to this file")
     options = parser.parse_args()
@@ -81,7 +82,7 @@ def main() -> None:
         "attention": lambda budget: benchmark_attention(device, budget, options.tokens, options.levels),
         "model": lambda budget: benchmark_model(device, budget, options.size, options.models),
         "loop": lambda budget: benchmark_loop(device, budget),
-        "data": lambda budget: benchmark_data(options.root, budget),
+        "data": lambda budget: benchmark_data(options.root, budget, options.workers),
         "table1": lambda _: benchmark_table1(options.root, options.threads),
         "evaluation": lambda _: benchmark_evaluation(options.threads),
         "inception": lambda budget: benchmark_inception(options.weights.resolve(), budget, options.threads),

@@ -211,12 +211,21 @@ EVALUATIONS = {
 
 @pytest.mark.parametrize("script", EVALUATIONS)
 def test_kill_during_evaluation_loses_no_step(tmp_path, script):
-    """The checkpoint is written first; the missing evaluation runs on resume."""
+    """The checkpoint is written in the background; the missing evaluation runs on resume."""
     options, target = EVALUATIONS[script]
     whole = run_script(script, *options, f"out_dir={tmp_path}", "name=whole")
     assert whole.returncode == 0, whole.stderr[-3000:]
-    body = "if attempt() % 2:\n    os._exit(9)\nreturn original(*arguments, **options)"
     broken = tmp_path / "broken"
+    body = "\n".join(
+        (
+            "number = attempt()",
+            "if number % 2:",
+            f"    while len(list(Path({str(broken)!r}).glob('checkpoints/step_*.pt'))) <= number // 2:",
+            "        time.sleep(0.01)",
+            "    os._exit(9)",
+            "return original(*arguments, **options)",
+        )
+    )
     for step in (10, 20):
         killed = run_script(faulty(tmp_path, script, target, body), *options, f"out_dir={tmp_path}", "name=broken")
         assert killed.returncode == 9, killed.stderr[-3000:]
