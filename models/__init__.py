@@ -34,7 +34,7 @@ def build_model(config: Any, attention: Any) -> Any:
     config_class, module = MODELS[config.family]
     if type(config) is not config_class:
         raise ValueError(
-            f"model.family '{config.family}' must come with a {config_class.__name__}, got {type(config).__name__}"
+            f"config of model.family '{config.family}' must be a {config_class.__name__}, got {type(config).__name__}"
         )
     return module(config, attention)
 

@@ -68,7 +68,7 @@ class PyramidConfig(BackboneConfig):
 
     Attributes:
         patch_size: stride of the first embedding, in pixels.
-        depths, num_heads: number of blocks and of heads per stage.
+        depths, num_heads: number of blocks (`depths`) and of heads (`num_heads`) per stage.
         qkv_bias: whether the projections to q, k and v have a bias.
         attention_stages: stages, counted from 1, in which the attention variant replaces the backbone's own attention
             and attends globally. `attention=softmax` keeps the backbone's own attention in every stage.

@@ -134,7 +134,7 @@ class CSWin(Pyramid):
         self.add_head()
 
     def convert_official(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Convert names of the CSWin repository; the LePE convolutions of two branches become one `local`."""
+        """Convert names of the CSWin repository; the LePE convolutions of both branches are concatenated in `local`."""
         renamed = {}
         for name, tensor in state.items():
             if ".attns.1." in name:

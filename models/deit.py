@@ -27,7 +27,7 @@ class DeiTConfig(BackboneConfig):
     Attributes:
         patch_size: side of a patch, in pixels.
         embed_dim: width C.
-        depth, num_heads: number of blocks, and of heads per block.
+        depth, num_heads: number of blocks (`depth`) and of heads per block (`num_heads`).
         mlp_ratio: hidden width of the MLPs, as a multiple of `embed_dim`.
         qkv_bias: whether the projections to q, k and v have a bias.
         contrast_grid: `[h, w]` of the contrast tokens; `attention.contrast_grid` overrides it.

@@ -41,7 +41,7 @@ class DiTConfig:
         patch_size: side of a patch, in latent pixels.
         in_channels: channels of the latent or image; follows `autoencoder.channels`.
         hidden_size: width C.
-        depth, num_heads: number of blocks, and of heads per block.
+        depth, num_heads: number of blocks (`depth`) and of heads per block (`num_heads`).
         mlp_ratio: hidden width of the MLPs, as a multiple of `hidden_size`.
         num_classes: number of classes; follows `data.num_classes`.
         class_dropout_prob: probability of replacing a label by the null label, `num_classes`, in training.
@@ -102,7 +102,7 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 def adaln(dim: int, parts: int) -> nn.Sequential:
-    """Build the MLP from the condition `(B, C)` to shifts, scales and gates `(B, parts C)`."""
+    """Build the layers that map the condition `(B, C)` to shifts, scales and gates `(B, parts C)`."""
     return nn.Sequential(nn.SiLU(), nn.Linear(dim, parts * dim))
 
 
@@ -156,7 +156,7 @@ class DiTBlock(nn.Module):
         self.adaLN_modulation = adaln(dim, 6)
 
     def forward(self, x: Tensor, c: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Tokens `(B, N, C)` and condition `(B, C)` to `(B, N, C)`."""
+        """Map tokens `(B, N, C)` and the condition `(B, C)` to tokens `(B, N, C)`."""
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c).chunk(6, dim=1)
         x = x + gate_msa.unsqueeze(1) * self.attn(modulate(self.norm1(x), shift_msa, scale_msa), grid)
         return x + gate_mlp.unsqueeze(1) * self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))

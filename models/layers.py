@@ -130,16 +130,16 @@ class Backbone(nn.Module):
         init_linear(self.head)
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Images `(B, in_chans, height, width)` to normalised tokens `(B, N, C)`."""
+        """Map images `(B, in_chans, height, width)` to normalised tokens `(B, N, C)`."""
         raise NotImplementedError
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Tokens `(B, N, C)` to logits `(B, K)`, or with `pre_logits` to the pooled features `(B, C)`."""
+        """Map tokens `(B, N, C)` to logits `(B, K)`, or with `pre_logits` to the pooled features `(B, C)`."""
         x = x[:, 0] if self.num_prefix_tokens else x.mean(dim=1)
         return x if pre_logits else self.head(x)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images `(B, in_chans, height, width)` to logits `(B, K)`."""
+        """Map images `(B, in_chans, height, width)` to logits `(B, K)`."""
         return self.forward_head(self.forward_features(x))
 
 

@@ -29,7 +29,7 @@ class PVTConfig(PyramidConfig):
     """Config of a PVT, with the names of its repository.
 
     Attributes:
-        embed_dims, mlp_ratios: width and MLP ratio per stage.
+        embed_dims, mlp_ratios: width (`embed_dims`) and MLP ratio (`mlp_ratios`) per stage.
         sr_ratios: reduction of height and width of the keys and values per stage; 1 is none.
         norm_eps: epsilon of every LayerNorm in and after the blocks.
     """

@@ -39,7 +39,7 @@ class Pyramid(Backbone):
     Args:
         config: config of the backbone.
         attention: config of an attention variant in `vca.attention.ATTENTIONS`.
-        embeds: one module per stage, from an image `(B, C, H, W)` to tokens and their grid.
+        embeds: one module per stage; it maps an image `(B, C, H, W)` to tokens and their grid.
         own_attention: `(stage, block) -> module`, the backbone's own attention.
         mlp_ratios: one per stage.
         norm_eps: epsilon of every LayerNorm in and after the blocks.
@@ -63,8 +63,8 @@ class Pyramid(Backbone):
     ) -> None:
         if attention.name == SoftmaxConfig.name and attention.local_branch:
             raise ValueError(
-                f"attention.local_branch must be false with attention=softmax, where {config.family} keeps its own "
-                f"attention, got {attention.local_branch}"
+                f"attention.local_branch must be false with attention=softmax ({config.family} keeps its own "
+                f"attention), got {attention.local_branch}"
             )
         check_layers(attention, sum(config.depths))
         last = len(config.depths) - 1

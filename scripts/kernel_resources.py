@@ -193,7 +193,7 @@ def main() -> None:
     for variant, arguments in VARIANTS.items():
         compiled = [resources(one, TARGETS[-1])["kernel"] for one in launches_of_variant(**arguments)]
         variants[variant] = sorted(set(compiled))
-        print(f"{variant}: {len(variants[variant])} kernels compile", flush=True)
+        print(f"{variant}: compiled {len(variants[variant])} kernels", flush=True)
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps({**about, "rows": rows, "variants": variants}, indent=1) + "\n")

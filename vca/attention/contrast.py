@@ -63,14 +63,12 @@ class VCAConfig(PooledConfig):
     """Options of VCA; the defaults are the paper's. Enum options also accept strings.
 
     Attributes:
-        name, local_branch: see `AttentionConfig`.
-        contrast_grid, pooling: see `PooledConfig`.
-        stage1, stage2: `contrast` or `plain` (Table 3).
-        positive_stream, negative_stream: contrast tokens of the streams: `pool`, `embedding` or `pool+embedding`
-            (Table 4).
+        stage1, stage2: two streams (`contrast`) or one softmax attention (`plain`) in this stage (Table 3).
+        positive_stream, negative_stream: contrast tokens of this stream: pooled queries (`pool`), a learned embedding
+            (`embedding`) or their sum (`pool+embedding`) (Table 4).
         embedding_init_std: standard deviation of the initial e+ and e-.
-        stage2_softmax: `separate` or `joint`.
-        backend: `auto`, `eager` or `triton`, see `vca.attention.kernels`; results agree up to rounding.
+        stage2_softmax: one softmax per stream (`separate`, the paper) or one over the scores of both (`joint`).
+        backend: `eager` (PyTorch), `triton` (fused kernels) or `auto`; results agree up to rounding.
     """
 
     name: str = "vca"

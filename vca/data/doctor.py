@@ -101,7 +101,7 @@ def examine_datasets(datasets: Iterable[Any], seconds: float) -> Examination:
 
 def examine_latents(cache: LatentCache, path: str) -> list[Finding]:
     """Compare a file of a latent cache with its sha256 in the manifest."""
-    return [] if cache.is_intact(path) else [Finding(path, "has another sha256 than in the manifest", RERUN, True)]
+    return [] if cache.is_intact(path) else [Finding(path, "does not match its sha256 in the manifest", RERUN, True)]
 
 
 def check_before_training(

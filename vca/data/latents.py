@@ -241,7 +241,7 @@ class LatentCache(Dataset):
         others += [name for name in names[:1] if not file_is_made(folder / name, digests[name])]
         if others:
             raise ConfigError(
-                f"{folder}: {len(others)} of {len(names)} files have another sha256 than in the manifest, such as "
+                f"{folder}: {len(others)} of {len(names)} files do not match their sha256 in the manifest, such as "
                 f"{others[0]}; {RERUN}"
             )
         self.labels = self.read_labels()
@@ -286,7 +286,7 @@ class LatentCache(Dataset):
     def check(self, autoencoder: dict[str, Any], augment: AugmentConfig) -> None:
         """Raise `ConfigError` unless the cache was made by this autoencoder and supports this augmentation."""
         if differences := diff_configs(self.manifest.autoencoder, autoencoder, key="autoencoder"):
-            raise ConfigError(f"{self.folder} was made with another autoencoder ({'; '.join(differences)})")
+            raise ConfigError(f"{self.folder}: encoded by another autoencoder ({'; '.join(differences)}); use that one")
         check(augment.crop is Crop.adm, "augment.crop", "adm, as the crop of the latents", augment.crop.value)
         for key in ("auto_augment", "color_jitter", "re_prob"):
             check(not getattr(augment, key), f"augment.{key}", "off with data=latents", getattr(augment, key))

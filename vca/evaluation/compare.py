@@ -48,7 +48,7 @@ def check_comparable(samples: Any, reference: Any, extractor: Extractor, allow_f
         if source.count is not None and source.count < 2:
             raise ConfigError(f"{key}: {source.source} must contain at least 2 images, got {source.count}")
         if source.count is not None and source.count < features:
-            few = f"{source.count} images are fewer than the {features} features; the distance is biased upwards"
+            few = f"{source.count} images for {features} features bias the distance upwards"
             if not allow_few:
                 raise ConfigError(f"{key}: {source.source}: {few}; use more images, or set allow_few=true")
             warnings.append(f"{key}: {few}")

@@ -1,6 +1,6 @@
 """Sets of 8-bit images addressed by number. Invalid input is an error that names the file and the fix.
 
-Every set has `count`, `shape` and `stream(blocks of numbers)`, like `vca.generation.pipeline.GeneratedImages`:
+Every set has the interface of `ImageSet`, as `vca.generation.pipeline.GeneratedImages` does:
 
     PngFolder       a flat folder of PNG files, or `images/` of a `sample.py` folder
     NpzImages       `arr_0` `(N, H, W, C)` uint8, the format of ADM's evaluator
@@ -34,7 +34,7 @@ REMEDIES = {  # for modes that are neither
 
 
 class ImageSet:
-    """A set of images.
+    """Images with numbers from 0; `stream` reads them in blocks of numbers.
 
     Attributes:
         source: the set, as named by the user.

@@ -35,8 +35,8 @@ class AutoencoderConfig:
         name: key in `AUTOENCODERS`: `none`, `diffusers` or `file`.
         source: folder or hub name (`diffusers`), Python file (`file`).
         weights: argument of the file's `load_autoencoder` (`file` only).
-        channels, factor: latent channels C, and the downsampling factor; must match the loaded autoencoder.
-        scale, shift: scale and shift of the latents; null uses the autoencoder's own config, else 1 and 0.
+        channels, factor: latent channels (`channels`) and downsampling factor (`factor`) of the loaded autoencoder.
+        scale, shift: scale and shift of the latents; null uses the autoencoder's own values, or 1 and 0 without them.
     """
 
     name: str = "none"

@@ -60,7 +60,7 @@ class SampleFolder:
                 self.path.mkdir(parents=True, exist_ok=True)
                 if others := {entry.name for entry in os.scandir(self.path)} - {"manifest.tmp"}:
                     raise ConfigError(
-                        f"out: {self.path} must be empty or a folder of sample.py, got a folder with {min(others)}; "
+                        f"out: {self.path} must be empty or a folder of sample.py, but contains {min(others)}; "
                         f"choose another folder"
                     )
                 write_text(self.manifest_file, json.dumps(manifest, indent=2) + "\n")
@@ -69,7 +69,7 @@ class SampleFolder:
         self.images.mkdir(exist_ok=True)
         if beyond := [index for index in self.existing() if index >= count]:
             raise ConfigError(
-                f"count must be >= {max(beyond) + 1}, the samples in {self.path}, got {count}; or choose another folder"
+                f"count must be >= {max(beyond) + 1} (samples in {self.path}), got {count}; or choose another folder"
             )
         return self.missing_blocks(count, block)
 

@@ -91,7 +91,7 @@ class RunDirectory:
                 remedy = "a run cannot be extended, its schedule depends on its length: start a new one with name=..."
                 if "objective" not in config and (saved_steps := sorted(self.checkpoints.glob("step_*.pt"))):
                     remedy += f" trainer.init_from={saved_steps[-1]}"
-            raise ConfigError(f"{self.path} holds a run with another config ({'; '.join(differences)}); {remedy}")
+            raise ConfigError(f"{self.path} contains a run with another config ({'; '.join(differences)}); {remedy}")
         old, new = saved.get("data_files"), config.get("data_files")
         if old and new and (differences := diff_configs(old, new, key="data_files")):
             raise ConfigError(
@@ -127,7 +127,7 @@ class RunDirectory:
             fcntl.lockf(self.locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno in (errno.EAGAIN, errno.EACCES):
-                raise ConfigError(f"{self.path} is being trained by another process; wait for it or stop it") from error
+                raise ConfigError(f"{self.path} is in use by another process; wait for it or stop it") from error
 
     def record_launch(self, world: World, step: int) -> None:
         """Append this start to `launches.jsonl` and write `uncommitted.diff`."""

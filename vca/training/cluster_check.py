@@ -69,7 +69,7 @@ def ranks_and_devices(world: World) -> str:
         if len({rank[key] for rank in ranks}) > 1:
             raise CheckError(f"ranks differ in {key}: {', '.join(sorted({rank[key] for rank in ranks}))}")
     if cuda and len({(rank["node"], rank["index"]) for rank in ranks}) < len(ranks):
-        raise CheckError("two ranks share a GPU")
+        raise CheckError("two ranks use the same GPU; start one rank per GPU")
     nodes = len({rank["node"] for rank in ranks})
     return f"{world.size} on {nodes} node(s), {device}; {local['versions']}, commit {local['commit']} on all"
 
@@ -81,7 +81,7 @@ def all_reduce(world: World) -> str:
         result = world.sum((steps + world.rank).to(dtype))
         expected = (steps * world.size + world.size * (world.size - 1) // 2).to(dtype)
         if not torch.equal(result, expected):
-            raise CheckError(f"a sum of {dtype} over the ranks is wrong by {(result - expected).abs().max().item()}")
+            raise CheckError(f"all-reduce of {dtype} must be exact, wrong by {(result - expected).abs().max().item()}")
     return f"sums over {world.size} ranks are exact"
 
 
@@ -148,7 +148,7 @@ def bf16_error(device: torch.device) -> float:
     error = ((out.float() - exact).norm() / exact.norm()).item()
     gradient: Any = layer.weight.grad
     if out.dtype is not torch.bfloat16 or not error < 0.01 or not gradient.isfinite().all():
-        raise CheckError(f"bfloat16 differs from float32 by {error:.2%}")
+        raise CheckError(f"bfloat16 must be finite and within 1% of float32, got {out.dtype} with error {error:.2%}")
     return error
 
 
@@ -157,7 +157,7 @@ def data(world: World, load: Callable[[], list[Any]], config: Any, workers: int,
     datasets = on_each_rank(world, load)
     counts = world.broadcast(world.gather([len(dataset) for dataset in datasets]))
     if any(count != counts[0] for count in counts):
-        raise CheckError(f"ranks see different numbers of images: {counts}")
+        raise CheckError(f"all ranks must have the same [training, evaluation] images, got {counts}")
     rate = min(world.broadcast(world.gather(on_each_rank(world, lambda: reading_speed(datasets[0])))))
     check_before_training(config, datasets, workers, batch_bytes, world)
     images = f"{counts[0][0]} training and {counts[0][1]} evaluation images"
@@ -191,7 +191,7 @@ def disk(world: World, folder: Path, parameters: int, keep: int, ema: bool) -> s
     if world.is_main:
         name.unlink()
     if blind:
-        raise CheckError(f"out_dir={folder} must be on a shared file system, got another folder on {blind[0]}")
+        raise CheckError(f"out_dir={folder} must be on a shared file system; {blind[0]} cannot read files of rank 0")
     size = parameters * 4 * (4 if ema else 3)  # weights, AdamW's two moments, EMA
     need, free = size * (keep + 1), shutil.disk_usage(folder).free  # the oldest is deleted after the newest is written
     if free < need:

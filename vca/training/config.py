@@ -23,9 +23,9 @@ class TrainerConfig:
         compile: use `torch.compile`.
         ema_decay: decay per step of the exponential moving average (EMA) of the weights, which averages over about
             1 / (1 - ema_decay) steps; null disables it. Evaluations report it as `ema/...`.
-        log_every, checkpoint_every: interval in steps; may change on resume.
-        eval_every: interval of evaluations in steps, 0 only at the end; may change on resume.
-        fid_every: interval in steps of measuring a generator against `fid.reference`, 0 never.
+        log_every, checkpoint_every: interval of reports and of checkpoints in steps; may change on resume.
+        eval_every: interval of evaluations in steps; 0 evaluates only at the end; may change on resume.
+        fid_every: interval of FID against `fid.reference` in steps, for a generator; 0 disables it.
         keep_checkpoints: number of newest checkpoints to keep.
         workers: loader workers per rank; 0 loads in the main process. Results do not depend on it.
         deterministic: use deterministic CUDA kernels: slower, required for bit-exact resume on a GPU. CUDA has none for

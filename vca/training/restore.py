@@ -57,7 +57,7 @@ def load_generator(
     trained_with = configs.get("trained_with")
     differences = diff_configs(trained_with, autoencoder.identity(), key="autoencoder") if trained_with else []
     if differences:
-        raise ConfigError(f"run: trained with another autoencoder ({'; '.join(differences)})")
+        raise ConfigError(f"run: its autoencoder has changed ({'; '.join(differences)}); restore the old one")
     objective = build_objective(configs["objective"])
     return DiffusionPipeline(model.eval().to(world.device), objective, autoencoder, configs, origin)
 
@@ -67,7 +67,7 @@ def load_run(model: Any, run: Path, step: int | None, weights: InitWeights, worl
     folder = run / "checkpoints"
     saved = load_step(folder, step) if step is not None else load_latest_for_all(folder, world, set_aside=False)
     if saved is None:
-        raise ConfigError(f"{folder} has no checkpoint")
+        raise ConfigError(f"run: {folder} contains no checkpoint; train the run first, or choose another run=...")
     weights = weights if saved["ema"] is not None else InitWeights.raw
     with must_fit(checkpoint_path(folder, saved["step"])):
         model.load_state_dict(saved["ema" if weights is InitWeights.ema else "model"])
@@ -78,7 +78,7 @@ def load_step(folder: Path, step: int) -> dict[str, Any]:
     path = checkpoint_path(folder, step)
     if not path.is_file():
         steps = ", ".join(str(int(path.stem[5:])) for path in list_checkpoints(folder)) or "none"
-        raise ConfigError(f"{folder} has no checkpoint of step {step}; available: {steps}")
+        raise ConfigError(f"step: {folder} has no checkpoint of step {step}; available: {steps}")
     try:
         return load_checkpoint(path)
     except CorruptCheckpointError as error:
