@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from models.config import BackboneConfig
-from models.layers import Backbone, Block, drop_path_rates, load_official, select_options, square_side, trunc_normal_
-from vca.attention import SoftmaxConfig, build_attention
+from models.config import BackboneConfig, check_positive
+from models.layers import Backbone, Block, drop_path_rates, load_official, square_side, trunc_normal_
+from vca.attention import build_attention
 from vca.attention.geometry import is_pair
 from vca.attention.pooling import check_layers
 
@@ -44,7 +44,7 @@ class DeiTConfig(BackboneConfig):
     contrast_grid: list[int] = field(default_factory=lambda: [7, 7])
 
     def __post_init__(self) -> None:
-        self.check_positive("patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio")
+        check_positive(self, "patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio")
         super().__post_init__()
         if self.embed_dim % self.num_heads:
             raise ValueError(f"model.num_heads must divide model.embed_dim {self.embed_dim}, got {self.num_heads}")
@@ -57,12 +57,7 @@ class DeiTConfig(BackboneConfig):
 
 
 class DeiT(Backbone):
-    """Vision Transformer with a class token and learned absolute position embeddings.
-
-    Args:
-        config: `DeiTConfig`; at other image sizes `forward` interpolates `pos_embed`.
-        attention: config of an attention variant in `vca.attention.ATTENTIONS`.
-    """
+    """Vision Transformer with a class token and learned position embeddings, interpolated at other image sizes."""
 
     config: DeiTConfig
 
@@ -145,14 +140,5 @@ def resample_positions(positions: Tensor, old: tuple[int, int], new: tuple[int, 
 
 
 def from_official(config: Mapping[str, Any], state_dict: Mapping[str, Any]) -> DeiT:
-    """Build the softmax baseline with weights of timm's `deit_*_patch16_224` or of the DeiT repository.
-
-    Args:
-        config: fields of `DeiTConfig` (`embed_dim`, `depth`, `num_heads`, `img_size`, ...); default DeiT-Tiny.
-        state_dict: parameters by name, or a checkpoint with them under `model`.
-
-    Raises:
-        ValueError: if `config` has an unknown key.
-        RuntimeError: if a parameter is missing, unexpected or has another shape.
-    """
-    return load_official(DeiT(select_options(DeiTConfig, config), SoftmaxConfig()), state_dict)
+    """Build the softmax baseline with weights of timm's or the DeiT repository's `deit_*`, see `load_official`."""
+    return load_official(DeiT, DeiTConfig, config, state_dict)

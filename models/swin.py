@@ -17,18 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.config import PyramidConfig
-from models.layers import (
-    ConvEmbed,
-    join_windows,
-    load_official,
-    select_options,
-    split_windows,
-    square_side,
-    trunc_normal_,
-)
+from models.config import PyramidConfig, check_positive
+from models.layers import ConvEmbed, join_windows, load_official, split_windows, square_side, trunc_normal_
 from models.pyramid import Pyramid
-from vca.attention import SoftmaxConfig, softmax_attention
+from vca.attention import softmax_attention
 
 MASKED = -100.0  # added to the score of tokens from different regions of a shifted window; the original's value
 
@@ -53,7 +45,7 @@ class SwinConfig(PyramidConfig):
     attention_stages: list[int] = field(default_factory=lambda: [1, 2, 3])
 
     def __post_init__(self) -> None:
-        self.check_positive("embed_dim", "window_size", "mlp_ratio")
+        check_positive(self, "embed_dim", "window_size", "mlp_ratio")
         super().__post_init__()
 
     def dim(self, stage: int) -> int:
@@ -159,12 +151,7 @@ def shift_mask(grid: tuple[int, int], window: tuple[int, int], shift: list[int],
 
 
 class Swin(Pyramid):
-    """Four stages of window attention, then the mean over the final tokens.
-
-    Args:
-        config: `SwinConfig`.
-        attention: config of an attention variant in `vca.attention.ATTENTIONS`.
-    """
+    """Four stages of window attention, then the mean over the final tokens."""
 
     config: SwinConfig
 
@@ -220,14 +207,5 @@ class Swin(Pyramid):
 
 
 def from_official(config: Mapping[str, Any], state_dict: Mapping[str, Any]) -> Swin:
-    """Build the softmax baseline with weights of timm's `swin_*` or of the Swin repository.
-
-    Args:
-        config: fields of `SwinConfig` (`embed_dim`, `depths`, `num_heads`, `window_size`, ...); default Swin-Tiny.
-        state_dict: parameters by name, or a checkpoint with them.
-
-    Raises:
-        ValueError: if `config` has an unknown key.
-        RuntimeError: if a parameter is missing, unexpected or has another shape.
-    """
-    return load_official(Swin(select_options(SwinConfig, config), SoftmaxConfig()), state_dict)
+    """Build the softmax baseline with weights of timm's or the Swin repository's `swin_*`, see `load_official`."""
+    return load_official(Swin, SwinConfig, config, state_dict)
