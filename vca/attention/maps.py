@@ -4,9 +4,10 @@ Shape letters: B batch, M heads, N = P + H W tokens (P prefix tokens, then the g
 tokens.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,13 +17,7 @@ from vca.attention.contrast import EPS, Stage2Softmax, VisualContrastAttention, 
 from vca.attention.softmax import SoftmaxAttention
 
 
-class Heads(NamedTuple):
-    """Arguments of one call of `attend`: q, k, v `(B, M, N, D)` and the grid `(H, W)`."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    grid: tuple[int, int]
+Heads = tuple[Tensor, Tensor, Tensor, tuple[int, int]]  # arguments of `attend`: q, k, v (B, M, N, D), grid (H, W)
 
 
 @contextmanager
@@ -31,17 +26,13 @@ def recorded_calls(model: nn.Module) -> Iterator[list[tuple[ProjectedAttention, 
     calls: list[tuple[ProjectedAttention, Heads]] = []
     modules = [module for module in model.modules() if isinstance(module, ProjectedAttention)]
 
-    def wrap(module: ProjectedAttention) -> Any:
-        attend = module.attend
-
-        def record(q: Tensor, k: Tensor, v: Tensor, grid: tuple[int, int]) -> Tensor:
-            calls.append((module, Heads(q.detach(), k.detach(), v.detach(), grid)))
-            return attend(q, k, v, grid)
-
-        return record
+    def record(module: ProjectedAttention, attend: Callable[..., Tensor], *heads: Any) -> Tensor:
+        q, k, v, grid = heads
+        calls.append((module, (q.detach(), k.detach(), v.detach(), grid)))
+        return attend(*heads)
 
     for module in modules:
-        module.attend = wrap(module)  # type: ignore[method-assign]
+        module.attend = partial(record, module, module.attend)  # type: ignore[method-assign]
     try:
         yield calls
     finally:

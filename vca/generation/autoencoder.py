@@ -145,11 +145,6 @@ class DiffusersVAE(nn.Module):
         return self.vae.decode(latents).sample
 
 
-def pixel_space(config: AutoencoderConfig) -> Autoencoder:
-    """Return the identity autoencoder."""
-    return Autoencoder(config, PixelSpace())
-
-
 def load_diffusers_vae(config: AutoencoderConfig) -> Autoencoder:
     """Load an `AutoencoderKL` in diffusers' format from a folder or the hub; scale and shift come from its config.
 
@@ -225,7 +220,7 @@ def load_custom_vae(config: AutoencoderConfig) -> Autoencoder:
 
 # name -> (config dataclass, loader)
 AUTOENCODERS: dict[str, tuple[type, Callable[[Any], Autoencoder]]] = {
-    "none": (AutoencoderConfig, pixel_space),
+    "none": (AutoencoderConfig, lambda config: Autoencoder(config, PixelSpace())),
     "diffusers": (AutoencoderConfig, load_diffusers_vae),
     "file": (AutoencoderConfig, load_custom_vae),
 }

@@ -153,17 +153,14 @@ class Interpolant:
         """Return the coefficient w of the SDE `dx = (v + w s) dt + sqrt(2 w) dW`, `(B, 1, 1, 1)`."""
         c = self.at(t, x)
         time = t.reshape(c.sigma.shape)
-        if form is DiffusionForm.sbdm:
-            return norm * c.drift_variance
-        if form is DiffusionForm.sigma:
-            return norm * c.sigma
-        if form is DiffusionForm.linear:
-            return norm * (1 - time)
-        if form is DiffusionForm.decreasing:
-            return 0.25 * (norm * torch.cos(math.pi * time) + 1) ** 2
-        if form is DiffusionForm.increasing_decreasing:
-            return norm * torch.sin(math.pi * time) ** 2
-        return torch.full_like(time, norm)
+        return {
+            DiffusionForm.sbdm: norm * c.drift_variance,
+            DiffusionForm.sigma: norm * c.sigma,
+            DiffusionForm.constant: torch.full_like(time, norm),
+            DiffusionForm.linear: norm * (1 - time),
+            DiffusionForm.decreasing: 0.25 * (norm * torch.cos(math.pi * time) + 1) ** 2,
+            DiffusionForm.increasing_decreasing: norm * torch.sin(math.pi * time) ** 2,
+        }[form]
 
     def train_interval(self) -> tuple[float, float]:
         """Return the first and last time of training."""

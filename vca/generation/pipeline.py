@@ -56,12 +56,8 @@ class GeneratedImages:
     """Samples of a generator, addressed by number.
 
     Args:
-        pipeline: the generator.
-        sampler: sampler settings.
         labels: `random`, `balanced`, or a list of classes that is repeated.
-        seed: seed of the set.
         precision: precision of the network; the autoencoder uses float32.
-        count: number of samples.
         batch_size: samples per batch on a GPU.
 
     Raises:
@@ -198,17 +194,7 @@ def sample_latents(
     """Sample latents of the classes `labels` `(B,)` for the sample numbers `indices`.
 
     Each sample has its own CPU generator, seeded by `(seed, index)`, for the initial noise and the noise of each step.
-
-    Args:
-        model: a `DiT` in evaluation mode.
-        objective, sampler: its objective, and the sampler settings.
-        labels: class labels, on the model's device.
-        indices: B sample numbers.
-        seed: seed of the set.
-        shape: `(I, H, W)` of a latent.
-
-    Returns:
-        Latents `(B, I, H, W)` and the NFE.
+    `labels` and `model`, a `DiT` in evaluation mode, are on one device. `shape` is that of a latent, `(I, H, W)`.
     """
     generators = [torch.Generator().manual_seed(derive_seed(seed, "sample", index)) for index in indices]
 
