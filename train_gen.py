@@ -78,8 +78,8 @@ def run(config: TrainGenConfig) -> dict[str, float]:
         if not (training.finished and due_at_end <= training.reported):
             batch_bytes = micro_batch_size * data.item_bytes
             check_before_training(config.data, [data.dataset], trainer.workers, batch_bytes, world)
-            dropout = model.config.class_dropout_prob
-            loss_of = GenerationLoss(objective, autoencoder, data.cached, dropout, model.null_label, config.seed)
+            cached, dropout = data.cache is not None, model.config.class_dropout_prob
+            loss_of = GenerationLoss(objective, autoencoder, cached, dropout, model.null_label, config.seed)
             sampled_model = state.ema.module if state.ema is not None else state.model
             pipeline = DiffusionPipeline(sampled_model, objective, autoencoder)
             online_fid = None

@@ -4,10 +4,10 @@ Shape letters: B batch, M heads, N = P + H W tokens (P prefix tokens, then the g
 tokens.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,13 @@ from vca.attention.contrast import EPS, Stage2Softmax, VisualContrastAttention, 
 from vca.attention.softmax import SoftmaxAttention
 
 
-Heads = tuple[Tensor, Tensor, Tensor, tuple[int, int]]  # arguments of `attend`: q, k, v (B, M, N, D), grid (H, W)
+class Heads(NamedTuple):
+    """Arguments of one call of `attend`: q, k, v `(B, M, N, D)` and the grid `(H, W)`."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    grid: tuple[int, int]
 
 
 @contextmanager
@@ -26,10 +32,9 @@ def recorded_calls(model: nn.Module) -> Iterator[list[tuple[ProjectedAttention, 
     calls: list[tuple[ProjectedAttention, Heads]] = []
     modules = [module for module in model.modules() if isinstance(module, ProjectedAttention)]
 
-    def record(module: ProjectedAttention, attend: Callable[..., Tensor], *heads: Any) -> Tensor:
-        q, k, v, grid = heads
-        calls.append((module, (q.detach(), k.detach(), v.detach(), grid)))
-        return attend(*heads)
+    def record(module: ProjectedAttention, attend: Any, q: Tensor, k: Tensor, v: Tensor, grid: Any) -> Tensor:
+        calls.append((module, Heads(q.detach(), k.detach(), v.detach(), grid)))
+        return attend(q, k, v, grid)
 
     for module in modules:
         module.attend = partial(record, module, module.attend)  # type: ignore[method-assign]

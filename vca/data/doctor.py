@@ -72,14 +72,7 @@ def examine(
     examine_file: Callable[[str], list[Finding]] | None = None,
     unit: str = "images",
 ) -> Examination:
-    """Check files in random order.
-
-    Args:
-        paths: image files, or files for `examine_file`.
-        seconds: time limit; no file is read after it.
-        examine_file: returns the findings of a file; default `examine_image`.
-        unit: name of the files in the summary.
-    """
+    """Check files in random order by `examine_file`, by default `examine_image`; read none after `seconds`."""
     paths = list(paths)
     random.Random(0).shuffle(paths)
     start, findings, checked = time.perf_counter(), [], 0
@@ -107,14 +100,9 @@ def examine_latents(cache: LatentCache, path: str) -> list[Finding]:
 def check_before_training(
     data: DataConfig, datasets: Iterable[Any], workers: int, batch_bytes: int, world: World
 ) -> None:
-    """Check files for `data.check_seconds` on rank 0, and print the findings.
+    """Check files of the splits `datasets` for `data.check_seconds` on rank 0, and print the findings.
 
-    Args:
-        data: config of the data set.
-        datasets: its splits.
-        workers: loader workers per rank.
-        batch_bytes: size of a micro-batch.
-        world: this process.
+    `workers` is the number of loader workers per rank, `batch_bytes` the size of a micro-batch.
 
     Raises:
         ConfigError: on every rank, if a file is unusable.
@@ -134,13 +122,7 @@ def check_before_training(
 
 
 def shared_memory_note(workers: int, batch_bytes: int, folder: str = "/dev/shm") -> str | None:
-    """Return a warning if the prefetched batches may exceed shared memory, which kills loader workers (SIGBUS).
-
-    Args:
-        workers: loader workers of all ranks on this node.
-        batch_bytes: size of a batch.
-        folder: mount point of shared memory.
-    """
+    """Return a warning if the workers of this node may prefetch more than shared memory holds, which kills them."""
     if not workers or not Path(folder).is_dir():
         return None
     needed, free = workers * 2 * batch_bytes, shutil.disk_usage(folder).free  # a worker prefetches two batches

@@ -82,11 +82,7 @@ class Manifest:
         return {**asdict(self), "files": hashlib.sha256(json.dumps(self.files, sort_keys=True).encode()).hexdigest()}
 
     def write(self, folder: Path) -> None:
-        """Write `manifest.json`.
-
-        Raises:
-            OSError: if it cannot be written.
-        """
+        """Write `manifest.json`."""
         write_text(folder / "manifest.json", json.dumps(asdict(self), indent=2) + "\n")
 
     def begin(self, folder: Path) -> "Manifest":
@@ -218,9 +214,6 @@ def shard_is_whole(folder: Path, manifest: Manifest, shard: int) -> bool:
 class LatentCache(Dataset):
     """Data set of `(latents (V, K, h, w), label)`, memory-mapped from a finished cache.
 
-    Args:
-        folder: folder of the cache.
-
     Raises:
         ConfigError: if the cache is incomplete or corrupt.
     """
@@ -291,12 +284,7 @@ class LatentCache(Dataset):
         for key in ("auto_augment", "color_jitter", "re_prob"):
             check(not getattr(augment, key), f"augment.{key}", "off with data=latents", getattr(augment, key))
         flips = self.manifest.shape[0] == 2
-        check(
-            flips or augment.hflip == 0,
-            "augment.hflip",
-            f"0: {self.folder} has no flipped images",
-            augment.hflip,
-        )
+        check(flips or augment.hflip == 0, "augment.hflip", f"0: {self.folder} has no flipped images", augment.hflip)
 
 
 class RandomVersion:

@@ -202,10 +202,8 @@ def disk(world: World, folder: Path, parameters: int, keep: int, ema: bool) -> s
 def resume(world: World, train: Callable[[Path], dict[str, Tensor]], folder: Path) -> str:
     """Check that a run of ten steps and one resumed after five have bit-identical weights.
 
-    Args:
-        world: this process.
-        train: starts or resumes a run of ten steps, with a checkpoint at step 5, in a folder; returns the weights.
-        folder: an empty folder that all ranks see.
+    `train` starts or resumes a run of ten steps, with a checkpoint at step 5, in a folder, and returns the weights.
+    All ranks see `folder`, which is empty.
     """
     whole = train(folder / "whole")
     without_end = shutil.ignore_patterns("step_00000010.pt")

@@ -24,14 +24,12 @@ class GenerationData:
         dataset: data set of `(image, label)` or `(moments, label)`.
         transform: transform of one item.
         item_bytes: size of a transformed item.
-        cached: whether the items are moments of latents.
-        cache: identity of the cache, None for images.
+        cache: identity of the latent cache, None for images.
     """
 
     dataset: Any
     transform: Any
     item_bytes: int
-    cached: bool
     cache: dict[str, Any] | None
 
 
@@ -42,10 +40,10 @@ def generation_data(dataset: Any, data: DataConfig, augment: AugmentConfig, auto
         ConfigError: if a latent cache was made by another autoencoder or does not support the augmentation.
     """
     if not isinstance(dataset, LatentCache):
-        return GenerationData(dataset, train_transform(augment, data), data.image_bytes, False, None)
+        return GenerationData(dataset, train_transform(augment, data), data.image_bytes, None)
     dataset.check(autoencoder.identity(), augment)
     item_bytes = 4 * math.prod(dataset.manifest.shape[1:])
-    return GenerationData(dataset, RandomVersion(augment.hflip), item_bytes, True, dataset.manifest.identity())
+    return GenerationData(dataset, RandomVersion(augment.hflip), item_bytes, dataset.manifest.identity())
 
 
 class GenerationLoss:
@@ -55,12 +53,8 @@ class GenerationLoss:
     repeat) only. They are the same at any world size, and for cached latents and images.
 
     Args:
-        objective: diffusion or interpolant.
-        autoencoder: encodes the images.
         cached: the batches contain moments instead of images.
-        class_dropout: probability of replacing a label by the null label.
-        null_label: number of classes.
-        seed: seed of the run.
+        class_dropout: probability of replacing a label by `null_label`.
     """
 
     def __init__(
