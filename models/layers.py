@@ -47,9 +47,7 @@ class Backbone(nn.Module):
     A subclass defines `forward_features` and `group_matcher`, and calls `add_head()` at the end of `__init__`.
 
     Args:
-        config: config of the backbone.
-        num_features: width of the final tokens.
-        num_prefix_tokens: number of prefix tokens among the final tokens, P.
+        num_features, num_prefix_tokens: width of the final tokens, and number of prefix tokens among them, P.
     """
 
     def __init__(self, config: BackboneConfig, num_features: int, num_prefix_tokens: int) -> None:

@@ -37,8 +37,6 @@ class Pyramid(Backbone):
     """Hierarchical backbone.
 
     Args:
-        config: config of the backbone.
-        attention: config of an attention variant in `vca.attention.ATTENTIONS`.
         embeds: one module per stage, from an image `(B, C, H, W)` to tokens and their grid.
         own_attention: `(stage, block) -> module`, the backbone's own attention.
         mlp_ratios: one per stage.

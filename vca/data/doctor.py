@@ -11,14 +11,13 @@ import time
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from PIL import Image, UnidentifiedImageError
 
 from vca.data.config import DataConfig
-from vca.data.latents import RERUN, LatentCache
+from vca.data.latents import RERUN, LatentCache, file_is_made
 from vca.runtime.distributed import World
 from vca.runtime.errors import ConfigError
 
@@ -87,14 +86,16 @@ def examine(
 def examine_datasets(datasets: Iterable[Any], seconds: float) -> Examination:
     """Check the image files of data sets, or the sha256 of a latent cache's files, for up to `seconds`."""
     datasets = list(datasets)
-    if isinstance(datasets[0], LatentCache):
-        return examine(datasets[0].paths(), seconds, partial(examine_latents, datasets[0]), "files of latents")
-    return examine(image_files(datasets), seconds)
+    cache = datasets[0]
+    if not isinstance(cache, LatentCache):
+        return examine(image_files(datasets), seconds)
 
+    def examine_shard(path: str) -> list[Finding]:
+        intact = file_is_made(Path(path), cache.manifest.files[Path(path).name])
+        return [] if intact else [Finding(path, "has another sha256 than in the manifest", RERUN, True)]
 
-def examine_latents(cache: LatentCache, path: str) -> list[Finding]:
-    """Compare a file of a latent cache with its sha256 in the manifest."""
-    return [] if cache.is_intact(path) else [Finding(path, "has another sha256 than in the manifest", RERUN, True)]
+    shards = [str(cache.folder / name) for name in cache.manifest.names[1:]]
+    return examine(shards, seconds, examine_shard, "files of latents")
 
 
 def check_before_training(

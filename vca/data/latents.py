@@ -113,10 +113,9 @@ class Manifest:
 
     def finish(self, folder: Path) -> None:
         """Move the digests of all files into `manifest.json`."""
-        paths = [digest_path(folder / name) for name in self.names]
         replace(self, files=self.begin(folder).files).write(folder)
-        for path in paths:
-            path.unlink(missing_ok=True)
+        for name in self.names:
+            digest_path(folder / name).unlink(missing_ok=True)
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -253,14 +252,6 @@ class LatentCache(Dataset):
         low, high = int(labels.min()), int(labels.max())
         check(low >= 0 and high < classes, f"{path}: labels", f"from 0 to {classes - 1}", (low, high))
         return labels
-
-    def paths(self) -> list[str]:
-        """Paths of the shards."""
-        return [str(self.folder / name) for name in self.manifest.names[1:]]
-
-    def is_intact(self, path: str) -> bool:
-        """Whether a shard has the sha256 of the manifest; reads the whole file."""
-        return file_is_made(Path(path), self.manifest.files[Path(path).name])
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "files": {}}

@@ -70,7 +70,6 @@ class Autoencoder:
     """Frozen autoencoder; always computes in float32, also inside a bf16 run.
 
     Args:
-        config: the autoencoder's config.
         network: module with `encode(images) -> moments` and `decode(unscaled latents) -> images`.
         scale, shift: scale and shift of the latents where the config has null.
         text: source or settings of the network, hashed together with its parameters.

@@ -114,10 +114,7 @@ def progress_bar(total: int, unit: str, show: bool) -> Any:
 class Reporter:
     """Writes rank 0's records. Without a run directory, as on the other ranks, it does nothing.
 
-    Args:
-        folder: the run directory.
-        step, total_steps: current step and length of the run.
-        batch: images per step.
+    `step` is the first step of this process, `batch` the number of images per step.
     """
 
     def __init__(self, folder: RunDirectory | None = None, step: int = 0, total_steps: int = 0, batch: int = 0) -> None:

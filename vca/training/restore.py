@@ -39,8 +39,6 @@ def load_generator(
         configs: `model`, `attention`, `objective` and `autoencoder`; optionally `trained_with`, the identity that the
             autoencoder must have, and `training`, recorded in the pipeline's origin.
         build: builds a network from model and attention config.
-        world: this process.
-        weights: `ema` or `raw`.
         run, step: run directory and step of its checkpoint; None is the newest.
         checkpoint: file of weights instead of a run; it must contain exactly this network.
 
