@@ -59,10 +59,7 @@ class CrossShapedAttention(nn.Module):
     """Softmax attention within vertical stripes for half of the heads, horizontal stripes for the others.
 
     The depthwise convolution of v (LePE) is one layer over all channels, `local` as in VCA, applied per stripe.
-
-    Args:
-        dim, num_heads: C, M.
-        split: stripe width; None attends globally with all heads.
+    `split` is the stripe width; None attends globally with all heads.
     """
 
     def __init__(self, dim: int, num_heads: int, split: int | None, qkv_bias: bool, proj_drop: float) -> None:

@@ -73,8 +73,9 @@ class DeiT(Backbone):
         self.pos_embed = nn.Parameter(torch.zeros(1, self.num_prefix_tokens + self.grid[0] * self.grid[1], dim))
         self.pos_drop = nn.Dropout(config.drop_rate)
 
-        def attention_of(index: int) -> nn.Module:
-            return build_attention(
+        self.blocks = nn.ModuleList()
+        for index, drop_path in enumerate(drop_path_rates(config.drop_path_rate, depth)):
+            attn = build_attention(
                 attention,
                 dim,
                 config.num_heads,
@@ -85,11 +86,7 @@ class DeiT(Backbone):
                 qkv_bias=config.qkv_bias,
                 proj_drop=config.drop_rate,
             )
-
-        self.blocks = nn.ModuleList(
-            Block(dim, attention_of(index), config.mlp_ratio, config.drop_rate, drop_path, norm_eps=1e-6)
-            for index, drop_path in enumerate(drop_path_rates(config.drop_path_rate, depth))
-        )
+            self.blocks.append(Block(dim, attn, config.mlp_ratio, config.drop_rate, drop_path, norm_eps=1e-6))
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.add_head()
 
@@ -122,20 +119,18 @@ class DeiT(Backbone):
         grid = (x.shape[-2] // self.config.patch_size, x.shape[-1] // self.config.patch_size)
         x = self.patch_embed(x)  # (B, H W, C)
         x = torch.cat((self.cls_token.expand(x.shape[0], -1, -1), x), dim=1)  # (B, N, C)
-        x = self.pos_drop(x + self.positions(grid))  # (B, N, C)
+        x = self.pos_drop(x + resample_positions(self.pos_embed, self.grid, grid))  # (B, N, C)
         for block in self.blocks:
             x = self.run_block(block, x, grid)  # (B, N, C)
         return self.norm(x)  # (B, N, C)
-
-    def positions(self, grid: tuple[int, int]) -> Tensor:
-        """Position embedding `(1, N, C)` of a grid `(H, W)`; interpolated if it is not the configured one."""
-        return self.pos_embed if grid == self.grid else resample_positions(self.pos_embed, self.grid, grid)
 
 
 def resample_positions(positions: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
     """Interpolate a position embedding `(1, 1 + h w, C)` from the grid `old = (h, w)` to the grid `new`."""
     from timm.layers import resample_abs_pos_embed
 
+    if new == old:
+        return positions
     return resample_abs_pos_embed(positions, list(new), list(old), num_prefix_tokens=1)
 
 

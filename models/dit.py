@@ -9,6 +9,7 @@ Shape letters: B batch, I input channels, N = H W tokens, C width, K classes.
 """
 
 import math
+from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -116,17 +117,6 @@ class TimestepEmbedder(nn.Module):
         return self.mlp(torch.cat((angles.cos(), angles.sin()), dim=-1).to(next(self.mlp.parameters()).dtype))
 
 
-class LabelEmbedder(nn.Module):
-    """Embed labels `(B,)` as `(B, C)`; `num_classes` is the null label of classifier-free guidance."""
-
-    def __init__(self, num_classes: int, dim: int, null: bool) -> None:
-        super().__init__()
-        self.embedding_table = nn.Embedding(num_classes + null, dim)
-
-    def forward(self, y: Tensor) -> Tensor:
-        return self.embedding_table(y)
-
-
 class DiTBlock(nn.Module):
     """Transformer block with adaLN-Zero: adaptive norms and gates that start at zero."""
 
@@ -175,7 +165,9 @@ class DiT(nn.Module):
         contrast_grid = config.contrast_grid or [min(max(1, side // 2), MAX_CONTRAST_SIDE) for side in grid]
         self.x_embedder = PatchEmbed(None, config.patch_size, config.in_channels, dim)
         self.t_embedder = TimestepEmbedder(dim)
-        self.y_embedder = LabelEmbedder(config.num_classes, dim, null=config.class_dropout_prob > 0)
+        # With label dropout, the last row is the null label. The name is that of the original's checkpoints.
+        table = nn.Embedding(config.num_classes + (config.class_dropout_prob > 0), dim)
+        self.y_embedder = nn.Sequential(OrderedDict(embedding_table=table))
         # Constant, but a parameter in the original's checkpoints.
         self.pos_embed = nn.Parameter(sincos_positions(dim, grid), requires_grad=False)
         self.blocks = nn.ModuleList(
@@ -208,7 +200,7 @@ class DiT(nn.Module):
         nn.init.xavier_uniform_(self.x_embedder.proj.weight.view(self.config.hidden_size, -1))
         nn.init.zeros_(self.x_embedder.proj.bias)  # type: ignore[arg-type]
         for table in (self.y_embedder.embedding_table, self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
-            nn.init.normal_(table.weight, std=0.02)  # type: ignore[arg-type]
+            nn.init.normal_(table.weight, std=0.02)  # type: ignore[arg-type, union-attr]
         starts_at_zero = [block.adaLN_modulation[1] for block in self.blocks]  # type: ignore[index, union-attr]
         for layer in (*starts_at_zero, self.final_layer.adaLN_modulation[1], self.final_layer.linear):
             nn.init.zeros_(layer.weight)  # type: ignore[arg-type, union-attr]
@@ -251,13 +243,9 @@ class DiT(nn.Module):
         Both halves run as one batch of 2 B.
 
         Args:
-            x, t, y: as in `forward`.
             scale: guidance scale; 1 is no guidance.
             channels: number of guided channels. The original guides 3 of 4 "for exact reproducibility" of its table;
                 None guides every channel of the noise or velocity.
-
-        Returns:
-            `(B, out_channels, height, width)`.
         """
         null = torch.full_like(y, self.null_label)
         out = self(torch.cat((x, x)), torch.cat((t, t)), torch.cat((y, null)))

@@ -44,10 +44,8 @@ class Block(nn.Module):
 class Backbone(nn.Module):
     """Base class of the image classifiers: size check, head, and the methods that timm expects of a model.
 
-    A subclass defines `forward_features` and `group_matcher`, and calls `add_head()` at the end of `__init__`.
-
-    Args:
-        num_features, num_prefix_tokens: width of the final tokens, and number of prefix tokens among them, P.
+    A subclass defines `forward_features` and `group_matcher`, and calls `add_head()` at the end of `__init__`. The
+    final tokens have `num_features` channels; the first `num_prefix_tokens` are prefix tokens.
     """
 
     def __init__(self, config: BackboneConfig, num_features: int, num_prefix_tokens: int) -> None:

@@ -153,11 +153,8 @@ class PVT(Pyramid):
         if self.cls_token is not None and stage == len(self.stages) - 1:
             prefix = 1
             x = torch.cat((self.cls_token.expand(x.shape[0], -1, -1), x), dim=1)  # (B, N, C)
-        return self.pos_drop(x + self.positions(stage, grid, prefix))  # (B, N, C)
-
-    def positions(self, stage: int, grid: tuple[int, int], prefix: int) -> Tensor:
-        """Positions `(1, N, C)` of a stage for a grid; interpolated if it is not the configured one."""
-        return resize_positions(self.pos_embeds[stage], self.config.grid(stage), grid, prefix)
+        positions = resize_positions(self.pos_embeds[stage], self.config.grid(stage), grid, prefix)  # (1, N, C)
+        return self.pos_drop(x + positions)  # (B, N, C)
 
     def adapt(self, name: str, tensor: Tensor) -> Tensor | None:
         """Interpolate positions of another (square) image size; drop the class token's if the model has none."""

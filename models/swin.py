@@ -72,9 +72,7 @@ class WindowAttention(nn.Module):
     """Softmax attention within windows, optionally shifted.
 
     Args:
-        dim, num_heads: C, M.
         grid: `(H, W)` of the stage; a grid no larger than a window is one window, without shift.
-        window_size: side of a window.
         shifted: shift the windows by half their side.
     """
 
@@ -90,6 +88,8 @@ class WindowAttention(nn.Module):
         qkv_bias: bool,
         proj_drop: float,
     ) -> None:
+        from timm.layers import gen_relative_position_index
+
         super().__init__()
         self.num_heads = num_heads
         self.window = height, width = min(grid[0], window_size), min(grid[1], window_size)
@@ -98,7 +98,8 @@ class WindowAttention(nn.Module):
         self.proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
         self.relative_position_bias_table = nn.Parameter(torch.zeros((2 * height - 1) * (2 * width - 1), num_heads))
-        self.register_buffer("relative_position_index", relative_positions(height, width), persistent=False)
+        index = gen_relative_position_index(self.window)  # into the table, for each pair of tokens: (L, L)
+        self.register_buffer("relative_position_index", index, persistent=False)
         trunc_normal_(self.relative_position_bias_table, std=0.02)
 
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -127,15 +128,6 @@ class WindowAttention(nn.Module):
         if any(shift):
             bias = bias + shift_mask(grid, self.window, shift, bias.device)[:, None]
         return bias.flatten(0, 1)
-
-
-def relative_positions(height: int, width: int) -> Tensor:
-    """Index into the bias table for each pair of tokens in a window: `(L, L)`."""
-    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-    rows, columns = rows.flatten(), columns.flatten()
-    down = rows[:, None] - rows[None, :] + height - 1  # (L, L), from 0
-    right = columns[:, None] - columns[None, :] + width - 1
-    return down * (2 * width - 1) + right
 
 
 def shift_mask(grid: tuple[int, int], window: tuple[int, int], shift: list[int], device: torch.device) -> Tensor:

@@ -175,12 +175,10 @@ class Interpolant:
 
     def interval(self, eps: float, form: DiffusionForm | None = None, last_step: float = 0.0) -> tuple[float, float]:
         """Return where time starts and ends: `eps` away from singular ends."""
-        start, end = 0.0, 1.0
-        sde, velocity = form is not None, self.prediction is Prediction.velocity
-        late = 1 - last_step if sde and last_step else 1 - eps
+        velocity = self.prediction is Prediction.velocity
+        end = 1 - last_step if form is not None and last_step else 1 - eps
         if self.path is PathType.vp:
-            end = late
-        elif sde or not velocity:
-            start = eps if not velocity or form is DiffusionForm.sbdm else 0.0
-            end = late
-        return start, end
+            return 0.0, end
+        if velocity and form is None:
+            return 0.0, 1.0
+        return (0.0 if velocity and form is not DiffusionForm.sbdm else eps), end

@@ -119,17 +119,13 @@ class GeneratedImages:
             raise NonFiniteError(f"{error}: samples {numbers[0]} to {numbers[-1]} of {self.source}") from error
         return [GeneratedImage(image, label, output.nfe) for image, label in zip(pixels, classes, strict=True)]
 
-    def read(self, numbers: Sequence[int]) -> np.ndarray:
-        """Sample and return pixels `(len(numbers), H, W, I)` uint8."""
-        samples = self.sample(numbers)
-        self.nfe += [sample.nfe for sample in samples]
-        return np.stack([sample.pixels for sample in samples])
-
     def stream(self, blocks: Iterable[Sequence[int]]) -> Iterator[tuple[Sequence[int], np.ndarray]]:
-        """Yield the blocks and their pixels in order."""
+        """Yield the blocks of sample numbers in order, with their pixels `(len(block), H, W, I)` uint8."""
         self.nfe = []
         for block in blocks:
-            yield block, self.read(block)
+            samples = self.sample(block)
+            self.nfe += [sample.nfe for sample in samples]
+            yield block, np.stack([sample.pixels for sample in samples])
 
     def settings(self) -> dict[str, Any]:
         """Return everything that the pixels depend on."""
