@@ -33,7 +33,7 @@ from vca.runtime.compute import set_precision
 from vca.runtime.errors import config_errors
 from vca.runtime.rundir import RunDirectory, check_ranks_agree, to_dict
 from vca.runtime.seeding import seed_torch
-from vca.training.generation import GenerationLoss, generation_data
+from vca.training.generation import GenerationLoss, item_transform
 from vca.training.run import TrainingRun, log_on_main
 from vca.training.step import TrainState
 
@@ -59,9 +59,9 @@ def run(config: TrainGenConfig) -> dict[str, float]:
         log_on_main(world, f"{config.name}: loading data={config.data.name}")
         dataset = load_dataset(config.data, train=True)
         autoencoder = load_autoencoder(config.autoencoder, world.device)
-        data = generation_data(dataset, config.data, config.augment, autoencoder)
-        inputs = {"autoencoder": autoencoder.identity(), "cache": data.cache}
-        record = {**to_dict(config), "inputs": inputs, **identify_files(world, train=data.dataset)}
+        transform, item_bytes, cache = item_transform(dataset, config.data, config.augment, autoencoder)
+        inputs = {"autoencoder": autoencoder.identity(), "cache": cache}
+        record = {**to_dict(config), "inputs": inputs, **identify_files(world, train=dataset)}
         run_dir.check(record)
 
         seed_torch(config.seed, "model")
@@ -70,16 +70,16 @@ def run(config: TrainGenConfig) -> dict[str, float]:
             attention = config.attention.name + backend_of(model, world.device, trainer.precision.compute_dtype)
             model.set_grad_checkpointing(trainer.grad_checkpointing)
 
-        order = TrainOrder(len(data.dataset), trainer.global_batch_size, config.seed, config.augment.aug_repeats)
+        order = TrainOrder(len(dataset), trainer.global_batch_size, config.seed, config.augment.aug_repeats)
         state = TrainState(model, trainer, config.optim, world, order.steps_per_epoch)
         training = TrainingRun(run_dir, state, trainer, world)
         training.resume()
         due_at_end = {"samples"} | ({"frechet"} if trainer.fid_every else set())
         if not (training.finished and due_at_end <= training.reported):
-            batch_bytes = micro_batch_size * data.item_bytes
-            check_before_training(config.data, [data.dataset], trainer.workers, batch_bytes, world)
-            dropout = model.config.class_dropout_prob
-            loss_of = GenerationLoss(objective, autoencoder, data.cached, dropout, model.null_label, config.seed)
+            batch_bytes = micro_batch_size * item_bytes
+            check_before_training(config.data, [dataset], trainer.workers, batch_bytes, world)
+            cached, dropout = cache is not None, model.config.class_dropout_prob
+            loss_of = GenerationLoss(objective, autoencoder, cached, dropout, model.null_label, config.seed)
             sampled_model = state.ema.module if state.ema is not None else state.model
             pipeline = DiffusionPipeline(sampled_model, objective, autoencoder)
             online_fid = None
@@ -87,12 +87,12 @@ def run(config: TrainGenConfig) -> dict[str, float]:
                 extractor = load_extractor(config.extractor, world, rebuild)
                 online_fid = OnlineFid(config.fid, extractor, config.sampler, config.data, pipeline, world)
             with training.open(config.name, record, config.wandb):
-                images = f"{config.data.name}: {len(data.dataset)} images of {math.prod(config.model.grid)} tokens"
+                images = f"{config.data.name}: {len(dataset)} images of {math.prod(config.model.grid)} tokens"
                 training.log_setup(config.name, f"{config.model.name} with {attention}", images)
                 micro_batches = MicroBatches(
                     order, world, micro_batch_size, accumulation, state.step, state.total_steps
                 )
-                loader = train_loader(data.dataset, data.transform, config.seed, micro_batches, trainer.workers)
+                loader = train_loader(dataset, transform, config.seed, micro_batches, trainer.workers)
 
                 def evaluate_if_due() -> None:
                     if training.due(trainer.eval_every, "samples"):

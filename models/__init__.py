@@ -28,7 +28,7 @@ GENERATORS = {family: pair for family, pair in MODELS.items() if family not in C
 
 
 def build_model(config: Any, attention: Any) -> Any:
-    """Build a network from a model config (one of the dataclasses in `MODELS`) and an attention config."""
+    """Build a network from a model config (one of the dataclasses in `MODELS`) and a config in `ATTENTIONS`."""
     if config.family not in MODELS:
         raise ValueError(f"model.family must be one of {sorted(MODELS)}, got '{config.family}'")
     config_class, module = MODELS[config.family]

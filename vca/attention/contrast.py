@@ -240,19 +240,10 @@ class Lambda(nn.Module):
 class VisualContrastAttention(PooledAttention):
     """VCA with projections and local branch, a drop-in replacement for MHSA: `(B, N, C)` to `(B, N, C)`.
 
-    Parameters do not depend on the grid, except the kernel of `pooling=depthwise`.
-
-    Args:
-        dim: width C.
-        num_heads: number of heads M; must divide `dim`.
-        grid: `(H, W)` of the patch tokens; pass `attn(x, grid=(H, W))` for inputs with another grid.
-        contrast_grid: contrast grid `(h, w)`, by default `(7, 7)`; `config.contrast_grid` overrides it.
-        num_prefix_tokens: number of tokens before the grid (class token, registers).
-        layer_index: depth of the layer, from 0. It sets `lambda_init = 0.8 - 0.6 exp(-0.3 layer_index)`, which is also
-            the initial offset of both lambdas. With 0 in every layer, all layers use `lambda_init = 0.2`.
-        qkv_bias: whether the qkv projection has a bias.
-        proj_drop: dropout rate after the output projection.
-        config: `VCAConfig`; None uses the paper's options.
+    Takes the arguments of `ProjectedAttention`; inputs with another grid are called as `attn(x, grid=(H, W))`.
+    `layer_index` sets `lambda_init = 0.8 - 0.6 exp(-0.3 layer_index)`, which is also the initial offset of both
+    lambdas. With 0 in every layer, all layers use `lambda_init = 0.2`. Parameters do not depend on the grid, except the
+    kernel of `pooling=depthwise`.
 
     New parameters and weight decay: lambda vectors and norm weights are 1-D and not decayed by `vca.training.optim`;
     the stream embeddings `e_pos`, `e_neg` `(M, n, D)` are decayed.

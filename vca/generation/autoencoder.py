@@ -70,7 +70,6 @@ class Autoencoder:
     """Frozen autoencoder; always computes in float32, also inside a bf16 run.
 
     Args:
-        config: the autoencoder's config.
         network: module with `encode(images) -> moments` and `decode(unscaled latents) -> images`.
         scale, shift: scale and shift of the latents where the config has null.
         text: source or settings of the network, hashed together with its parameters.
@@ -143,11 +142,6 @@ class DiffusersVAE(nn.Module):
 
     def decode(self, latents: Tensor) -> Tensor:
         return self.vae.decode(latents).sample
-
-
-def pixel_space(config: AutoencoderConfig) -> Autoencoder:
-    """Return the identity autoencoder."""
-    return Autoencoder(config, PixelSpace())
 
 
 def load_diffusers_vae(config: AutoencoderConfig) -> Autoencoder:
@@ -225,7 +219,7 @@ def load_custom_vae(config: AutoencoderConfig) -> Autoencoder:
 
 # name -> (config dataclass, loader)
 AUTOENCODERS: dict[str, tuple[type, Callable[[Any], Autoencoder]]] = {
-    "none": (AutoencoderConfig, pixel_space),
+    "none": (AutoencoderConfig, lambda config: Autoencoder(config, PixelSpace())),
     "diffusers": (AutoencoderConfig, load_diffusers_vae),
     "file": (AutoencoderConfig, load_custom_vae),
 }

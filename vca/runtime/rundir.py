@@ -150,10 +150,6 @@ class RunDirectory:
         append_line(self.path / "launches.jsonl", json.dumps(launch))
         write_text(self.path / "uncommitted.diff", diff)
 
-    def write_failure(self, rank: int, record: dict[str, Any]) -> None:
-        """Write the details of a non-finite gradient on a rank."""
-        write_text(self.path / f"nonfinite_rank{rank}.json", json.dumps(record) + "\n")
-
     def append(self, record: dict[str, Any]) -> None:
         """Append a record to `metrics.jsonl`."""
         append_line(self.metrics_file, json.dumps(record))
@@ -251,12 +247,7 @@ def diff_configs(old: Any, new: Any, ignored: Collection[str] = (), key: str = "
 
 
 def check_ranks_agree(world: World, config: Any) -> None:
-    """Raise `ConfigError` on every rank unless all ranks have the same config and code as rank 0.
-
-    Args:
-        world: this process.
-        config: dataclass of a root script.
-    """
+    """Raise `ConfigError` on every rank unless all ranks have the same config and code as rank 0."""
     if world.size == 1:
         return
     own = {"config": to_dict(config), "code": code_sha256()}

@@ -85,38 +85,36 @@ def all_reduce(world: World) -> str:
     return f"sums over {world.size} ranks are exact"
 
 
-def bandwidth(world: World, parameters: int, megabytes: int = 64, rounds: int = 5) -> str:
-    """Measure an all-reduce, and estimate the time for this model's gradients."""
-    if world.size == 1:
-        return "skipped for one rank"
-    data = torch.ones(megabytes * 2**18, device=world.device)  # float32
+def median_seconds(world: World, work: Callable[[], object], rounds: int) -> float:
+    """Time `work` on the device `rounds` times, all ranks at once, after two rounds that set up connections."""
     times = []
-    for _ in range(rounds + 1):
+    for _ in range(rounds + 2):
         wait_for_device(world)
         world.barrier()
         start = time.perf_counter()
-        world.sum(data)
+        work()
         wait_for_device(world)
         times.append(time.perf_counter() - start)
-    seconds = sorted(times[1:])[rounds // 2]  # the first round sets up connections
+    return sorted(times[2:])[rounds // 2]
+
+
+def bandwidth(world: World, parameters: int) -> str:
+    """Measure an all-reduce of 64 MB, and estimate the time for this model's gradients."""
+    if world.size == 1:
+        return "skipped for one rank"
+    data = torch.ones(2**24, device=world.device)  # float32
+    seconds = median_seconds(world, lambda: world.sum(data), rounds=5)
     moved = 2 * (world.size - 1) / world.size * data.numel() * 4
-    gradients = seconds * parameters * 4 / (data.numel() * 4)
+    gradients = seconds * parameters / data.numel()
     rate = moved / seconds / 1e9
     return f"{rate:.2f} GB/s per rank (bus); the gradients of this model take {gradients * 1e3:.0f} ms per step"
 
 
-def speed(world: World, size: int = 2048, rounds: int = 10) -> str:
+def speed(world: World) -> str:
     """Time the same matrix product on each rank: the slowest rank sets the pace."""
-    size = size if world.device.type == "cuda" else size // 4
+    size = 2048 if world.device.type == "cuda" else 512
     a = torch.ones(size, size, device=world.device)
-    times = []
-    for _ in range(rounds + 2):
-        wait_for_device(world)
-        start = time.perf_counter()
-        a @ a
-        wait_for_device(world)
-        times.append(time.perf_counter() - start)
-    median = sorted(times[2:])[rounds // 2]
+    median = median_seconds(world, lambda: a @ a, rounds=10)
     ranks = world.broadcast(world.gather((median, world.rank, platform.node())))
     fastest, slowest = min(ranks), max(ranks)
     ratio = slowest[0] / fastest[0]
@@ -202,10 +200,8 @@ def disk(world: World, folder: Path, parameters: int, keep: int, ema: bool) -> s
 def resume(world: World, train: Callable[[Path], dict[str, Tensor]], folder: Path) -> str:
     """Check that a run of ten steps and one resumed after five have bit-identical weights.
 
-    Args:
-        world: this process.
-        train: starts or resumes a run of ten steps, with a checkpoint at step 5, in a folder; returns the weights.
-        folder: an empty folder that all ranks see.
+    `train` starts or resumes a run of ten steps, with a checkpoint at step 5, in a folder, and returns the weights.
+    All ranks see `folder`, which is empty.
     """
     whole = train(folder / "whole")
     without_end = shutil.ignore_patterns("step_00000010.pt")

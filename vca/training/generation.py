@@ -1,7 +1,6 @@
 """Generation loss: time, noise and label dropout of each image are functions of its address."""
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,36 +15,18 @@ from vca.generation.objective import Objective
 from vca.runtime.seeding import derive_seed
 
 
-@dataclass(frozen=True)
-class GenerationData:
-    """Training data of a generator: images, encoded in each step, or cached latents.
-
-    Attributes:
-        dataset: data set of `(image, label)` or `(moments, label)`.
-        transform: transform of one item.
-        item_bytes: size of a transformed item.
-        cached: whether the items are moments of latents.
-        cache: identity of the cache, None for images.
-    """
-
-    dataset: Any
-    transform: Any
-    item_bytes: int
-    cached: bool
-    cache: dict[str, Any] | None
-
-
-def generation_data(dataset: Any, data: DataConfig, augment: AugmentConfig, autoencoder: Autoencoder) -> GenerationData:
-    """Combine a training split with the transform that an autoencoder needs.
+def item_transform(
+    dataset: Any, data: DataConfig, augment: AugmentConfig, autoencoder: Autoencoder
+) -> tuple[Any, int, dict[str, Any] | None]:
+    """Return the transform of images or cached latents, the bytes of its result, and the identity of a cache or None.
 
     Raises:
         ConfigError: if a latent cache was made by another autoencoder or does not support the augmentation.
     """
     if not isinstance(dataset, LatentCache):
-        return GenerationData(dataset, train_transform(augment, data), data.image_bytes, False, None)
+        return train_transform(augment, data), data.image_bytes, None
     dataset.check(autoencoder.identity(), augment)
-    item_bytes = 4 * math.prod(dataset.manifest.shape[1:])
-    return GenerationData(dataset, RandomVersion(augment.hflip), item_bytes, True, dataset.manifest.identity())
+    return RandomVersion(augment.hflip), 4 * math.prod(dataset.manifest.shape[1:]), dataset.manifest.identity()
 
 
 class GenerationLoss:
@@ -55,12 +36,8 @@ class GenerationLoss:
     repeat) only. They are the same at any world size, and for cached latents and images.
 
     Args:
-        objective: diffusion or interpolant.
-        autoencoder: encodes the images.
         cached: the batches contain moments instead of images.
-        class_dropout: probability of replacing a label by the null label.
-        null_label: number of classes.
-        seed: seed of the run.
+        class_dropout: probability of replacing a label by `null_label`.
     """
 
     def __init__(

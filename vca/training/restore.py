@@ -39,8 +39,6 @@ def load_generator(
         configs: `model`, `attention`, `objective` and `autoencoder`; optionally `trained_with`, the identity that the
             autoencoder must have, and `training`, recorded in the pipeline's origin.
         build: builds a network from model and attention config.
-        world: this process.
-        weights: `ema` or `raw`.
         run, step: run directory and step of its checkpoint; None is the newest.
         checkpoint: file of weights instead of a run; it must contain exactly this network.
 
@@ -49,9 +47,12 @@ def load_generator(
     """
     with config_errors():
         model = build(configs["model"], configs["attention"])
-    origin = (
-        load_run(model, Path(run), step, weights, world) if run else load_file(model, Path(str(checkpoint)), weights)
-    )
+    if run:
+        origin = load_run(model, Path(run), step, weights, world)
+    else:
+        report = init_from(model, Path(str(checkpoint)), weights, key="checkpoint")
+        report.check_complete("checkpoint must be a file")
+        origin = {"checkpoint": Path(str(checkpoint)).name, "step": None, "weights": report.source or THE_ONLY_ONES}
     origin = {**origin, "training": configs.get("training"), "weights_sha256": tensors_sha256(model.state_dict())}
     autoencoder = load_autoencoder(configs["autoencoder"], world.device)
     trained_with = configs.get("trained_with")
@@ -83,10 +84,3 @@ def load_step(folder: Path, step: int) -> dict[str, Any]:
         return load_checkpoint(path)
     except CorruptCheckpointError as error:
         raise ConfigError(f"{error}; choose another step=...") from error
-
-
-def load_file(model: Any, path: Path, weights: InitWeights) -> dict[str, Any]:
-    """Load weights of a file, which must contain exactly this model."""
-    report = init_from(model, path, weights, key="checkpoint")
-    report.check_complete("checkpoint must be a file")
-    return {"checkpoint": path.name, "step": None, "weights": report.source or THE_ONLY_ONES}

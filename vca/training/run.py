@@ -1,5 +1,6 @@
 """A training run around its steps, the same for both trainers: resume, reports, checkpoints, stopping."""
 
+import json
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -10,7 +11,8 @@ from torch import Tensor
 
 from vca.runtime.distributed import World
 from vca.runtime.errors import NonFiniteError, PreemptedError
-from vca.runtime.metrics_log import Reporter, WandbConfig, WandbMirror
+from vca.runtime.files import write_text
+from vca.runtime.metrics_log import Reporter, WandbConfig, WandbMirror, WandbMode
 from vca.runtime.rundir import RunDirectory
 from vca.runtime.signals import StopRequest, catch_stop_signals
 from vca.training.checkpoint import checkpoint_path, load_latest_for_all, must_fit, save_checkpoint
@@ -90,7 +92,8 @@ class TrainingRun:
         self.world.from_main(lambda: self.run_dir.begin(config, self.world, step))
         if self.world.is_main:
             self.reporter = Reporter(self.run_dir, step, total, self.trainer.global_batch_size)
-            self.reporter.wandb = WandbMirror(wandb, self.run_dir.path, name, config)
+            if wandb.mode is not WandbMode.off:
+                self.reporter.wandb = WandbMirror(wandb, self.run_dir.path, name, config)
         self.clock = time.perf_counter()
         with catch_stop_signals() as self.stop:
             try:
@@ -144,7 +147,8 @@ class TrainingRun:
         if not result.applied and not self.is_fp16_overflow():
             indices = [index for batch in batches for index in batch.indices.tolist()]
             failure = {"step": self.state.step - 1, "grad_norm": str(result.grad_norm), "loss": str(float(result.loss))}
-            self.run_dir.write_failure(self.world.rank, {**failure, "indices": indices})
+            file = self.run_dir.path / f"nonfinite_rank{self.world.rank}.json"
+            write_text(file, json.dumps({**failure, "indices": indices}) + "\n")
             newest = f"the newest checkpoint is of step {self.saved_step}" if self.saved_step >= 0 else ""
             raise NonFiniteError(
                 f"gradient norm {result.grad_norm} in step {self.state.step - 1}; loss and image indices of each rank "
