@@ -133,7 +133,7 @@ def save_samples(config: TrainGenConfig, pipeline: DiffusionPipeline, training: 
     pixels = to_uint8(images.where(finite[:, None, None, None], -1.0))
     file = training.run_dir.path / "samples" / f"step_{training.state.step:08d}.png"
     with training.reporter.expendable(file.parent):
-        save_image_grid(pixels, file, columns=config.sampled_classes)
+        save_image_grid(pixels, file, columns=config.sampled_classes, zoom=max(1, 48 // pixels.shape[2]))
     return {"samples": len(labels), "nfe": samples.nfe}
 
 

@@ -93,6 +93,16 @@ class AugmentConfig:
         return self.mixup > 0 or self.cutmix > 0
 
 
+@dataclass
+class GeneratorAugmentConfig(AugmentConfig):
+    """Augmentation for `train_gen.py`, which does not mix images."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for key in ("mixup", "cutmix"):
+            check(getattr(self, key) == 0, f"augment.{key}", "0 in generation", getattr(self, key))
+
+
 def train_transform(augment: AugmentConfig, data: DataConfig) -> "Compose":
     """Build the training transform: PIL image to a normalised `(in_chans, img_size, img_size)` tensor."""
     from timm.data import create_transform

@@ -47,3 +47,12 @@ class DataConfig:
         check(self.check_seconds >= 0, "data.check_seconds", ">= 0", self.check_seconds)
         known = ("bicubic", "bilinear")
         check(self.interpolation in known, "data.interpolation", " or ".join(known), self.interpolation)
+
+
+@dataclass
+class ImageDataConfig(DataConfig):
+    """Data set of images, not of latents."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(self.name != "latents", "data", "images", self.name)
