@@ -42,32 +42,34 @@ def config_of(model: str, attention: str, *overrides: str) -> Any:
     train_cls.register_configs()
     train_gen.register_configs()
     script = "train_cls" if load_sizes()[model]["family"] in CLASSIFIERS else "train_gen"
-    choice = [f"model={model}", f"attention={attention}", *overrides]
     if model in EXPERIMENTS:
-        return compose(script, [f"experiment={EXPERIMENTS[model]}", *choice])
-    latents = ["data.img_size=256", "autoencoder=sd_vae"] if script == "train_gen" else []
-    return compose(script, [*choice, "data=imagefolder", *latents])
+        base = [f"experiment={EXPERIMENTS[model]}"]
+    else:
+        base = ["data=imagefolder", *(["data.img_size=256", "autoencoder=sd_vae"] if script == "train_gen" else [])]
+    return compose(script, [*base, f"model={model}", f"attention={attention}", *overrides])
+
+
+def inputs_of(config: Any, batch: int, device: torch.device | None = None) -> tuple[torch.Tensor, ...]:
+    """Create a batch for the model of a config: images, or latents, times and labels for a generator."""
+    if isinstance(config, BackboneConfig):
+        return (torch.randn(batch, config.in_chans, *config.size, device=device),)
+    latents = torch.randn(batch, config.in_channels, *config.size, device=device)
+    return latents, torch.rand(batch, device=device), torch.zeros(batch, dtype=torch.long, device=device)
 
 
 @cache
 def complexity_of(model: str, attention: str, *overrides: str) -> Complexity:
     """Count a model with an attention, see `config_of`."""
     config = config_of(model, attention, *overrides)
-
-    def inputs() -> tuple[torch.Tensor, ...]:
-        if isinstance(config.model, BackboneConfig):
-            return (torch.empty(1, config.model.in_chans, *config.model.size),)
-        latents = torch.empty(1, config.model.in_channels, *config.model.size)
-        return latents, torch.empty(1), torch.empty(1, dtype=torch.long)
-
-    return count(lambda: build_model(config.model, config.attention), inputs)
+    return count(lambda: build_model(config.model, config.attention), lambda: inputs_of(config.model, batch=1))
 
 
 def choices(models: list[str], attentions: list[str]) -> list[tuple[str, tuple[str, ...]]]:
     """Return the models to count, each with its attention and further overrides."""
-    models_counted, attentions_counted = models or sorted(load_sizes()), attentions or ("softmax", "vca")
     rows: list[tuple[str, tuple[str, ...]]] = [
-        (model, (attention,)) for model in models_counted for attention in attentions_counted
+        (model, (attention,))
+        for model in models or sorted(load_sizes())
+        for attention in attentions or ("softmax", "vca")
     ]
     if not models and not attentions:
         ablated = [tuple(row) for name in ablations() for row in rows_of_ablation(name)]

@@ -162,7 +162,7 @@ class NpzImages(ImageSet):
 
     def __init__(self, file: Path, key: str) -> None:
         self.source, self.key = str(file), key
-        self.pixels = map_member(file, "arr_0", key)
+        self.pixels = read_member(file, "arr_0", key, mapped=True)
         array = self.pixels
         if array.dtype != np.uint8:
             first = array[:256]
@@ -187,8 +187,10 @@ def members(file: Path, key: str) -> list[str]:
         return [name.removesuffix(".npy") for name in archive.namelist()]
 
 
-def read_member(file: Path, name: str, key: str) -> np.ndarray:
+def read_member(file: Path, name: str, key: str, mapped: bool = False) -> np.ndarray:
     """Read an array of an npz; the zip's checksum is verified.
+
+    With `mapped`, an array that the archive stores uncompressed is memory-mapped instead.
 
     Raises:
         ConfigError: if the file is not an npz or is corrupt, or has no such array (names the existing ones).
@@ -196,17 +198,8 @@ def read_member(file: Path, name: str, key: str) -> np.ndarray:
     if name not in (names := members(file, key)):
         raise ConfigError(f"{key}: {file} must contain an array '{name}', got {', '.join(names) or 'none'}")
     with npz_errors(file, key), np.load(file, allow_pickle=False) as archive:
-        return archive[name]
-
-
-def map_member(file: Path, name: str, key: str) -> np.ndarray:
-    """Read an array like `read_member`, memory-mapped if the archive stores it uncompressed."""
-    if name not in members(file, key):
-        return read_member(file, name, key)  # raises the error
-    with npz_errors(file, key), zipfile.ZipFile(file) as archive:
-        member = archive.getinfo(f"{name}.npy")
-    if member.compress_type != zipfile.ZIP_STORED:
-        return read_member(file, name, key)
+        if not mapped or (member := archive.zip.getinfo(f"{name}.npy")).compress_type != zipfile.ZIP_STORED:
+            return archive[name]
     with npz_errors(file, key), open(file, "rb") as content:
         content.seek(member.header_offset + 26)  # lengths of the name and extra field before the data
         lengths = np.frombuffer(content.read(4), "<u2")
