@@ -79,7 +79,6 @@ def at_size(model: str, size: int, device: torch.device, budget: Budget) -> list
 
 
 def table_row(row: dict[str, Any]) -> str:
-    """Format a row of the Markdown table."""
     cells = [row["model"], str(row["size"]), str(row["batch"]), row["name"]]
     for kind in ("training", "inference"):
         time = row[kind]

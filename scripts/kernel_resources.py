@@ -141,12 +141,6 @@ def resources(one: Launch, capability: int) -> dict[str, Any]:
     }
 
 
-def sources_sha256() -> str:
-    """Return the sha256 of the sources of the kernels and their launcher."""
-    folder = Path(__file__).parents[1] / "vca" / "attention" / "kernels"
-    return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(folder.glob("*.py")))).hexdigest()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dims", nargs="+", type=int, default=[32, 64, 72, 128], metavar="D")
@@ -156,7 +150,8 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16"], choices=("bfloat16", "float16", "float32"))
     parser.add_argument("--json", type=Path, help="write the rows to this file")
     options = parser.parse_args()
-    about = {"what": "kernel resources", "triton": triton.__version__, "sources": sources_sha256()}
+    sources = b"".join(path.read_bytes() for path in sorted(Path(launch.__file__).parent.glob("*.py")))
+    about = {"what": "kernel resources", "triton": triton.__version__, "sources": hashlib.sha256(sources).hexdigest()}
     about |= {"dims": options.dims, "contrast_tokens": options.contrast, "dtypes": options.dtypes}
     if options.json and options.json.exists() and about.items() <= json.loads(options.json.read_text()).items():
         print(f"{options.json} is up to date")

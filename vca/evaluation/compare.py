@@ -152,10 +152,7 @@ def why_missing(samples: FeatureSet, reference: FeatureSet) -> dict[str, str]:
 def labelled_metrics(metrics: Metrics, settings: dict[str, Any], count: int, published: bool) -> dict[str, str]:
     """Return metric values by a label with the number of images: FID-50K is only for exactly 50,000 samples.
 
-    Args:
-        metrics, settings: results of `compare_sets`.
-        count: number of samples.
-        published: whether the extractor is FID's Inception network; the label is FID only then.
+    The label is FID only if `published`: the extractor is FID's Inception network.
     """
     names = ("FID", "sFID", "KID", "Inception Score")
     if not published:

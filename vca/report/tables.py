@@ -29,20 +29,12 @@ def vca(**options: str) -> dict[str, Any]:
 
 
 class Cell(NamedTuple):
-    """What a cell of a table measures, and its published value.
-
-    Attributes:
-        model: model name.
-        attention: attention config.
-        objective: objective of a generator; None for a classifier.
-        size: image size in pixels.
-        paper: published value; None if not available.
-    """
+    """What a cell of a table measures, and its published value; a classifier has no objective."""
 
     model: str
     attention: dict[str, Any]
     objective: str | None
-    size: int
+    size: int  # of an image, in pixels
     paper: float | None = None
 
 
@@ -160,9 +152,7 @@ class Measurements:
 def gather(folders: Iterable[Path], weights: str | None = None) -> Measurements:
     """Read all runs and records below some folders.
 
-    Args:
-        folders: where to search.
-        weights: accuracy of a classifier's `raw` or `ema` weights; None: EMA if the run has one, else raw.
+    `weights` are those of a classifier's accuracy, `raw` or `ema`; None: EMA if the run has one, else raw.
 
     Raises:
         ConfigError: if a folder does not exist, or a record is incomplete or has changed.

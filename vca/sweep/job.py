@@ -49,12 +49,7 @@ def run_torchrun(command: Sequence[str], log: Path, save_seconds: int, scheduled
 
     A stop signal is passed on as SIGTERM, which torchrun sends to its ranks; it kills them after `save_seconds` (older
     torch: after 30 s). SIGUSR1 and SIGUSR2 are then passed to submitit's handler, which requeues the job and exits.
-
-    Args:
-        command: command of `torchrun`.
-        log: log file of this node.
-        save_seconds: how long the ranks may take to save a checkpoint and exit.
-        scheduled: whether a scheduler ends the job after its signal.
+    `scheduled` is whether a scheduler ends the job after its signal.
 
     Raises:
         SystemExit: after a signal.
