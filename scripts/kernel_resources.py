@@ -19,6 +19,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -159,22 +160,18 @@ def main() -> None:
     print(f"triton {triton.__version__}")
     print(f"{'kernel':22}{'D':>5}{'n':>5}  {'type':10}{'target':>7}{'registers':>11}{'spilled':>9}{'shared':>9}")
     rows = []
-    for dim in options.dims:
-        for contrast in options.contrast:
-            for dtype in options.dtypes:
-                names = set()
-                for one in launches_of(dim, contrast, getattr(torch, dtype)):
-                    if name_of(one) in names:  # backward recomputes the contrast tokens
-                        continue
-                    names.add(name_of(one))
-                    for capability in TARGETS:
-                        row = {"dim": dim, "contrast_tokens": contrast, "dtype": dtype, **resources(one, capability)}
-                        rows.append(row)
-                        print(
-                            f"{row['kernel']:22}{dim:>5}{contrast:>5}  {dtype:10}{'sm_' + str(capability):>7}"
-                            f"{row['registers']:>11}{row['spilled_bytes']:>9}{row['shared_bytes']:>9}",
-                            flush=True,
-                        )
+    for dim, contrast, dtype in product(options.dims, options.contrast, options.dtypes):
+        launches: dict[str, Launch] = {}
+        for one in launches_of(dim, contrast, getattr(torch, dtype)):
+            launches.setdefault(name_of(one), one)  # backward recomputes the contrast tokens
+        for one, capability in product(launches.values(), TARGETS):
+            row = {"dim": dim, "contrast_tokens": contrast, "dtype": dtype, **resources(one, capability)}
+            rows.append(row)
+            print(
+                f"{row['kernel']:22}{dim:>5}{contrast:>5}  {dtype:10}{'sm_' + str(capability):>7}"
+                f"{row['registers']:>11}{row['spilled_bytes']:>9}{row['shared_bytes']:>9}",
+                flush=True,
+            )
     variants = {}
     for variant, arguments in VARIANTS.items():
         compiled = [resources(one, TARGETS[-1])["kernel"] for one in launches_of(prefix=1, **arguments)]

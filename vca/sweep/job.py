@@ -13,7 +13,6 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
@@ -55,11 +54,7 @@ def run_torchrun(command: Sequence[str], log: Path, save_seconds: int, scheduled
         SystemExit: after a signal.
     """
     received: list[int] = []
-
-    def note(number: int, frame: FrameType | None) -> None:
-        received.append(number)
-
-    before = {number: signal.signal(number, note) for number in STOP_SIGNALS}
+    before = {number: signal.signal(number, lambda one, frame: received.append(one)) for number in STOP_SIGNALS}
     environment = {**os.environ, **FRESH_STORE, "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(save_seconds)}
     with open(log, "a") as output:
         print(f"{ATTEMPT}{time.strftime('%Y-%m-%d %H:%M:%S')} on {platform.node()}", file=output, flush=True)
