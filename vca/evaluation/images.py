@@ -48,6 +48,11 @@ class ImageSet:
 
     def read(self, numbers: Sequence[int]) -> np.ndarray:
         """Read images `(len(numbers), H, W, C)` uint8."""
+        with ThreadPoolExecutor(THREADS) as threads:
+            return np.stack(list(threads.map(self.load, numbers)))
+
+    def load(self, number: int) -> np.ndarray:
+        """Read one image `(H, W, C)`."""
         raise NotImplementedError
 
     def stream(self, blocks: Sequence[Sequence[int]]) -> Iterator[tuple[Sequence[int], np.ndarray]]:
@@ -79,16 +84,8 @@ class PngFolder(ImageSet):
                 first = f"{format_shape(self.shape)} like {self.files[0].name}"
                 raise ConfigError(f"{key}: {file} must be {first}, got {format_shape(shape)}")
 
-    def read(self, numbers: Sequence[int]) -> np.ndarray:
-        """Read the files of these numbers.
-
-        Raises:
-            ConfigError: names the file that cannot be decoded.
-        """
-        with ThreadPoolExecutor(THREADS) as threads:
-            return np.stack(list(threads.map(lambda number: self.decode(self.files[number]), numbers)))
-
-    def decode(self, file: Path) -> np.ndarray:
+    def load(self, number: int) -> np.ndarray:
+        file = self.files[number]
         try:
             with Image.open(file) as image:
                 return np.asarray(image).reshape(self.shape)
@@ -173,8 +170,8 @@ class NpzImages(ImageSet):
             raise ConfigError(f"{key}: arr_0 of {file} must be images (N, H, W, 1 or 3), got {array.shape}")
         self.count, self.shape = len(array), array.shape[1:]
 
-    def read(self, numbers: Sequence[int]) -> np.ndarray:
-        return np.stack([self.pixels[number] for number in numbers])
+    def load(self, number: int) -> np.ndarray:
+        return self.pixels[number]
 
 
 def members(file: Path, key: str) -> list[str]:
@@ -228,10 +225,6 @@ class DatasetImages(ImageSet):
         self.dataset, self.source, self.key = dataset, source, key
         self.count, self.shape = len(dataset), (img_size, img_size, in_chans)
         self.crop, self.mode = AdmCrop(img_size), "L" if in_chans == 1 else "RGB"
-
-    def read(self, numbers: Sequence[int]) -> np.ndarray:
-        with ThreadPoolExecutor(THREADS) as threads:
-            return np.stack(list(threads.map(self.load, numbers)))
 
     def load(self, number: int) -> np.ndarray:
         try:
