@@ -39,7 +39,6 @@ from vca.training.step import TrainState
 
 
 def register_configs() -> None:
-    """Register the config schemas of this script with Hydra."""
     register_schemas(
         root={"train_gen": TrainGenConfig}, groups={**generator_groups(GENERATORS), "extractor": EXTRACTORS}
     )

@@ -29,7 +29,6 @@ from vca.runtime.rundir import check_ranks_agree
 
 
 def register_configs() -> None:
-    """Register the config schemas of this script with Hydra."""
     register_schemas(root={"reference_stats": ReferenceStatsConfig}, groups={"extractor": EXTRACTORS})
 
 

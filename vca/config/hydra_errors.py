@@ -165,6 +165,7 @@ def explain(error: BaseException) -> str:
         plus = match.groupdict().get("plus", "+")
         return f"{match['key']} already has a value; write {match['key']}={match['value']} without '{plus}'"
     full_key = re.search(r"full_key: (\S+)", text)
+    place = full_key[1] if full_key else "a value"
     if re.search(r"Key '[^']*' (is not in struct|not in '\w+')", text):
         unknown = re.search(r"Could not override '([^']+)'", text) or full_key
         if unknown is not None:
@@ -173,19 +174,19 @@ def explain(error: BaseException) -> str:
     if match := re.search(r"Value '(.*)' of type '\w+' could not be converted to (\w+)", text):
         null = " (write null for no value)" if match[1].lower() == "none" else ""
         kind = {"Integer": "an integer"}.get(match[2], f"a {match[2].lower()}")
-        return f"{full_key[1] if full_key else 'a value'} must be {kind}, got '{match[1]}'{null}"
+        return f"{place} must be {kind}, got '{match[1]}'{null}"
     if match := re.search(r"Value '(.*)' is not a valid bool", text):
-        return f"{full_key[1] if full_key else 'a value'} must be true or false, got '{match[1]}'"
+        return f"{place} must be true or false, got '{match[1]}'"
     if match := re.search(r"Invalid value assigned: (\w+) is not a ListConfig, list or tuple", text):
-        return f"{full_key[1] if full_key else 'a value'} must be a list such as [1, 2], got a {match[1]}"
+        return f"{place} must be a list such as [1, 2], got a {match[1]}"
     if match := re.search(r"Invalid value '(.*)', expected one of \[(.*)\]", text):
         if full_key and (new := RENAMED.get(f"{full_key[1]}={match[1]}")):
             return f"{full_key[1]}={match[1]} was renamed to {new}"
-        return f"{full_key[1] if full_key else 'a value'} must be one of {match[2]}, got '{match[1]}'"
+        return f"{place} must be one of {match[2]}, got '{match[1]}'"
     if match := re.search(
         r"field '([\w.]+)' is not Optional|Incompatible value 'None' for field of type '(\w+)'", text
     ):
         return f"{full_key[1] if full_key else match[1]} must not be null"
     if match := re.search(r"Interpolation key '([^']+)' not found", text):
-        return f"{full_key[1] if full_key else 'a value'} refers to '{match[1]}', which does not exist"
+        return f"{place} refers to '{match[1]}', which does not exist"
     return " ".join(line.strip() for line in str(error).splitlines() if line.strip())

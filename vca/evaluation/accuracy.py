@@ -1,6 +1,7 @@
 """Classification accuracy, exact on any number of ranks."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from vca.runtime.distributed import World
 
 @torch.inference_mode()
 def evaluate(
-    model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], world: World, autocast: Any = None
+    model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], world: World, autocast: Callable[[], Any] = nullcontext
 ) -> dict[str, float]:
     """Compute top-1, top-5 (with more than five classes), mean cross entropy, and the number of images.
 
@@ -22,7 +23,7 @@ def evaluate(
         model: maps images to logits `(b, K)`.
         batches: this rank's `(images, labels)`.
         world: rank and device of this process.
-        autocast: context manager for the forward pass, or None.
+        autocast: returns the context manager of the forward pass.
 
     Returns:
         `top1` and `top5` in percent, `loss` in nats, `images`.
@@ -33,11 +34,8 @@ def evaluate(
     classes = 0
     for images, labels in batches:
         images, labels = images.to(world.device, non_blocking=True), labels.to(world.device, non_blocking=True)
-        if autocast is None:
+        with autocast():
             logits = model(images).float()
-        else:
-            with autocast():
-                logits = model(images).float()
         classes = logits.shape[1]
         hits = logits.topk(min(5, classes), dim=1).indices == labels[:, None]  # (b, 5)
         counts += torch.stack((hits[:, 0].sum(), hits.sum(), torch.tensor(len(labels), device=world.device)))
