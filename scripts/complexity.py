@@ -10,12 +10,11 @@ import argparse
 import sys
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 import train_cls
 import train_gen
@@ -24,6 +23,7 @@ from models.config import BackboneConfig
 from models.timm_registry import load_sizes
 from vca.config import compose
 from vca.config.composition import CONFIGS
+from vca.evaluation.complexity import Complexity, count
 from vca.report.paper import TABLE1
 from vca.sweep.plan import ablations, rows_of_ablation
 
@@ -54,28 +54,11 @@ def inputs_of(config: Any, batch: int, device: torch.device | None = None) -> tu
     return latents, torch.rand(batch, device=device), torch.zeros(batch, dtype=torch.long, device=device)
 
 
-class Complexity(NamedTuple):
-    """Parameters, and multiply-adds (MACs) of the forward pass of one image of shape `input`."""
-
-    params: int
-    macs: int
-    input: tuple[int, ...]
-
-
 @cache
 def complexity_of(model: str, attention: str, *overrides: str) -> Complexity:
-    """Count a model with an attention on the meta device, see `config_of`.
-
-    MACs are those of matrix products and convolutions; norms, softmax, pooling and additions are not counted, as in
-    the papers.
-    """
+    """Count a model with an attention, see `config_of`."""
     config = config_of(model, attention, *overrides)
-    with torch.device("meta"):
-        network, inputs = build_model(config.model, config.attention).eval(), inputs_of(config.model, batch=1)
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        network(*inputs)
-    params = sum(p.numel() for p in network.parameters())
-    return Complexity(params, counter.get_total_flops() // 2, tuple(inputs[0].shape[1:]))
+    return count(lambda: build_model(config.model, config.attention), lambda: inputs_of(config.model, batch=1))
 
 
 def choices(models: list[str], attentions: list[str]) -> list[tuple[str, tuple[str, ...]]]:
