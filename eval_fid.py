@@ -39,7 +39,6 @@ DEFAULT_COUNT = 50_000  # samples of `run` or `checkpoint`
 
 
 def register_configs() -> None:
-    """Register the config schemas of this script with Hydra."""
     register_schemas(root={"eval_fid": EvalFidConfig}, groups={**generator_groups(GENERATORS), "extractor": EXTRACTORS})
 
 

@@ -23,7 +23,6 @@ from vca.runtime.rundir import check_ranks_agree
 
 
 def register_configs() -> None:
-    """Register the config schemas of this script with Hydra."""
     register_schemas(root={"sample": SampleConfig}, groups=generator_groups(GENERATORS))
 
 

@@ -29,13 +29,12 @@ from vca.runtime.rundir import RunDirectory, check_ranks_agree, to_dict
 from vca.runtime.seeding import seed_torch
 from vca.training.checkpoint import list_checkpoints
 from vca.training.classification import ClassificationLoss
-from vca.training.pretrained import LoadReport, init_from
+from vca.training.pretrained import init_from
 from vca.training.run import TrainingRun, log_on_main
 from vca.training.step import TrainState
 
 
 def register_configs() -> None:
-    """Register the config schemas of this script with Hydra."""
     register_schemas(root={"train_cls": TrainClsConfig}, groups={"model": CLASSIFIERS, "attention": ATTENTIONS})
 
 
@@ -77,7 +76,11 @@ def run(config: TrainClsConfig) -> dict[str, float]:
         evaluating = f"evaluating {len(val_images)} images"
         if trainer.eval_only or (training.finished and "val/top1" in training.reported):
             if not resumed:
-                check_complete(load_report, run_dir)
+                if load_report is None:
+                    raise ConfigError(
+                        f"trainer.eval_only=true needs a checkpoint in {run_dir.checkpoints} or trainer.init_from"
+                    )
+                load_report.check_complete("trainer.eval_only=true needs a trainer.init_from")
                 state.ema = None  # a copy of the loaded weights
             log_on_main(world, evaluating)
             result = evaluate_weights(state, val_loader, normalize)
@@ -113,13 +116,6 @@ def run(config: TrainClsConfig) -> dict[str, float]:
                 evaluate_if_due()
         training.plot_curves(config.name)
         return summarize(config, result, world.is_main)
-
-
-def check_complete(load_report: LoadReport | None, run_dir: RunDirectory) -> None:
-    """Raise `ConfigError` unless `trainer.init_from` has exactly the weights of this model."""
-    if load_report is None:
-        raise ConfigError(f"trainer.eval_only=true needs a checkpoint in {run_dir.checkpoints} or trainer.init_from")
-    load_report.check_complete("trainer.eval_only=true needs a trainer.init_from")
 
 
 def evaluate_weights(state: TrainState, loader: Iterable[Any], normalize: Normalize) -> dict[str, float]:

@@ -33,13 +33,12 @@ from vca.runtime.compute import set_precision
 from vca.runtime.errors import config_errors
 from vca.runtime.rundir import RunDirectory, check_ranks_agree, to_dict
 from vca.runtime.seeding import seed_torch
-from vca.training.generation import GenerationLoss, generation_data
+from vca.training.generation import GenerationLoss, generation_inputs
 from vca.training.run import TrainingRun, log_on_main
 from vca.training.step import TrainState
 
 
 def register_configs() -> None:
-    """Register the config schemas of this script with Hydra."""
     register_schemas(
         root={"train_gen": TrainGenConfig}, groups={**generator_groups(GENERATORS), "extractor": EXTRACTORS}
     )
@@ -59,9 +58,9 @@ def run(config: TrainGenConfig) -> dict[str, float]:
         log_on_main(world, f"{config.name}: loading data={config.data.name}")
         dataset = load_dataset(config.data, train=True)
         autoencoder = load_autoencoder(config.autoencoder, world.device)
-        data = generation_data(dataset, config.data, config.augment, autoencoder, config.seed)
-        inputs = {"autoencoder": autoencoder.identity(), "cache": data.cache}
-        record = {**to_dict(config), "inputs": inputs, **identify_files(world, train=dataset)}
+        inputs, cache = generation_inputs(dataset, config.data, config.augment, autoencoder, config.seed)
+        origin = {"autoencoder": autoencoder.identity(), "cache": cache}
+        record = {**to_dict(config), "inputs": origin, **identify_files(world, train=dataset)}
         run_dir.check(record)
 
         seed_torch(config.seed, "model")
@@ -76,10 +75,10 @@ def run(config: TrainGenConfig) -> dict[str, float]:
         training.resume()
         due_at_end = {"samples"} | ({"frechet"} if trainer.fid_every else set())
         if not (training.finished and due_at_end <= training.reported):
-            batch_bytes = micro_batch_size * data.inputs.item_bytes
+            batch_bytes = micro_batch_size * inputs.item_bytes
             check_before_training(config.data, [dataset], trainer.workers, batch_bytes, world)
-            dropout = model.config.class_dropout_prob
-            loss_of = GenerationLoss(objective, autoencoder, data.cached, dropout, model.null_label)
+            cached, dropout = cache is not None, model.config.class_dropout_prob
+            loss_of = GenerationLoss(objective, autoencoder, cached, dropout, model.null_label)
             sampled_model = state.ema.module if state.ema is not None else state.model
             pipeline = DiffusionPipeline(sampled_model, objective, autoencoder)
             online_fid = None
@@ -92,7 +91,7 @@ def run(config: TrainGenConfig) -> dict[str, float]:
                 micro_batches = MicroBatches(
                     order, world, micro_batch_size, accumulation, state.step, state.total_steps
                 )
-                loader = train_loader(dataset, data.inputs, config.seed, micro_batches, trainer.workers)
+                loader = train_loader(dataset, inputs, config.seed, micro_batches, trainer.workers)
 
                 def evaluate_if_due() -> None:
                     if training.due(trainer.eval_every, "samples"):
@@ -132,7 +131,7 @@ def save_samples(config: TrainGenConfig, pipeline: DiffusionPipeline, training: 
     pixels = to_uint8(images.where(finite[:, None, None, None], -1.0))
     file = training.run_dir.path / "samples" / f"step_{training.state.step:08d}.png"
     with training.reporter.expendable(file.parent):
-        save_image_grid(pixels, file, columns=config.sampled_classes)
+        save_image_grid(pixels, file, columns=config.sampled_classes, zoom=max(1, 48 // pixels.shape[2]))
     return {"samples": len(labels), "nfe": samples.nfe}
 
 

@@ -41,7 +41,6 @@ ON_CPU = ("data", "table1", "inception", "evaluation")
 
 
 def parse() -> argparse.Namespace:
-    """Parse and validate the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=(*ALL, "all", *ON_CPU))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

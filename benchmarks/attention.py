@@ -5,6 +5,7 @@ packed projection `(B, N, 3 C)` to `(B, N, C)`, compared with SDPA. Width 384, 6
 bfloat16 autocast on a GPU.
 """
 
+import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
@@ -96,22 +97,16 @@ def at_shape(shape: Shape, level: str, device: torch.device, budget: Budget) -> 
         sdpa = {name: partial(training, function) for name, function in usable.items() if name.startswith("SDPA")}
         timings = take_turns(sdpa, None, Budget(3), device)
         baseline = min(timings, key=lambda name: timings[name].seconds)
-    kinds = {
-        "forward": (inference, 0.3),
-        "forward + backward": (training, 1.0),
-    }  # function, share of the remaining time
-    times = {
-        kind: take_turns(
-            {name: partial(run, function) for name, function in usable.items()}, baseline, budget.share(part), device, 1
-        )
-        for kind, (run, part) in kinds.items()
-    }
+    times = {}
+    for kind, run, share in (("forward", inference, 0.3), ("forward + backward", training, 1.0)):
+        runs = {name: partial(run, function) for name, function in usable.items()}
+        times[kind] = take_turns(runs, baseline, budget.share(share), device, 1)
     rows = []
     for name, function in usable.items():
         row: dict[str, Any] = {
             "level": level,
             "tokens": shape.tokens,
-            "contrast_tokens": shape.contrast_grid[0] * shape.contrast_grid[1],
+            "contrast_tokens": math.prod(shape.contrast_grid),
         }
         row |= {"name": name, "baseline": baseline, "batch": batch}
         module = function if isinstance(function, nn.Module) else None
@@ -125,7 +120,6 @@ def at_shape(shape: Shape, level: str, device: torch.device, budget: Budget) -> 
 
 
 def table_row(row: dict[str, Any]) -> str:
-    """Format a row of the Markdown table."""
     cells = [row["level"], f"{row['tokens']} ({row['contrast_tokens']})", row["name"]]
     for kind in ("forward", "forward + backward"):
         time = row[kind]
@@ -136,21 +130,19 @@ def table_row(row: dict[str, Any]) -> str:
 
 def relative_to_mhsa(rows: list[dict[str, Any]]) -> list[str]:
     """Format a table of the VCA layers as ratios to timm's `Attention`."""
-    layer = {(row["tokens"], row["name"]): row for row in rows if row["level"] == "layer"}
-    names = [name for name in ("VCA eager", "VCA compiled", "VCA fused") if any(name in key for key in layer)]
+    layer = [row for row in rows if row["level"] == "layer"]
+    base = {row["tokens"]: row for row in layer if row["name"] == "timm Attention"}
     table = [
         "| N (n) | | forward | forward + backward | saved activations | peak memory |",
         "|---|---|---|---|---|---|",
     ]
-    for tokens, name in sorted(layer, key=lambda key: (key[0], names.index(key[1]) if key[1] in names else 0)):
-        base = layer.get((tokens, "timm Attention"))
-        if name not in names or base is None:
+    for row in layer:
+        if not row["name"].startswith("VCA") or row["tokens"] not in base:
             continue
-        row = layer[tokens, name]
         times = [row[kind] for kind in ("forward", "forward + backward")]
-        cells = [f"{tokens} ({row['contrast_tokens']})", name]
+        cells = [f"{row['tokens']} ({row['contrast_tokens']})", row["name"]]
         cells += [f"{time['ratio']:.2f} ({time['low']:.2f} to {time['high']:.2f})" for time in times]
-        cells += [f"{row[key] / base[key]:.2f}" for key in ("kept_bytes", "peak_bytes")]
+        cells += [f"{row[key] / base[row['tokens']][key]:.2f}" for key in ("kept_bytes", "peak_bytes")]
         table.append("| " + " | ".join(cells) + " |")
     return table
 

@@ -20,6 +20,14 @@ from benchmarks.timing import Budget, compare
 ROOT = Path(__file__).parents[1]
 
 
+def write_random_images(folder: Path, images: int, rng: np.random.Generator) -> None:
+    """Write PNG files of 32 x 32 pixels."""
+    folder.mkdir()
+    for number in range(images):
+        pixels = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number:06d}.png", compress_level=1)
+
+
 def benchmark_table1(root: Path, threads: int) -> list[dict]:
     """Run each experiment of Table 1 for 20 steps of 16 images, killed after step 12 and resumed."""
     from vca.config.composition import CONFIGS
@@ -41,7 +49,7 @@ def benchmark_table1(root: Path, threads: int) -> list[dict]:
 
 def train_row(row: str, root: Path, classes: int, folder: Path, threads: int) -> dict[str, Any]:
     """Train one row in a subprocess until a `kill -9`, then resume it from the last checkpoint to the end."""
-    options = ["trainer.steps=20", "trainer.global_batch_size=16", "trainer.log_every=1", "trainer.checkpoint_every=5"]
+    options = ["trainer.steps=20", "trainer.global_batch_size=16", "trainer.log_every=1", "trainer.workers=0"]
     options += [
         f"data.root={root}",
         f"data.num_classes={classes}",
@@ -49,7 +57,8 @@ def train_row(row: str, root: Path, classes: int, folder: Path, threads: int) ->
         "name=row",
         "trainer.workers=0",
     ]
-    options += ["trainer.eval_every=0", "trainer.eval_batch_size=50", "trainer.device=cpu", "augment.aug_repeats=1"]
+    options += ["trainer.checkpoint_every=5", "trainer.eval_every=0", "trainer.eval_batch_size=50"]
+    options += ["trainer.device=cpu", "augment.aug_repeats=1"]
     command = [sys.executable, "train_cls.py", f"experiment=table1/{row}", *options]
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
 
@@ -90,10 +99,7 @@ def benchmark_inception(weights: Path, budget: Budget, threads: int, images: int
         rng = np.random.default_rng(0)
         folders = [Path(folder) / name for name in ("samples", "reference")]
         for path in folders:
-            path.mkdir()
-            for number in range(images):
-                pixels = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(path / f"{number:06d}.png")
+            write_random_images(path, images, rng)
         ours = [sys.executable, "eval_fid.py", f"samples={folders[0]}", f"reference={folders[1]}", "batch_size=32"]
         ours += ["allow_few=true", "device=cpu", f"extractor.weights={weights}", "extractor.sha256=null"]
         theirs = [str(Path(sys.executable).parent / "fidelity"), "--cpu", "--fid", "--no-cache", "--batch-size", "32"]
@@ -131,10 +137,7 @@ def benchmark_evaluation(threads: int, images: int = 50_000) -> list[dict]:
     with tempfile.TemporaryDirectory() as folder:
         root, rng = Path(folder), np.random.default_rng(0)
         (root / "extractor.py").write_text(EXTRACTOR)
-        (root / "samples").mkdir()
-        for number in range(images):
-            pixels = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(root / "samples" / f"{number:06d}.png", compress_level=1)
+        write_random_images(root / "samples", images, rng)
         np.savez(root / "reference.npz", arr_0=rng.integers(0, 256, (images, 32, 32, 3), dtype=np.uint8))
         command = [sys.executable, "eval_fid.py", f"samples={root / 'samples'}", f"reference={root / 'reference.npz'}"]
         command += ["extractor=file", f"extractor.source={root / 'extractor.py'}", "batch_size=250", "device=cpu"]

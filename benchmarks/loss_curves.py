@@ -14,13 +14,11 @@ WINDOW = 9  # records of the running mean
 
 def main() -> None:
     """Plot loss and running mean over the steps; the y range is that of the means after the first window."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     out, *files = map(Path, sys.argv[1:])
-    figure, axis = pyplot.subplots(figsize=(6.4, 3.8), layout="constrained")
+    figure = Figure(figsize=(6.4, 3.8), layout="constrained")
+    axis = figure.subplots()
     lows, highs = [], []
     for index, file in enumerate(files):
         records = [json.loads(line) for line in file.read_text().splitlines()]

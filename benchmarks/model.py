@@ -5,10 +5,12 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from benchmarks.timing import Budget, Timing, peak_bytes, take_turns
+from models import build_model
 from models.timm_registry import load_sizes
+from scripts.complexity import config_of, inputs_of
 from vca.runtime.compute import Precision, autocast
 
 # Image sizes in pixels. Swin and CSwin need multiples of 224 for whole windows.
@@ -35,42 +37,20 @@ def benchmark_model(device: torch.device, budget: Budget, largest: int, models: 
     return rows
 
 
-def build(model: str, size: int, attention: str, backend: str | None) -> nn.Module:
+def build(model: str, size: int, attention: str, *overrides: str) -> nn.Module:
     """Build a model for an image size; generators use latents of an eighth of it."""
-    import train_cls
-    import train_gen
-    from models import CLASSIFIERS, build_model
-    from vca.config import compose
-
-    train_cls.register_configs()
-    train_gen.register_configs()
-    overrides = [f"model={model}", f"attention={attention}", "data=imagefolder", f"data.img_size={size}"]
-    if backend is not None:
-        overrides.append(f"attention.backend={backend}")
-    if load_sizes()[model]["family"] in CLASSIFIERS:
-        config = compose("train_cls", overrides)
-    else:
-        config = compose("train_gen", [*overrides, "autoencoder=sd_vae"])
+    config = config_of(model, attention, "data=imagefolder", f"data.img_size={size}", *overrides)
     return build_model(config.model, config.attention)
-
-
-def inputs_of(network: Any, batch: int, device: torch.device) -> tuple[Tensor, ...]:
-    """Create a batch for a classifier, or latents, times and labels for a generator."""
-    config = network.config
-    if hasattr(config, "in_chans"):
-        return (torch.randn(batch, config.in_chans, *config.size, device=device),)
-    latents = torch.randn(batch, config.in_channels, *config.size, device=device)
-    return latents, torch.rand(batch, device=device), torch.zeros(batch, dtype=torch.long, device=device)
 
 
 def at_size(model: str, size: int, device: torch.device, budget: Budget) -> list[dict]:
     """Measure softmax and VCA at one size; on a GPU, VCA in plain PyTorch and with the Triton kernels."""
     batch = max(1, PIXELS[device.type] // (size * size))
-    kinds: dict[str, tuple[str, str | None]] = {"softmax": ("softmax", None), "VCA eager": ("vca", "eager")}
+    kinds: dict[str, tuple[str, ...]] = {"softmax": ("softmax",), "VCA eager": ("vca", "attention.backend=eager")}
     if device.type == "cuda":
-        kinds["VCA fused"] = ("vca", "triton")
+        kinds["VCA fused"] = ("vca", "attention.backend=triton")
     networks = {name: build(model, size, *kind).to(device) for name, kind in kinds.items()}
-    inputs = inputs_of(networks["softmax"], batch, device)
+    inputs = inputs_of(networks["softmax"].config, batch, device)
     precision = Precision.bf16 if device.type == "cuda" else Precision.fp32
 
     def training(network: nn.Module) -> None:
@@ -99,7 +79,6 @@ def at_size(model: str, size: int, device: torch.device, budget: Budget) -> list
 
 
 def table_row(row: dict[str, Any]) -> str:
-    """Format a row of the Markdown table."""
     cells = [row["model"], str(row["size"]), str(row["batch"]), row["name"]]
     for kind in ("training", "inference"):
         time = row[kind]

@@ -15,13 +15,11 @@ STYLES = {
 
 def plot_attention(rows: list[dict[str, Any]], device: str, file: Path) -> None:
     """Plot time and saved activations per image of the layers measured by `benchmark_attention`."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     rows = [row for row in rows if row["level"] == "layer"]
-    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4.2), constrained_layout=True)
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    axes = figure.subplots(1, 2)
     for axis, title, value in (
         (axes[0], "forward + backward, ms per image", lambda row: 1e3 * row["forward + backward"]["seconds"]),
         (axes[1], "saved activations, MiB per image", lambda row: row["kept_bytes"] / 2**20),
@@ -44,4 +42,3 @@ def plot_attention(rows: list[dict[str, Any]], device: str, file: Path) -> None:
     figure.suptitle(f"one attention layer, width 384, 6 heads, {device}", fontsize=10)
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=130)
-    pyplot.close(figure)

@@ -77,7 +77,7 @@ def take_turns(
 def compare(
     one: Callable[[], object], other: Callable[[], object], budget: Budget, device: torch.device, warm: int = 2
 ) -> dict[str, float]:
-    """Compare two functions: ratio one / other with quartiles, and the median milliseconds of each."""
+    """Time two functions in turn; return the ratio one / other with quartiles, and the median milliseconds of each."""
     timings = take_turns({"one": one, "other": other}, "other", budget, device, warm)
     seconds, ratio, low, high = timings["one"]
     return {"ratio": ratio, "low": low, "high": high, "ms": 1e3 * seconds, "other_ms": 1e3 * timings["other"].seconds}

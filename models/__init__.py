@@ -28,13 +28,13 @@ GENERATORS = {family: pair for family, pair in MODELS.items() if family not in C
 
 
 def build_model(config: Any, attention: Any) -> Any:
-    """Build a network from a model config (one of the dataclasses in `MODELS`) and an attention config."""
+    """Build a network from a model config (one of the dataclasses in `MODELS`) and a config in `ATTENTIONS`."""
     if config.family not in MODELS:
         raise ValueError(f"model.family must be one of {sorted(MODELS)}, got '{config.family}'")
     config_class, module = MODELS[config.family]
     if type(config) is not config_class:
         raise ValueError(
-            f"model.family '{config.family}' must come with a {config_class.__name__}, got {type(config).__name__}"
+            f"config of model.family '{config.family}' must be a {config_class.__name__}, got {type(config).__name__}"
         )
     return module(config, attention)
 

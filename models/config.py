@@ -36,30 +36,17 @@ class BackboneConfig:
         for key in ("drop_rate", "drop_path_rate"):
             if not 0 <= getattr(self, key) < 1:
                 raise ValueError(f"model.{key} must be in [0, 1), got {getattr(self, key)}")
-        size = self.img_size
-        if not (type(size) is int and size >= 1) and not is_pair(size):
-            raise ValueError(f"model.img_size must be one or two integers >= 1, got {size!r}")
         check_size(self.size, self.size_multiple, "model.img_size")
 
     @property
     def size(self) -> tuple[int, int]:
         """`(height, width)` in pixels."""
-        size = self.img_size
-        return (size, size) if isinstance(size, int) else (size[0], size[1])
+        return height_and_width(self.img_size, "model.img_size")
 
     @property
     def size_multiple(self) -> int:
         """Height and width of an image must be multiples of this."""
         raise NotImplementedError
-
-    def check_positive(self, *keys: str) -> None:
-        """Raise `ValueError` unless every number, and every entry of a list, is positive."""
-        for key in keys:
-            value = getattr(self, key)
-            entries = value if isinstance(value, (list, tuple)) else [value]
-            if not entries or not all(entry > 0 for entry in entries):
-                least = "> 0" if any(isinstance(entry, float) for entry in entries) else ">= 1"
-                raise ValueError(f"model.{key} must be {least}, got {value}")
 
 
 @dataclass
@@ -68,7 +55,7 @@ class PyramidConfig(BackboneConfig):
 
     Attributes:
         patch_size: stride of the first embedding, in pixels.
-        depths, num_heads: number of blocks and of heads per stage.
+        depths, num_heads: number of blocks (`depths`) and of heads (`num_heads`) per stage.
         qkv_bias: whether the projections to q, k and v have a bias.
         attention_stages: stages, counted from 1, in which the attention variant replaces the backbone's own attention
             and attends globally. `attention=softmax` keeps the backbone's own attention in every stage.
@@ -86,7 +73,7 @@ class PyramidConfig(BackboneConfig):
     per_stage: ClassVar[tuple[str, ...]] = ("num_heads", "contrast_grid")
 
     def __post_init__(self) -> None:
-        self.check_positive("patch_size", "depths", "num_heads")
+        check_positive(self, "patch_size", "depths", "num_heads")
         super().__post_init__()
         stages = len(self.depths)
         for key in self.per_stage:
@@ -116,6 +103,24 @@ class PyramidConfig(BackboneConfig):
         """`(H, W)` of the tokens of a stage, counted from 0."""
         stride = self.patch_size * 2**stage
         return self.size[0] // stride, self.size[1] // stride
+
+
+def check_positive(config: Any, *keys: str) -> None:
+    """Raise `ValueError` unless every number, and every entry of a list, is positive."""
+    for key in keys:
+        value = getattr(config, key)
+        entries = value if isinstance(value, (list, tuple)) else [value]
+        if not entries or not all(entry > 0 for entry in entries):
+            least = "> 0" if any(isinstance(entry, float) for entry in entries) else ">= 1"
+            raise ValueError(f"model.{key} must be {least}, got {value}")
+
+
+def height_and_width(size: Any, key: str) -> tuple[int, int]:
+    """Return a side or `[height, width]` as a pair; `ValueError` unless these are integers >= 1."""
+    pair = (size, size) if type(size) is int else size
+    if not is_pair(pair):
+        raise ValueError(f"{key} must be one or two integers >= 1, got {size!r}")
+    return (pair[0], pair[1])
 
 
 def check_size(size: tuple[int, int], multiple: int, what: str) -> None:

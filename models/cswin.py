@@ -18,10 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.config import PyramidConfig, check_size
-from models.layers import ConvEmbed, join_windows, load_official, select_options, split_windows
+from models.config import PyramidConfig, check_positive, check_size
+from models.layers import ConvEmbed, join_windows, load_official, split_windows
 from models.pyramid import Pyramid, keeps_own
-from vca.attention import SoftmaxConfig, softmax_attention
+from vca.attention import softmax_attention
 
 
 @dataclass
@@ -46,7 +46,7 @@ class CSWinConfig(PyramidConfig):
     per_stage: ClassVar[tuple[str, ...]] = (*PyramidConfig.per_stage, "split_size")
 
     def __post_init__(self) -> None:
-        self.check_positive("embed_dim", "split_size", "mlp_ratio")
+        check_positive(self, "embed_dim", "split_size", "mlp_ratio")
         super().__post_init__()
         if any(heads % 2 for heads in self.num_heads[:-1]):
             raise ValueError(f"model.num_heads must be even before the last stage, got {list(self.num_heads)}")
@@ -59,10 +59,7 @@ class CrossShapedAttention(nn.Module):
     """Softmax attention within vertical stripes for half of the heads, horizontal stripes for the others.
 
     The depthwise convolution of v (LePE) is one layer over all channels, `local` as in VCA, applied per stripe.
-
-    Args:
-        dim, num_heads: C, M.
-        split: stripe width; None attends globally with all heads.
+    `split` is the stripe width; None attends globally with all heads.
     """
 
     def __init__(self, dim: int, num_heads: int, split: int | None, qkv_bias: bool, proj_drop: float) -> None:
@@ -102,10 +99,6 @@ class CrossShapedAttention(nn.Module):
 class CSWin(Pyramid):
     """Four stages of cross-shaped windows, then the mean over the final tokens.
 
-    Args:
-        config: `CSWinConfig`.
-        attention: config of an attention variant in `vca.attention.ATTENTIONS`.
-
     Raises:
         ValueError: if the stripes do not divide `img_size`; the message has the nearest valid sizes.
     """
@@ -134,7 +127,7 @@ class CSWin(Pyramid):
         self.add_head()
 
     def convert_official(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Convert names of the CSWin repository; the LePE convolutions of two branches become one `local`."""
+        """Convert names of the CSWin repository; the LePE convolutions of both branches are concatenated in `local`."""
         renamed = {}
         for name, tensor in state.items():
             if ".attns.1." in name:
@@ -152,17 +145,9 @@ class CSWin(Pyramid):
 
 
 def from_official(config: Mapping[str, Any], state_dict: Mapping[str, Any]) -> CSWin:
-    """Build the softmax baseline with weights of the CSWin repository.
+    """Build the softmax baseline with weights of the CSWin repository, see `load_official`.
 
-    Args:
-        config: the repository's keys (`embed_dim`, `depth`, `split_size`, `num_heads`, ...); default the original
-            CSWin-Tiny, `CSWin_64_12211_tiny_224`.
-        state_dict: parameters by name, or a checkpoint with them.
-
-    Raises:
-        ValueError: if `config` has an unknown key.
-        RuntimeError: if a parameter is missing, unexpected or has another shape.
+    The keys of `config` are the repository's (`depth`); the default is its CSWin-Tiny, `CSWin_64_12211_tiny_224`.
     """
     options = {"depths" if key == "depth" else key: value for key, value in config.items()}
-    size = select_options(CSWinConfig, {"depths": [1, 2, 21, 1], **options})
-    return load_official(CSWin(size, SoftmaxConfig()), state_dict)
+    return load_official(CSWin, CSWinConfig, {"depths": [1, 2, 21, 1], **options}, state_dict)

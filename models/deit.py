@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from models.config import BackboneConfig
-from models.layers import Backbone, Block, drop_path_rates, load_official, select_options, square_side, trunc_normal_
-from vca.attention import SoftmaxConfig, build_attention
+from models.config import BackboneConfig, check_positive
+from models.layers import Backbone, Block, drop_path_rates, load_official, square_side, trunc_normal_
+from vca.attention import build_attention
 from vca.attention.geometry import is_pair
 from vca.attention.pooling import check_layers
 
@@ -27,7 +27,7 @@ class DeiTConfig(BackboneConfig):
     Attributes:
         patch_size: side of a patch, in pixels.
         embed_dim: width C.
-        depth, num_heads: number of blocks, and of heads per block.
+        depth, num_heads: number of blocks (`depth`) and of heads per block (`num_heads`).
         mlp_ratio: hidden width of the MLPs, as a multiple of `embed_dim`.
         qkv_bias: whether the projections to q, k and v have a bias.
         contrast_grid: `[h, w]` of the contrast tokens; `attention.contrast_grid` overrides it.
@@ -44,7 +44,7 @@ class DeiTConfig(BackboneConfig):
     contrast_grid: list[int] = field(default_factory=lambda: [7, 7])
 
     def __post_init__(self) -> None:
-        self.check_positive("patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio")
+        check_positive(self, "patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio")
         super().__post_init__()
         if self.embed_dim % self.num_heads:
             raise ValueError(f"model.num_heads must divide model.embed_dim {self.embed_dim}, got {self.num_heads}")
@@ -57,12 +57,7 @@ class DeiTConfig(BackboneConfig):
 
 
 class DeiT(Backbone):
-    """Vision Transformer with a class token and learned absolute position embeddings.
-
-    Args:
-        config: `DeiTConfig`; at other image sizes `forward` interpolates `pos_embed`.
-        attention: config of an attention variant in `vca.attention.ATTENTIONS`.
-    """
+    """Vision Transformer with a class token and learned position embeddings, interpolated at other image sizes."""
 
     config: DeiTConfig
 
@@ -78,8 +73,9 @@ class DeiT(Backbone):
         self.pos_embed = nn.Parameter(torch.zeros(1, self.num_prefix_tokens + self.grid[0] * self.grid[1], dim))
         self.pos_drop = nn.Dropout(config.drop_rate)
 
-        def attention_of(index: int) -> nn.Module:
-            return build_attention(
+        self.blocks = nn.ModuleList()
+        for index, drop_path in enumerate(drop_path_rates(config.drop_path_rate, depth)):
+            attn = build_attention(
                 attention,
                 dim,
                 config.num_heads,
@@ -90,11 +86,7 @@ class DeiT(Backbone):
                 qkv_bias=config.qkv_bias,
                 proj_drop=config.drop_rate,
             )
-
-        self.blocks = nn.ModuleList(
-            Block(dim, attention_of(index), config.mlp_ratio, config.drop_rate, drop_path, norm_eps=1e-6)
-            for index, drop_path in enumerate(drop_path_rates(config.drop_path_rate, depth))
-        )
+            self.blocks.append(Block(dim, attn, config.mlp_ratio, config.drop_rate, drop_path, norm_eps=1e-6))
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.add_head()
 
@@ -127,32 +119,21 @@ class DeiT(Backbone):
         grid = (x.shape[-2] // self.config.patch_size, x.shape[-1] // self.config.patch_size)
         x = self.patch_embed(x)  # (B, H W, C)
         x = torch.cat((self.cls_token.expand(x.shape[0], -1, -1), x), dim=1)  # (B, N, C)
-        x = self.pos_drop(x + self.positions(grid))  # (B, N, C)
+        x = self.pos_drop(x + resample_positions(self.pos_embed, self.grid, grid))  # (B, N, C)
         for block in self.blocks:
             x = self.run_block(block, x, grid)  # (B, N, C)
         return self.norm(x)  # (B, N, C)
-
-    def positions(self, grid: tuple[int, int]) -> Tensor:
-        """Position embedding `(1, N, C)` of a grid `(H, W)`; interpolated if it is not the configured one."""
-        return self.pos_embed if grid == self.grid else resample_positions(self.pos_embed, self.grid, grid)
 
 
 def resample_positions(positions: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
     """Interpolate a position embedding `(1, 1 + h w, C)` from the grid `old = (h, w)` to the grid `new`."""
     from timm.layers import resample_abs_pos_embed
 
+    if new == old:
+        return positions
     return resample_abs_pos_embed(positions, list(new), list(old), num_prefix_tokens=1)
 
 
 def from_official(config: Mapping[str, Any], state_dict: Mapping[str, Any]) -> DeiT:
-    """Build the softmax baseline with weights of timm's `deit_*_patch16_224` or of the DeiT repository.
-
-    Args:
-        config: fields of `DeiTConfig` (`embed_dim`, `depth`, `num_heads`, `img_size`, ...); default DeiT-Tiny.
-        state_dict: parameters by name, or a checkpoint with them under `model`.
-
-    Raises:
-        ValueError: if `config` has an unknown key.
-        RuntimeError: if a parameter is missing, unexpected or has another shape.
-    """
-    return load_official(DeiT(select_options(DeiTConfig, config), SoftmaxConfig()), state_dict)
+    """Build the softmax baseline with weights of timm's or the DeiT repository's `deit_*`, see `load_official`."""
+    return load_official(DeiT, DeiTConfig, config, state_dict)

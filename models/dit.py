@@ -9,6 +9,7 @@ Shape letters: B batch, I input channels, N = H W tokens, C width, K classes.
 """
 
 import math
+from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -18,9 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from models.config import check_size
-from models.layers import load_official, select_options
-from vca.attention import SoftmaxConfig, build_attention
+from models.config import check_positive, check_size, height_and_width
+from models.layers import load_official
+from vca.attention import build_attention
 from vca.attention.geometry import is_pair
 from vca.attention.pooling import check_layers
 
@@ -41,7 +42,7 @@ class DiTConfig:
         patch_size: side of a patch, in latent pixels.
         in_channels: channels of the latent or image; follows `autoencoder.channels`.
         hidden_size: width C.
-        depth, num_heads: number of blocks, and of heads per block.
+        depth, num_heads: number of blocks (`depth`) and of heads per block (`num_heads`).
         mlp_ratio: hidden width of the MLPs, as a multiple of `hidden_size`.
         num_classes: number of classes; follows `data.num_classes`.
         class_dropout_prob: probability of replacing a label by the null label, `num_classes`, in training.
@@ -65,15 +66,11 @@ class DiTConfig:
     contrast_grid: Any = None
 
     def __post_init__(self) -> None:
-        for key in ("patch_size", "in_channels", "hidden_size", "depth", "num_heads", "num_classes"):
-            if getattr(self, key) < 1:
-                raise ValueError(f"model.{key} must be >= 1, got {getattr(self, key)}")
-        if not self.mlp_ratio > 0:
-            raise ValueError(f"model.mlp_ratio must be > 0, got {self.mlp_ratio}")
+        check_positive(
+            self, "patch_size", "in_channels", "hidden_size", "depth", "num_heads", "num_classes", "mlp_ratio"
+        )
         if not 0 <= self.class_dropout_prob < 1:
             raise ValueError(f"model.class_dropout_prob must be in [0, 1), got {self.class_dropout_prob}")
-        if not (type(self.input_size) is int and self.input_size >= 1) and not is_pair(self.input_size):
-            raise ValueError(f"model.input_size must be one or two integers >= 1, got {self.input_size!r}")
         check_size(self.size, self.patch_size, "model.input_size")
         if self.hidden_size % self.num_heads or self.hidden_size % 4:
             rule = f"divisible by 4 and by model.num_heads {self.num_heads}"
@@ -84,7 +81,7 @@ class DiTConfig:
     @property
     def size(self) -> tuple[int, int]:
         """`(height, width)` of the input."""
-        return (self.input_size,) * 2 if isinstance(self.input_size, int) else tuple(self.input_size)
+        return height_and_width(self.input_size, "model.input_size")
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -102,19 +99,8 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 def adaln(dim: int, parts: int) -> nn.Sequential:
-    """Build the MLP from the condition `(B, C)` to shifts, scales and gates `(B, parts C)`."""
+    """Build the layers that map the condition `(B, C)` to shifts, scales and gates `(B, parts C)`."""
     return nn.Sequential(nn.SiLU(), nn.Linear(dim, parts * dim))
-
-
-class PatchEmbedder(nn.Module):
-    """Embed patches: `(B, I, height, width)` to `(B, N, C)`."""
-
-    def __init__(self, patch_size: int, in_channels: int, dim: int) -> None:
-        super().__init__()
-        self.proj = nn.Conv2d(in_channels, dim, patch_size, patch_size)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.proj(x).flatten(2).transpose(1, 2)
 
 
 class TimestepEmbedder(nn.Module):
@@ -131,17 +117,6 @@ class TimestepEmbedder(nn.Module):
         return self.mlp(torch.cat((angles.cos(), angles.sin()), dim=-1).to(next(self.mlp.parameters()).dtype))
 
 
-class LabelEmbedder(nn.Module):
-    """Embed labels `(B,)` as `(B, C)`; `num_classes` is the null label of classifier-free guidance."""
-
-    def __init__(self, num_classes: int, dim: int, null: bool) -> None:
-        super().__init__()
-        self.embedding_table = nn.Embedding(num_classes + null, dim)
-
-    def forward(self, y: Tensor) -> Tensor:
-        return self.embedding_table(y)
-
-
 class DiTBlock(nn.Module):
     """Transformer block with adaLN-Zero: adaptive norms and gates that start at zero."""
 
@@ -156,7 +131,7 @@ class DiTBlock(nn.Module):
         self.adaLN_modulation = adaln(dim, 6)
 
     def forward(self, x: Tensor, c: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Tokens `(B, N, C)` and condition `(B, C)` to `(B, N, C)`."""
+        """Map tokens `(B, N, C)` and the condition `(B, C)` to tokens `(B, N, C)`."""
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c).chunk(6, dim=1)
         x = x + gate_msa.unsqueeze(1) * self.attn(modulate(self.norm1(x), shift_msa, scale_msa), grid)
         return x + gate_mlp.unsqueeze(1) * self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))
@@ -177,23 +152,22 @@ class FinalLayer(nn.Module):
 
 
 class DiT(nn.Module):
-    """Diffusion transformer.
-
-    Args:
-        config: `DiTConfig`.
-        attention: config of an attention variant in `vca.attention.ATTENTIONS`.
-    """
+    """Diffusion transformer, see `models.build_model`."""
 
     def __init__(self, config: DiTConfig, attention: Any) -> None:
+        from timm.layers import PatchEmbed
+
         super().__init__()
         check_layers(attention, config.depth)
         self.config = config
         dim, grid = config.hidden_size, config.grid
         self.grad_checkpointing = False
         contrast_grid = config.contrast_grid or [min(max(1, side // 2), MAX_CONTRAST_SIDE) for side in grid]
-        self.x_embedder = PatchEmbedder(config.patch_size, config.in_channels, dim)
+        self.x_embedder = PatchEmbed(None, config.patch_size, config.in_channels, dim)
         self.t_embedder = TimestepEmbedder(dim)
-        self.y_embedder = LabelEmbedder(config.num_classes, dim, null=config.class_dropout_prob > 0)
+        # With label dropout, the last row is the null label. The name is that of the original's checkpoints.
+        table = nn.Embedding(config.num_classes + (config.class_dropout_prob > 0), dim)
+        self.y_embedder = nn.Sequential(OrderedDict(embedding_table=table))
         # Constant, but a parameter in the original's checkpoints.
         self.pos_embed = nn.Parameter(sincos_positions(dim, grid), requires_grad=False)
         self.blocks = nn.ModuleList(
@@ -226,7 +200,7 @@ class DiT(nn.Module):
         nn.init.xavier_uniform_(self.x_embedder.proj.weight.view(self.config.hidden_size, -1))
         nn.init.zeros_(self.x_embedder.proj.bias)  # type: ignore[arg-type]
         for table in (self.y_embedder.embedding_table, self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
-            nn.init.normal_(table.weight, std=0.02)  # type: ignore[arg-type]
+            nn.init.normal_(table.weight, std=0.02)  # type: ignore[arg-type, union-attr]
         starts_at_zero = [block.adaLN_modulation[1] for block in self.blocks]  # type: ignore[index, union-attr]
         for layer in (*starts_at_zero, self.final_layer.adaLN_modulation[1], self.final_layer.linear):
             nn.init.zeros_(layer.weight)  # type: ignore[arg-type, union-attr]
@@ -236,10 +210,6 @@ class DiT(nn.Module):
     def null_label(self) -> int:
         """Label of the unconditional model."""
         return self.config.num_classes
-
-    def no_weight_decay(self) -> set[str]:
-        """None beyond the 1-D parameters: the recipe has no weight decay."""
-        return set()
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Save only the input of each block for backward, and recompute the block there."""
@@ -273,13 +243,9 @@ class DiT(nn.Module):
         Both halves run as one batch of 2 B.
 
         Args:
-            x, t, y: as in `forward`.
             scale: guidance scale; 1 is no guidance.
             channels: number of guided channels. The original guides 3 of 4 "for exact reproducibility" of its table;
                 None guides every channel of the noise or velocity.
-
-        Returns:
-            `(B, out_channels, height, width)`.
         """
         null = torch.full_like(y, self.null_label)
         out = self(torch.cat((x, x)), torch.cat((t, t)), torch.cat((y, null)))
@@ -307,16 +273,8 @@ def sincos_positions(dim: int, grid: tuple[int, int]) -> Tensor:
 
 
 def from_official(config: Mapping[str, Any], state_dict: Mapping[str, Any]) -> DiT:
-    """Build the softmax baseline with weights of the DiT or SiT repository.
+    """Build the softmax baseline with weights of the DiT or SiT repository, see `load_official`.
 
-    Args:
-        config: fields of `DiTConfig` (`input_size`, `patch_size`, `hidden_size`, `depth`, `num_heads`, ...); default
-            DiT-S/2.
-        state_dict: parameters by name, or a checkpoint with them under `ema` (preferred) or `model`.
-
-    Raises:
-        ValueError: if `config` has an unknown key.
-        RuntimeError: if a parameter is missing, unexpected or has another shape.
+    Both repositories store `model` and `ema`, and sample from `ema`.
     """
-    state_dict = state_dict.get("ema") or state_dict  # both trainers store model and ema, and sample from ema
-    return load_official(DiT(select_options(DiTConfig, config), SoftmaxConfig()), state_dict)
+    return load_official(DiT, DiTConfig, config, state_dict.get("ema") or state_dict)

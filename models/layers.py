@@ -6,7 +6,7 @@ Shape letters: B batch, N tokens (of a grid H x W, after P prefix tokens), C cha
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import Any, TypeVar
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from models.config import BackboneConfig, check_size
+from vca.attention import SoftmaxConfig
 
 Config = TypeVar("Config")
 
@@ -43,12 +44,8 @@ class Block(nn.Module):
 class Backbone(nn.Module):
     """Base class of the image classifiers: size check, head, and the methods that timm expects of a model.
 
-    A subclass defines `forward_features` and `group_matcher`, and calls `add_head()` at the end of `__init__`.
-
-    Args:
-        config: config of the backbone.
-        num_features: width of the final tokens.
-        num_prefix_tokens: number of prefix tokens among the final tokens, P.
+    A subclass defines `forward_features` and `group_matcher`, and calls `add_head()` at the end of `__init__`. The
+    final tokens have `num_features` channels; the first `num_prefix_tokens` are prefix tokens.
     """
 
     def __init__(self, config: BackboneConfig, num_features: int, num_prefix_tokens: int) -> None:
@@ -130,16 +127,16 @@ class Backbone(nn.Module):
         init_linear(self.head)
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Images `(B, in_chans, height, width)` to normalised tokens `(B, N, C)`."""
+        """Map images `(B, in_chans, height, width)` to normalised tokens `(B, N, C)`."""
         raise NotImplementedError
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Tokens `(B, N, C)` to logits `(B, K)`, or with `pre_logits` to the pooled features `(B, C)`."""
+        """Map tokens `(B, N, C)` to logits `(B, K)`, or with `pre_logits` to the pooled features `(B, C)`."""
         x = x[:, 0] if self.num_prefix_tokens else x.mean(dim=1)
         return x if pre_logits else self.head(x)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images `(B, in_chans, height, width)` to logits `(B, K)`."""
+        """Map images `(B, in_chans, height, width)` to logits `(B, K)`."""
         return self.forward_head(self.forward_features(x))
 
 
@@ -198,13 +195,24 @@ def select_options(config_class: type[Config], options: Mapping[str, Any]) -> Co
     return config_class(**options)
 
 
-def load_official(model: Any, state_dict: Mapping[str, Any]) -> Any:
-    """Load a state dict of the original code, optionally under `model`, `state_dict` or `state_dict_ema`.
+def load_official(
+    network: Callable[[Any, Any], Any],
+    config_class: type,
+    config: Mapping[str, Any],
+    state_dict: Mapping[str, Any],
+) -> Any:
+    """Build the softmax baseline of a family with weights of the original code; the `from_official` of every family.
+
+    Args:
+        network, config_class: the pair in `models.MODELS`.
+        config: fields of `config_class`; it has the defaults of the smallest size.
+        state_dict: parameters by name, or a checkpoint with them under `model`, `state_dict` or `state_dict_ema`.
 
     Raises:
-        ValueError: if the file has more than one of these keys.
+        ValueError: if `config` has an unknown key, or the checkpoint has more than one of these keys.
         RuntimeError: if a parameter is missing, unexpected or has another shape.
     """
+    model = network(select_options(config_class, config), SoftmaxConfig())
     held = [key for key in ("model", "state_dict", "state_dict_ema") if isinstance(state_dict.get(key), Mapping)]
     if len(held) > 1:
         raise ValueError(f"the checkpoint contains {' and '.join(held)}; pass one of them")

@@ -17,10 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.config import PyramidConfig
-from models.layers import ConvEmbed, load_official, select_options, square_side, trunc_normal_
+from models.config import PyramidConfig, check_positive
+from models.layers import ConvEmbed, load_official, square_side, trunc_normal_
 from models.pyramid import Pyramid, keeps_own
-from vca.attention import SoftmaxConfig, softmax_attention
+from vca.attention import softmax_attention
 from vca.attention.geometry import to_image
 
 
@@ -29,7 +29,7 @@ class PVTConfig(PyramidConfig):
     """Config of a PVT, with the names of its repository.
 
     Attributes:
-        embed_dims, mlp_ratios: width and MLP ratio per stage.
+        embed_dims, mlp_ratios: width (`embed_dims`) and MLP ratio (`mlp_ratios`) per stage.
         sr_ratios: reduction of height and width of the keys and values per stage; 1 is none.
         norm_eps: epsilon of every LayerNorm in and after the blocks.
     """
@@ -45,7 +45,7 @@ class PVTConfig(PyramidConfig):
     per_stage: ClassVar[tuple[str, ...]] = (*PyramidConfig.per_stage, "embed_dims", "mlp_ratios", "sr_ratios")
 
     def __post_init__(self) -> None:
-        self.check_positive("embed_dims", "mlp_ratios", "sr_ratios", "norm_eps")
+        check_positive(self, "embed_dims", "mlp_ratios", "sr_ratios", "norm_eps")
         super().__post_init__()
         if self.sr_ratios[-1] != 1:
             raise ValueError(f"model.sr_ratios must end with 1 (the stage with the class token), got {self.sr_ratios}")
@@ -98,12 +98,7 @@ def resize_positions(embed: Tensor, old: tuple[int, int], new: tuple[int, int], 
 
 
 class PVT(Pyramid):
-    """Four stages with learned positions; a class token in the last stage if it keeps its own attention.
-
-    Args:
-        config: `PVTConfig`.
-        attention: config of an attention variant in `vca.attention.ATTENTIONS`.
-    """
+    """Four stages with learned positions; a class token in the last stage if it keeps its own attention."""
 
     config: PVTConfig
 
@@ -158,11 +153,8 @@ class PVT(Pyramid):
         if self.cls_token is not None and stage == len(self.stages) - 1:
             prefix = 1
             x = torch.cat((self.cls_token.expand(x.shape[0], -1, -1), x), dim=1)  # (B, N, C)
-        return self.pos_drop(x + self.positions(stage, grid, prefix))  # (B, N, C)
-
-    def positions(self, stage: int, grid: tuple[int, int], prefix: int) -> Tensor:
-        """Positions `(1, N, C)` of a stage for a grid; interpolated if it is not the configured one."""
-        return resize_positions(self.pos_embeds[stage], self.config.grid(stage), grid, prefix)
+        positions = resize_positions(self.pos_embeds[stage], self.config.grid(stage), grid, prefix)  # (1, N, C)
+        return self.pos_drop(x + positions)  # (B, N, C)
 
     def adapt(self, name: str, tensor: Tensor) -> Tensor | None:
         """Interpolate positions of another (square) image size; drop the class token's if the model has none."""
@@ -192,15 +184,5 @@ class PVT(Pyramid):
 
 
 def from_official(config: Mapping[str, Any], state_dict: Mapping[str, Any]) -> PVT:
-    """Build the softmax baseline with weights of the PVT repository.
-
-    Args:
-        config: fields of `PVTConfig` (`embed_dims`, `depths`, `num_heads`, `mlp_ratios`, `sr_ratios`, ...); default
-            PVT-Tiny.
-        state_dict: parameters by name, or a checkpoint with them.
-
-    Raises:
-        ValueError: if `config` has an unknown key.
-        RuntimeError: if a parameter is missing, unexpected or has another shape.
-    """
-    return load_official(PVT(select_options(PVTConfig, config), SoftmaxConfig()), state_dict)
+    """Build the softmax baseline with weights of the PVT repository, see `load_official`."""
+    return load_official(PVT, PVTConfig, config, state_dict)

@@ -37,9 +37,7 @@ class Pyramid(Backbone):
     """Hierarchical backbone.
 
     Args:
-        config: config of the backbone.
-        attention: config of an attention variant in `vca.attention.ATTENTIONS`.
-        embeds: one module per stage, from an image `(B, C, H, W)` to tokens and their grid.
+        embeds: one module per stage; it maps an image `(B, C, H, W)` to tokens and their grid.
         own_attention: `(stage, block) -> module`, the backbone's own attention.
         mlp_ratios: one per stage.
         norm_eps: epsilon of every LayerNorm in and after the blocks.
@@ -63,8 +61,8 @@ class Pyramid(Backbone):
     ) -> None:
         if attention.name == SoftmaxConfig.name and attention.local_branch:
             raise ValueError(
-                f"attention.local_branch must be false with attention=softmax, where {config.family} keeps its own "
-                f"attention, got {attention.local_branch}"
+                f"attention.local_branch must be false with attention=softmax ({config.family} keeps its own "
+                f"attention), got {attention.local_branch}"
             )
         check_layers(attention, sum(config.depths))
         last = len(config.depths) - 1
@@ -86,23 +84,12 @@ class Pyramid(Backbone):
                 proj_drop=config.drop_rate,
             )
 
-        self.stages = nn.ModuleList(
-            Stage(
-                embed,
-                [
-                    Block(
-                        config.dim(stage),
-                        attention_of(stage, block),
-                        mlp_ratios[stage],
-                        config.drop_rate,
-                        next(rates),
-                        norm_eps,
-                    )
-                    for block in range(config.depths[stage])
-                ],
-            )
-            for stage, embed in enumerate(embeds)
-        )
+        self.stages = nn.ModuleList()
+        for stage, embed in enumerate(embeds):
+            dim, ratio = config.dim(stage), mlp_ratios[stage]
+            attentions = (attention_of(stage, block) for block in range(config.depths[stage]))
+            blocks = [Block(dim, attn, ratio, config.drop_rate, next(rates), norm_eps) for attn in attentions]
+            self.stages.append(Stage(embed, blocks))
         self.norm = nn.LayerNorm(self.num_features, eps=norm_eps)
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:

@@ -17,18 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.config import PyramidConfig
-from models.layers import (
-    ConvEmbed,
-    join_windows,
-    load_official,
-    select_options,
-    split_windows,
-    square_side,
-    trunc_normal_,
-)
+from models.config import PyramidConfig, check_positive
+from models.layers import ConvEmbed, join_windows, load_official, split_windows, square_side, trunc_normal_
 from models.pyramid import Pyramid
-from vca.attention import SoftmaxConfig, softmax_attention
+from vca.attention import softmax_attention
 
 MASKED = -100.0  # added to the score of tokens from different regions of a shifted window; the original's value
 
@@ -53,7 +45,7 @@ class SwinConfig(PyramidConfig):
     attention_stages: list[int] = field(default_factory=lambda: [1, 2, 3])
 
     def __post_init__(self) -> None:
-        self.check_positive("embed_dim", "window_size", "mlp_ratio")
+        check_positive(self, "embed_dim", "window_size", "mlp_ratio")
         super().__post_init__()
 
     def dim(self, stage: int) -> int:
@@ -80,9 +72,7 @@ class WindowAttention(nn.Module):
     """Softmax attention within windows, optionally shifted.
 
     Args:
-        dim, num_heads: C, M.
         grid: `(H, W)` of the stage; a grid no larger than a window is one window, without shift.
-        window_size: side of a window.
         shifted: shift the windows by half their side.
     """
 
@@ -98,6 +88,8 @@ class WindowAttention(nn.Module):
         qkv_bias: bool,
         proj_drop: float,
     ) -> None:
+        from timm.layers import gen_relative_position_index
+
         super().__init__()
         self.num_heads = num_heads
         self.window = height, width = min(grid[0], window_size), min(grid[1], window_size)
@@ -106,7 +98,8 @@ class WindowAttention(nn.Module):
         self.proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
         self.relative_position_bias_table = nn.Parameter(torch.zeros((2 * height - 1) * (2 * width - 1), num_heads))
-        self.register_buffer("relative_position_index", relative_positions(height, width), persistent=False)
+        index = gen_relative_position_index(self.window)  # into the table, for each pair of tokens: (L, L)
+        self.register_buffer("relative_position_index", index, persistent=False)
         trunc_normal_(self.relative_position_bias_table, std=0.02)
 
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -137,15 +130,6 @@ class WindowAttention(nn.Module):
         return bias.flatten(0, 1)
 
 
-def relative_positions(height: int, width: int) -> Tensor:
-    """Index into the bias table for each pair of tokens in a window: `(L, L)`."""
-    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-    rows, columns = rows.flatten(), columns.flatten()
-    down = rows[:, None] - rows[None, :] + height - 1  # (L, L), from 0
-    right = columns[:, None] - columns[None, :] + width - 1
-    return down * (2 * width - 1) + right
-
-
 def shift_mask(grid: tuple[int, int], window: tuple[int, int], shift: list[int], device: torch.device) -> Tensor:
     """Attention mask `(R, L, L)`: `MASKED` between tokens that were not neighbours before the roll, else 0."""
 
@@ -159,12 +143,7 @@ def shift_mask(grid: tuple[int, int], window: tuple[int, int], shift: list[int],
 
 
 class Swin(Pyramid):
-    """Four stages of window attention, then the mean over the final tokens.
-
-    Args:
-        config: `SwinConfig`.
-        attention: config of an attention variant in `vca.attention.ATTENTIONS`.
-    """
+    """Four stages of window attention, then the mean over the final tokens."""
 
     config: SwinConfig
 
@@ -220,14 +199,5 @@ class Swin(Pyramid):
 
 
 def from_official(config: Mapping[str, Any], state_dict: Mapping[str, Any]) -> Swin:
-    """Build the softmax baseline with weights of timm's `swin_*` or of the Swin repository.
-
-    Args:
-        config: fields of `SwinConfig` (`embed_dim`, `depths`, `num_heads`, `window_size`, ...); default Swin-Tiny.
-        state_dict: parameters by name, or a checkpoint with them.
-
-    Raises:
-        ValueError: if `config` has an unknown key.
-        RuntimeError: if a parameter is missing, unexpected or has another shape.
-    """
-    return load_official(Swin(select_options(SwinConfig, config), SoftmaxConfig()), state_dict)
+    """Build the softmax baseline with weights of timm's or the Swin repository's `swin_*`, see `load_official`."""
+    return load_official(Swin, SwinConfig, config, state_dict)

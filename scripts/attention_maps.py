@@ -34,8 +34,6 @@ from vca.training.restore import load_run
 
 Maps = list[dict[str, Tensor]]  # title -> map, for each layer
 
-IGNORED_DATA_KEYS = {"root": None, "check_seconds": None}  # may differ between two runs
-
 
 def read_classifier_config(run: Path) -> dict[str, Any]:
     """Read the config of a run of `train_cls.py`."""
@@ -92,8 +90,8 @@ def maps_of_run(run: Path, images: Tensor, patch: tuple[int, int] | None) -> Map
 
 def maps_of_baseline(baseline: Path, run: Path, layers: Maps, images: Tensor, patch: tuple[int, int] | None) -> Maps:
     """Compute the MHSA maps of `baseline` for the same images and grids as `layers`, the maps of `run`."""
-    data, other = ({**read_classifier_config(folder)["data"], **IGNORED_DATA_KEYS} for folder in (run, baseline))
-    if differences := diff_configs(other, data, key="data"):
+    data, other = (read_classifier_config(folder)["data"] for folder in (run, baseline))
+    if differences := diff_configs(other, data, ("data.root", "data.check_seconds"), key="data"):
         raise ConfigError(f"--baseline: {baseline} must have the data of {run}, got {'; '.join(differences)}")
     baseline_maps = maps_of_run(baseline, images, patch)
     for folder, maps, title in ((baseline, baseline_maps, "MHSA"), (run, layers, "VCA")):
@@ -117,16 +115,13 @@ def token_map(maps: dict[str, Tensor]) -> Tensor:
 
 def plot_layer(layer: int, images: Tensor, maps: dict[str, Tensor], patch: tuple[int, int] | None, path: Path) -> None:
     """Save a figure with one row per image and one column per map."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
 
     low, high = images.amin((1, 2, 3), keepdim=True), images.amax((1, 2, 3), keepdim=True)
     pixels = ((images - low) / (high - low).clamp_min(1e-6)).permute(0, 2, 3, 1)
-    figure, axes = plt.subplots(
-        len(images), 1 + len(maps), figsize=(1.3 * (1 + len(maps)), 1.3 * len(images) + 0.35), squeeze=False
-    )
+    figure = Figure(figsize=(1.3 * (1 + len(maps)), 1.3 * len(images) + 0.35))
+    axes = figure.subplots(len(images), 1 + len(maps), squeeze=False)
     figure.suptitle(f"layer {layer}", fontsize="small", x=0.01, ha="left")
     grid = token_map(maps).shape[1:]
     row, column = patch or center_of((grid[0], grid[1]))
@@ -134,7 +129,7 @@ def plot_layer(layer: int, images: Tensor, maps: dict[str, Tensor], patch: tuple
     for index, image in enumerate(pixels):
         axes[index, 0].imshow(image.squeeze(-1).numpy(), cmap="gray")
         corner = (column * size[1] - 0.5, row * size[0] - 0.5)
-        axes[index, 0].add_patch(plt.Rectangle(corner, size[1], size[0], fill=False, color="red", lw=1.2))
+        axes[index, 0].add_patch(Rectangle(corner, size[1], size[0], fill=False, color="red", lw=1.2))
         for axis, (name, values) in zip(axes[index, 1:], maps.items(), strict=True):
             one, signed = values[index], name in ("I", "II", "VCA")
             peak = float(one.abs().max())
@@ -145,7 +140,6 @@ def plot_layer(layer: int, images: Tensor, maps: dict[str, Tensor], patch: tuple
         axis.set_axis_off()
     figure.tight_layout(pad=0.4)
     figure.savefig(path, dpi=90)
-    plt.close(figure)
 
 
 def main() -> None:

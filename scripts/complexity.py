@@ -4,13 +4,10 @@ Also counts every row of the ablations in configs/ablation/ on the models of Tab
 
 python scripts/complexity.py
 python scripts/complexity.py --model swin_tiny --attention agent differential       only these
-python scripts/complexity.py --json         [{"model": ..., "attention": ..., "params": ..., "macs": ..., "input": ...}]
 """
 
 import argparse
-import json
 import sys
-from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -42,32 +39,34 @@ def config_of(model: str, attention: str, *overrides: str) -> Any:
     train_cls.register_configs()
     train_gen.register_configs()
     script = "train_cls" if load_sizes()[model]["family"] in CLASSIFIERS else "train_gen"
-    choice = [f"model={model}", f"attention={attention}", *overrides]
     if model in EXPERIMENTS:
-        return compose(script, [f"experiment={EXPERIMENTS[model]}", *choice])
-    latents = ["data.img_size=256", "autoencoder=sd_vae"] if script == "train_gen" else []
-    return compose(script, [*choice, "data=imagefolder", *latents])
+        base = [f"experiment={EXPERIMENTS[model]}"]
+    else:
+        base = ["data=imagefolder", *(["data.img_size=256", "autoencoder=sd_vae"] if script == "train_gen" else [])]
+    return compose(script, [*base, f"model={model}", f"attention={attention}", *overrides])
+
+
+def inputs_of(config: Any, batch: int, device: torch.device | None = None) -> tuple[torch.Tensor, ...]:
+    """Create a batch for the model of a config: images, or latents, times and labels for a generator."""
+    if isinstance(config, BackboneConfig):
+        return (torch.randn(batch, config.in_chans, *config.size, device=device),)
+    latents = torch.randn(batch, config.in_channels, *config.size, device=device)
+    return latents, torch.rand(batch, device=device), torch.zeros(batch, dtype=torch.long, device=device)
 
 
 @cache
 def complexity_of(model: str, attention: str, *overrides: str) -> Complexity:
     """Count a model with an attention, see `config_of`."""
     config = config_of(model, attention, *overrides)
-
-    def inputs() -> tuple[torch.Tensor, ...]:
-        if isinstance(config.model, BackboneConfig):
-            return (torch.empty(1, config.model.in_chans, *config.model.size),)
-        latents = torch.empty(1, config.model.in_channels, *config.model.size)
-        return latents, torch.empty(1), torch.empty(1, dtype=torch.long)
-
-    return count(lambda: build_model(config.model, config.attention), inputs)
+    return count(lambda: build_model(config.model, config.attention), lambda: inputs_of(config.model, batch=1))
 
 
 def choices(models: list[str], attentions: list[str]) -> list[tuple[str, tuple[str, ...]]]:
     """Return the models to count, each with its attention and further overrides."""
-    models_counted, attentions_counted = models or sorted(load_sizes()), attentions or ("softmax", "vca")
     rows: list[tuple[str, tuple[str, ...]]] = [
-        (model, (attention,)) for model in models_counted for attention in attentions_counted
+        (model, (attention,))
+        for model in models or sorted(load_sizes())
+        for attention in attentions or ("softmax", "vca")
     ]
     if not models and not attentions:
         ablated = [tuple(row) for name in ablations() for row in rows_of_ablation(name)]
@@ -76,23 +75,15 @@ def choices(models: list[str], attentions: list[str]) -> list[tuple[str, tuple[s
 
 
 def main() -> None:
-    """Count and print the models."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", action="store_true", help="rows as JSON")
     parser.add_argument("--model", nargs="+", default=[], choices=sorted(load_sizes()), metavar="NAME")
     attentions = sorted(path.stem for path in (CONFIGS / "attention").glob("*.yaml"))
     parser.add_argument("--attention", nargs="+", default=[], choices=attentions, metavar="NAME")
     options = parser.parse_args()
 
-    rows = [
-        (model, " ".join(chosen).replace("attention.", ""), complexity_of(model, *chosen))
-        for model, chosen in choices(options.model, options.attention)
-    ]
-    if options.json:
-        print(json.dumps([{"model": model, "attention": attention, **asdict(c)} for model, attention, c in rows]))
-        return
     print(f"{'model':22}{'input':14}{'attention':24}{'params (M)':>12}{'MACs (G)':>10}   paper: params  MACs")
-    for model, attention, counts in rows:
+    for model, chosen in choices(options.model, options.attention):
+        attention, counts = " ".join(chosen).replace("attention.", ""), complexity_of(model, *chosen)
         row = TABLE1.get((model, attention))
         published = f"{row.params:>16}{row.macs:>6}" if row else ""
         shape = "x".join(map(str, counts.input))

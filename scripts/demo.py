@@ -86,15 +86,13 @@ def main() -> None:
         last = next(line for line in reversed(lines) if "val/top1" in line)
         print(f"{name:<12}{last['val/top1']:.2f} % of {last['val/images']}")
     classifier = load_extractor(ClassifierConfig(run=str(out / "vca"), weights=InitWeights.raw), ONE, rebuild)
-    print(f"\n{'generator':<12}of {options.samples} samples, those that the VCA classifier assigns to their class")
+    print(f"\n{'generator':<12}samples that the VCA classifier assigns to the requested class, of {options.samples}")
     print(f"{'':<12}" + "".join(f"{guidance_label(guidance):<16}" for guidance in GUIDANCE) + "grid")
     for name in GENERATION:
         folders = [sample_path(out, name, guidance) for guidance in GUIDANCE]
         shares = [f"{class_accuracy(classifier, folder):.1f} %" for folder in folders]
         print(f"{name:<12}" + "".join(f"{share:<16}" for share in shares) + str(folders[-1] / "grid.png"))
-    print(
-        f"\n{'Frechet distance':<24}from the held-out digits, of {options.samples} images in the classifier's features"
-    )
+    print(f"\n{'Frechet distance':<24}to the held-out digits, {options.samples} images, in the classifier's features")
     for name, distance in distances(classifier, out, options.samples).items():
         print(f"{name:<24}{distance:.2f}")
     print(f"\ncurves: {out / 'curves.png'}   (total time {time.perf_counter() - start:.0f} s)")

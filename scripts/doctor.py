@@ -135,7 +135,7 @@ def check_cluster(config: TrainClsConfig) -> None:
         }
         failed = [name for name, check in checks.items() if not cluster_check.report(name, check, world)]
         if world.is_main:
-            print(f"total {time.perf_counter() - start:.0f} s", flush=True)
+            print(f"total time {time.perf_counter() - start:.0f} s", flush=True)
         if failed:
             raise ConfigError(f"failed checks: {', '.join(failed)}")
 

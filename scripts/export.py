@@ -96,7 +96,6 @@ def export(run: Path, weights: str | None, out: Path) -> str:
 
 
 def main() -> None:
-    """Export and print the summary."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("run", type=Path, metavar="RUN", help="run directory, outputs/<name>")
     parser.add_argument("--weights", choices=("ema", "raw"), help="default: ema if the run has one, else raw")

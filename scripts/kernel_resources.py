@@ -19,6 +19,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -55,18 +56,9 @@ def recording() -> Iterator[list[Launch]]:
         JITFunction.run = run
 
 
-def launches_of(dim: int, num_contrast: int, dtype: torch.dtype) -> list[Launch]:
-    """Return the launches of forward and backward for 2 images of 6 heads on a 32 x 32 grid."""
-    side = math.isqrt(num_contrast)
-    q, k, v = (x.transpose(1, 2) for x in torch.zeros(2, 1024, 3, 6, dim, dtype=dtype).unbind(2))
-    e, weight, scalar = torch.zeros(6, side * side, dim), torch.zeros(dim), torch.zeros(())
-    arguments = (q, k, v, None, e, e, scalar, scalar, weight, weight)
-    return launches_with(arguments, (0.2, (32, 32), (side, side), 0, 1e-5, (True, True), False))
-
-
-# Variants with code paths or constants that `launches_of` does not reach: name -> arguments of `launches_of_variant`.
+# Variants with code paths or constants that the default arguments do not reach: name -> arguments of `launches_of`.
 VARIANTS: dict[str, dict[str, Any]] = {
-    "one head and contrast token": {"heads": 1, "side": 1},
+    "one head and contrast token": {"heads": 1, "num_contrast": 1},
     "joint softmax": {"joint": True},
     "plain Stage I": {"lambdas": (False, True)},
     "plain Stage II": {"lambdas": (True, False)},
@@ -76,27 +68,27 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-def launches_of_variant(
+def launches_of(
+    dim: int = 64,
+    num_contrast: int = 64,
+    dtype: torch.dtype = torch.bfloat16,
+    prefix: int = 0,
     heads: int = 6,
-    side: int = 8,
     streams: int = 2,
     joint: bool = False,
     lambdas: tuple[bool, bool] = (True, True),
     given: bool = False,
     splits: int = 1,
 ) -> list[Launch]:
-    """Return the launches for 2 images of 1,025 tokens and head dim 64, with the options of an ablation."""
+    """Return the launches of forward and backward for 2 images on a 32 x 32 grid, with the options of an ablation."""
     launch.num_splits = lambda *_: splits
-    q, k, v = (x.transpose(1, 2) for x in torch.zeros(2, 1025, 3, heads, 64, dtype=torch.bfloat16).unbind(2))
-    e, weight = torch.zeros(heads, side * side, 64), torch.zeros(64)
-    tokens = torch.zeros(2, heads, side * side, 64, dtype=torch.bfloat16) if given else None
+    side = math.isqrt(num_contrast)
+    q, k, v = (x.transpose(1, 2) for x in torch.zeros(2, prefix + 1024, 3, heads, dim, dtype=dtype).unbind(2))
+    e, weight = torch.zeros(heads, side * side, dim), torch.zeros(dim)
+    tokens = torch.zeros(2, heads, side * side, dim, dtype=dtype) if given else None
     lambda1, lambda2 = (torch.zeros(()) if contrast else None for contrast in lambdas)
     arguments = (q, k, v, tokens, e, e if streams == 2 else None, lambda1, lambda2, weight, weight)
-    return launches_with(arguments, (0.2, (32, 32), (side, side), 1, 1e-5, (True, streams == 2), joint))
-
-
-def launches_with(arguments: tuple[Any, ...], options: tuple[Any, ...]) -> list[Launch]:
-    """Return the launches of forward and backward with these arguments of the operator."""
+    options = (0.2, (32, 32), (side, side), prefix, 1e-5, (True, streams == 2), joint)
     with recording() as launches:
         out, *saved = contrast_attention(*arguments, *options)
         contrast_attention_backward(out, *saved, *arguments, *options)
@@ -112,7 +104,6 @@ def name_of(one: Launch) -> str:
 def resources(one: Launch, capability: int) -> dict[str, Any]:
     """Compile one launch for a compute capability (times ten) and return its resources."""
     kernel, arguments, constants = one
-    options = {key: constants[key] for key in ("num_warps",)}
     signature: dict[str, str] = {}
     values: dict[tuple[int], Any] = {}
     attributes: dict[tuple[int], Any] = {}
@@ -131,6 +122,7 @@ def resources(one: Launch, capability: int) -> dict[str, Any]:
     for name in kernel.arg_names[len(arguments) :]:
         signature[name], values[(kernel.arg_names.index(name),)] = "constexpr", constants[name]
     source = ASTSource(kernel, signature, values, attributes)
+    options = {"num_warps": constants["num_warps"]}
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
@@ -150,12 +142,6 @@ def resources(one: Launch, capability: int) -> dict[str, Any]:
     }
 
 
-def sources_sha256() -> str:
-    """Return the sha256 of the sources of the kernels and their launcher."""
-    folder = Path(__file__).parents[1] / "vca" / "attention" / "kernels"
-    return hashlib.sha256(b"".join(path.read_bytes() for path in sorted(folder.glob("*.py")))).hexdigest()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dims", nargs="+", type=int, default=[32, 64, 72, 128], metavar="D")
@@ -165,7 +151,8 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16"], choices=("bfloat16", "float16", "float32"))
     parser.add_argument("--json", type=Path, help="write the rows to this file")
     options = parser.parse_args()
-    about = {"what": "kernel resources", "triton": triton.__version__, "sources": sources_sha256()}
+    sources = b"".join(path.read_bytes() for path in sorted(Path(launch.__file__).parent.glob("*.py")))
+    about = {"what": "kernel resources", "triton": triton.__version__, "sources": hashlib.sha256(sources).hexdigest()}
     about |= {"dims": options.dims, "contrast_tokens": options.contrast, "dtypes": options.dtypes}
     if options.json and options.json.exists() and about.items() <= json.loads(options.json.read_text()).items():
         print(f"{options.json} is up to date")
@@ -173,27 +160,23 @@ def main() -> None:
     print(f"triton {triton.__version__}")
     print(f"{'kernel':22}{'D':>5}{'n':>5}  {'type':10}{'target':>7}{'registers':>11}{'spilled':>9}{'shared':>9}")
     rows = []
-    for dim in options.dims:
-        for contrast in options.contrast:
-            for dtype in options.dtypes:
-                names = set()
-                for one in launches_of(dim, contrast, getattr(torch, dtype)):
-                    if name_of(one) in names:  # backward recomputes the contrast tokens
-                        continue
-                    names.add(name_of(one))
-                    for capability in TARGETS:
-                        row = {"dim": dim, "contrast_tokens": contrast, "dtype": dtype, **resources(one, capability)}
-                        rows.append(row)
-                        print(
-                            f"{row['kernel']:22}{dim:>5}{contrast:>5}  {dtype:10}{'sm_' + str(capability):>7}"
-                            f"{row['registers']:>11}{row['spilled_bytes']:>9}{row['shared_bytes']:>9}",
-                            flush=True,
-                        )
+    for dim, contrast, dtype in product(options.dims, options.contrast, options.dtypes):
+        launches: dict[str, Launch] = {}
+        for one in launches_of(dim, contrast, getattr(torch, dtype)):
+            launches.setdefault(name_of(one), one)  # backward recomputes the contrast tokens
+        for one, capability in product(launches.values(), TARGETS):
+            row = {"dim": dim, "contrast_tokens": contrast, "dtype": dtype, **resources(one, capability)}
+            rows.append(row)
+            print(
+                f"{row['kernel']:22}{dim:>5}{contrast:>5}  {dtype:10}{'sm_' + str(capability):>7}"
+                f"{row['registers']:>11}{row['spilled_bytes']:>9}{row['shared_bytes']:>9}",
+                flush=True,
+            )
     variants = {}
     for variant, arguments in VARIANTS.items():
-        compiled = [resources(one, TARGETS[-1])["kernel"] for one in launches_of_variant(**arguments)]
+        compiled = [resources(one, TARGETS[-1])["kernel"] for one in launches_of(prefix=1, **arguments)]
         variants[variant] = sorted(set(compiled))
-        print(f"{variant}: {len(variants[variant])} kernels compile", flush=True)
+        print(f"{variant}: compiled {len(variants[variant])} kernels", flush=True)
     if options.json:
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps({**about, "rows": rows, "variants": variants}, indent=1) + "\n")

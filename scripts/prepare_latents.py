@@ -38,7 +38,6 @@ from vca.runtime.signals import start_worker
 
 
 def register_configs() -> None:
-    """Register the config schemas of this script with Hydra."""
     register_schemas(root={"prepare_latents": PrepareLatentsConfig}, groups={"autoencoder": AUTOENCODERS})
 
 

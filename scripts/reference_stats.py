@@ -29,7 +29,6 @@ from vca.runtime.rundir import check_ranks_agree
 
 
 def register_configs() -> None:
-    """Register the config schemas of this script with Hydra."""
     register_schemas(root={"reference_stats": ReferenceStatsConfig}, groups={"extractor": EXTRACTORS})
 
 
@@ -40,13 +39,13 @@ def run(config: ReferenceStatsConfig) -> Any:
         extractor, out = load_extractor(config.extractor, world, rebuild), Path(config.out)
         images = open_source(config.images, "images", config.data, reference=True)
         if isinstance(images, StatisticsFile):
-            raise ConfigError(f"images must be images, got the statistics in {images.source}")
+            raise ConfigError(f"images must be a set of images, got a file of statistics: {images.source}")
         world.from_main(lambda: check_writable(out))
         features = measure(images, extractor, world, config.batch_size, config.features)
         if world.is_main:
             save_statistics(out, features, extractor)
             size, kept = len(features.pooled.mean), 0 if features.features is None else len(features.features)
-            print(f"{out}: moments of {size} features over {features.count} images, features of {kept}", flush=True)
+            print(f"{out}: moments of {size} features of {features.count} images; kept features of {kept}", flush=True)
     return features
 
 

@@ -39,7 +39,6 @@ def runs_below(folders: list[Path]) -> list[Path]:
 
 
 def main() -> None:
-    """Print the tables, and write the requested files."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="+", type=Path, help="folders with runs and records, such as outputs/")
     parser.add_argument("--out", type=Path, help="output folder for table1.md, table1.csv, ...")

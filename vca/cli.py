@@ -80,11 +80,7 @@ def command_line(
 
 
 def check_arguments(root: type) -> None:
-    """Raise `ConfigError` on an option of Hydra without effect, or if `--config-dir` is not a folder.
-
-    Args:
-        root: dataclass of the script's config, which has the keys to use instead.
-    """
+    """Raise `ConfigError` on an option of Hydra without effect, or if `--config-dir` is not a folder."""
     folder = config_dir()
     check(folder is None or folder.is_dir(), "--config-dir", "a folder", str(folder))
     names = {field.name for field in dataclasses.fields(root)}

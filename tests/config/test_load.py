@@ -34,6 +34,8 @@ def test_config_every_option_composes(option):
         "model=dit_",
         "autoencoder=",
         "data=latents",
+        "trainer=generation",
+        "recipe=dit",
         "experiment=table2",
         "extractor=",
     )
@@ -149,6 +151,9 @@ WRONG = {
     "seed=-1": r"seed must be >= 0 and below 2\^63, got -1",
     "seed=one": r"seed must be an integer, got 'one'",
     "trainer.eval_only=true": r"trainer.eval_only=true needs a checkpoint in .*checkpoints",
+    "trainer.fid_every=10": r"unknown key 'trainer.fid_every'; only train_gen.py has it",
+    "recipe=dit": r"trainer/generation.yaml, line 8: unknown key 'trainer.fid_every'; only train_gen.py has it",
+    "data=latents": r"data must be images, got 'latents'",
     "experiment=tabel1": r"experiment=tabel1: no such option",
     "trainer.device=cuda": r"trainer.device=cuda needs a GPU for local rank 0, but 0 are visible",
     "optim.lr=": r"optim.lr must be a float, got ''",
@@ -247,7 +252,9 @@ WRONG_GEN = {
     "model.depht=3": r"unknown key 'model.depht'; did you mean 'model.depth'",
     "augment.mixup=0.8": r"augment.mixup must be 0 in generation, got 0.8",
     "sampled_classes=11": r"sampled_classes must be from 1 to 10, got 11",
-    "trainer.eval_only=true": r"trainer.eval_only must be false in train_gen.py, got True",
+    "trainer.eval_only=true": r"unknown key 'trainer.eval_only'; only train_cls.py has it",
+    "trainer.init_from=weights.pth": r"unknown key 'trainer.init_from'; only train_cls.py has it",
+    "recipe=deit_original": r"augment.mixup must be 0 in generation, got 0.8",
 }
 
 
@@ -344,3 +351,44 @@ def test_command_line_help_lists_only_options_that_fit(tmp_path):
         listed = set(re.findall(r"[\w/]+", done.stdout.partition("\nmodel: ")[2]))
         assert listed >= set(fit)
         assert not listed & {*unfit, "table2/sit_s_2_vca" if "cls" in script else "table1/deit_tiny_vca"}
+
+
+@pytest.mark.process
+def test_command_line_help_lists_only_values_and_keys_that_fit(tmp_path):
+    """Data, trainer and augmentation options that a script rejects are omitted, also those of `--config-dir`.
+
+    Recipes that select one of them are omitted too. A key that one trainer uses is not listed for the other.
+    """
+    own = {
+        "data/mine": "name: imagefolder\nroot: ${out_dir}/images\nimg_size: ???\n",
+        "data/derived": "defaults:\n  - latents\n  - _self_\nimg_size: 512\n",
+        "optim/typo": "learning_rate: 1\n",
+        "recipe/mixing": "# @package _global_\ndefaults:\n  - override /augment: imagenet\n",
+        "recipe/typo": "# @package _global_\ndefaults:\n  - override /optim: typo\n",
+    }
+    for name, text in own.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / f"{name}.yaml").write_text(text)
+    both = "none", "cifar10", "imagenette"
+    expected = {
+        "train_cls.py": {
+            "data": {"cifar10", "digits", "imagefolder", "imagenet", "mine"},
+            "trainer": {"imagenet", "small"},
+            "optim": {"adamw", "constant", "small"},
+            "recipe": {path.stem for path in (ROOT / "configs" / "recipe").glob("*.yaml")} - {"dit"} | {"mixing"},
+        },
+        "train_gen.py": {
+            "data": {"cifar10", "digits", "imagefolder", "imagenet", "latents", "mine", "derived"},
+            "augment": {"adm_flip", "cifar", "crop_flip", "digits", "none"},
+            "trainer": {"generation", "imagenet", "small"},
+            "recipe": {*both, "dit"},
+        },
+    }
+    for script, groups in expected.items():
+        text = run_script(script, "--config-dir", str(tmp_path), "--help").stdout
+        for group, options in groups.items():
+            listed = re.search(rf"^{group}: (.*) \(", text, re.MULTILINE)
+            assert listed is not None
+            assert set(listed[1].split(", ")) == options, (script, group)
+        keys = {key for key in ("fid_every", "init_from", "init_weights", "eval_only") if f"\n{key}: " in text}
+        assert keys == ({"fid_every"} if "gen" in script else {"init_from", "init_weights", "eval_only"})

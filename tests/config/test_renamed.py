@@ -32,6 +32,8 @@ def test_renamed_run_with_old_keys_can_be_resumed(script, schedule, tmp_path):
             before[group][old.partition(".")[2]] = before[group].pop(key)
     before["optim"] |= {"schedule": schedule}
     del before["optim"]["schedule_unit"]
+    if script == "train_gen":  # keys of train_cls.py that train_gen.py once had
+        before["trainer"] |= {"eval_batch_size": 250, "init_from": None, "init_weights": "ema", "eval_only": False}
     assert "global_batch" in before["trainer"]
     (tmp_path / "config.json").write_text(json.dumps(before))
     assert read_config(tmp_path) == json.loads(json.dumps(now))

@@ -23,7 +23,7 @@ from vca.generation.autoencoder import Autoencoder, AutoencoderConfig, load_auto
 from vca.generation.objective import build_objective
 from vca.runtime.distributed import World
 from vca.runtime.errors import ConfigError
-from vca.training.generation import GenerationLoss, generation_data
+from vca.training.generation import GenerationLoss, generation_inputs
 
 pytestmark = pytest.mark.process
 
@@ -221,12 +221,12 @@ def batches_of(config, steps):
     images = load_dataset(config.data, train=True)
     cached = isinstance(images, LatentCache)
     autoencoder = load_autoencoder(config.autoencoder, CPU)
-    data = generation_data(images, config.data, config.augment, autoencoder, config.seed)
-    assert data.cached == cached
+    inputs, cache = generation_inputs(images, config.data, config.augment, autoencoder, config.seed)
+    assert (cache is not None) == cached
     order = TrainOrder(len(images), config.trainer.global_batch_size, config.seed)
     loss_of = GenerationLoss(build_objective(config.objective), autoencoder, cached, 0.1, 3)
     shares = MicroBatches(order, ALONE, config.trainer.global_batch_size, 1, 0, steps)
-    for (batch,) in train_loader(images, data.inputs, config.seed, shares, 0):
+    for (batch,) in train_loader(images, inputs, config.seed, shares, 0):
         yield (*loss_of.prepare(batch), batch.fingerprints)
 
 
@@ -300,7 +300,7 @@ def test_latent_cache_mismatched_or_truncated_refused(photos, vaes, cache, tmp_p
     plain = tmp_path / "plain"
     prepared(photos, vaes / "sd-vae-ft-mse", plain, "flips=false")
     for root, more, message in (
-        (scaled, "", r"was made with another autoencoder \(autoencoder.scale: 0.13 -> 0.18215\)"),
+        (scaled, "", r"encoded by another autoencoder \(autoencoder.scale: 0.13 -> 0.18215\)"),
         (
             cache,
             f"autoencoder.source={vaes / 'other'}",
@@ -312,7 +312,7 @@ def test_latent_cache_mismatched_or_truncated_refused(photos, vaes, cache, tmp_p
         (
             labels,
             "",
-            "1 of 5 files have another sha256 than in the manifest, such as labels.npy; rerun scripts/prepare_latents",
+            "1 of 5 files do not match their sha256 in the manifest, such as labels.npy; rerun scripts/prepare_latents",
         ),
         (changed(cache, tmp_path, "crop", crop="adm-0"), "", "crop must be 'adm-1', got 'adm-0'"),
         (photos, "", "data.root must be a latent cache .a folder with manifest.json."),
@@ -368,7 +368,7 @@ def rewrite(**fields):
 
 
 NOT_OF_MANIFEST = (
-    "{}: {} of 5 files have another sha256 than in the manifest, such as {}; rerun scripts/prepare_latents.py"
+    "{}: {} of 5 files do not match their sha256 in the manifest, such as {}; rerun scripts/prepare_latents.py"
 )
 DAMAGED_CACHES = {
     "swapped": (swap, NOT_OF_MANIFEST.format(".*", 2, "shard_00000.npy")),
@@ -426,7 +426,7 @@ def test_latent_cache_flipped_bit_found_by_full_check(photos, quick, tmp_path, m
     assert "read all 4 files of latents" in capsys.readouterr().out
     flip(folder / "shard_00001.npy", -1)
     LatentCache(folder)
-    line = f"{folder}/shard_00001.npy: has another sha256 than in the manifest; rerun scripts/prepare_latents.py"
+    line = f"{folder}/shard_00001.npy: does not match its sha256 in the manifest; rerun scripts/prepare_latents.py"
     with pytest.raises(ConfigError, match="1 error"):
         doctor.run(compose("doctor", data))
     assert f"error: {line}" in capsys.readouterr().out
@@ -541,7 +541,7 @@ def test_resume_with_other_latents_refused(photos, quick, quick_cache, tmp_path)
     with pytest.raises(ConfigError, match=r"another config \(inputs.cache.files: '\w+' -> .*shard_size: 8 -> "):
         go(other)
     Path(elsewhere).write_text(QUICK + "# changed\n")
-    with pytest.raises(ConfigError, match=r"was made with another autoencoder \(autoencoder.sha256"):
+    with pytest.raises(ConfigError, match=r"encoded by another autoencoder \(autoencoder.sha256"):
         go(moved, Path(elsewhere))
 
 

@@ -323,7 +323,7 @@ def test_pyramid_attention_stages_and_contrast_grids(family):
     own = kinds(small(family, "softmax"))
     assert VisualContrastAttention not in own
     assert SoftmaxAttention not in own
-    with pytest.raises(ValueError, match=f"local_branch must be false .*{family} keeps its own attention, got True"):
+    with pytest.raises(ValueError, match=rf"local_branch must be false .*{family} keeps its own attention\), got True"):
         CLASSIFIERS[family][1](CLASSIFIERS[family][0](**SMALL[family]), SoftmaxConfig(local_branch=True))
     grids = [[1, 2], [2, 2], [3, 2], [1, 1]]
     network = small(family, "vca", attention_stages=[1, 3], contrast_grid=grids)

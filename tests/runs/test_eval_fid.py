@@ -222,7 +222,7 @@ def test_eval_fid_adm_file_uses_stored_statistics(samples, use, tmp_path):
     assert figures["precision"] is not None
     assert (records[0]["reference"]["count"], records[0]["reference"]["features"]) == (None, 30)
     arguments = ["images=" + str(tmp_path / "stored.npz"), f"out={tmp_path / 'new.npz'}", *use]
-    with pytest.raises(ConfigError, match="images must be images, got the statistics in"):
+    with pytest.raises(ConfigError, match="images must be a set of images, got a file of statistics"):
         reference_stats.run(compose("reference_stats", arguments))
     assert any("stored.npz does not record its extractor" in w for w in records[0]["warnings"])
 

@@ -149,7 +149,7 @@ BAD_SAMPLES = {
     "compressed": (lambda f: damaged_zip(f), r"cannot be read as an npz \(.*\); copy it again"),
     "nothing": (lambda f: f / "none", r"samples must be a folder of PNG files, an .npz, data:train or data:test, got"),
     "one": (lambda f: some(f, 1), r"must contain at least 2 images, got 1"),
-    "too few": (lambda f: some(f, 5), r"5 images are fewer than the 8 features.*allow_few=true"),
+    "too few": (lambda f: some(f, 5), r"5 images for 8 features bias the distance upwards.*allow_few=true"),
     "wrong key": (lambda f: npz(f, images=PIXELS, labels=PIXELS), r"must contain an array 'arr_0', got images, labels"),
     "float": (lambda f: npz(f, arr_0=PIXELS / 2), r"arr_0 of \S+ must be uint8, got float64; convert"),
     "NaN": (lambda f: npz(f, arr_0=PIXELS * np.nan), r"must be uint8, got float64, with NaN or infinite values"),

@@ -324,7 +324,7 @@ def test_run_directory_second_process_refused(tmp_path):
     launch.wait_until(lambda: last_step(folder) >= 10)
     refused = run_script("train_cls.py", *options)
     assert refused.returncode == 2
-    line = f"config error: {folder} is being trained by another process; wait for it or stop it"
+    line = f"config error: {folder} is in use by another process; wait for it or stop it"
     assert refused.stderr.count(line) == 1, refused.stderr[-3000:]
     os.kill(launch.processes[0].pid, signal.SIGKILL)  # the main process only: its loader worker lives for some seconds
     assert launch.wait() == -signal.SIGKILL

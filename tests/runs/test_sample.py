@@ -145,12 +145,12 @@ def test_sample_script_set_extended_but_not_changed(generator_run, tmp_path):
         ),
         ("step=1", r"contains samples with other settings \(origin.step: 2 -> 1; origin.weights_sha256"),
         ("labels=[1]", r"contains samples with other settings \(labels: 'random' -> \[1\]\)"),
-        ("count=3", r"count must be >= 8, the samples in .*, got 3; or choose"),
+        ("count=3", r"count must be >= 8 \(samples in .*\), got 3; or choose"),
     ):
         with pytest.raises(ConfigError, match=message):
             draw(tmp_path / "a", f"run={generator_run}", *(["count=8"] if "count" not in other else []), other)
     (tmp_path / "c" / "images").mkdir(parents=True)
-    with pytest.raises(ConfigError, match=r"must be empty or a folder of sample\.py, got a folder with images"):
+    with pytest.raises(ConfigError, match=r"must be empty or a folder of sample\.py, but contains images"):
         draw(tmp_path / "c", f"run={generator_run}", "count=2")
 
 
@@ -309,7 +309,7 @@ def test_sample_script_replaced_autoencoder_refused(latent_run, tmp_path):
     config = json.loads((run / "config.json").read_text())
     config["inputs"]["autoencoder"]["sha256"] = "0"
     (run / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ConfigError, match=r"trained with another autoencoder \(autoencoder.sha256: '0' -> "):
+    with pytest.raises(ConfigError, match=r"its autoencoder has changed \(autoencoder.sha256: '0' -> "):
         draw(tmp_path / "out", f"run={run}", "count=1")
 
 

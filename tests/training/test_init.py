@@ -195,7 +195,7 @@ def test_read_weights_unusable_file_refused(tmp_path):
             read_weights(tmp_path / f"{name}.pth")
         assert "weights_only" not in str(e.value)
     torch.save({"epoch": 3}, tmp_path / "empty.pth")
-    with pytest.raises(ConfigError, match="contains no parameters by name"):
+    with pytest.raises(ConfigError, match="must contain a state dict"):
         read_weights(tmp_path / "empty.pth")
     torch.save({"fc.weight": torch.zeros(1)}, tmp_path / "other.pth")
     with pytest.raises(ConfigError, match=r"none of the 1 parameters in '.*other.pth' matches the model"):

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vca.attention.geometry import check_heads, check_tokens, is_pair, to_image
+from vca.attention.geometry import check_tokens, is_pair, to_image
 
 Choice = TypeVar("Choice", bound=Enum)
 
@@ -85,7 +85,8 @@ class ProjectedAttention(nn.Module):
         config: Any = None,
     ) -> None:
         super().__init__()
-        check_heads(dim, num_heads)
+        if num_heads < 1 or dim % num_heads:
+            raise ValueError(f"num_heads must be >= 1 and divide dim={dim}, got {num_heads}")
         for key, pair in (("grid", grid), ("contrast_grid", contrast_grid)):
             if not is_pair(pair):
                 raise ValueError(f"{key} must be two integers >= 1, got {pair}")

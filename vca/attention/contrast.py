@@ -63,14 +63,12 @@ class VCAConfig(PooledConfig):
     """Options of VCA; the defaults are the paper's. Enum options also accept strings.
 
     Attributes:
-        name, local_branch: see `AttentionConfig`.
-        contrast_grid, pooling: see `PooledConfig`.
-        stage1, stage2: `contrast` or `plain` (Table 3).
-        positive_stream, negative_stream: contrast tokens of the streams: `pool`, `embedding` or `pool+embedding`
-            (Table 4).
+        stage1, stage2: two streams (`contrast`) or one softmax attention (`plain`) in this stage (Table 3).
+        positive_stream, negative_stream: contrast tokens of this stream: pooled queries (`pool`), a learned embedding
+            (`embedding`) or their sum (`pool+embedding`) (Table 4).
         embedding_init_std: standard deviation of the initial e+ and e-.
-        stage2_softmax: `separate` or `joint`.
-        backend: `auto`, `eager` or `triton`, see `vca.attention.kernels`; results agree up to rounding.
+        stage2_softmax: one softmax per stream (`separate`, the paper) or one over the scores of both (`joint`).
+        backend: `eager` (PyTorch), `triton` (fused kernels) or `auto`; results agree up to rounding.
     """
 
     name: str = "vca"
@@ -242,19 +240,10 @@ class Lambda(nn.Module):
 class VisualContrastAttention(PooledAttention):
     """VCA with projections and local branch, a drop-in replacement for MHSA: `(B, N, C)` to `(B, N, C)`.
 
-    Parameters do not depend on the grid, except the kernel of `pooling=depthwise`.
-
-    Args:
-        dim: width C.
-        num_heads: number of heads M; must divide `dim`.
-        grid: `(H, W)` of the patch tokens; pass `attn(x, grid=(H, W))` for inputs with another grid.
-        contrast_grid: contrast grid `(h, w)`, by default `(7, 7)`; `config.contrast_grid` overrides it.
-        num_prefix_tokens: number of tokens before the grid (class token, registers).
-        layer_index: depth of the layer, from 0. It sets `lambda_init = 0.8 - 0.6 exp(-0.3 layer_index)`, which is also
-            the initial offset of both lambdas. With 0 in every layer, all layers use `lambda_init = 0.2`.
-        qkv_bias: whether the qkv projection has a bias.
-        proj_drop: dropout rate after the output projection.
-        config: `VCAConfig`; None uses the paper's options.
+    Takes the arguments of `ProjectedAttention`; inputs with another grid are called as `attn(x, grid=(H, W))`.
+    `layer_index` sets `lambda_init = 0.8 - 0.6 exp(-0.3 layer_index)`, which is also the initial offset of both
+    lambdas. With 0 in every layer, all layers use `lambda_init = 0.2`. Parameters do not depend on the grid, except the
+    kernel of `pooling=depthwise`.
 
     New parameters and weight decay: lambda vectors and norm weights are 1-D and not decayed by `vca.training.optim`;
     the stream embeddings `e_pos`, `e_neg` `(M, n, D)` are decayed.

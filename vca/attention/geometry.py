@@ -3,12 +3,6 @@
 from torch import Tensor
 
 
-def check_heads(dim: int, num_heads: int) -> None:
-    """Raise `ValueError` unless `num_heads` divides `dim`."""
-    if num_heads < 1 or dim % num_heads:
-        raise ValueError(f"num_heads must be >= 1 and divide dim={dim}, got {num_heads}")
-
-
 def check_tokens(
     num_tokens: int,
     grid: tuple[int, int],

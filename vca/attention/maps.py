@@ -6,6 +6,7 @@ tokens.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -31,17 +32,12 @@ def recorded_calls(model: nn.Module) -> Iterator[list[tuple[ProjectedAttention, 
     calls: list[tuple[ProjectedAttention, Heads]] = []
     modules = [module for module in model.modules() if isinstance(module, ProjectedAttention)]
 
-    def wrap(module: ProjectedAttention) -> Any:
-        attend = module.attend
-
-        def record(q: Tensor, k: Tensor, v: Tensor, grid: tuple[int, int]) -> Tensor:
-            calls.append((module, Heads(q.detach(), k.detach(), v.detach(), grid)))
-            return attend(q, k, v, grid)
-
-        return record
+    def record(module: ProjectedAttention, attend: Any, q: Tensor, k: Tensor, v: Tensor, grid: Any) -> Tensor:
+        calls.append((module, Heads(q.detach(), k.detach(), v.detach(), grid)))
+        return attend(q, k, v, grid)
 
     for module in modules:
-        module.attend = wrap(module)  # type: ignore[method-assign]
+        module.attend = partial(record, module, module.attend)  # type: ignore[method-assign]
     try:
         yield calls
     finally:

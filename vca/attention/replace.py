@@ -50,7 +50,7 @@ class TimmVisualContrastAttention(VisualContrastAttention):
     def forward(self, x: Tensor, attn_mask: Any = None, is_causal: bool = False) -> Tensor:  # type: ignore[override]
         """Map `(B, N, C)` to `(B, N, C)`; a mask raises `ValueError`."""
         if attn_mask is not None or is_causal:
-            raise ValueError("attn_mask must be None and is_causal False: VCA does not support masks")
+            raise ValueError("VCA does not support masks: attn_mask must be None and is_causal must be False")
         grid = self.input_grid.grid
         remedy = "call replace_attention without grid, and with the model's num_prefix_tokens"
         check_tokens(x.shape[1], grid, self.num_prefix_tokens, remedy)
@@ -140,14 +140,14 @@ def from_timm(
     layer_index: int,
     config: VCAConfig | None,
 ) -> TimmVisualContrastAttention:
-    """Build VCA with the `qkv` and `proj` of a timm `Attention`, on the same device and in the same dtype and mode."""
+    """Build VCA that shares `qkv` and `proj` with a timm `Attention`, and has its device, dtype and training mode."""
     if extra := unsupported_parts(attention):
         raise ValueError(
             f"replace_attention: blocks.{layer_index}.attn must not have parts that VCA lacks, got {', '.join(extra)}"
         )
     dim = attention.qkv.in_features
     if attention.qkv.out_features != 3 * dim or attention.proj.out_features != dim:
-        raise ValueError(f"replace_attention: blocks.{layer_index}.attn must keep its width {dim}")
+        raise ValueError(f"replace_attention: blocks.{layer_index}.attn must map width {dim} to {dim}")
     weight = attention.qkv.weight
     module = TimmVisualContrastAttention(
         dim,

@@ -29,12 +29,7 @@ def global_contrast(
     Args:
         tokens: `(B, M, S n, D)`, the positive stream first; S is 1 where `lambda1` is None.
         k, v: `(B, M, N, D)`.
-        lambda1: weight of the negative stream.
-        norm_weight: `(D,)`, at least float32, which is also the dtype of the result.
-        eps: epsilon of the norm.
-
-    Returns:
-        v^, `(B, M, n, D)`.
+        norm_weight: `(D,)`, at least float32, which is also the dtype of the result, v^ `(B, M, n, D)`.
     """
     # One SDPA call for both streams. All SDPA backends compute the softmax in float32 and round the result.
     out = softmax_attention(tokens, k, v).to(norm_weight.dtype)  # (B, M, S n, D)
@@ -55,10 +50,8 @@ def per_patch_differential(
         q: `(B, M, N, D)`.
         tokens: `(B, M, S n, D)`, the positive stream first; S is 1 where `lambda2` is None.
         v_hat: `(B, M, n, D)`.
-        lambda2: weight of the negative stream, a scalar.
         norm_weight: `(D,)`, at least float32.
         joint: one softmax over both streams instead of one per stream.
-        eps: epsilon of the norm.
 
     Returns:
         `(B, M, N, D)`, in the dtype of `q`.

@@ -1,4 +1,4 @@
-"""Config schemas of the scripts, and their strict composition from YAML files and overrides to dataclasses."""
+"""Config schemas (dataclasses) of the scripts, and `compose`, which fills them from YAML files and overrides."""
 
 from vca.config.composition import compose, from_plain, from_registry, read_protocol, register_schemas
 from vca.config.pipeline import generator_groups, load_generated_images

@@ -35,7 +35,7 @@ class ClusterConfig:
         gpus_per_node: GPUs requested from SLURM; null requests none.
         cpus_per_rank: CPU cores per process and its loader workers.
         memory_gb: memory per node; null uses SLURM's default.
-        partition, account, qos, constraint: sbatch options; null omits them.
+        partition, account, qos, constraint: sbatch option of the same name; null omits it.
         time_minutes: time limit of a job.
         requeue: requeue a job that was preempted or reached its time limit.
         max_requeues: maximum number of requeues at the time limit. Preemptions do not count, except in the last fifth

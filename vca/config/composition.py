@@ -75,9 +75,8 @@ def to_dataclass(config: DictConfig) -> Any:
     known = list(keys_of(config))
     for key in extra_keys(config):
         raise ConfigError(f"unknown key '{key}'" + did_you_mean(key, known))
-    missing = OmegaConf.missing_keys(config)
-    if missing:
-        key = sorted(missing)[0]
+    if missing := OmegaConf.missing_keys(config):
+        key = min(missing)
         raise ConfigError(f"{key} has no value; set {key}=...")
     with config_errors():
         try:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
+from omegaconf.errors import InterpolationResolutionError, MissingMandatoryValue, OmegaConfBaseException
 
 
 def help_text(script: str | None, config: type, file: Path, options: Callable[[str], list[str]]) -> str:
@@ -30,12 +31,17 @@ def help_text(script: str | None, config: type, file: Path, options: Callable[[s
 
 def key_lines(config: type) -> list[str]:
     """Return the attribute docstrings of a dataclass, its bases and its sections."""
-    own = [attributes(part) for part in reversed(config.__mro__) if dataclasses.is_dataclass(part)]
     sections: dict[str, Any] = {f.name: f.default_factory for f in dataclasses.fields(config)}
-    nested = {name: attributes(part) for name, part in sections.items() if dataclasses.is_dataclass(part)}
-    return [text for text in own if text] + [
-        f"{name}, such as {name}.KEY=value:\n{text}" for name, text in nested.items() if text
+    nested = {name: all_attributes(part) for name, part in sections.items() if isinstance(part, type)}
+    return all_attributes(config) + [
+        f"{name}, such as {name}.KEY=value:\n" + "\n".join(texts) for name, texts in nested.items() if texts
     ]
+
+
+def all_attributes(part: type) -> list[str]:
+    """Return the attribute docstrings of a dataclass and its bases, without empty ones."""
+    own = [attributes(base) for base in reversed(part.__mro__) if dataclasses.is_dataclass(base)]
+    return [text for text in own if text]
 
 
 def attributes(part: Any) -> str:
@@ -59,8 +65,20 @@ def attribute_docs(part: type) -> dict[str, str]:
     return docs
 
 
-def fitting_options(group: str, roots: Collection[Path], schemas: Mapping[str, set[str]]) -> list[str]:
-    """Return the options of a group below `roots` that use only these schemas, directly or through other options."""
+def fitting_options(
+    group: str, roots: Collection[Path], schemas: Mapping[str, set[str]], sections: Mapping[str, Collection[type]]
+) -> list[str]:
+    """Return the options of a group below `roots` that fit a script.
+
+    An option fits if its schema or the group's dataclass is the script's and accepts its values, and if the options of
+    other groups that it selects fit.
+
+    Args:
+        group: the config group.
+        roots: folders of config groups.
+        schemas: group -> names of the script's schemas, for groups whose options name one.
+        sections: group -> dataclasses of the script, for other groups; one of them must accept the option.
+    """
     folders = [root / group for root in roots]
     files = {str(path.relative_to(at).with_suffix("")): path for at in folders for path in at.rglob("*.yaml")}
     defaults = {name: defaults_of(file) for name, file in files.items()}
@@ -70,12 +88,32 @@ def fitting_options(group: str, roots: Collection[Path], schemas: Mapping[str, s
         while more := {name for name, of in bases.items() if of & (schemas[group] | fit)} - fit:
             fit |= more
         return sorted(fit)
-    overridden = {other for pairs in defaults.values() for other, _ in pairs if other in schemas}
-    valid = {other: fitting_options(other, roots, schemas) for other in overridden}
+
+    def with_bases(name: str) -> list[Path]:
+        return [file for base in sorted(bases[name] & files.keys()) for file in with_bases(base)] + [files[name]]
+
+    selected = {other for pairs in defaults.values() for other, _ in pairs if other}
+    groups = [other for other in selected if any((root / other).is_dir() for root in roots)]
+    valid = {other: fitting_options(other, roots, schemas, sections) for other in groups}
     unfit = {name for name, pairs in defaults.items() if any(one not in valid.get(of, [one]) for of, one in pairs)}
+    if group in sections:
+        unfit |= {name for name in files if not any(accepts(one, with_bases(name)) for one in sections[group])}
     while more := {name for name, of in bases.items() if of & unfit} - unfit:
         unfit |= more
     return sorted(files.keys() - unfit)
+
+
+def accepts(section: type, files: Collection[Path]) -> bool:
+    """Whether a dataclass has the keys of YAML files and accepts their values; later files take precedence."""
+    contents: Any = [OmegaConf.load(file) for file in files if "@package _global_" not in file.read_text()]
+    try:
+        values = [OmegaConf.masked_copy(one, [key for key in one if key != "defaults"]) for one in contents]
+        OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(section), *values))
+    except (InterpolationResolutionError, MissingMandatoryValue):
+        return True  # the command line or other groups determine the value
+    except (OmegaConfBaseException, ValueError):  # an unknown key or wrong type; a value out of range
+        return False
+    return True
 
 
 def defaults_of(file: Path) -> list[tuple[str, str]]:

@@ -5,6 +5,7 @@ import difflib
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 from hydra._internal.utils import get_args_parser
 from hydra.core.config_store import ConfigStore
@@ -14,6 +15,7 @@ from yaml import MarkedYAMLError
 
 from vca.config.help import fitting_options
 from vca.runtime.renamed import RENAMED
+from vca.training.config import ClassifierTrainerConfig, GeneratorTrainerConfig
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -46,6 +48,8 @@ USUAL = {
     "guidance_scale": ("sampler.cfg_scale",),
 }
 
+TRAINERS = {"train_cls.py": ClassifierTrainerConfig, "train_gen.py": GeneratorTrainerConfig}
+
 
 def keys_of(config: DictConfig, prefix: str = "") -> Iterable[str]:
     """Yield the full keys of the dataclasses behind `config`."""
@@ -77,6 +81,9 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return `"; did you mean '...'?"`, or `""` without a close match."""
     if word in RENAMED:
         return f"; it was renamed to '{RENAMED[word]}'"
+    for script, trainer in TRAINERS.items():
+        if word.removeprefix("trainer.") in trainer.__annotations__:
+            return f"; only {script} has it"
     known, tail = list(known), word.rsplit(".", 1)[-1]
     near = [key for key in USUAL.get(tail, ()) if key in known][:1]
     if not near and "." not in word:  # a key without its group
@@ -95,7 +102,15 @@ def options(group: str) -> list[str]:
         for group, members in store.items()
         if isinstance(members, dict) and group != "hydra"
     }
-    return fitting_options(group, [CONFIGS, *filter(None, [config_dir()])], schemas)
+    sections: dict[str, list[type]] = {}
+    for name, entry in store.items():
+        if name.endswith("_schema.yaml"):
+            for key, hint in get_type_hints(OmegaConf.get_type(entry.node)).items():
+                kinds = [kind for kind in (hint, *get_args(hint)) if isinstance(kind, type)]
+                kinds = [kind for kind in kinds if dataclasses.is_dataclass(kind)]
+                sections.setdefault(key, []).extend(kinds)
+    sections = {key: kinds for key, kinds in sections.items() if kinds}
+    return fitting_options(group, [CONFIGS, *filter(None, [config_dir()])], schemas, sections)
 
 
 def location(text: str, key: str) -> str:
@@ -150,6 +165,7 @@ def explain(error: BaseException) -> str:
         plus = match.groupdict().get("plus", "+")
         return f"{match['key']} already has a value; write {match['key']}={match['value']} without '{plus}'"
     full_key = re.search(r"full_key: (\S+)", text)
+    place = full_key[1] if full_key else "a value"
     if re.search(r"Key '[^']*' (is not in struct|not in '\w+')", text):
         unknown = re.search(r"Could not override '([^']+)'", text) or full_key
         if unknown is not None:
@@ -158,19 +174,19 @@ def explain(error: BaseException) -> str:
     if match := re.search(r"Value '(.*)' of type '\w+' could not be converted to (\w+)", text):
         null = " (write null for no value)" if match[1].lower() == "none" else ""
         kind = {"Integer": "an integer"}.get(match[2], f"a {match[2].lower()}")
-        return f"{full_key[1] if full_key else 'a value'} must be {kind}, got '{match[1]}'{null}"
+        return f"{place} must be {kind}, got '{match[1]}'{null}"
     if match := re.search(r"Value '(.*)' is not a valid bool", text):
-        return f"{full_key[1] if full_key else 'a value'} must be true or false, got '{match[1]}'"
+        return f"{place} must be true or false, got '{match[1]}'"
     if match := re.search(r"Invalid value assigned: (\w+) is not a ListConfig, list or tuple", text):
-        return f"{full_key[1] if full_key else 'a value'} must be a list such as [1, 2], got a {match[1]}"
+        return f"{place} must be a list such as [1, 2], got a {match[1]}"
     if match := re.search(r"Invalid value '(.*)', expected one of \[(.*)\]", text):
         if full_key and (new := RENAMED.get(f"{full_key[1]}={match[1]}")):
             return f"{full_key[1]}={match[1]} was renamed to {new}"
-        return f"{full_key[1] if full_key else 'a value'} must be one of {match[2]}, got '{match[1]}'"
+        return f"{place} must be one of {match[2]}, got '{match[1]}'"
     if match := re.search(
         r"field '([\w.]+)' is not Optional|Incompatible value 'None' for field of type '(\w+)'", text
     ):
         return f"{full_key[1] if full_key else match[1]} must not be null"
     if match := re.search(r"Interpolation key '([^']+)' not found", text):
-        return f"{full_key[1] if full_key else 'a value'} refers to '{match[1]}', which does not exist"
+        return f"{place} refers to '{match[1]}', which does not exist"
     return " ".join(line.strip() for line in str(error).splitlines() if line.strip())

@@ -25,13 +25,8 @@ def generator_groups(networks: Registry) -> dict[str, Registry]:
 def read_generator(config: GeneratorConfig, networks: Registry) -> dict[str, Any]:
     """Return the configs of model, attention, objective and autoencoder, from the run or from the command line.
 
-    Args:
-        config: config of `sample.py` or `eval_fid.py`.
-        networks: registry of the model families.
-
-    Returns:
-        A dict of these configs. For a run, also `training` (its other configs) and, unless `decoder` is set,
-        `trained_with` (the identity of its autoencoder).
+    For a run, the dict also has `training` (its other configs) and, unless `decoder` is set, `trained_with` (the
+    identity of its autoencoder).
 
     Raises:
         ConfigError: if the run does not exist, or the parts do not match.

@@ -2,22 +2,24 @@
 
 from dataclasses import dataclass, field, replace
 from enum import Enum
-from typing import Any
+from typing import Any, TypeVar
 
 from omegaconf import MISSING
 
 from vca.config.cluster import ClusterConfig
-from vca.data.augment import AugmentConfig
-from vca.data.config import DataConfig
+from vca.data.augment import AugmentConfig, GeneratorAugmentConfig
+from vca.data.config import DataConfig, ImageDataConfig
 from vca.evaluation.online_fid import FidConfig
 from vca.generation.autoencoder import AutoencoderConfig
 from vca.generation.objective import SamplerConfig
 from vca.runtime.compute import Device, Precision
 from vca.runtime.errors import check, check_path
 from vca.runtime.metrics_log import WandbConfig
-from vca.training.config import TrainerConfig
+from vca.training.config import ClassifierTrainerConfig, GeneratorTrainerConfig, TrainerConfig
 from vca.training.optim import OptimConfig
 from vca.training.pretrained import InitWeights
+
+Data = TypeVar("Data", bound=DataConfig)
 
 
 @dataclass
@@ -64,9 +66,11 @@ class TrainConfig:
 class TrainClsConfig(TrainConfig):
     """Config of `train_cls.py`."""
 
+    data: ImageDataConfig = field(default_factory=ImageDataConfig)
+    trainer: ClassifierTrainerConfig = field(default_factory=ClassifierTrainerConfig)
+
     def __post_init__(self) -> None:
         super().__post_init__()
-        check(self.trainer.fid_every == 0, "trainer.fid_every", "0 in train_cls.py", self.trainer.fid_every)
         for key in ("num_classes", "in_chans"):
             self.check_model(key, getattr(self.data, key), f"data.{key}")
 
@@ -80,6 +84,8 @@ class TrainGenConfig(TrainConfig):
         sampled_classes: number of classes in these grids, from class 0.
     """
 
+    augment: GeneratorAugmentConfig = field(default_factory=GeneratorAugmentConfig)
+    trainer: GeneratorTrainerConfig = field(default_factory=GeneratorTrainerConfig)
     objective: Any = MISSING
     autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
@@ -101,19 +107,15 @@ class TrainGenConfig(TrainConfig):
         self.check_model("in_channels", self.autoencoder.channels, "autoencoder.channels")
         size = self.data.img_size // self.autoencoder.factor
         self.check_model("input_size", size, "data.img_size / autoencoder.factor")
-        for key in ("mixup", "cutmix"):
-            check(getattr(self.augment, key) == 0, f"augment.{key}", "0 in generation", getattr(self.augment, key))
         check(self.samples_per_class >= 1, "samples_per_class", ">= 1", self.samples_per_class)
         classes = self.data.num_classes
         check(1 <= self.sampled_classes <= classes, "sampled_classes", f"from 1 to {classes}", self.sampled_classes)
         if self.trainer.fid_every:
             check(self.fid.reference is not None, "fid.reference", "set with trainer.fid_every", None)
             check(self.extractor is not None, "extractor", "set with trainer.fid_every, such as inception", None)
-        check(self.trainer.init_from is None, "trainer.init_from", "null in train_gen.py", self.trainer.init_from)
-        check(not self.trainer.eval_only, "trainer.eval_only", "false in train_gen.py", self.trainer.eval_only)
 
 
-def in_pixel_range(data: DataConfig, autoencoder: AutoencoderConfig) -> DataConfig:
+def in_pixel_range(data: Data, autoencoder: AutoencoderConfig) -> Data:
     """Return the data config with normalization to [-1, 1], which generation uses.
 
     Raises:
@@ -148,7 +150,7 @@ class PrepareLatentsConfig:
     """
 
     out: str = MISSING
-    data: DataConfig = field(default_factory=DataConfig)
+    data: ImageDataConfig = field(default_factory=ImageDataConfig)
     autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
     flips: bool = True
     dtype: LatentType = LatentType.float32
@@ -160,7 +162,6 @@ class PrepareLatentsConfig:
     def __post_init__(self) -> None:
         check_path("out", self.out)
         self.data = in_pixel_range(self.data, self.autoencoder)
-        check(self.data.name != "latents", "data", "images", self.data.name)
         check(self.autoencoder.name != "none", "autoencoder", "an autoencoder, such as sd_vae", self.autoencoder.name)
         for key in ("shard_size", "batch_size"):
             check(getattr(self, key) >= 1, key, ">= 1", getattr(self, key))
@@ -263,7 +264,7 @@ class EvalFidConfig(GeneratorConfig):
 
     samples: str | None = None
     reference: str = MISSING
-    data: DataConfig | None = None
+    data: ImageDataConfig | None = None
     extractor: Any = MISSING
     count: int | None = None
     features: int = 50_000
@@ -303,7 +304,7 @@ class ReferenceStatsConfig:
 
     out: str = MISSING
     images: str = "data:train"
-    data: DataConfig | None = None
+    data: ImageDataConfig | None = None
     extractor: Any = MISSING
     features: int = 10_000
     batch_size: int = 64

@@ -39,14 +39,14 @@ class AugmentConfig:
     Attributes:
         crop: `resized` (area in `scale`, aspect ratio in `ratio`), `padded` (by `padding` pixels), `adm` (centre crop
             of the shorter side) or `none` (the image resized to a square).
-        scale, ratio: smallest and largest area (fraction of the image) and aspect ratio of the `resized` crop.
+        scale, ratio: `[min, max]` of the `resized` crop: area as a fraction (`scale`), aspect ratio (`ratio`).
         padding: pixels of zero padding on each side before the `padded` crop.
         interpolation: `bicubic`, `bilinear` or `random`, for the resized crop.
         hflip: probability of a horizontal flip.
-        color_jitter: strength; ignored if `auto_augment` is set, as in timm.
-        auto_augment: timm's policy string, such as `rand-m9-mstd0.5-inc1`; null is none.
-        re_prob, re_mode, re_count: probability, fill mode and number of boxes of random erasing.
-        mixup, cutmix: their alphas; 0 is off.
+        color_jitter: strength of the color jitter; ignored if `auto_augment` is set, as in timm.
+        auto_augment: timm's policy string, such as `rand-m9-mstd0.5-inc1`; null disables it.
+        re_prob, re_mode, re_count: probability, fill mode (`re_mode`) and boxes (`re_count`) of random erasing.
+        mixup, cutmix: alpha of Mixup (`mixup`) and of CutMix (`cutmix`); 0 disables it.
         mixup_prob: probability of mixing a batch.
         mixup_switch_prob: probability of CutMix instead of Mixup if both are on.
         label_smoothing: smoothing of the targets.
@@ -97,6 +97,16 @@ class AugmentConfig:
     def mixes(self) -> bool:
         """Whether Mixup or CutMix is on."""
         return self.mixup > 0 or self.cutmix > 0
+
+
+@dataclass
+class GeneratorAugmentConfig(AugmentConfig):
+    """Augmentation for `train_gen.py`, which does not mix images."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for key in ("mixup", "cutmix"):
+            check(getattr(self, key) == 0, f"augment.{key}", "0 in generation", getattr(self, key))
 
 
 def train_transform(augment: AugmentConfig, data: DataConfig) -> "Compose":

@@ -13,8 +13,8 @@ class DataConfig:
         name: the key in `vca.data.DATASETS`.
         root: local folder; null for `digits`.
         img_size: side of training and evaluation images, in pixels.
-        in_chans, num_classes: channels of the images, number of classes.
-        mean, std: normalisation of pixels in [0, 1], one number per channel.
+        in_chans, num_classes: number of image channels (`in_chans`) and of classes (`num_classes`).
+        mean, std: mean and standard deviation that normalise pixels in [0, 1], one number per channel.
         crop_pct: fraction of the shorter side that the evaluation centre crop keeps.
         interpolation: `bicubic` or `bilinear`, for the evaluation resize.
         check_seconds: seconds to check files of the data set, in random order, before a run starts; 0 disables it.
@@ -47,3 +47,12 @@ class DataConfig:
         check(self.check_seconds >= 0, "data.check_seconds", ">= 0", self.check_seconds)
         known = ("bicubic", "bilinear")
         check(self.interpolation in known, "data.interpolation", " or ".join(known), self.interpolation)
+
+
+@dataclass
+class ImageDataConfig(DataConfig):
+    """Data set of images, not of latents."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(self.name != "latents", "data", "images", self.name)

@@ -11,14 +11,13 @@ import time
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from PIL import Image, UnidentifiedImageError
 
 from vca.data.config import DataConfig
-from vca.data.latents import RERUN, LatentCache
+from vca.data.latents import RERUN, LatentCache, file_is_made
 from vca.runtime.distributed import World
 from vca.runtime.errors import ConfigError
 
@@ -72,14 +71,7 @@ def examine(
     examine_file: Callable[[str], list[Finding]] | None = None,
     unit: str = "images",
 ) -> Examination:
-    """Check files in random order.
-
-    Args:
-        paths: image files, or files for `examine_file`.
-        seconds: time limit; no file is read after it.
-        examine_file: returns the findings of a file; default `examine_image`.
-        unit: name of the files in the summary.
-    """
+    """Check files in random order by `examine_file`, by default `examine_image`; read none after `seconds`."""
     paths = list(paths)
     random.Random(0).shuffle(paths)
     start, findings, checked = time.perf_counter(), [], 0
@@ -94,27 +86,24 @@ def examine(
 def examine_datasets(datasets: Iterable[Any], seconds: float) -> Examination:
     """Check the image files of data sets, or the sha256 of a latent cache's files, for up to `seconds`."""
     datasets = list(datasets)
-    if isinstance(datasets[0], LatentCache):
-        return examine(datasets[0].paths(), seconds, partial(examine_latents, datasets[0]), "files of latents")
-    return examine(image_files(datasets), seconds)
+    cache = datasets[0]
+    if not isinstance(cache, LatentCache):
+        return examine(image_files(datasets), seconds)
 
+    def examine_shard(path: str) -> list[Finding]:
+        intact = file_is_made(Path(path), cache.manifest.files[Path(path).name])
+        return [] if intact else [Finding(path, "does not match its sha256 in the manifest", RERUN, True)]
 
-def examine_latents(cache: LatentCache, path: str) -> list[Finding]:
-    """Compare a file of a latent cache with its sha256 in the manifest."""
-    return [] if cache.is_intact(path) else [Finding(path, "has another sha256 than in the manifest", RERUN, True)]
+    shards = [str(cache.folder / name) for name in cache.manifest.names[1:]]
+    return examine(shards, seconds, examine_shard, "files of latents")
 
 
 def check_before_training(
     data: DataConfig, datasets: Iterable[Any], workers: int, batch_bytes: int, world: World
 ) -> None:
-    """Check files for `data.check_seconds` on rank 0, and print the findings.
+    """Check files of the splits `datasets` for `data.check_seconds` on rank 0, and print the findings.
 
-    Args:
-        data: config of the data set.
-        datasets: its splits.
-        workers: loader workers per rank.
-        batch_bytes: size of a micro-batch.
-        world: this process.
+    `workers` is the number of loader workers per rank, `batch_bytes` the size of a micro-batch.
 
     Raises:
         ConfigError: on every rank, if a file is unusable.
@@ -134,13 +123,7 @@ def check_before_training(
 
 
 def shared_memory_note(workers: int, batch_bytes: int, folder: str = "/dev/shm") -> str | None:
-    """Return a warning if the prefetched batches may exceed shared memory, which kills loader workers (SIGBUS).
-
-    Args:
-        workers: loader workers of all ranks on this node.
-        batch_bytes: size of a batch.
-        folder: mount point of shared memory.
-    """
+    """Return a warning if the workers of this node may prefetch more than shared memory holds, which kills them."""
     if not workers or not Path(folder).is_dir():
         return None
     needed, free = workers * 2 * batch_bytes, shutil.disk_usage(folder).free  # a worker prefetches two batches

@@ -88,11 +88,7 @@ class Manifest:
         return {**asdict(self), "files": hashlib.sha256(json.dumps(self.files, sort_keys=True).encode()).hexdigest()}
 
     def write(self, folder: Path) -> None:
-        """Write `manifest.json`.
-
-        Raises:
-            OSError: if it cannot be written.
-        """
+        """Write `manifest.json`."""
         write_text(folder / "manifest.json", json.dumps(asdict(self), indent=2) + "\n")
 
     def begin(self, folder: Path) -> "Manifest":
@@ -123,10 +119,9 @@ class Manifest:
 
     def finish(self, folder: Path) -> None:
         """Move the digests of all files into `manifest.json`."""
-        paths = [digest_path(folder / name) for name in self.names]
         replace(self, files=self.begin(folder).files).write(folder)
-        for path in paths:
-            path.unlink(missing_ok=True)
+        for name in self.names:
+            digest_path(folder / name).unlink(missing_ok=True)
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -224,9 +219,6 @@ def shard_is_whole(folder: Path, manifest: Manifest, shard: int) -> bool:
 class LatentCache(Dataset):
     """Data set of `(latents (V, K, h, w), label)`, memory-mapped from a finished cache.
 
-    Args:
-        folder: folder of the cache.
-
     Raises:
         ConfigError: if the cache is incomplete or corrupt.
     """
@@ -247,7 +239,7 @@ class LatentCache(Dataset):
         others += [name for name in names[:1] if not file_is_made(folder / name, digests[name])]
         if others:
             raise ConfigError(
-                f"{folder}: {len(others)} of {len(names)} files have another sha256 than in the manifest, such as "
+                f"{folder}: {len(others)} of {len(names)} files do not match their sha256 in the manifest, such as "
                 f"{others[0]}; {RERUN}"
             )
         self.labels = self.read_labels()
@@ -267,14 +259,6 @@ class LatentCache(Dataset):
         check(low >= 0 and high < classes, f"{path}: labels", f"from 0 to {classes - 1}", (low, high))
         return labels
 
-    def paths(self) -> list[str]:
-        """Paths of the shards."""
-        return [str(self.folder / name) for name in self.manifest.names[1:]]
-
-    def is_intact(self, path: str) -> bool:
-        """Whether a shard has the sha256 of the manifest; reads the whole file."""
-        return file_is_made(Path(path), self.manifest.files[Path(path).name])
-
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "files": {}}
 
@@ -292,17 +276,12 @@ class LatentCache(Dataset):
     def check(self, autoencoder: dict[str, Any], augment: AugmentConfig) -> None:
         """Raise `ConfigError` unless the cache was made by this autoencoder and supports this augmentation."""
         if differences := diff_configs(self.manifest.autoencoder, autoencoder, key="autoencoder"):
-            raise ConfigError(f"{self.folder} was made with another autoencoder ({'; '.join(differences)})")
+            raise ConfigError(f"{self.folder}: encoded by another autoencoder ({'; '.join(differences)}); use that one")
         check(augment.crop is Crop.adm, "augment.crop", "adm, as the crop of the latents", augment.crop.value)
         for key in ("auto_augment", "color_jitter", "re_prob"):
             check(not getattr(augment, key), f"augment.{key}", "off with data=latents", getattr(augment, key))
         flips = self.manifest.shape[0] == 2
-        check(
-            flips or augment.hflip == 0,
-            "augment.hflip",
-            f"0: {self.folder} has no flipped images",
-            augment.hflip,
-        )
+        check(flips or augment.hflip == 0, "augment.hflip", f"0: {self.folder} has no flipped images", augment.hflip)
 
 
 class RandomVersion:

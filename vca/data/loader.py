@@ -89,11 +89,8 @@ def image_inputs(augment: AugmentConfig, data: DataConfig, seed: int, device: to
 class TrainOrder:
     """The order of the training images, as a pure function of seed and position.
 
-    Args:
-        num_images: size of the training set.
-        global_batch_size: images per step over all ranks, B.
-        seed: seed of the run.
-        repeats: copies of an image, for repeated augmentation.
+    `global_batch_size` is B, the images per step over all ranks; `repeats` the copies of an image (repeated
+    augmentation).
     """
 
     def __init__(self, num_images: int, global_batch_size: int, seed: int, repeats: int = 1) -> None:

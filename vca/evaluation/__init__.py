@@ -1,1 +1,1 @@
-"""Evaluation: accuracy, complexity, feature extractors, image sets, statistics and evaluation records."""
+"""Evaluation: accuracy, feature extractors, image sets, statistics and evaluation records."""

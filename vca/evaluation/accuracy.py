@@ -1,6 +1,6 @@
 """Classification accuracy, exact on any number of ranks."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from typing import Any
 
@@ -13,7 +13,10 @@ from vca.runtime.distributed import World
 
 @torch.inference_mode()
 def evaluate(
-    models: Mapping[str, nn.Module], batches: Iterable[tuple[Tensor, Tensor]], world: World, autocast: Any = nullcontext
+    models: Mapping[str, nn.Module],
+    batches: Iterable[tuple[Tensor, Tensor]],
+    world: World,
+    autocast: Callable[[], Any] = nullcontext,
 ) -> dict[str, float]:
     """Compute top-1, top-5 (with more than five classes), mean cross entropy, and the number of images of each model.
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from vca.evaluation.extractor import Extractor
-from vca.evaluation.features import FeatureSet, measure, probe
+from vca.evaluation.features import FeatureSet, feature_sizes, measure
 from vca.evaluation.images import format_shape
 from vca.evaluation.stats_file import StatisticsFile
 from vca.metrics.fid import frechet_distance
@@ -35,7 +35,10 @@ def check_comparable(samples: Any, reference: Any, extractor: Extractor, allow_f
         )
     sides = {"samples": samples, "reference": reference}
     warnings = [line for s in sides.values() if isinstance(s, StatisticsFile) for line in s.check_extractor(extractor)]
-    sizes = {key: feature_sizes(source, extractor) for key, source in sides.items()}
+    sizes = {
+        key: source.sizes if isinstance(source, StatisticsFile) else feature_sizes(source, extractor)
+        for key, source in sides.items()
+    }
     for kind in ("pooled", "spatial"):
         ours, theirs = sizes["samples"].get(kind), sizes["reference"].get(kind)
         if ours != theirs and None not in (ours, theirs):
@@ -48,19 +51,12 @@ def check_comparable(samples: Any, reference: Any, extractor: Extractor, allow_f
         if source.count is not None and source.count < 2:
             raise ConfigError(f"{key}: {source.source} must contain at least 2 images, got {source.count}")
         if source.count is not None and source.count < features:
-            few = f"{source.count} images are fewer than the {features} features; the distance is biased upwards"
+            few = f"{source.count} images for {features} features bias the distance upwards"
             if not allow_few:
                 raise ConfigError(f"{key}: {source.source}: {few}; use more images, or set allow_few=true")
             warnings.append(f"{key}: {few}")
     check(samples.count is not None, "samples", "a set with a known number of images", samples.source)
     return warnings
-
-
-def feature_sizes(source: Any, extractor: Extractor) -> dict[str, int]:
-    """Return the number of features of each kind of a source."""
-    if isinstance(source, StatisticsFile):
-        return source.sizes
-    return {name: rows.shape[1] for name, rows in probe(source, extractor).items()}
 
 
 def read_features(
@@ -156,10 +152,7 @@ def why_missing(samples: FeatureSet, reference: FeatureSet) -> dict[str, str]:
 def labelled_metrics(metrics: Metrics, settings: dict[str, Any], count: int, published: bool) -> dict[str, str]:
     """Return metric values by a label with the number of images: FID-50K is only for exactly 50,000 samples.
 
-    Args:
-        metrics, settings: results of `compare_sets`.
-        count: number of samples.
-        published: whether the extractor is FID's Inception network; the label is FID only then.
+    The label is FID only if `published`: the extractor is FID's Inception network.
     """
     names = ("FID", "sFID", "KID", "Inception Score")
     if not published:

@@ -13,12 +13,7 @@ from vca.runtime.distributed import World
 
 
 class FeatureStatistics:
-    """Running sums over rows `(B, D)`.
-
-    Args:
-        features: D.
-        device: device of the sums.
-    """
+    """Running sums over rows `(B, D)`."""
 
     def __init__(self, features: int, device: torch.device | str = "cpu") -> None:
         self.count = 0

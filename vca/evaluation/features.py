@@ -7,6 +7,7 @@ Shape letters: N images, n images with stored features, D features, S spatial fe
 """
 
 import time
+from collections import ChainMap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -77,7 +78,7 @@ def measure(
         ConfigError: if the extractor does not accept the images.
         NonFiniteError: if features are NaN or infinite.
     """
-    sizes = {name: rows.shape[1] for name, rows in probe(images, extractor).items()}
+    sizes = feature_sizes(images, extractor)
     kept, wanted = set(subset_numbers(images.count, keep)), {"pooled"} | ({"logits"} if keep >= images.count else set())
     moments = {name: FeatureStatistics(sizes[name], world.device) for name in ("pooled", "spatial") if name in sizes}
     digests: dict[int, bytes] = {}
@@ -103,7 +104,7 @@ def measure(
         seconds = time.monotonic() - start
         print(f"{images.source}: features of {images.count} images in {seconds:.1f} s", flush=True)
     reduced = {name: Moments(*part.reduce(world).mean_and_covariance()) for name, part in moments.items()}
-    digests, rows = (merge(world.gather(part)) for part in (digests, rows))
+    digests, rows = (dict(ChainMap(*world.gather(part))) for part in (digests, rows))
     in_order = [rows[number] for number in sorted(rows)]
     features = {name: np.concatenate([part[name] for part in in_order]) for name in wanted & set(sizes) if in_order}
     return FeatureSet(
@@ -118,8 +119,8 @@ def measure(
     )
 
 
-def probe(images: Any, extractor: Extractor) -> dict[str, Tensor]:
-    """Return the features of one black image, or fail if the extractor does not accept images of this shape."""
+def feature_sizes(images: Any, extractor: Extractor) -> dict[str, int]:
+    """Return the number of features of each kind, or fail if the extractor does not accept images of this shape."""
     height, width, channels = images.shape
     if extractor.channels not in (None, channels):
         wanted = "RGB" if extractor.channels == 3 else "grey"
@@ -128,12 +129,13 @@ def probe(images: Any, extractor: Extractor) -> dict[str, Tensor]:
             f"{format_shape(images.shape)}; convert them, or choose another extractor"
         )
     try:
-        return as_dict(extractor(torch.zeros(1, channels, height, width, dtype=torch.uint8)))
+        features = extractor(torch.zeros(1, channels, height, width, dtype=torch.uint8))
     except (ValueError, RuntimeError, TypeError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(
             f"{images.source}: extractor={extractor.name} must accept {format_shape(images.shape)} images ({reason})"
         ) from error
+    return {name: rows.shape[1] for name, rows in as_dict(features).items()}
 
 
 def extract(extractor: Extractor, pixels: np.ndarray, batch_size: int) -> dict[str, Tensor]:
@@ -163,8 +165,3 @@ def subset_numbers(count: int, keep: int) -> list[int]:
     if keep >= count:
         return list(range(count))
     return sorted(torch.randperm(count, generator=torch.Generator().manual_seed(0))[:keep].tolist())
-
-
-def merge(parts: list[dict[int, Any]]) -> dict[int, Any]:
-    """Merge the dicts of all ranks."""
-    return {number: value for part in parts for number, value in part.items()}

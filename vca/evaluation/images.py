@@ -1,6 +1,6 @@
 """Sets of 8-bit images addressed by number. Invalid input is an error that names the file and the fix.
 
-Every set has `count`, `shape` and `stream(blocks of numbers)`, like `vca.generation.pipeline.GeneratedImages`:
+Every set has the interface of `ImageSet`, as `vca.generation.pipeline.GeneratedImages` does:
 
     PngFolder       a flat folder of PNG files, or `images/` of a `sample.py` folder
     NpzImages       `arr_0` `(N, H, W, C)` uint8, the format of ADM's evaluator
@@ -34,7 +34,7 @@ REMEDIES = {  # for modes that are neither
 
 
 class ImageSet:
-    """A set of images.
+    """Images with numbers from 0; `stream` reads them in blocks of numbers.
 
     Attributes:
         source: the set, as named by the user.
@@ -48,6 +48,11 @@ class ImageSet:
 
     def read(self, numbers: Sequence[int]) -> np.ndarray:
         """Read images `(len(numbers), H, W, C)` uint8."""
+        with ThreadPoolExecutor(THREADS) as threads:
+            return np.stack(list(threads.map(self.load, numbers)))
+
+    def load(self, number: int) -> np.ndarray:
+        """Read one image `(H, W, C)`."""
         raise NotImplementedError
 
     def stream(self, blocks: Sequence[Sequence[int]]) -> Iterator[tuple[Sequence[int], np.ndarray]]:
@@ -79,16 +84,8 @@ class PngFolder(ImageSet):
                 first = f"{format_shape(self.shape)} like {self.files[0].name}"
                 raise ConfigError(f"{key}: {file} must be {first}, got {format_shape(shape)}")
 
-    def read(self, numbers: Sequence[int]) -> np.ndarray:
-        """Read the files of these numbers.
-
-        Raises:
-            ConfigError: names the file that cannot be decoded.
-        """
-        with ThreadPoolExecutor(THREADS) as threads:
-            return np.stack(list(threads.map(lambda number: self.decode(self.files[number]), numbers)))
-
-    def decode(self, file: Path) -> np.ndarray:
+    def load(self, number: int) -> np.ndarray:
+        file = self.files[number]
         try:
             with Image.open(file) as image:
                 return np.asarray(image).reshape(self.shape)
@@ -162,7 +159,7 @@ class NpzImages(ImageSet):
 
     def __init__(self, file: Path, key: str) -> None:
         self.source, self.key = str(file), key
-        self.pixels = map_member(file, "arr_0", key)
+        self.pixels = read_member(file, "arr_0", key, mapped=True)
         array = self.pixels
         if array.dtype != np.uint8:
             first = array[:256]
@@ -173,8 +170,8 @@ class NpzImages(ImageSet):
             raise ConfigError(f"{key}: arr_0 of {file} must be images (N, H, W, 1 or 3), got {array.shape}")
         self.count, self.shape = len(array), array.shape[1:]
 
-    def read(self, numbers: Sequence[int]) -> np.ndarray:
-        return np.stack([self.pixels[number] for number in numbers])
+    def load(self, number: int) -> np.ndarray:
+        return self.pixels[number]
 
 
 def members(file: Path, key: str) -> list[str]:
@@ -187,8 +184,10 @@ def members(file: Path, key: str) -> list[str]:
         return [name.removesuffix(".npy") for name in archive.namelist()]
 
 
-def read_member(file: Path, name: str, key: str) -> np.ndarray:
+def read_member(file: Path, name: str, key: str, mapped: bool = False) -> np.ndarray:
     """Read an array of an npz; the zip's checksum is verified.
+
+    With `mapped`, an array that the archive stores uncompressed is memory-mapped instead.
 
     Raises:
         ConfigError: if the file is not an npz or is corrupt, or has no such array (names the existing ones).
@@ -196,17 +195,8 @@ def read_member(file: Path, name: str, key: str) -> np.ndarray:
     if name not in (names := members(file, key)):
         raise ConfigError(f"{key}: {file} must contain an array '{name}', got {', '.join(names) or 'none'}")
     with npz_errors(file, key), np.load(file, allow_pickle=False) as archive:
-        return archive[name]
-
-
-def map_member(file: Path, name: str, key: str) -> np.ndarray:
-    """Read an array like `read_member`, memory-mapped if the archive stores it uncompressed."""
-    if name not in members(file, key):
-        return read_member(file, name, key)  # raises the error
-    with npz_errors(file, key), zipfile.ZipFile(file) as archive:
-        member = archive.getinfo(f"{name}.npy")
-    if member.compress_type != zipfile.ZIP_STORED:
-        return read_member(file, name, key)
+        if not mapped or (member := archive.zip.getinfo(f"{name}.npy")).compress_type != zipfile.ZIP_STORED:
+            return archive[name]
     with npz_errors(file, key), open(file, "rb") as content:
         content.seek(member.header_offset + 26)  # lengths of the name and extra field before the data
         lengths = np.frombuffer(content.read(4), "<u2")
@@ -235,10 +225,6 @@ class DatasetImages(ImageSet):
         self.dataset, self.source, self.key = dataset, source, key
         self.count, self.shape = len(dataset), (img_size, img_size, in_chans)
         self.crop, self.mode = AdmCrop(img_size), "L" if in_chans == 1 else "RGB"
-
-    def read(self, numbers: Sequence[int]) -> np.ndarray:
-        with ThreadPoolExecutor(THREADS) as threads:
-            return np.stack(list(threads.map(self.load, numbers)))
 
     def load(self, number: int) -> np.ndarray:
         try:

@@ -38,13 +38,7 @@ class FidConfig:
 class OnlineFid:
     """Frechet distance between samples of a run and a reference.
 
-    Args:
-        fid: config.
-        extractor: feature extractor, on `world.device`.
-        sampler: sampler settings.
-        data: data set of a reference `data:train` or `data:test`.
-        pipeline: pipeline with the network in training.
-        world: rank and device of this process; the ranks share the work.
+    The ranks share the work. `data` is the data set of a reference `data:train` or `data:test`.
     """
 
     def __init__(

@@ -9,9 +9,11 @@ import json
 import platform
 import tempfile
 from dataclasses import asdict, fields
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from vca.evaluation.compare import Metrics
@@ -24,43 +26,15 @@ from vca.runtime.files import write_text
 from vca.runtime.provenance import provenance
 
 FORMAT = "vca-evaluation-1"
-SAMPLER = tuple(f.name for f in fields(SamplerConfig))
 
-# Fields by section; a dot separates nested sections.
+# Fields by section, besides the sections themselves; a dot separates nested sections.
 FIELDS: dict[str, tuple[str, ...]] = {
-    "": (
-        "format",
-        "count",
-        "metrics",
-        "settings",
-        "samples",
-        "reference",
-        "extractor",
-        "compute",
-        "warnings",
-        "sha256",
-    ),
+    "": ("format", "count", "warnings", "sha256"),
     "metrics": tuple(f.name for f in fields(Metrics)),
     "settings": ("kid", "inception_score_split", "neighbours"),
-    "samples": ("source", "sha256", "shape", "made"),
-    "samples.made": (
-        "protocol",
-        "seed",
-        "labels",
-        "sampler",
-        "precision",
-        "tf32",
-        "compute_batch_size",
-        "device",
-        "torch",
-        "origin",
-        "model",
-        "attention",
-        "objective",
-        "autoencoder",
-        "nfe",
-    ),
-    "samples.made.sampler": SAMPLER,
+    "samples": ("source", "sha256", "shape"),
+    "samples.made": ("protocol", "seed", "labels", "precision", "tf32", "compute_batch_size", "device", "torch"),
+    "samples.made.sampler": tuple(f.name for f in fields(SamplerConfig)),
     "samples.made.origin": ("step", "weights", "training", "weights_sha256"),
     "samples.made.model": ("family", "name"),
     "samples.made.attention": ("name",),
@@ -69,7 +43,7 @@ FIELDS: dict[str, tuple[str, ...]] = {
     "samples.made.nfe": ("mean", "min", "max"),
     "reference": ("source", "sha256", "count", "features"),
     "extractor": ("name", "sha256", "published", "dtype", "tf32"),
-    "compute": ("batch_size", "ranks", "device", "versions", "commit", "uncommitted"),
+    "compute": ("batch_size", "ranks", "device", "commit", "uncommitted"),
     "compute.versions": ("python", "torch", "torch_fidelity", "numpy"),
 }
 # Where and with which software a record was computed; no influence on the metrics.
@@ -89,10 +63,6 @@ def make_record(
     world: World,
 ) -> dict[str, Any]:
     """Build the record; `made` contains the sampling settings, None if unknown."""
-    from importlib.metadata import version
-
-    import numpy as np
-
     commit, diff = provenance()
     record = {
         "format": FORMAT,
@@ -200,9 +170,9 @@ def read_record(path: Path) -> dict[str, Any]:
 
 def missing_fields(record: dict[str, Any]) -> list[str]:
     """Return the full names of missing fields."""
-    missing: list[str] = []
     if not isinstance(record, dict):
         return ["format"]
+    missing: list[str] = []
     unknown = isinstance(record.get("samples"), dict) and record["samples"].get("made", "") is None
     for section, names in FIELDS.items():
         if unknown and section.startswith("samples.made"):
@@ -212,6 +182,6 @@ def missing_fields(record: dict[str, Any]) -> list[str]:
             part = part.get(step) if isinstance(part, dict) else None
         if isinstance(part, dict):
             missing += [f"{section}.{name}".lstrip(".") for name in names if name not in part]
-        elif section not in missing:
+        else:
             missing.append(section)
     return missing

@@ -56,15 +56,10 @@ def open_samples(
     """
     samples = open_source(place, "samples", data)
     check(count in (None, samples.count), "count", f"{samples.count}, the number of images in {place}", count)
-    return samples, sampling_settings(read_sample_manifest(place))
-
-
-def sampling_settings(manifest: dict[str, Any] | None) -> dict[str, Any] | None:
-    """Return the sampling settings of a manifest; None if there is no manifest."""
-    if manifest is None:
-        return None
-    made = {key: value for key, value in manifest.items() if key != "result"}
-    return {**made, "nfe": manifest["result"].get("nfe") or manifest["result"]["evaluations"]}
+    if (manifest := read_sample_manifest(place)) is None:
+        return samples, None
+    result = manifest.pop("result")
+    return samples, {**manifest, "nfe": result.get("nfe") or result["evaluations"]}
 
 
 def read_sample_manifest(place: str) -> dict[str, Any] | None:

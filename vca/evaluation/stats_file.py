@@ -31,6 +31,7 @@ class StatisticsFile:
     Attributes:
         source: the file.
         count, shape: number and shape of the images; None if the file does not record them.
+        sizes: number of features of each kind.
         images: ADM's `arr_0`, or None.
 
     Raises:
@@ -49,17 +50,14 @@ class StatisticsFile:
             self.shape = tuple(self.about["shape"])
         self.pooled = self.moments("mu", "sigma")
         self.spatial = self.moments("mu_s", "sigma_s") if "mu_s" in names else None
+        self.sizes = {"pooled": len(self.pooled.mean)}
+        if self.spatial is not None:
+            self.sizes["spatial"] = len(self.spatial.mean)
         self.kept = read_member(file, "features", key) if "features" in names else None
         if self.kept is not None:
-            size = len(self.pooled.mean)
+            size = self.sizes["pooled"]
             fits = self.kept.ndim == 2 and self.kept.shape[1] == size and np.isfinite(self.kept).all()
             self.require(fits, f"features must be finite and (n, {size}), got {self.kept.shape}")
-
-    @property
-    def sizes(self) -> dict[str, int]:
-        """Number of features of each kind."""
-        spatial = {"spatial": len(self.spatial.mean)} if self.spatial is not None else {}
-        return {"pooled": len(self.pooled.mean), **spatial}
 
     def check_extractor(self, extractor: Extractor) -> list[str]:
         """Check that the statistics were computed with this extractor, and return warnings.

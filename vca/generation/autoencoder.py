@@ -36,8 +36,8 @@ class AutoencoderConfig:
         name: key in `AUTOENCODERS`: `none`, `diffusers` or `file`.
         source: folder or hub name (`diffusers`), Python file (`file`).
         weights: argument of the file's `load_autoencoder` (`file` only).
-        channels, factor: latent channels C, and the downsampling factor; must match the loaded autoencoder.
-        scale, shift: scale and shift of the latents; null uses the autoencoder's own config, else 1 and 0.
+        channels, factor: latent channels (`channels`) and downsampling factor (`factor`) of the loaded autoencoder.
+        scale, shift: scale and shift of the latents; null uses the autoencoder's own values, or 1 and 0 without them.
     """
 
     name: str = "none"
@@ -71,7 +71,6 @@ class Autoencoder:
     """Frozen autoencoder; always computes in float32, also inside a bf16 run.
 
     Args:
-        config: the autoencoder's config.
         network: module with `encode(images) -> moments` and `decode(unscaled latents) -> images`.
         scale, shift: scale and shift of the latents where the config has null.
         text: source or settings of the network, hashed together with its parameters.
@@ -146,11 +145,6 @@ class DiffusersVAE(nn.Module):
 
     def decode(self, latents: Tensor) -> Tensor:
         return self.vae.decode(latents).sample
-
-
-def pixel_space(config: AutoencoderConfig) -> Autoencoder:
-    """Return the identity autoencoder."""
-    return Autoencoder(config, PixelSpace())
 
 
 def load_diffusers_vae(config: AutoencoderConfig) -> Autoencoder:
@@ -228,7 +222,7 @@ def load_custom_vae(config: AutoencoderConfig) -> Autoencoder:
 
 # name -> (config dataclass, loader)
 AUTOENCODERS: dict[str, tuple[type, Callable[[Any], Autoencoder]]] = {
-    "none": (AutoencoderConfig, pixel_space),
+    "none": (AutoencoderConfig, lambda config: Autoencoder(config, PixelSpace())),
     "diffusers": (AutoencoderConfig, load_diffusers_vae),
     "file": (AutoencoderConfig, load_custom_vae),
 }

@@ -115,7 +115,7 @@ class GaussianDiffusion:
         return mean + (index > 0) * (0.5 * self.log_variance(fraction, t)).exp() * noise
 
     def ddim_step(self, net: Net, xt: Tensor, index: int, noise: Tensor, eta: float = 0.0) -> Tensor:
-        """Take one DDIM step (DDIM, 12 and 16); `eta=0` is deterministic. The network's variance is unused."""
+        """Take one DDIM step (equations 12 and 16); `eta=0` is deterministic. The predicted variance is not used."""
         t = torch.full((len(xt),), index, device=xt.device)
         predicted = net(xt, self.numbers.to(t.device)[t])[:, : xt.shape[1]]
         level, before = at(self.alphas_cumprod, t, xt), at(self.alphas_cumprod_before, t, xt)

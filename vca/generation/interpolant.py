@@ -153,17 +153,14 @@ class Interpolant:
         """Return the coefficient w of the SDE `dx = (v + w s) dt + sqrt(2 w) dW`, `(B, 1, 1, 1)`."""
         c = self.at(t, x)
         time = t.reshape(c.sigma.shape)
-        if form is DiffusionForm.sbdm:
-            return norm * c.drift_variance
-        if form is DiffusionForm.sigma:
-            return norm * c.sigma
-        if form is DiffusionForm.linear:
-            return norm * (1 - time)
-        if form is DiffusionForm.decreasing:
-            return 0.25 * (norm * torch.cos(math.pi * time) + 1) ** 2
-        if form is DiffusionForm.increasing_decreasing:
-            return norm * torch.sin(math.pi * time) ** 2
-        return torch.full_like(time, norm)
+        return {
+            DiffusionForm.sbdm: norm * c.drift_variance,
+            DiffusionForm.sigma: norm * c.sigma,
+            DiffusionForm.constant: torch.full_like(time, norm),
+            DiffusionForm.linear: norm * (1 - time),
+            DiffusionForm.decreasing: 0.25 * (norm * torch.cos(math.pi * time) + 1) ** 2,
+            DiffusionForm.increasing_decreasing: norm * torch.sin(math.pi * time) ** 2,
+        }[form]
 
     def train_interval(self) -> tuple[float, float]:
         """Return the first and last time of training."""
@@ -178,12 +175,10 @@ class Interpolant:
 
     def interval(self, eps: float, form: DiffusionForm | None = None, last_step: float = 0.0) -> tuple[float, float]:
         """Return where time starts and ends: `eps` away from singular ends."""
-        start, end = 0.0, 1.0
-        sde, velocity = form is not None, self.prediction is Prediction.velocity
-        late = 1 - last_step if sde and last_step else 1 - eps
+        velocity = self.prediction is Prediction.velocity
+        end = 1 - last_step if form is not None and last_step else 1 - eps
         if self.path is PathType.vp:
-            end = late
-        elif sde or not velocity:
-            start = eps if not velocity or form is DiffusionForm.sbdm else 0.0
-            end = late
-        return start, end
+            return 0.0, end
+        if velocity and form is None:
+            return 0.0, 1.0
+        return (0.0 if velocity and form is not DiffusionForm.sbdm else eps), end

@@ -56,12 +56,8 @@ class GeneratedImages:
     """Samples of a generator, addressed by number.
 
     Args:
-        pipeline: the generator.
-        sampler: sampler settings.
         labels: `random`, `balanced`, or a list of classes that is repeated.
-        seed: seed of the set.
         precision: precision of the network; the autoencoder uses float32.
-        count: number of samples.
         batch_size: samples per batch on a GPU.
 
     Raises:
@@ -123,17 +119,13 @@ class GeneratedImages:
             raise NonFiniteError(f"{error}: samples {numbers[0]} to {numbers[-1]} of {self.source}") from error
         return [GeneratedImage(image, label, output.nfe) for image, label in zip(pixels, classes, strict=True)]
 
-    def read(self, numbers: Sequence[int]) -> np.ndarray:
-        """Sample and return pixels `(len(numbers), H, W, I)` uint8."""
-        samples = self.sample(numbers)
-        self.nfe += [sample.nfe for sample in samples]
-        return np.stack([sample.pixels for sample in samples])
-
     def stream(self, blocks: Iterable[Sequence[int]]) -> Iterator[tuple[Sequence[int], np.ndarray]]:
-        """Yield the blocks and their pixels in order."""
+        """Yield the blocks of sample numbers in order, with their pixels `(len(block), H, W, I)` uint8."""
         self.nfe = []
         for block in blocks:
-            yield block, self.read(block)
+            samples = self.sample(block)
+            self.nfe += [sample.nfe for sample in samples]
+            yield block, np.stack([sample.pixels for sample in samples])
 
     def settings(self) -> dict[str, Any]:
         """Return everything that the pixels depend on."""
@@ -198,17 +190,7 @@ def sample_latents(
     """Sample latents of the classes `labels` `(B,)` for the sample numbers `indices`.
 
     Each sample has its own CPU generator, seeded by `(seed, index)`, for the initial noise and the noise of each step.
-
-    Args:
-        model: a `DiT` in evaluation mode.
-        objective, sampler: its objective, and the sampler settings.
-        labels: class labels, on the model's device.
-        indices: B sample numbers.
-        seed: seed of the set.
-        shape: `(I, H, W)` of a latent.
-
-    Returns:
-        Latents `(B, I, H, W)` and the NFE.
+    `labels` and `model`, a `DiT` in evaluation mode, are on one device. `shape` is that of a latent, `(I, H, W)`.
     """
     generators = [torch.Generator().manual_seed(derive_seed(seed, "sample", index)) for index in indices]
 

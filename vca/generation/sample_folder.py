@@ -14,10 +14,11 @@ import json
 import os
 import zipfile
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -60,7 +61,7 @@ class SampleFolder:
                 self.path.mkdir(parents=True, exist_ok=True)
                 if others := {entry.name for entry in os.scandir(self.path)} - {"manifest.tmp"}:
                     raise ConfigError(
-                        f"out: {self.path} must be empty or a folder of sample.py, got a folder with {min(others)}; "
+                        f"out: {self.path} must be empty or a folder of sample.py, but contains {min(others)}; "
                         f"choose another folder"
                     )
                 write_text(self.manifest_file, json.dumps(manifest, indent=2) + "\n")
@@ -69,7 +70,7 @@ class SampleFolder:
         self.images.mkdir(exist_ok=True)
         if beyond := [index for index in self.existing() if index >= count]:
             raise ConfigError(
-                f"count must be >= {max(beyond) + 1}, the samples in {self.path}, got {count}; or choose another folder"
+                f"count must be >= {max(beyond) + 1} (samples in {self.path}), got {count}; or choose another folder"
             )
         return self.missing_blocks(count, block)
 
@@ -94,7 +95,7 @@ class SampleFolder:
 
     def missing_blocks(self, count: int, size: int) -> list[range]:
         """Return the blocks of `size` consecutive numbers in which a sample below `count` is missing."""
-        existing: Collection[int] = self.existing()
+        existing = self.existing()
         blocks = (range(start, start + size) for start in range(0, count, size))
         return [block for block in blocks if any(index not in existing for index in block if index < count)]
 
@@ -141,18 +142,16 @@ class SampleFolder:
         thumbnails: list[torch.Tensor] = []
         before = self.read_manifest().get("result")
         recorded = self.read_digests(before) if before else []
-        with (
-            NpzWriter(self.path / "samples.npz" if npz else None, count) as writer,
-            progress_bar(count, "img", show=True) as bar,
-        ):
+        rows = npz_file(self.path / "samples.npz", (count, *self.read(0).pixels.shape)) if npz else nullcontext()
+        with rows as npz_rows, progress_bar(count, "img", show=True) as bar:
             for index, sample in enumerate(self.read_all(count)):
-                content = sample.pixels.tobytes()
                 digests.append(image_sha256(sample.pixels))
                 if index < len(recorded) and digests[index] != recorded[index]:
                     changed = f"{self.image_path(index)} has changed since the folder was complete"
                     raise ConfigError(f"{changed}; delete it and rerun the command")
                 bar.update()
-                writer.write(sample.pixels, content)
+                if npz_rows is not None:
+                    npz_rows.write(sample.pixels.tobytes())
                 nfe.append(sample.nfe)
                 labels.append(sample.label)
                 if len(thumbnails) < GRID_SIZE:
@@ -183,36 +182,16 @@ class SampleFolder:
         return digests if images_sha256(digests) == result["sha256"] else []
 
 
-class NpzWriter:
-    """Write `arr_0` of an npz row by row, without the whole array in memory; does nothing without a path."""
-
-    def __init__(self, path: Path | None, count: int) -> None:
-        self.path, self.count = path, count
-        self.archive: Any = None
-        self.file: Any = None
-
-    def __enter__(self) -> "NpzWriter":
-        if self.path is not None:
-            self.archive = zipfile.ZipFile(self.path.with_suffix(".tmp"), "w")
-        return self
-
-    def write(self, row: np.ndarray, content: bytes) -> None:
-        """Append a row; `content` is its bytes."""
-        if self.archive is None:
-            return
-        if self.file is None:
-            self.file = self.archive.open("arr_0.npy", "w", force_zip64=True)
-            header = {"descr": row.dtype.str, "fortran_order": False, "shape": (self.count, *row.shape)}
-            np.lib.format.write_array_header_1_0(self.file, header)
-        self.file.write(content)
-
-    def __exit__(self, *error: object) -> None:
-        if self.path is None:
-            return
-        if self.file is not None:
-            self.file.close()
-        self.archive.close()
-        if error[0] is None:
-            os.replace(self.path.with_suffix(".tmp"), self.path)
-        else:
-            self.path.with_suffix(".tmp").unlink()
+@contextmanager
+def npz_file(path: Path, shape: tuple[int, ...]) -> Iterator[IO[bytes]]:
+    """Open `arr_0` (uint8) of an npz to write its rows one by one, without the whole array in memory."""
+    temporary = path.with_suffix(".tmp")
+    try:
+        with zipfile.ZipFile(temporary, "w") as archive, archive.open("arr_0.npy", "w", force_zip64=True) as file:
+            header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+            np.lib.format.write_array_header_1_0(file, header)
+            yield file
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise

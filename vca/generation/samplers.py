@@ -88,12 +88,10 @@ def sample_ode(
         span = torch.tensor([start, end], device=x.device)
         x = odeint(lambda t, x: velocity(x, float(t)), x, span, method="dopri5", rtol=rtol, atol=atol)[-1]
         return SamplerOutput(x, counted.calls)
-    if method not in ("euler", "heun"):
+    if method not in (steps := {"euler": euler_step, "heun": heun_step}):
         raise ValueError(f"method must be euler, heun or dopri5, got '{method}'")
-    times = time_grid(start, end, points)
-    step = {"euler": euler_step, "heun": heun_step}[method]
-    for t, after in pairwise(times):
-        x = step(velocity, x, t, after - t)
+    for t, after in pairwise(time_grid(start, end, points)):
+        x = steps[method](velocity, x, t, after - t)
     return SamplerOutput(x, counted.calls)
 
 
@@ -148,8 +146,7 @@ def sample_sde(
 
     if method not in ("euler", "heun"):
         raise ValueError(f"method must be euler or heun, got '{method}'")
-    times = time_grid(start, end, points)
-    for index, (t, after) in enumerate(pairwise(times)):
+    for index, (t, after) in enumerate(pairwise(time_grid(start, end, points))):
         dt = after - t
         w = interpolant.diffusion(form, norm, x, torch.full((len(x),), t, device=x.device))
         kick = (2 * w * dt).sqrt() * noise(index)

@@ -16,12 +16,8 @@ COLUMNS = 10
 def plot_nearest_neighbours(samples: Any, reference: Any, x: FeatureSet, y: FeatureSet, path: Path) -> None:
     """Save three rows: the farthest samples, the nearest samples, and the reference images nearest to the latter.
 
-    Equal images in rows two and three are copies; row one shows the worst samples.
-
-    Args:
-        samples, reference: sets of images.
-        x, y: features of the samples and of the reference.
-        path: the PNG to write.
+    Equal images in rows two and three are copies; row one shows the worst samples. `x` and `y` are the features of the
+    samples and of the reference.
     """
     assert x.features is not None
     assert y.features is not None

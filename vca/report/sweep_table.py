@@ -2,10 +2,10 @@
 
 import json
 import statistics
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from vca.attention import variant_name
 from vca.report.tables import NOT_COMPARED, total_steps
@@ -14,32 +14,26 @@ from vca.runtime.rundir import RunDirectory, read_config
 Records = list[dict[str, Any]]
 
 
-def last_value(key: str) -> Callable[[Records], float | None]:
-    """Return a function that returns the value of the last record with this key."""
-    return lambda records: next((record[key] for record in reversed(records) if key in record), None)
-
-
-def final_loss(records: Records) -> float | None:
-    """Average the training loss over the last tenth of the steps; a single record is too noisy."""
-    start = 0.9 * records[-1]["step"] if records else 0
-    losses = [record["loss"] for record in records if record.get("loss") is not None and record["step"] > start]
-    return statistics.mean(losses) if losses else None
-
-
-class Column(NamedTuple):
-    """Value of a run, None if it has none, and the number of decimals."""
-
-    value: Callable[[Records], float | None]
-    decimals: int
-
-
+# Column -> key of its values in `metrics.jsonl`, and number of decimals.
 COLUMNS = {
-    "top-1 (%)": Column(last_value("val/top1"), 2),
-    "EMA top-1 (%)": Column(last_value("ema/top1"), 2),
-    "evaluation loss": Column(last_value("val/loss"), 4),
-    "training loss": Column(final_loss, 4),
-    "Frechet distance": Column(last_value("frechet"), 2),
+    "top-1 (%)": ("val/top1", 2),
+    "EMA top-1 (%)": ("ema/top1", 2),
+    "evaluation loss": ("val/loss", 4),
+    "training loss": ("loss", 4),
+    "Frechet distance": ("frechet", 2),
 }
+
+
+def final_value(records: list[dict[str, Any]], key: str) -> float | None:
+    """Return the value of the last record with this key, None if there is none.
+
+    The training loss is averaged over the last tenth of the steps, as a single record is too noisy.
+    """
+    if key == "loss":
+        start = 0.9 * records[-1]["step"] if records else 0
+        losses = [record["loss"] for record in records if record.get("loss") is not None and record["step"] > start]
+        return statistics.mean(losses) if losses else None
+    return next((record[key] for record in reversed(records) if key in record), None)
 
 
 @dataclass
@@ -79,7 +73,7 @@ def read_finished_run(folder: Path) -> FinishedRun | str:
         evaluated = "objective" in config or any(r["step"] == last_step and "val/top1" in r for r in records)
         if not records or last_step < steps or not evaluated:
             return f"{folder}: not finished (step {last_step})"
-        values = {name: column.value(records) for name, column in COLUMNS.items()}
+        values = {name: final_value(records, key) for name, (key, _) in COLUMNS.items()}
         return FinishedRun(folder, config["seed"], flatten_config(config), values)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         return f"{folder}: not a run of this project, or corrupt ({type(error).__name__})"
@@ -128,7 +122,7 @@ def table_lines(runs: list[FinishedRun]) -> list[str]:
         config = next(iter(seeds.values())).config
         shown = {key: "null" if config.get(key) is None else config[key] for key in differing}
         label = ", ".join(shown[key] if key == "attention" else f"{key}={shown[key]}" for key in differing)
-        cells = [mean_std([run.values[name] for run in seeds.values()], COLUMNS[name].decimals) for name in columns]
+        cells = [mean_std([run.values[name] for run in seeds.values()], COLUMNS[name][1]) for name in columns]
         names = " ".join(run.path.name for run in seeds.values())
         lines.append([label or str(config["attention"]), *cells, str(len(seeds)), names])
     return [*(f"| {' | '.join(line)} |" for line in lines), *duplicates]

@@ -9,9 +9,9 @@ import io
 import math
 import statistics
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from vca.attention import DifferentialStagesConfig, SoftmaxConfig, VCAConfig, variant_name
 from vca.evaluation.record import FORMAT, INCIDENTAL, read_record
@@ -28,27 +28,17 @@ def vca(**options: str) -> dict[str, Any]:
     return to_dict(VCAConfig(**options))  # type: ignore[arg-type]
 
 
-@dataclass(frozen=True)
-class Cell:
-    """A published value, and the settings of the runs that measure it.
+class Cell(NamedTuple):
+    """What a cell of a table measures, and its published value; a classifier has no objective."""
 
-    Attributes:
-        paper: published value; None if not available.
-        model: model name.
-        attention: attention config.
-        objective: objective of a generator; None for a classifier.
-        size: image size in pixels.
-    """
-
-    paper: float | None
     model: str
-    attention: Any
-    objective: str | None = None
-    size: int = 224
+    attention: dict[str, Any]
+    objective: str | None
+    size: int  # of an image, in pixels
+    paper: float | None = None
 
 
-@dataclass(frozen=True)
-class Table:
+class Table(NamedTuple):
     """A table of the paper: rows of `(label, cells)`, one cell per column."""
 
     title: str
@@ -62,16 +52,20 @@ def table2_cells(label: str) -> tuple[Cell, ...]:
     kind, _, rest = name.partition("-")
     model, objective = f"dit_{rest.replace('/', '_').lower()}", {"DiT": "diffusion", "SiT": "interpolant"}[kind]
     pixels = int(size[1]) if size else 256
-    return tuple(Cell(fid, model, attention, objective, pixels) for fid, attention in zip(values, BOTH, strict=True))
+    return tuple(Cell(model, attention, objective, pixels, fid) for fid, attention in zip(values, BOTH, strict=True))
 
 
-def ablation_cells(row: paper.AblationRow, attention: Any) -> tuple[Cell, ...]:
-    """Return the cells of a row of Tables 3 and 4."""
-    return Cell(row.top1, "deit_tiny", attention), Cell(row.fid, "dit_s_2", attention, "diffusion", 256)
+def ablation_table(title: str, rows: Mapping[str, paper.AblationRow]) -> Table:
+    """Return Table 3 or 4."""
+    cells = {}
+    for label, row in rows.items():
+        attention = ABLATED_ATTENTION[label]
+        fid = Cell("dit_s_2", attention, "diffusion", 256, row.fid)
+        cells[label] = (Cell("deit_tiny", attention, None, 224, row.top1), fid)
+    return Table(title, ("DeiT-Tiny top-1", "DiT-S/2 FID-50K"), tuple(cells.items()))
 
 
 BOTH = (SOFTMAX, VCA)
-ABLATION = ("DeiT-Tiny top-1", "DiT-S/2 FID-50K")
 ABLATED_ATTENTION = {
     "Stage I only": vca(stage2="plain"),
     "Stage II only": vca(stage1="plain"),
@@ -85,7 +79,7 @@ TABLES = {
         "Table 1: ImageNet-1K, top-1 (%)",
         ("softmax", "VCA"),
         tuple(
-            (label, tuple(Cell(paper.TABLE1[model, a["name"]].top1, model, a) for a in BOTH))
+            (label, tuple(Cell(model, a, None, 224, paper.TABLE1[model, a["name"]].top1) for a in BOTH))
             for model, label in paper.CLASSIFIERS.items()
         ),
     ),
@@ -94,29 +88,14 @@ TABLES = {
         ("softmax", "VCA"),
         tuple((label, table2_cells(label)) for label in paper.TABLE2),
     ),
-    "table3": Table(
-        "Table 3: the two stages",
-        ABLATION,
-        tuple((label, ablation_cells(row, ABLATED_ATTENTION[label])) for label, row in paper.TABLE3.items()),
-    ),
-    "table4": Table(
-        "Table 4: content of the streams",
-        ABLATION,
-        tuple((label, ablation_cells(row, ABLATED_ATTENTION[label])) for label, row in paper.TABLE4.items()),
-    ),
+    "table3": ablation_table("Table 3: the two stages", paper.TABLE3),
+    "table4": ablation_table("Table 4: content of the streams", paper.TABLE4),
 }
 PROTOCOLS = {"diffusion": "dit_table", "interpolant": "sit_sde250"}  # protocols of FID without guidance
 IMAGENET = {"name": "imagefolder", "num_classes": 1000}
 
 # Settings that may differ between runs of one row, and between records of one row and of one table.
-NO_EFFECT = (
-    "data.check",
-    "trainer.log_every",
-    "trainer.eval_every",
-    "trainer.eval_batch_size",
-    "trainer.micro_batch_size",
-)
-NOT_COMPARED = (*RESUME_IGNORED_KEYS, *NO_EFFECT, "seed")
+NOT_COMPARED = (*RESUME_IGNORED_KEYS, "data.check", "trainer.eval_batch_size", "trainer.micro_batch_size", "seed")
 RUN_FREE = (*NOT_COMPARED, "name", "attention")
 RECORD_FREE = (
     *INCIDENTAL,
@@ -143,26 +122,17 @@ class Measurement:
         value: the measured value.
         training: identity of the trained weights; several measurements of the same weights count as one seed.
         settings: settings to compare with the other measurements of the table.
-        model, attention, objective, size: as in `Cell`.
+        cell: the cell that it measures, without its published value.
     """
 
     path: Path
     value: float
     training: str
     settings: dict[str, Any]
-    model: str
-    attention: dict[str, Any]
-    objective: str | None
-    size: int
+    cell: Cell
 
     def fits(self, cell: Cell) -> bool:
-        """Return whether this measures the cell."""
-        return (self.model, self.attention, self.objective, self.size) == (
-            cell.model,
-            cell.attention,
-            cell.objective,
-            cell.size,
-        )
+        return self.cell == cell._replace(paper=None)
 
 
 @dataclass
@@ -182,9 +152,7 @@ class Measurements:
 def gather(folders: Iterable[Path], weights: str | None = None) -> Measurements:
     """Read all runs and records below some folders.
 
-    Args:
-        folders: where to search.
-        weights: accuracy of a classifier's `raw` or `ema` weights; None: EMA if the run has one, else raw.
+    `weights` are those of a classifier's accuracy, `raw` or `ema`; None: EMA if the run has one, else raw.
 
     Raises:
         ConfigError: if a folder does not exist, or a record is incomplete or has changed.
@@ -198,14 +166,16 @@ def gather(folders: Iterable[Path], weights: str | None = None) -> Measurements:
         for path in sorted(folder.rglob("*.json")):
             if "evaluation-" in path.name or f'"{FORMAT}"' in path.read_text(errors="ignore"):
                 read_evaluation(path, found)
-    evaluated = {str(one.settings["samples"]["made"]["origin"].get("run")) for one in found.measured if one.objective}
+    records = [one.settings for one in found.measured if one.cell.objective is not None]
+    evaluated = {str(record["samples"]["made"]["origin"].get("run")) for record in records}
     for run in found.generators:
         if run.name not in evaluated:
             found.skip(run, "no FID-50K record of a table's protocol; run eval_fid.py with protocol=...")
     cells = [cell for table in TABLES.values() for _, cells in table.rows for cell in cells]
     for one in found.measured:
         if not any(one.fits(cell) for cell in cells):
-            found.skip(one.path, f"no table has {one.model} with {variant_name(one.attention)} at {one.size} px")
+            model, attention, _, size, _ = one.cell
+            found.skip(one.path, f"no table has {model} with {variant_name(attention)} at {size} px")
     return found
 
 
@@ -235,10 +205,8 @@ def read_run(folder: Path, weights: str | None, found: Measurements) -> None:
         found.warnings.append(f"{folder}: {warning} (--weights raw)")
     # The default is one rule for all rows; runs of one row have the same trainer.ema_decay.
     settings = {**config, "images": last["val/images"], "weights": weights}
-    model, size = config["model"]["name"], config["data"]["img_size"]
-    found.measured.append(
-        Measurement(folder, top1[chosen], str(folder.resolve()), settings, model, config["attention"], None, size)
-    )
+    cell = Cell(config["model"]["name"], config["attention"], None, config["data"]["img_size"])
+    found.measured.append(Measurement(folder, top1[chosen], str(folder.resolve()), settings, cell))
 
 
 def total_steps(config: Mapping[str, Any], records: list[dict[str, Any]]) -> float:
@@ -263,18 +231,9 @@ def read_evaluation(path: Path, found: Measurements) -> None:
         value = f"{record['metrics']['frechet']:.2f} of {record['count']:,} samples{extractor}"
         found.skip(path, f"{value}, protocol {made['protocol']}; the tables need FID-50K with protocol={wanted}")
         return
-    found.measured.append(
-        Measurement(
-            path,
-            record["metrics"]["frechet"],
-            made["origin"]["weights_sha256"],
-            record,
-            made["model"]["name"],
-            made["attention"],
-            objective,
-            record["samples"]["shape"][0],
-        )
-    )
+    cell = Cell(made["model"]["name"], made["attention"], objective, record["samples"]["shape"][0])
+    weights = made["origin"]["weights_sha256"]
+    found.measured.append(Measurement(path, record["metrics"]["frechet"], weights, record, cell))
 
 
 def fill(table: Table, measured: list[Measurement]) -> list[tuple[str, list[tuple[Cell, list[Measurement]]]]]:
@@ -295,11 +254,9 @@ def fill(table: Table, measured: list[Measurement]) -> list[tuple[str, list[tupl
         for kind, ones in by_kind.items():
             check_alike(ones, RUN_FREE if kind is None else RECORD_FREE)
     for (kind, _), ones in by_metric.items():
-        if kind is None:  # recipe and evaluation crop differ between backbones
-            counts = [replace(one, settings={key: one.settings[key] for key in ("images", "weights")}) for one in ones]
-            check_alike(counts, ())
-        else:
-            check_alike(ones, TABLE_FREE)
+        # Recipe and evaluation crop differ between backbones.
+        recipe = {key for one in ones for key in one.settings} - {"images", "weights"}
+        check_alike(ones, recipe if kind is None else TABLE_FREE)
     return rows
 
 
@@ -348,7 +305,6 @@ def as_markdown(table: Table, lines: list[dict[str, str]]) -> str:
 
 
 def as_csv(lines: list[dict[str, str]]) -> str:
-    """Format a table as CSV."""
     text = io.StringIO()
     writer = csv.DictWriter(text, list(lines[0]), lineterminator="\n")
     writer.writeheader()

@@ -2,9 +2,8 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from enum import Enum
-from typing import Any
 
 import torch
 
@@ -36,16 +35,20 @@ class Precision(Enum):
         return self.autocast_dtype or torch.float32
 
 
-def autocast(precision: Precision, device: torch.device) -> Any:
-    """Return the autocast context of a precision; it has no effect for fp32 and tf32."""
+def autocast(precision: Precision, device: torch.device) -> torch.autocast:
+    """Return the autocast context of a precision; autocast is off for fp32 and tf32."""
     dtype = precision.autocast_dtype
-    return torch.autocast(device.type, dtype=dtype) if dtype is not None else nullcontext()
+    return torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None)
 
 
-def set_precision(precision: Precision, deterministic: bool = False) -> None:
+def set_tf32(enabled: bool) -> None:
+    torch.set_float32_matmul_precision("high" if enabled else "highest")
+    torch.backends.cudnn.allow_tf32 = enabled
+
+
+def set_precision(precision: Precision, deterministic: bool) -> None:
     """Set torch's process-wide switches: TF32 for `tf32` only, and deterministic kernels if requested."""
-    torch.set_float32_matmul_precision("high" if precision is Precision.tf32 else "highest")
-    torch.backends.cudnn.allow_tf32 = precision is Precision.tf32
+    set_tf32(precision is Precision.tf32)
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(deterministic)
@@ -55,11 +58,9 @@ def set_precision(precision: Precision, deterministic: bool = False) -> None:
 def computing(precision: Precision, device: torch.device) -> Iterator[None]:
     """Compute in a precision, overriding the surrounding TF32 and autocast settings."""
     before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    torch.set_float32_matmul_precision("high" if precision is Precision.tf32 else "highest")
-    torch.backends.cudnn.allow_tf32 = precision is Precision.tf32
-    dtype = precision.autocast_dtype
+    set_tf32(precision is Precision.tf32)
     try:
-        with torch.autocast(device.type, dtype=dtype or torch.bfloat16, enabled=dtype is not None):
+        with autocast(precision, device):
             yield
     finally:
         torch.set_float32_matmul_precision(before[0])

@@ -125,12 +125,8 @@ def pick_device(name: str, local_rank: int, key: str = "trainer.device") -> torc
 def start(device: str, timeout_minutes: float = 10.0, key: str = "trainer.device") -> Iterator[World]:
     """Join the process group that torchrun describes in the environment; on exit, leave it and end loader workers.
 
-    A nested `start` uses the group of the outer one.
-
-    Args:
-        device: `cpu`, `cuda` or `auto`.
-        timeout_minutes: timeout of a collective.
-        key: config key of the device, for error messages.
+    A nested `start` uses the group of the outer one. `timeout_minutes` is the limit of a collective, `key` the config
+    key of the device, for error messages.
     """
     rank, local_rank = int(os.environ.get("RANK", 0)), int(os.environ.get("LOCAL_RANK", 0))
     size = int(os.environ.get("WORLD_SIZE", 1))

@@ -19,8 +19,8 @@ def write_bytes(path: Path, content: bytes | memoryview) -> None:
     """Write a file atomically: write to a temporary name, sync, rename, sync the folder.
 
     Raises:
-        OSError: such as a full disk; names the needed and the free space. The old file is unchanged and the temporary
-            one is removed.
+        OSError: if the write fails; the message has the needed and the free space. The old file is unchanged and the
+            temporary file is removed.
     """
     temporary = path.with_suffix(".tmp")
     try:

@@ -54,10 +54,8 @@ class WandbMirror:
     def __init__(self, config: WandbConfig, folder: Path, name: str, run_config: dict[str, Any]) -> None:
         self.config, self.folder, self.name, self.run_config = config, folder, name, run_config
         self.queue: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
-        self.thread: threading.Thread | None = None
-        if config.mode is not WandbMode.off:
-            self.thread = threading.Thread(target=self.work, name="wandb", daemon=True)
-            self.thread.start()
+        self.thread = threading.Thread(target=self.work, name="wandb", daemon=True)
+        self.thread.start()
 
     def run_id(self) -> str:
         """Return the run's id on wandb; create it on first use."""
@@ -92,19 +90,17 @@ class WandbMirror:
 
     def log(self, record: dict[str, Any]) -> None:
         """Queue a record; does not block."""
-        if self.thread is not None and self.thread.is_alive():
+        if self.thread.is_alive():
             self.queue.put(record)
 
     def close(self) -> None:
         """Wait at most `timeout_seconds` for wandb to finish."""
-        if self.thread is None:
-            return
-        print(f"waiting for wandb (at most {self.config.timeout_seconds:g} s)", flush=True)
+        limit = self.config.timeout_seconds
+        print(f"waiting for wandb (at most {limit:g} s)", flush=True)
         self.queue.put(None)
-        self.thread.join(self.config.timeout_seconds)
+        self.thread.join(limit)
         if self.thread.is_alive():
-            waited = self.config.timeout_seconds
-            warnings.warn(f"wandb did not finish within {waited:g} s; the metrics are in metrics.jsonl", stacklevel=2)
+            warnings.warn(f"wandb did not finish within {limit:g} s; the metrics are in metrics.jsonl", stacklevel=2)
 
 
 def progress_bar(total: int, unit: str, show: bool) -> Any:
@@ -118,10 +114,7 @@ def progress_bar(total: int, unit: str, show: bool) -> Any:
 class Reporter:
     """Writes rank 0's records. Without a run directory, as on the other ranks, it does nothing.
 
-    Args:
-        folder: the run directory.
-        step, total_steps: current step and length of the run.
-        batch: images per step.
+    `step` is the first step of this process, `batch` the number of images per step.
     """
 
     def __init__(self, folder: RunDirectory | None = None, step: int = 0, total_steps: int = 0, batch: int = 0) -> None:

@@ -36,9 +36,12 @@ RENAMED = {
     "optim.schedule=per_epoch_late": "optim.schedule_unit=epoch_late",
 }
 
+# Keys of `trainer` that runs of train_gen.py once had, without effect.
+CLASSIFIER_KEYS = ("eval_batch_size", "init_from", "init_weights", "eval_only")
+
 
 def with_new_names(config: dict[str, Any]) -> dict[str, Any]:
-    """Return a run's config with old keys renamed."""
+    """Return a run's config with old keys renamed, or removed if they had no effect."""
     config = {key: dict(value) if isinstance(value, dict) else value for key, value in config.items()}
     for old, new in RENAMED.items():
         if "=" in old:
@@ -51,4 +54,7 @@ def with_new_names(config: dict[str, Any]) -> dict[str, Any]:
     if isinstance(optim, dict) and "schedule_unit" not in optim and "schedule" in optim:
         unit = optim["schedule"].removeprefix("per_") if optim["schedule"].startswith("per_") else "step"
         optim |= {"schedule_unit": unit, "schedule": "constant" if optim["schedule"] == "constant" else "cosine"}
+    if "objective" in config and isinstance(config.get("trainer"), dict):
+        for key in CLASSIFIER_KEYS:
+            config["trainer"].pop(key, None)
     return config

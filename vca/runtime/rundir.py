@@ -91,7 +91,7 @@ class RunDirectory:
                 remedy = "a run cannot be extended, its schedule depends on its length: start a new one with name=..."
                 if "objective" not in config and (saved_steps := sorted(self.checkpoints.glob("step_*.pt"))):
                     remedy += f" trainer.init_from={saved_steps[-1]}"
-            raise ConfigError(f"{self.path} holds a run with another config ({'; '.join(differences)}); {remedy}")
+            raise ConfigError(f"{self.path} contains a run with another config ({'; '.join(differences)}); {remedy}")
         old, new = saved.get("data_files"), config.get("data_files")
         if old and new and (differences := diff_configs(old, new, key="data_files")):
             raise ConfigError(
@@ -127,7 +127,7 @@ class RunDirectory:
             fcntl.lockf(self.locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno in (errno.EAGAIN, errno.EACCES):
-                raise ConfigError(f"{self.path} is being trained by another process; wait for it or stop it") from error
+                raise ConfigError(f"{self.path} is in use by another process; wait for it or stop it") from error
 
     def record_launch(self, world: World, step: int) -> None:
         """Append this start to `launches.jsonl` and write `uncommitted.diff`."""
@@ -149,10 +149,6 @@ class RunDirectory:
         }
         append_line(self.path / "launches.jsonl", json.dumps(launch))
         write_text(self.path / "uncommitted.diff", diff)
-
-    def write_failure(self, rank: int, record: dict[str, Any]) -> None:
-        """Write the details of a non-finite gradient on a rank."""
-        write_text(self.path / f"nonfinite_rank{rank}.json", json.dumps(record) + "\n")
 
     def append(self, record: dict[str, Any]) -> None:
         """Append a record to `metrics.jsonl`."""
@@ -251,12 +247,7 @@ def diff_configs(old: Any, new: Any, ignored: Collection[str] = (), key: str = "
 
 
 def check_ranks_agree(world: World, config: Any) -> None:
-    """Raise `ConfigError` on every rank unless all ranks have the same config and code as rank 0.
-
-    Args:
-        world: this process.
-        config: dataclass of a root script.
-    """
+    """Raise `ConfigError` on every rank unless all ranks have the same config and code as rank 0."""
     if world.size == 1:
         return
     own = {"config": to_dict(config), "code": code_sha256()}

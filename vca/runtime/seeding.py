@@ -4,6 +4,7 @@ import hashlib
 import random
 import struct
 
+import numpy as np
 import torch
 
 
@@ -28,12 +29,8 @@ def seed_torch(*address: int | str) -> None:
 
 
 def seed_everything(*address: int | str) -> None:
-    """Seed torch, `random` and, if installed, numpy from an address."""
+    """Seed torch, `random` and numpy from an address."""
     seed_torch(*address)
     seed = derive_seed(*address)
     random.seed(seed)
-    try:
-        import numpy
-    except ImportError:
-        return
-    numpy.random.seed(seed % 2**32)
+    np.random.seed(seed % 2**32)

@@ -13,7 +13,6 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
@@ -49,22 +48,13 @@ def run_torchrun(command: Sequence[str], log: Path, save_seconds: int, scheduled
 
     A stop signal is passed on as SIGTERM, which torchrun sends to its ranks; it kills them after `save_seconds` (older
     torch: after 30 s). SIGUSR1 and SIGUSR2 are then passed to submitit's handler, which requeues the job and exits.
-
-    Args:
-        command: command of `torchrun`.
-        log: log file of this node.
-        save_seconds: how long the ranks may take to save a checkpoint and exit.
-        scheduled: whether a scheduler ends the job after its signal.
+    `scheduled` is whether a scheduler ends the job after its signal.
 
     Raises:
         SystemExit: after a signal.
     """
     received: list[int] = []
-
-    def note(number: int, frame: FrameType | None) -> None:
-        received.append(number)
-
-    before = {number: signal.signal(number, note) for number in STOP_SIGNALS}
+    before = {number: signal.signal(number, lambda one, frame: received.append(one)) for number in STOP_SIGNALS}
     environment = {**os.environ, **FRESH_STORE, "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(save_seconds)}
     with open(log, "a") as output:
         print(f"{ATTEMPT}{time.strftime('%Y-%m-%d %H:%M:%S')} on {platform.node()}", file=output, flush=True)

@@ -59,11 +59,7 @@ def run_sweep(config_name: str, program: Sequence[str], summary: Callable[[Path]
 
 
 def prepare(config_name: str) -> tuple[Path, list[str]]:
-    """Compose and check every job, and create the sweep's folder with `jobs.json` and the code.
-
-    Returns:
-        The folder, and additional arguments of the launcher's command line.
-    """
+    """Check every job and create the sweep's folder; return it, and arguments to add to the launcher's command line."""
     if "RANK" in os.environ:
         raise ConfigError("-m must not run under torchrun, it starts torchrun per job; use python train_cls.py -m ...")
     own = config_dir()
@@ -108,12 +104,7 @@ def copy_code(folder: Path, commit: str | None, diff: str) -> None:
 
 
 def launch(start: Callable[[Any], Any], program: Sequence[str]) -> None:
-    """Pass the jobs to Hydra's launcher, in the copy of the code, and wait for them.
-
-    Args:
-        start: the decorator that `hydra.main(...)` returned.
-        program: see `run_sweep`.
-    """
+    """Pass the jobs to Hydra's launcher, in the copy of the code, and wait; `start` is what `hydra.main` returned."""
     from submitit.core.utils import UncompletedJobError
 
     logging.getLogger("submitit").setLevel(logging.ERROR)  # without accounting it warns at every poll

@@ -66,10 +66,6 @@ def globs(config: DictConfig) -> dict[str, str]:
 def plan(config: DictConfig, config_name: str) -> list[dict[str, Any]]:
     """Return number, name, run directory and overrides of every job, and whether its run has already finished.
 
-    Args:
-        config: config of the sweep.
-        config_name: name of the YAML file.
-
     Raises:
         ConfigError: if the config of a job is invalid, or two jobs have the same run directory.
     """

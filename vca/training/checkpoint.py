@@ -27,7 +27,7 @@ NOT_A_FILE = (errno.ENOENT, errno.EISDIR, errno.ELOOP)  # dangling link, folder,
 
 
 class CorruptCheckpointError(Exception):
-    """A file that is not a valid checkpoint."""
+    """The file is not a valid checkpoint; the message has the reason."""
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:

@@ -69,7 +69,7 @@ def ranks_and_devices(world: World) -> str:
         if len({rank[key] for rank in ranks}) > 1:
             raise CheckError(f"ranks differ in {key}: {', '.join(sorted({rank[key] for rank in ranks}))}")
     if cuda and len({(rank["node"], rank["index"]) for rank in ranks}) < len(ranks):
-        raise CheckError("two ranks share a GPU")
+        raise CheckError("two ranks use the same GPU; start one rank per GPU")
     nodes = len({rank["node"] for rank in ranks})
     return f"{world.size} on {nodes} node(s), {device}; {local['versions']}, commit {local['commit']} on all"
 
@@ -81,42 +81,40 @@ def all_reduce(world: World) -> str:
         result = world.sum((steps + world.rank).to(dtype))
         expected = (steps * world.size + world.size * (world.size - 1) // 2).to(dtype)
         if not torch.equal(result, expected):
-            raise CheckError(f"a sum of {dtype} over the ranks is wrong by {(result - expected).abs().max().item()}")
+            raise CheckError(f"all-reduce of {dtype} must be exact, wrong by {(result - expected).abs().max().item()}")
     return f"sums over {world.size} ranks are exact"
 
 
-def bandwidth(world: World, parameters: int, megabytes: int = 64, rounds: int = 5) -> str:
-    """Measure an all-reduce, and estimate the time for this model's gradients."""
-    if world.size == 1:
-        return "skipped for one rank"
-    data = torch.ones(megabytes * 2**18, device=world.device)  # float32
+def median_seconds(world: World, work: Callable[[], object], rounds: int) -> float:
+    """Time `work` on the device `rounds` times, all ranks at once, after two rounds that set up connections."""
     times = []
-    for _ in range(rounds + 1):
+    for _ in range(rounds + 2):
         wait_for_device(world)
         world.barrier()
         start = time.perf_counter()
-        world.sum(data)
+        work()
         wait_for_device(world)
         times.append(time.perf_counter() - start)
-    seconds = sorted(times[1:])[rounds // 2]  # the first round sets up connections
+    return sorted(times[2:])[rounds // 2]
+
+
+def bandwidth(world: World, parameters: int) -> str:
+    """Measure an all-reduce of 64 MB, and estimate the time for this model's gradients."""
+    if world.size == 1:
+        return "skipped for one rank"
+    data = torch.ones(2**24, device=world.device)  # float32
+    seconds = median_seconds(world, lambda: world.sum(data), rounds=5)
     moved = 2 * (world.size - 1) / world.size * data.numel() * 4
-    gradients = seconds * parameters * 4 / (data.numel() * 4)
+    gradients = seconds * parameters / data.numel()
     rate = moved / seconds / 1e9
     return f"{rate:.2f} GB/s per rank (bus); the gradients of this model take {gradients * 1e3:.0f} ms per step"
 
 
-def speed(world: World, size: int = 2048, rounds: int = 10) -> str:
+def speed(world: World) -> str:
     """Time the same matrix product on each rank: the slowest rank sets the pace."""
-    size = size if world.device.type == "cuda" else size // 4
+    size = 2048 if world.device.type == "cuda" else 512
     a = torch.ones(size, size, device=world.device)
-    times = []
-    for _ in range(rounds + 2):
-        wait_for_device(world)
-        start = time.perf_counter()
-        a @ a
-        wait_for_device(world)
-        times.append(time.perf_counter() - start)
-    median = sorted(times[2:])[rounds // 2]
+    median = median_seconds(world, lambda: a @ a, rounds=10)
     ranks = world.broadcast(world.gather((median, world.rank, platform.node())))
     fastest, slowest = min(ranks), max(ranks)
     ratio = slowest[0] / fastest[0]
@@ -148,7 +146,7 @@ def bf16_error(device: torch.device) -> float:
     error = ((out.float() - exact).norm() / exact.norm()).item()
     gradient: Any = layer.weight.grad
     if out.dtype is not torch.bfloat16 or not error < 0.01 or not gradient.isfinite().all():
-        raise CheckError(f"bfloat16 differs from float32 by {error:.2%}")
+        raise CheckError(f"bfloat16 must be finite and within 1% of float32, got {out.dtype} with error {error:.2%}")
     return error
 
 
@@ -157,7 +155,7 @@ def data(world: World, load: Callable[[], list[Any]], config: Any, workers: int,
     datasets = on_each_rank(world, load)
     counts = world.broadcast(world.gather([len(dataset) for dataset in datasets]))
     if any(count != counts[0] for count in counts):
-        raise CheckError(f"ranks see different numbers of images: {counts}")
+        raise CheckError(f"all ranks must have the same [training, evaluation] images, got {counts}")
     rate = min(world.broadcast(world.gather(on_each_rank(world, lambda: reading_speed(datasets[0])))))
     check_before_training(config, datasets, workers, batch_bytes, world)
     images = f"{counts[0][0]} training and {counts[0][1]} evaluation images"
@@ -191,7 +189,7 @@ def disk(world: World, folder: Path, parameters: int, keep: int, ema: bool) -> s
     if world.is_main:
         name.unlink()
     if blind:
-        raise CheckError(f"out_dir={folder} must be on a shared file system, got another folder on {blind[0]}")
+        raise CheckError(f"out_dir={folder} must be on a shared file system; {blind[0]} cannot read files of rank 0")
     size = parameters * 4 * (4 if ema else 3)  # weights, AdamW's two moments, EMA
     need, free = size * (keep + 1), shutil.disk_usage(folder).free  # the oldest is deleted after the newest is written
     if free < need:
@@ -202,10 +200,8 @@ def disk(world: World, folder: Path, parameters: int, keep: int, ema: bool) -> s
 def resume(world: World, train: Callable[[Path], dict[str, Tensor]], folder: Path) -> str:
     """Check that a run of ten steps and one resumed after five have bit-identical weights.
 
-    Args:
-        world: this process.
-        train: starts or resumes a run of ten steps, with a checkpoint at step 5, in a folder; returns the weights.
-        folder: an empty folder that all ranks see.
+    `train` starts or resumes a run of ten steps, with a checkpoint at step 5, in a folder, and returns the weights.
+    All ranks see `folder`, which is empty.
     """
     whole = train(folder / "whole")
     without_end = shutil.ignore_patterns("step_00000010.pt")

@@ -17,23 +17,19 @@ class TrainerConfig:
         global_batch_size: images per step, over all ranks and accumulation steps.
         micro_batch_size: images per forward pass of a rank, which sets the accumulation steps; null is
             `global_batch_size / world size`, without accumulation.
-        eval_batch_size: images per forward pass of a rank in an evaluation.
         precision: `fp32`, `tf32` (float32 with TF32 matrix products), or autocast to `bf16` or `fp16`.
         device: `cpu` or `cuda`; `auto` is `cuda` if there is a GPU.
         compile: use `torch.compile`.
         ema_decay: decay per step of the exponential moving average (EMA) of the weights, which averages over about
             1 / (1 - ema_decay) steps; null disables it. Evaluations report it as `ema/...`.
-        log_every, checkpoint_every: interval in steps; may change on resume.
-        eval_every: interval of evaluations in steps, 0 only at the end; may change on resume.
-        fid_every: interval in steps of measuring a generator against `fid.reference`, 0 never.
+        log_every: interval of reports in steps; may change on resume.
+        checkpoint_every: interval of checkpoints in steps; may change on resume.
+        eval_every: interval of evaluations in steps; 0 evaluates only at the end; may change on resume.
         keep_checkpoints: number of newest checkpoints to keep.
         workers: loader workers per rank; 0 loads in the main process. Results do not depend on it.
         deterministic: use deterministic CUDA kernels: slower, required for bit-exact resume on a GPU. CUDA has none for
             a contrast grid that does not divide the token grid, which is an error.
         grad_checkpointing: save only the input of each block for backward: less memory, about a third slower.
-        init_from: file of initial weights, of this project or the original repositories; loads matching parameters.
-        init_weights: `ema` or `raw`, for a file with both; `ema` falls back to `raw`.
-        eval_only: only evaluate the newest checkpoint of the run, or `init_from` if it has none.
         timeout_minutes: time limit of a collective, after which a lost rank ends the run.
     """
 
@@ -41,38 +37,26 @@ class TrainerConfig:
     steps: int | None = None
     global_batch_size: int = 1024
     micro_batch_size: int | None = None
-    eval_batch_size: int = 250
     precision: Precision = Precision.fp32
     device: Device = Device.auto
     compile: bool = False
     ema_decay: float | None = None
     log_every: int = 50
     eval_every: int = 0
-    fid_every: int = 0
     checkpoint_every: int = 1000
     keep_checkpoints: int = 2
     workers: int = 4
     deterministic: bool = False
     grad_checkpointing: bool = False
-    init_from: str | None = None
-    init_weights: InitWeights = InitWeights.ema
-    eval_only: bool = False
     timeout_minutes: float = 10.0
 
     def __post_init__(self) -> None:
-        for key in (
-            "epochs",
-            "global_batch_size",
-            "eval_batch_size",
-            "log_every",
-            "checkpoint_every",
-            "keep_checkpoints",
-        ):
+        for key in ("epochs", "global_batch_size", "log_every", "checkpoint_every", "keep_checkpoints"):
             check(getattr(self, key) >= 1, f"trainer.{key}", ">= 1", getattr(self, key))
         for key in ("steps", "micro_batch_size"):
             value = getattr(self, key)
             check(value is None or value >= 1, f"trainer.{key}", ">= 1 or null", value)
-        for key in ("eval_every", "fid_every", "workers"):
+        for key in ("eval_every", "workers"):
             check(getattr(self, key) >= 0, f"trainer.{key}", ">= 0", getattr(self, key))
         decay_ok = self.ema_decay is None or 0 <= self.ema_decay < 1
         check(decay_ok, "trainer.ema_decay", "in [0, 1) or null", self.ema_decay)
@@ -98,3 +82,39 @@ class TrainerConfig:
 
     def total_steps(self, steps_per_epoch: int) -> int:
         return self.steps if self.steps is not None else self.epochs * steps_per_epoch
+
+
+@dataclass
+class ClassifierTrainerConfig(TrainerConfig):
+    """Trainer settings of `train_cls.py`.
+
+    Attributes:
+        eval_batch_size: images per forward pass of a rank in an evaluation.
+        init_from: file of initial weights, of this project or the original repositories; loads matching parameters.
+        init_weights: `ema` or `raw`, for a file with both; `ema` falls back to `raw`.
+        eval_only: only evaluate the newest checkpoint of the run, or `init_from` if it has none.
+    """
+
+    eval_batch_size: int = 250
+    init_from: str | None = None
+    init_weights: InitWeights = InitWeights.ema
+    eval_only: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(self.eval_batch_size >= 1, "trainer.eval_batch_size", ">= 1", self.eval_batch_size)
+
+
+@dataclass
+class GeneratorTrainerConfig(TrainerConfig):
+    """Trainer settings of `train_gen.py`.
+
+    Attributes:
+        fid_every: interval in steps of measuring the generator against `fid.reference`, 0 never.
+    """
+
+    fid_every: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(self.fid_every >= 0, "trainer.fid_every", ">= 0", self.fid_every)

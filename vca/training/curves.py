@@ -10,9 +10,7 @@ from vca.runtime.files import write_bytes
 def plot_curves(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
     """Plot loss, learning rate and, if recorded, accuracy and Frechet distance over the steps, one line per run.
 
-    Args:
-        runs: label -> records of `metrics.jsonl`.
-        path: PNG to write.
+    `runs` maps labels to records of `metrics.jsonl`.
     """
     import matplotlib
 

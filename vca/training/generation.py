@@ -34,25 +34,10 @@ class GenerationDraws:
         return u, drop, torch.randn(self.shape, generator=generator)
 
 
-@dataclass(frozen=True)
-class GenerationData:
-    """Training data of a generator: images, encoded in each step, or cached latents.
-
-    Attributes:
-        inputs: how they become images or moments on the device.
-        cached: whether these are moments of latents.
-        cache: identity of the cache, None for images.
-    """
-
-    inputs: Inputs
-    cached: bool
-    cache: dict[str, Any] | None
-
-
-def generation_data(
+def generation_inputs(
     dataset: Any, data: DataConfig, augment: AugmentConfig, autoencoder: Autoencoder, seed: int
-) -> GenerationData:
-    """Combine a training split with the transform that an autoencoder needs.
+) -> tuple[Inputs, dict[str, Any] | None]:
+    """Return the inputs of a step on images or cached latents, and the identity of a cache or None.
 
     Raises:
         ConfigError: if a latent cache was made by another autoencoder or does not support the augmentation.
@@ -62,22 +47,18 @@ def generation_data(
     draw_bytes = 4 * (2 + math.prod(draw.shape))
     if not isinstance(dataset, LatentCache):
         inputs = image_inputs(augment, data, seed, autoencoder.device)
-        return GenerationData(replace(inputs, draw=draw, item_bytes=inputs.item_bytes + draw_bytes), False, None)
+        return replace(inputs, draw=draw, item_bytes=inputs.item_bytes + draw_bytes), None
     dataset.check(autoencoder.identity(), augment)
     item_bytes = dataset.manifest.item_bytes + draw_bytes
-    inputs = Inputs(RandomVersion(augment.hflip), Tensor.float, item_bytes, draw=draw)
-    return GenerationData(inputs, True, dataset.manifest.identity())
+    return Inputs(RandomVersion(augment.hflip), Tensor.float, item_bytes, draw=draw), dataset.manifest.identity()
 
 
 class GenerationLoss:
     """`loss_of` of `TrainState.train_step` for generation.
 
     Args:
-        objective: diffusion or interpolant.
-        autoencoder: encodes the images.
         cached: the batches contain moments instead of images.
-        class_dropout: probability of replacing a label by the null label.
-        null_label: number of classes.
+        class_dropout: probability of replacing a label by `null_label`.
     """
 
     def __init__(

@@ -41,8 +41,8 @@ class OptimConfig:
         weight_decay: weight decay of parameters with two or more dimensions; a model can exclude more.
         betas: decay rates of AdamW's averages of the gradient and of its square.
         eps: constant in the denominator of AdamW.
-        schedule: `cosine` or `constant`.
-        schedule_unit: `step`, `epoch` or `epoch_late`.
+        schedule: learning rate after the warm-up: `cosine` (decay to `min_lr`) or `constant`.
+        schedule_unit: the learning rate changes every `step`, every `epoch`, or one epoch late (`epoch_late`, DeiT).
         warmup_epochs: length of the linear warm-up from `warmup_lr`; fractions are allowed.
         cooldown_epochs: epochs at `min_lr` at the end of the run, included in its length.
         warmup_lr: learning rate at the first step of the warm-up.

@@ -94,7 +94,7 @@ def read_weights(
         source = next((name for name in keys if isinstance(content.get(name), dict)), "")
         content = content[source] if source else content
     if not isinstance(content, dict) or not any(isinstance(value, Tensor) for value in content.values()):
-        raise ConfigError(f"{key}: '{path}' contains no parameters by name")
+        raise ConfigError(f"{key}: '{path}' must contain a state dict (parameter names to tensors)")
     return {strip_wrappers(name): value for name, value in content.items() if isinstance(value, Tensor)}, source
 
 

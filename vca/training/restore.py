@@ -39,8 +39,6 @@ def load_generator(
         configs: `model`, `attention`, `objective` and `autoencoder`; optionally `trained_with`, the identity that the
             autoencoder must have, and `training`, recorded in the pipeline's origin.
         build: builds a network from model and attention config.
-        world: this process.
-        weights: `ema` or `raw`.
         run, step: run directory and step of its checkpoint; None is the newest.
         checkpoint: file of weights instead of a run; it must contain exactly this network.
 
@@ -49,15 +47,18 @@ def load_generator(
     """
     with config_errors():
         model = build(configs["model"], configs["attention"])
-    origin = (
-        load_run(model, Path(run), step, weights, world) if run else load_file(model, Path(str(checkpoint)), weights)
-    )
+    if run:
+        origin = load_run(model, Path(run), step, weights, world)
+    else:
+        report = init_from(model, Path(str(checkpoint)), weights, key="checkpoint")
+        report.check_complete("checkpoint must be a file")
+        origin = {"checkpoint": Path(str(checkpoint)).name, "step": None, "weights": report.source or THE_ONLY_ONES}
     origin = {**origin, "training": configs.get("training"), "weights_sha256": tensors_sha256(model.state_dict())}
     autoencoder = load_autoencoder(configs["autoencoder"], world.device)
     trained_with = configs.get("trained_with")
     differences = diff_configs(trained_with, autoencoder.identity(), key="autoencoder") if trained_with else []
     if differences:
-        raise ConfigError(f"run: trained with another autoencoder ({'; '.join(differences)})")
+        raise ConfigError(f"run: its autoencoder has changed ({'; '.join(differences)}); restore the old one")
     objective = build_objective(configs["objective"])
     return DiffusionPipeline(model.eval().to(world.device), objective, autoencoder, configs, origin)
 
@@ -67,7 +68,7 @@ def load_run(model: Any, run: Path, step: int | None, weights: InitWeights, worl
     folder = run / "checkpoints"
     saved = load_step(folder, step) if step is not None else load_latest_for_all(folder, world, set_aside=False)
     if saved is None:
-        raise ConfigError(f"{folder} has no checkpoint")
+        raise ConfigError(f"run: {folder} contains no checkpoint; train the run first, or choose another run=...")
     weights = weights if saved["ema"] is not None else InitWeights.raw
     with must_fit(checkpoint_path(folder, saved["step"])):
         model.load_state_dict(saved["ema" if weights is InitWeights.ema else "model"])
@@ -78,15 +79,8 @@ def load_step(folder: Path, step: int) -> dict[str, Any]:
     path = checkpoint_path(folder, step)
     if not path.is_file():
         steps = ", ".join(str(int(path.stem[5:])) for path in list_checkpoints(folder)) or "none"
-        raise ConfigError(f"{folder} has no checkpoint of step {step}; available: {steps}")
+        raise ConfigError(f"step: {folder} has no checkpoint of step {step}; available: {steps}")
     try:
         return load_checkpoint(path)
     except CorruptCheckpointError as error:
         raise ConfigError(f"{error}; choose another step=...") from error
-
-
-def load_file(model: Any, path: Path, weights: InitWeights) -> dict[str, Any]:
-    """Load weights of a file, which must contain exactly this model."""
-    report = init_from(model, path, weights, key="checkpoint")
-    report.check_complete("checkpoint must be a file")
-    return {"checkpoint": path.name, "step": None, "weights": report.source or THE_ONLY_ONES}

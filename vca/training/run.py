@@ -1,6 +1,7 @@
 """A training run around its steps, the same for both trainers: resume, reports, checkpoints, stopping."""
 
 import gc
+import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,7 +15,8 @@ from torch.utils._pytree import tree_map
 
 from vca.runtime.distributed import World
 from vca.runtime.errors import NonFiniteError, PreemptedError
-from vca.runtime.metrics_log import Reporter, WandbConfig, WandbMirror
+from vca.runtime.files import write_text
+from vca.runtime.metrics_log import Reporter, WandbConfig, WandbMirror, WandbMode
 from vca.runtime.rundir import RunDirectory
 from vca.runtime.signals import StopRequest, catch_stop_signals
 from vca.training.checkpoint import checkpoint_path, load_latest_for_all, must_fit, save_checkpoint
@@ -100,7 +102,8 @@ class TrainingRun:
         self.world.from_main(lambda: self.run_dir.begin(config, self.world, step))
         if self.world.is_main:
             self.reporter = Reporter(self.run_dir, step, total, self.trainer.global_batch_size)
-            self.reporter.wandb = WandbMirror(wandb, self.run_dir.path, name, config)
+            if wandb.mode is not WandbMode.off:
+                self.reporter.wandb = WandbMirror(wandb, self.run_dir.path, name, config)
         self.clock = time.perf_counter()
         with catch_stop_signals() as self.stop, without_automatic_gc():
             try:
@@ -205,7 +208,8 @@ class TrainingRun:
     def raise_non_finite(self, result: StepResult, step: int, indices: list[int]) -> None:
         grad_norm = float(result.grad_norm)
         failure = {"step": step, "grad_norm": str(grad_norm), "loss": str(float(result.loss)), "indices": indices}
-        self.run_dir.write_failure(self.world.rank, failure)
+        file = self.run_dir.path / f"nonfinite_rank{self.world.rank}.json"
+        write_text(file, json.dumps(failure) + "\n")
         newest = f"the newest checkpoint is of step {self.saved_step}" if self.saved_step >= 0 else ""
         raise NonFiniteError(
             f"gradient norm {grad_norm} in step {step}; loss and image indices of each rank "

@@ -39,14 +39,8 @@ class StepResult:
 class TrainState:
     """Model, optimizer, EMA and gradient scaler: everything that a step changes and a checkpoint contains.
 
-    `model` is the bare network, `forward_model` its DDP or compiled wrapper. Parameter names, parameter groups, EMA and
-    checkpoints use the bare network.
-
-    Args:
-        model: the network; it is moved to `world.device`.
-        trainer, optim: configs.
-        world: this process.
-        steps_per_epoch: converts the epochs of the schedule to steps.
+    `model` is the bare network, moved to `world.device`; `forward_model` is its DDP or compiled wrapper. Parameter
+    names, parameter groups, EMA and checkpoints use the bare network.
     """
 
     def __init__(

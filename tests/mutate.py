@@ -1,7 +1,7 @@
 """Insert faults into a copy of the project, one at a time, and check that a test fails for each.
 
-python scripts/mutate.py            all faults, three minutes
-python scripts/mutate.py ema lr     these faults
+python tests/mutate.py              all faults, three minutes
+python tests/mutate.py ema lr       these faults
 """
 
 import os
@@ -97,8 +97,8 @@ FAULTS = {
     ),
     "stop": Fault(
         "vca/training/run.py",
-        "asked = self.world.sum(",
-        "asked = (lambda x: x)(",
+        "if self.world.sum(signalled) == 0",
+        "if int(signalled) == 0",
         "tests/runs/test_kills.py -k sigusr1",
     ),
 }
