@@ -97,8 +97,8 @@ FAULTS = {
     ),
     "stop": Fault(
         "vca/training/run.py",
-        "if self.world.sum(signalled) == 0",
-        "if int(signalled) == 0",
+        "self.world.start_sum(self.stop.received is not None)",
+        "lambda: int(self.stop.received is not None)",
         "tests/runs/test_kills.py -k sigusr1",
     ),
 }
