@@ -10,6 +10,7 @@ import subprocess
 import sys
 import termios
 import threading
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
@@ -20,6 +21,7 @@ from models import build_model
 from tests.processes import ROOT, environment, run_script
 from tests.support import TINY, assert_same, metrics, untimed
 from vca.config import compose
+from vca.data.loader import Address
 from vca.runtime import provenance
 from vca.runtime.errors import ConfigError, PreemptedError
 from vca.runtime.rundir import to_dict
@@ -79,6 +81,29 @@ def test_eval_only_equals_evaluation_of_run(finished):
     assert run(folder, "trainer.eval_only=true") == result
     done = run_script("train_cls.py", f"out_dir={folder}", "name=run", *SHORT, "trainer.eval_only=true", ranks=2)
     assert f"top-1 {result['val/top1']:.2f} % of 359 images" in done.stdout
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_evaluation_reads_each_image_once_for_all_weights(tmp_path, monkeypatch, workers):
+    """Also the loader workers are started once, not for each evaluation."""
+    reads = tmp_path / "reads"
+    reads.mkdir()
+
+    def counted(images, index):
+        with open(reads / str(os.getpid()), "a") as file:
+            file.write(f"{index}\n")
+        return images[index]
+
+    monkeypatch.setattr("vca.data.loader.read_image", counted)
+    one_image = [Address(0, 0, 0)]
+    monkeypatch.setattr(train_cls.TrainOrder, "batch", lambda order, step, start, stop: one_image * (stop - start))
+    run(tmp_path, "trainer.eval_every=3", f"trainer.workers={workers}", "augment.mixup=0", "augment.cutmix=0")
+    records = [record for record in metrics(tmp_path / "run") if "val/top1" in record]
+    assert [record["step"] for record in records] == [3, 6]
+    assert all("ema/top1" in record for record in records)
+    by_process = [[int(line) for line in file.read_text().split()] for file in reads.iterdir()]
+    evaluated = [Counter(index for index in process if index) for process in by_process]
+    assert [counts for counts in evaluated if counts] == [Counter(dict.fromkeys(range(1, 359), 2))]
 
 
 def test_resume_with_other_config_refused(finished):
