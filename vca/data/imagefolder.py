@@ -72,7 +72,9 @@ def read_rgb(path: str) -> Image.Image:
     with open(path, "rb") as file:
         if is_16_bit_color(file):
             raise ConfigError(f"{path}: has 16 bits per channel, which would be truncated; convert it to 8 bits")
-        return Image.open(file).convert("RGB")
+        image = Image.open(file)
+        image.load()
+    return image if image.mode == "RGB" else image.convert("RGB")  # `convert` copies RGB too
 
 
 def files_identity(images: Any) -> dict[str, Any] | None:
