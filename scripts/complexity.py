@@ -17,16 +17,13 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import torch
-
 import train_cls
 import train_gen
 from models import CLASSIFIERS, build_model
-from models.config import BackboneConfig
 from models.timm_registry import load_sizes
 from vca.config import compose
 from vca.config.composition import CONFIGS
-from vca.evaluation.complexity import Complexity, count
+from vca.evaluation.complexity import Complexity, count, example_inputs
 from vca.report.paper import TABLE1
 from vca.sweep.plan import ablations, rows_of_ablation
 
@@ -53,14 +50,7 @@ def config_of(model: str, attention: str, *overrides: str) -> Any:
 def complexity_of(model: str, attention: str, *overrides: str) -> Complexity:
     """Count a model with an attention, see `config_of`."""
     config = config_of(model, attention, *overrides)
-
-    def inputs() -> tuple[torch.Tensor, ...]:
-        if isinstance(config.model, BackboneConfig):
-            return (torch.empty(1, config.model.in_chans, *config.model.size),)
-        latents = torch.empty(1, config.model.in_channels, *config.model.size)
-        return latents, torch.empty(1), torch.empty(1, dtype=torch.long)
-
-    return count(lambda: build_model(config.model, config.attention), inputs)
+    return count(lambda: build_model(config.model, config.attention), lambda: example_inputs(config.model))
 
 
 def choices(models: list[str], attentions: list[str]) -> list[tuple[str, tuple[str, ...]]]:
