@@ -20,7 +20,7 @@ from vca.runtime.devices import GPUS
 
 RUN = ("data=digits", "trainer.steps=2", "trainer.workers=0", "trainer.device=cpu", "trainer.ema_decay=0.99")
 MODELS = {
-    "train_cls": ["model=deit_tiny", "data.img_size=224", "model.depth=4", "trainer.precision=bf16"],
+    "train_cls": ["model=deit_tiny", "data.img_size=224", "model.depth=3", "trainer.precision=bf16"],
     "train_gen": ["model=dit_s_2", "data.img_size=32", "model.depth=3"],
 }
 COMMAND = ("experiment=table1/deit_small_vca", "--gpu", "h100", "--gpus", "8")
@@ -38,7 +38,7 @@ def schemas():
     [
         ("train_cls", ["trainer.global_batch_size=16", "augment.mixup=0.8"]),
         ("train_cls", ["trainer.global_batch_size=16", "trainer.grad_checkpointing=true", "attention=softmax"]),
-        ("train_cls", ["trainer.global_batch_size=32", "trainer.micro_batch_size=8"]),
+        ("train_cls", ["trainer.global_batch_size=16", "trainer.micro_batch_size=8", "attention=softmax"]),
         ("train_gen", ["trainer.global_batch_size=8"]),
     ],
 )
@@ -52,7 +52,7 @@ def test_memory_plan_within_ten_percent_of_a_run(tmp_path, monkeypatch, name, op
     measured = peak_bytes(lambda: run(config), torch.device("cpu"))
     assert planned.peak == pytest.approx(measured, rel=0.1)
     if "trainer.grad_checkpointing=true" not in options:
-        assert planned.activations > measured / 2
+        assert planned.activations > measured / 3
 
 
 def test_memory_plan_counts_what_autograd_saves():
@@ -122,7 +122,10 @@ def test_plan_seconds_of_a_step():
             ("experiment=table2/dit_s_2_vca", "trainer.precision=tf32", "--gpu", "a100", "--mfu", "0.5"),
             {"MACs per image": "5.991 G", "disk: latent cache": "84.0 GB", "images of the run": "102.4 M"},
         ),
-        (("model=swin_tiny", "data=imagenet", "recipe=swin", "--gpu", "rtx4090", "--images", "1024000"), {}),
+        (
+            ("model=pvt_tiny", "attention=softmax", "data=imagenet", "recipe=pvt", "--images", "1024000"),
+            {"images of the run": "307.2 M", "micro-batch per GPU": "1024 x 1"},
+        ),
     ],
 )
 def test_plan_script_prints_each_figure_with_its_source(command, figures, monkeypatch, capsys):
@@ -145,7 +148,7 @@ def test_plan_script_prints_each_figure_with_its_source(command, figures, monkey
         (["--images", "0"], "--images must be > 0, got 0"),
         (["trainer.micro_batch_size=100", "--gpus", "8"], "trainer.global_batch_size must be a multiple of 8 ranks x "),
         (["trainer.micro_batch_size=0"], "trainer.micro_batch_size must be >= 1 or null, got 0"),
-        (["--gpu", "v100"], "trainer.precision must be one that the tensor cores of --gpu support, got 'bf16'"),
+        (["--gpu", "v100"], "trainer.precision must be one that --gpu supports, got 'bf16'"),
         (["trainer.micro_batchsize=8"], "unknown key 'trainer.micro_batchsize'"),
         (["experiment=table1/deit_smal_vca"], "experiment"),
         (["data=imagefolder", "data.num_classes=10"], "--images must be set for data.name=imagefolder, got None"),

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from vca.evaluation.complexity import count, example_inputs, in_plain_torch
 from vca.evaluation.memory import Build, MemoryPlan
 from vca.runtime.devices import Gpu
-from vca.runtime.errors import ConfigError, check
+from vca.runtime.errors import ConfigError
 from vca.training.config import TrainerConfig
 
 NODE = 8  # GPUs of a machine
@@ -79,8 +79,8 @@ def plan(
     """
     trainer: TrainerConfig = config.trainer
     micro, accumulation = trainer.micro_batch_on(gpus)
-    peak = gpu.peak(trainer.precision)
-    check(peak is not None, "trainer.precision", "one that the tensor cores of --gpu support", trainer.precision.value)
+    if (peak := gpu.peak(trainer.precision)) is None:
+        raise ConfigError(f"trainer.precision must be one that --gpu supports, got {trainer.precision.value!r}")
     counts = count(lambda: build(config.model, in_plain_torch(config.attention)), lambda: example_inputs(config.model))
     yield Line("parameters", f"{counts.params / 1e6:.3f} M", "counted")
     encodes = hasattr(config, "objective") and config.autoencoder.name != "none" and config.data.name != "latents"

@@ -51,7 +51,7 @@ class TrainingRun:
 
         # Results and image indices of the steps since the last `settle`:
         self.unsettled: list[tuple[StepResult, list[int]]] = []
-        # Of the settled steps since the last report:
+        # The settled steps since the last report:
         self.loss = torch.zeros((), device=world.device)  # sum over this rank's applied steps
         self.applied = 0  # steps
         self.overflows = 0  # steps that fp16 skipped
