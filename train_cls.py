@@ -10,6 +10,7 @@ Rerun the same command to resume an interrupted run, bit-exactly. `--cfg job --r
 """
 
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from vca.data.augment import BatchMixer, Normalize, eval_transform, worker_trans
 from vca.data.doctor import check_before_training
 from vca.data.loader import MicroBatches, TrainOrder, eval_loader, image_inputs, train_loader
 from vca.evaluation.accuracy import evaluate
+from vca.evaluation.complexity import count_macs
 from vca.runtime import distributed
 from vca.runtime.compute import set_precision
 from vca.runtime.errors import ConfigError, check, config_errors
@@ -93,7 +95,8 @@ def run(config: TrainClsConfig) -> dict[str, float]:
         check_before_training(config.data, [train_images, val_images], trainer.workers, batch_bytes, world)
         with training.open(config.name, record, config.wandb):
             data = f"{config.data.name}: {len(train_images)} training and {len(val_images)} evaluation images"
-            training.log_setup(config.name, f"{config.model.name} with {attention}", data)
+            macs = partial(count_macs, build_model, config.model, config.attention)
+            training.log_setup(config.name, f"{config.model.name} with {attention}", data, macs)
             if load_report is not None:
                 training.reporter.log(f"initialized from {trainer.init_from}\n{load_report}")
             loss_of = ClassificationLoss(BatchMixer(config.augment, config.data.num_classes, config.seed))

@@ -12,6 +12,7 @@ Rerun the same command to resume an interrupted run, bit-exactly. `--cfg job --r
 """
 
 import math
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,6 +24,7 @@ from vca.config import TrainGenConfig, generator_groups, register_schemas
 from vca.data import identify_files, load_dataset
 from vca.data.doctor import check_before_training
 from vca.data.loader import MicroBatches, TrainOrder, train_loader
+from vca.evaluation.complexity import count_macs
 from vca.evaluation.extractor import EXTRACTORS, load_extractor
 from vca.evaluation.online_fid import OnlineFid
 from vca.generation.autoencoder import load_autoencoder
@@ -87,7 +89,8 @@ def run(config: TrainGenConfig) -> dict[str, float]:
                 online_fid = OnlineFid(config.fid, extractor, config.sampler, config.data, pipeline, world)
             with training.open(config.name, record, config.wandb):
                 images = f"{config.data.name}: {len(dataset)} images of {math.prod(config.model.grid)} tokens"
-                training.log_setup(config.name, f"{config.model.name} with {attention}", images)
+                macs = partial(count_macs, build_model, config.model, config.attention)
+                training.log_setup(config.name, f"{config.model.name} with {attention}", images, macs)
                 micro_batches = MicroBatches(
                     order, world, micro_batch_size, accumulation, state.step, state.total_steps
                 )

@@ -10,7 +10,8 @@ from torch import nn
 from benchmarks.timing import Budget, Timing, peak_bytes, take_turns
 from models import build_model
 from models.timm_registry import load_sizes
-from scripts.complexity import config_of, inputs_of
+from scripts.complexity import config_of
+from vca.evaluation.complexity import example_inputs
 from vca.runtime.compute import Precision, autocast
 
 # Image sizes in pixels. Swin and CSwin need multiples of 224 for whole windows.
@@ -50,7 +51,7 @@ def at_size(model: str, size: int, device: torch.device, budget: Budget) -> list
     if device.type == "cuda":
         kinds["VCA fused"] = ("vca", "attention.backend=triton")
     networks = {name: build(model, size, *kind).to(device) for name, kind in kinds.items()}
-    inputs = inputs_of(networks["softmax"].config, batch, device)
+    inputs = example_inputs(networks["softmax"].config, batch, device)
     precision = Precision.bf16 if device.type == "cuda" else Precision.fp32
 
     def training(network: nn.Module) -> None:

@@ -14,16 +14,13 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import torch
-
 import train_cls
 import train_gen
 from models import CLASSIFIERS, build_model
-from models.config import BackboneConfig
 from models.timm_registry import load_sizes
 from vca.config import compose
 from vca.config.composition import CONFIGS
-from vca.evaluation.complexity import Complexity, count
+from vca.evaluation.complexity import Complexity, count, example_inputs
 from vca.report.paper import TABLE1
 from vca.sweep.plan import ablations, rows_of_ablation
 
@@ -46,19 +43,11 @@ def config_of(model: str, attention: str, *overrides: str) -> Any:
     return compose(script, [*base, f"model={model}", f"attention={attention}", *overrides])
 
 
-def inputs_of(config: Any, batch: int, device: torch.device | None = None) -> tuple[torch.Tensor, ...]:
-    """Create a batch for the model of a config: images, or latents, times and labels for a generator."""
-    if isinstance(config, BackboneConfig):
-        return (torch.randn(batch, config.in_chans, *config.size, device=device),)
-    latents = torch.randn(batch, config.in_channels, *config.size, device=device)
-    return latents, torch.rand(batch, device=device), torch.zeros(batch, dtype=torch.long, device=device)
-
-
 @cache
 def complexity_of(model: str, attention: str, *overrides: str) -> Complexity:
     """Count a model with an attention, see `config_of`."""
     config = config_of(model, attention, *overrides)
-    return count(lambda: build_model(config.model, config.attention), lambda: inputs_of(config.model, batch=1))
+    return count(lambda: build_model(config.model, config.attention), lambda: example_inputs(config.model))
 
 
 def choices(models: list[str], attentions: list[str]) -> list[tuple[str, tuple[str, ...]]]:

@@ -88,7 +88,8 @@ def last_step(folder: Path) -> int:
 
 def untimed(folder: Path) -> list[dict]:
     """Return the records without timings."""
-    clocked = ("images_per_second", "data_wait", "data_wait_rank")
+    clocked = ("images_per_second", "data_wait", "data_wait_rank", "flops_per_second", "mfu", "peak_memory")
+    clocked += ("device_hours", "device_hours_total")
     return [{k: v for k, v in record.items() if k not in clocked} for record in metrics(folder)]
 
 

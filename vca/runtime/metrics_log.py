@@ -168,10 +168,14 @@ class Reporter:
             self.wandb.close()
 
 
+# Keys of a record that the terminal does not print.
+FILE_ONLY = ("step", "consumed", "flops_per_second", "peak_memory", "device_hours", "device_hours_total")
+
+
 def format_record(record: dict[str, Any], total_steps: int) -> str:
     """Format a record as one line of the terminal."""
     parts = [f"step {record['step']}/{total_steps}"]
     for key, value in record.items():
-        if key not in ("step", "consumed"):
+        if key not in FILE_ONLY and not (key == "mfu" and value is None):
             parts.append(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}")
     return "  ".join(parts)

@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 
+from vca.runtime.devices import device_name
 from vca.runtime.distributed import World
 from vca.runtime.errors import ConfigError
 from vca.runtime.files import append_line, write_bytes, write_text
@@ -55,6 +56,7 @@ RESUME_IGNORED_KEYS = (
     "trainer.grad_checkpointing",
     "trainer.keep_checkpoints",
     "trainer.log_every",
+    "trainer.profile",
     "trainer.timeout_minutes",
     "trainer.workers",
     "wandb",
@@ -99,12 +101,18 @@ class RunDirectory:
                 f"({'; '.join(differences)}); restore them, or choose another name=..."
             )
 
-    def begin(self, config: dict[str, Any], world: World, step: int) -> None:
-        """Create the directory, or rewind it to a step, and lock it against other processes."""
+    def begin(self, config: dict[str, Any], world: World, step: int) -> float:
+        """Create the directory, or rewind it to a step, and lock it against other processes.
+
+        Returns:
+            The device-hours of the earlier starts.
+        """
         try:
             self.create(config)
+            device_hours = self.device_hours()
             self.rewind(step)
-            self.record_launch(world, step)
+            self.record_launch(world, step, device_hours)
+            return device_hours
         except OSError as error:
             raise ConfigError(f"out_dir: {self.path} cannot be written ({error})") from error
 
@@ -129,15 +137,22 @@ class RunDirectory:
             if error.errno in (errno.EAGAIN, errno.EACCES):
                 raise ConfigError(f"{self.path} is in use by another process; wait for it or stop it") from error
 
-    def record_launch(self, world: World, step: int) -> None:
+    def device_hours(self) -> float:
+        """Return the device-hours of all starts, up to the last record of each, also of steps that were repeated."""
+        file = self.path / "launches.jsonl"
+        launches = [parse_json(line) for line in file.read_bytes().split(b"\n")] if file.exists() else []
+        return max([float(record.get("device_hours", 0)) for record in [*launches, *self.records()] if record] or [0.0])
+
+    def record_launch(self, world: World, step: int, device_hours: float) -> None:
         """Append this start to `launches.jsonl` and write `uncommitted.diff`."""
         commit, diff = provenance()
         launch = {
             "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "command": shlex.join(sys.argv),
             "first_step": step,
+            "device_hours": device_hours,  # of the earlier starts
             "ranks": world.size,
-            "device": torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "cpu",
+            "device": device_name(world.device),
             "host": platform.node(),
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
@@ -180,13 +195,19 @@ class RunDirectory:
         write_text(self.metrics_file, "".join(kept))
 
 
-def parse_record(line: bytes) -> dict[str, Any] | None:
-    """Parse a line of `metrics.jsonl`; return None if it is corrupt."""
+def parse_json(line: bytes) -> dict[str, Any] | None:
+    """Parse a line of JSON; return None if it is not a dict."""
     try:
         record = json.loads(line)
     except ValueError:  # neither JSON nor text
         return None
-    return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
+    return record if isinstance(record, dict) else None
+
+
+def parse_record(line: bytes) -> dict[str, Any] | None:
+    """Parse a line of `metrics.jsonl`; return None if it is corrupt."""
+    record = parse_json(line)
+    return record if record is not None and isinstance(record.get("step"), int) else None
 
 
 def read_config(run: Path) -> dict[str, Any]:

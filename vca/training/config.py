@@ -25,6 +25,8 @@ class TrainerConfig:
         log_every: interval of reports in steps; may change on resume.
         checkpoint_every: interval of checkpoints in steps; may change on resume.
         eval_every: interval of evaluations in steps; 0 evaluates only at the end; may change on resume.
+        profile: step from which the profiler of PyTorch records three steps; null is never. The run directory gets the
+            trace, which Perfetto opens.
         keep_checkpoints: number of newest checkpoints to keep.
         workers: loader workers per rank; 0 loads in the main process. Results do not depend on it.
         deterministic: use deterministic CUDA kernels: slower, required for bit-exact resume on a GPU. CUDA has none for
@@ -44,6 +46,7 @@ class TrainerConfig:
     log_every: int = 50
     eval_every: int = 0
     checkpoint_every: int = 1000
+    profile: int | None = None
     keep_checkpoints: int = 2
     workers: int = 4
     deterministic: bool = False
@@ -56,6 +59,7 @@ class TrainerConfig:
         for key in ("steps", "micro_batch_size"):
             value = getattr(self, key)
             check(value is None or value >= 1, f"trainer.{key}", ">= 1 or null", value)
+        check(self.profile is None or self.profile >= 0, "trainer.profile", ">= 0 or null", self.profile)
         for key in ("eval_every", "workers"):
             check(getattr(self, key) >= 0, f"trainer.{key}", ">= 0", getattr(self, key))
         decay_ok = self.ema_decay is None or 0 <= self.ema_decay < 1

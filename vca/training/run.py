@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from vca.runtime.devices import peak_memory
 from vca.runtime.distributed import World
 from vca.runtime.errors import NonFiniteError, PreemptedError
 from vca.runtime.files import write_text
@@ -21,7 +22,9 @@ from vca.runtime.rundir import RunDirectory
 from vca.runtime.signals import StopRequest, catch_stop_signals
 from vca.training.checkpoint import checkpoint_path, load_latest_for_all, must_fit, save_checkpoint
 from vca.training.config import TrainerConfig
+from vca.training.cost import RunCost
 from vca.training.curves import plot_curves
+from vca.training.profiling import StepProfiler
 from vca.training.step import StepResult, TrainState
 
 MASK = 2**63 - 1
@@ -43,12 +46,14 @@ class TrainingRun:
 
     def __init__(self, run_dir: RunDirectory, state: TrainState, trainer: TrainerConfig, world: World) -> None:
         self.run_dir, self.state, self.trainer, self.world = run_dir, state, trainer, world
+        self.cost = RunCost(world, trainer.precision, state.total_steps)
+        self.profiler = StepProfiler(trainer.profile if world.is_main else None, state.total_steps, world.device)
         self.data_checksum = 0
         self.local_checksum = 0  # of this rank, not yet summed over the ranks
 
         # Results and image indices of the steps since the last `settle`:
         self.unsettled: list[tuple[StepResult, list[int]]] = []
-        # Of the settled steps since the last report:
+        # The settled steps since the last report:
         self.loss = torch.zeros((), device=world.device)  # sum over this rank's applied steps
         self.applied = 0  # steps
         self.overflows = 0  # steps that fp16 skipped
@@ -99,7 +104,8 @@ class TrainingRun:
         are at the same step on every rank.
         """
         step, total = self.state.step, self.state.total_steps
-        self.world.from_main(lambda: self.run_dir.begin(config, self.world, step))
+        self.cost.earlier = self.world.from_main(lambda: self.run_dir.begin(config, self.world, step))
+        self.cost.first_step = step
         if self.world.is_main:
             self.reporter = Reporter(self.run_dir, step, total, self.trainer.global_batch_size)
             if wandb.mode is not WandbMode.off:
@@ -113,9 +119,14 @@ class TrainingRun:
                 self.writer.shutdown()
                 self.reporter.close()
 
-    def log_setup(self, name: str, model: str, data: str) -> None:
-        """Log model and data, the steps to run, the batch size, and settings that may be mistakes."""
+    def log_setup(self, name: str, model: str, data: str, count_macs: Callable[[], int | None]) -> None:
+        """Log model and data, the steps to run, the batch size, and settings that may be mistakes.
+
+        `count_macs` counts the MACs of one image; only rank 0 calls it.
+        """
         state, trainer = self.state, self.trainer
+        self.cost.macs = count_macs() if self.world.is_main else None
+        self.clock = time.perf_counter()
         parameters = sum(p.numel() for p in state.model.parameters())
         left = state.total_steps - state.step
         start = f"resumed from step {state.step}, {left} steps left" if state.step else f"starting, {left} steps"
@@ -138,6 +149,7 @@ class TrainingRun:
         """
         source = iter(batches)
         while True:
+            self.profile_step()
             start = time.perf_counter()
             batch = next(source, None)
             if batch is None:
@@ -145,6 +157,16 @@ class TrainingRun:
             self.waited += time.perf_counter() - start
             self.signalled = self.world.start_sum(self.stop.received is not None)
             yield batch
+
+    def profile_step(self) -> None:
+        """Start or end the trace of `trainer.profile` before a step."""
+        start = time.perf_counter()
+        if self.profiler.begin(self.state.step):
+            file = self.run_dir.path / f"profile_step_{self.trainer.profile:08d}.json.gz"
+            with self.reporter.expendable(file):
+                self.profiler.save(file)
+                self.reporter.log(f"profile: {file}, which https://ui.perfetto.dev opens")
+        self.clock += time.perf_counter() - start
 
     def due(self, every: int, key: str = "") -> bool:
         """Whether an action with an interval of `every` steps (0: only at the end) is due; if so, settle the steps.
@@ -220,7 +242,8 @@ class TrainingRun:
         """Write a record of the steps since the last report.
 
         `data_wait` is the fraction of the time that `data_wait_rank`, the slowest rank, waits for its data. `overflows`
-        is the number of steps that fp16 skipped; `loss` is null if it skipped all of them.
+        is the number of steps that fp16 skipped; `loss` is null if it skipped all of them. `peak_memory` is that of the
+        rank with the most.
 
         Raises:
             RuntimeError: on every rank, if the newest checkpoint could not be written.
@@ -229,7 +252,9 @@ class TrainingRun:
         self.count_seconds()
         if self.world.from_main(lambda: self.writing is not None and self.writing.done()):
             self.finish_writing()
-        waits = self.world.gather(self.waited / self.seconds)
+        ranks = self.world.gather((self.waited / self.seconds, peak_memory(self.world.device)))
+        waits, memory = [wait for wait, _ in ranks], max((bytes for _, bytes in ranks), default=0)
+        images_per_second = self.timed * self.trainer.global_batch_size / self.seconds
         self.write(
             {
                 "epoch": self.state.step / self.state.steps_per_epoch,
@@ -238,8 +263,11 @@ class TrainingRun:
                 "grad_norm": float(result.grad_norm) if result.applied else None,
                 **({"overflows": self.overflows} if self.overflows else {}),
                 "consumed": self.sum_checksum(),
-                "images_per_second": self.timed * self.trainer.global_batch_size / self.seconds,
+                "images_per_second": images_per_second,
                 **({"data_wait": max(waits), "data_wait_rank": waits.index(max(waits))} if waits else {}),
+                **self.cost.utilization(images_per_second),
+                "peak_memory": memory,
+                "device_hours_total": self.cost.device_hours_total(self.state.step),
             }
         )
         self.loss.zero_()
@@ -258,8 +286,8 @@ class TrainingRun:
         return self.data_checksum
 
     def write(self, record: dict[str, Any]) -> None:
-        """Write a record of the current step."""
-        self.reporter.write({"step": self.state.step, **record})
+        """Write a record of the current step, with the device-hours of the run up to now."""
+        self.reporter.write({"step": self.state.step, **record, "device_hours": self.cost.device_hours()})
         self.clock = time.perf_counter()
 
     def save(self) -> None:
@@ -338,6 +366,9 @@ def length_warnings(state: TrainState) -> Iterator[str]:
             f"optim.warmup_epochs={state.optim.warmup_epochs:g} is {warmup:.0f} steps, but the run has "
             f"{state.total_steps}: the learning rate never reaches its peak"
         )
+    profile = state.trainer.profile
+    if profile is not None and profile >= state.total_steps:
+        yield f"trainer.profile={profile}, but the run has {state.total_steps} steps: no step is profiled"
     decay = state.trainer.ema_decay
     if decay is not None and 1 / (1 - decay) > state.total_steps:
         yield (
