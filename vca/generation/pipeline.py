@@ -1,7 +1,8 @@
 """A trained generator and its samples: sample i depends only on the set's seed and i."""
 
 import io
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from vca.generation.autoencoder import Autoencoder
+from vca.generation.diffusion import SamplingNet
 from vca.generation.objective import Method, Objective, SamplerConfig
 from vca.generation.samplers import SamplerOutput
 from vca.runtime.compute import Precision, computing
@@ -193,22 +195,51 @@ def sample_latents(
     `labels` and `model`, a `DiT` in evaluation mode, are on one device. `shape` is that of a latent, `(I, H, W)`.
     """
     generators = [torch.Generator().manual_seed(derive_seed(seed, "sample", index)) for index in indices]
-
-    def draw_noise(step: int = 0) -> Tensor:
-        return torch.stack([torch.randn(shape, generator=g) for g in generators]).to(labels.device)
-
-    return objective.sample(guided(model, objective, sampler, labels), draw_noise(), sampler, draw_noise)
+    with StepNoise(generators, shape, labels.device) as noise:
+        return objective.sample(guided(model, objective, sampler, labels), noise.initial(), sampler, noise)
 
 
-def guided(model: Any, objective: Objective, sampler: SamplerConfig, labels: Tensor) -> Callable[..., Tensor]:
+class StepNoise:
+    """Noise of a batch of samples: the initial noise, then that of each step in order, `(B, I, H, W)` on `device`.
+
+    The noise of the next step is drawn in a thread while the network runs, from the second step on: a sampler that
+    needs no noise draws none. A GPU copies it from pinned memory without waiting.
+    """
+
+    def __init__(self, generators: Sequence[torch.Generator], shape: tuple[int, ...], device: torch.device) -> None:
+        self.generators, self.shape, self.device = generators, shape, device
+        self.thread = ThreadPoolExecutor(1)
+        self.next: Future[Tensor] | None = None
+
+    def __enter__(self) -> "StepNoise":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.thread.shutdown(wait=False)  # the noise after the last step is not used
+
+    def initial(self) -> Tensor:
+        return self.draw().to(self.device, non_blocking=True)
+
+    def __call__(self, step: int) -> Tensor:
+        noise = self.next.result() if self.next is not None else self.draw()
+        self.next = self.thread.submit(self.draw)
+        return noise.to(self.device, non_blocking=True)
+
+    def draw(self) -> Tensor:
+        """Draw on the CPU, each sample from its own generator."""
+        noise = torch.stack([torch.randn(self.shape, generator=generator) for generator in self.generators])
+        return noise.pin_memory() if self.device.type == "cuda" else noise
+
+
+def guided(model: Any, objective: Objective, sampler: SamplerConfig, labels: Tensor) -> SamplingNet:
     """Return `net(x, t)` for these labels, with classifier-free guidance if the sampler has it."""
     low, high = sampler.cfg_interval
 
-    def net(x: Tensor, t: Tensor) -> Tensor:
-        inside = low <= float(objective.noise_time(t[:1])) <= high  # one time for the whole batch
-        if sampler.cfg_scale == 1 or not inside:
-            return model(x, t, labels)
-        return model.forward_with_cfg(x, t, labels, sampler.cfg_scale, sampler.cfg_channels)
+    def net(x: Tensor, t: float) -> Tensor:
+        times = torch.full((len(x),), t, device=x.device)  # int64 or float32
+        if sampler.cfg_scale == 1 or not low <= objective.noise_time(t) <= high:
+            return model(x, times, labels)
+        return model.forward_with_cfg(x, times, labels, sampler.cfg_scale, sampler.cfg_channels)
 
     return net
 
