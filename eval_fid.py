@@ -29,7 +29,7 @@ from vca.evaluation.record import (
     write_record,
 )
 from vca.evaluation.sources import check_unchanged, open_samples, open_source
-from vca.generation.pipeline import GeneratedImages, nfe_stats
+from vca.generation.pipeline import GeneratedImages, default_batch_size, nfe_stats
 from vca.report.nearest_neighbours import plot_nearest_neighbours
 from vca.runtime import distributed
 from vca.runtime.errors import check
@@ -67,8 +67,9 @@ def run(config: EvalFidConfig) -> dict[str, Any]:
             kind = "statistics" if reference.count is None else f"{reference.count} reference images"
             print(f"opened {samples.count} samples and {kind} in {time.monotonic() - start:.1f} s", flush=True)
 
-        x = read_features(samples, extractor, world, config.batch_size, config.features)
-        y = read_features(reference, extractor, world, config.batch_size, config.features)
+        batch_size = config.batch_size or default_batch_size(world.device)
+        x = read_features(samples, extractor, world, batch_size, config.features)
+        y = read_features(reference, extractor, world, batch_size, config.features)
         if isinstance(samples, GeneratedImages) and made is not None:
             counts = [count for part in world.gather(samples.nfe) for count in part]
             made["nfe"] = nfe_stats(counts) if world.is_main else None
@@ -78,7 +79,7 @@ def run(config: EvalFidConfig) -> dict[str, Any]:
             print("computing the metrics", flush=True)
             metrics, settings = compare_sets(x, y, world.device, config.precision_recall_dtype)
             notes = [*warnings, *([UNKNOWN_SETTINGS] if made is None else [])]
-            record = make_record(metrics, settings, x, y, extractor, made, notes, config.batch_size, world)
+            record = make_record(metrics, settings, x, y, extractor, made, notes, batch_size, world)
             path = out or folder / f"{prefix}{record_name(record)}"
             write_record(path, record)
             for name, value in labelled_metrics(metrics, settings, record["count"], extractor.published).items():

@@ -34,11 +34,10 @@ def run(config: SampleConfig) -> dict[str, Any]:
         size = images.compute_batch_size
         folder = SampleFolder(Path(config.out))
         blocks = world.from_main(lambda: folder.open(settings, config.count, size))
-        with progress_bar(len(blocks) * size, "sample", world.is_main) as bar:
+        with folder.writing() as writer, progress_bar(len(blocks) * size, "sample", world.is_main) as bar:
             for block in blocks[world.rank :: world.size]:
-                for number, sample in zip(block, images.sample(block), strict=True):
-                    if number < config.count:
-                        folder.write(number, sample)
+                samples = zip(block, images.sample(block), strict=True)
+                writer.write((number, sample) for number, sample in samples if number < config.count)
                 bar.update(min(size * world.size, bar.total - bar.n))
         world.barrier()
         result = world.from_main(lambda: folder.finish(config.count, config.npz, config.grid))

@@ -54,7 +54,7 @@ def run(config: TrainGenConfig) -> dict[str, float]:
         set_precision(trainer.precision, trainer.deterministic)
         run_dir = RunDirectory(Path(config.out_dir) / config.name)
         micro_batch_size, accumulation = trainer.micro_batch_on(world.size)
-        objective = build_objective(config.objective)
+        objective = build_objective(config.objective, world.device)
         check_sampler(objective, config.sampler, config.model.class_dropout_prob)
 
         log_on_main(world, f"{config.name}: loading data={config.data.name}")

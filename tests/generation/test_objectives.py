@@ -31,6 +31,11 @@ def toy_transport_net(x, t):
     return x.tanh() * (2 * t).cos() - 0.5 * x * t
 
 
+def timed(net):
+    """Let a net of times `(B,)` receive the one time of a sampler, a Python number."""
+    return lambda x, t: net(x, torch.full((len(x),), t))
+
+
 # Diffusion
 
 
@@ -39,8 +44,20 @@ def test_diffusion_schedule_equals_original():
     for key in ("betas", "alphas_cumprod", "posterior_variance"):
         torch.testing.assert_close(getattr(diffusion, key), expected[key], rtol=1e-12, atol=0)
     chain = diffusion.respaced(25)
-    assert chain.numbers.tolist() == expected["respaced_25_timesteps"].tolist()
+    assert chain.numbers == expected["respaced_25_timesteps"].tolist()
     torch.testing.assert_close(chain.betas, expected["respaced_25_betas"], rtol=1e-10, atol=0)
+
+
+def test_diffusion_tables_moved_once():
+    """No step copies them: they are on the device of the chain, also in a shorter one."""
+    meta = GaussianDiffusion(linear_betas(), device=torch.device("meta"))
+    for diffusion in (meta, meta.respaced(250)):
+        tables = [value for name, value in vars(diffusion).items() if isinstance(value, torch.Tensor)]
+        assert len([table for table in tables if table.is_meta]) == len(tables) - 1 == 12  # all but `levels`
+        x, t = torch.zeros(2, 1, 4, 4, device="meta"), torch.zeros(2, dtype=torch.int64, device="meta")
+        assert diffusion.losses(lambda x, t: torch.cat((x, x), dim=1), x, t, x)["loss"].is_meta
+        assert diffusion.ddpm_step(lambda x, t: torch.cat((x, x), dim=1), x, 3, x).is_meta
+        assert diffusion.ddim_step(lambda x, t: torch.cat((x, x), dim=1), x, 3, x, 1.0).is_meta
 
 
 def test_diffusion_losses_equal_original():
@@ -65,9 +82,11 @@ def test_diffusion_vb_gradient_skips_mean():
 
 def test_sample_ddpm_and_ddim_equal_original():
     expected, diffusion = golden("gaussian_diffusion"), GaussianDiffusion(linear_betas())
-    ddpm = sample_ddpm(toy_diffusion_net, expected["ddpm_25_xT"], diffusion, 25, lambda i: expected["ddpm_25_z"][i])
+    ddpm = sample_ddpm(
+        timed(toy_diffusion_net), expected["ddpm_25_xT"], diffusion, 25, lambda i: expected["ddpm_25_z"][i]
+    )
     assert close(ddpm.x, expected["ddpm_25_x0"])
-    ddim = sample_ddim(toy_diffusion_net, expected["ddpm_25_xT"], diffusion, 25)
+    ddim = sample_ddim(timed(toy_diffusion_net), expected["ddpm_25_xT"], diffusion, 25)
     assert close(ddim.x, expected["ddim_25_x0"])
     assert ddpm.nfe == ddim.nfe == 25
 
@@ -95,7 +114,7 @@ def test_respaced_steps_valid_and_invalid_counts():
         with pytest.raises(ValueError, match=rf"from 1 to 1000, got {count}"):
             respaced_steps(1000, count)
     with pytest.raises(ValueError, match="noise must be given"):
-        sample_ddim(toy_diffusion_net, torch.zeros(1, 1, 2, 2), GaussianDiffusion(linear_betas()), 5, eta=1.0)
+        sample_ddim(timed(toy_diffusion_net), torch.zeros(1, 1, 2, 2), GaussianDiffusion(linear_betas()), 5, eta=1.0)
 
 
 # Interpolants
@@ -135,10 +154,10 @@ def test_sample_ode_equals_original(case):
     expected, interpolant = golden("transport"), CASES[case]
     start = expected[f"{case}_init"]
     for method, points, key, nfe in (("euler", 20, "euler20", 19), ("heun", 20, "heun220", 38)):
-        samples = sample_ode(toy_transport_net, start, interpolant, method, points)
+        samples = sample_ode(timed(toy_transport_net), start, interpolant, method, points)
         assert close(samples.x, expected[f"{case}_ode_{key}"]), method
         assert samples.nfe == nfe
-    samples = sample_ode(toy_transport_net, start, interpolant)
+    samples = sample_ode(timed(toy_transport_net), start, interpolant)
     assert close(samples.x, expected[f"{case}_ode_dopri52"])
     assert samples.nfe > 6
 
@@ -146,7 +165,9 @@ def test_sample_ode_equals_original(case):
 def test_sample_sde_equals_original():
     expected, case = golden("transport"), "Linear_velocity_None"
     noise = expected[f"{case}_sde_euler30_z"]
-    samples = sample_sde(toy_transport_net, expected[f"{case}_init"], Interpolant(), lambda i: noise[i], points=30)
+    samples = sample_sde(
+        timed(toy_transport_net), expected[f"{case}_init"], Interpolant(), lambda i: noise[i], points=30
+    )
     assert close(samples.x, expected[f"{case}_sde_euler30_x"])
     assert samples.nfe == 30
 
@@ -206,7 +227,7 @@ def test_sample_ode_order_of_convergence(path, method, expected):
     interpolant, x = Interpolant(path), torch.linspace(-2, 2, 9, dtype=torch.float64).reshape(9, 1, 1, 1)
     errors = []
     for points in (65, 129, 257):
-        end = sample_ode(exact_net(interpolant), x, interpolant, method, points).x
+        end = sample_ode(timed(exact_net(interpolant)), x, interpolant, method, points).x
         errors.append((end - (MEAN + STD * x)).abs().max().item())
     assert order(errors) == pytest.approx(expected, abs=0.15), errors
 
@@ -214,7 +235,7 @@ def test_sample_ode_order_of_convergence(path, method, expected):
 def test_sample_ode_adaptive_within_tolerance():
     interpolant, x = Interpolant(), torch.linspace(-2, 2, 9, dtype=torch.float64).reshape(9, 1, 1, 1)
     for rtol in (1e-3, 1e-5, 1e-7):
-        samples = sample_ode(exact_net(interpolant), x, interpolant, rtol=rtol, atol=rtol)
+        samples = sample_ode(timed(exact_net(interpolant)), x, interpolant, rtol=rtol, atol=rtol)
         assert (samples.x - (MEAN + STD * x)).abs().max() < 20 * rtol
 
 
@@ -244,7 +265,7 @@ def test_sample_sde_order_of_convergence(method, form):
 
         def sampler(x, noise, points=points):
             return sample_sde(
-                exact_net(interpolant),
+                timed(exact_net(interpolant)),
                 x,
                 interpolant,
                 noise,
@@ -267,7 +288,7 @@ def test_sample_sde_last_step_reaches_target(last_step):
     interpolant, nfe = Interpolant(), []
 
     def sampler(x, noise):
-        samples = sample_sde(exact_net(interpolant), x, interpolant, noise, points=501, last_step=last_step)
+        samples = sample_sde(timed(exact_net(interpolant)), x, interpolant, noise, points=501, last_step=last_step)
         nfe.append(samples.nfe)
         return samples
 
@@ -294,7 +315,7 @@ def test_sample_ddim_converges_to_flow():
     errors = []
     for steps in (50, 100, 200, 400):
         mean, std = final_moments(
-            lambda x, noise, steps=steps: sample_ddim(exact_noise(diffusion), x, diffusion, steps), 0
+            lambda x, noise, steps=steps: sample_ddim(timed(exact_noise(diffusion)), x, diffusion, steps), 0
         )
         errors.append(max(abs(mean - MEAN), abs(std - STD)))
     assert errors == sorted(errors, reverse=True)
@@ -309,7 +330,7 @@ def test_sample_ddpm_converges_to_target():
     for steps in (25, 50, 100, 200):
 
         def sampler(x, noise, steps=steps):
-            return sample_ddpm(exact_noise(diffusion), x, diffusion, steps, noise)
+            return sample_ddpm(timed(exact_noise(diffusion)), x, diffusion, steps, noise)
 
         mean, std = final_moments(sampler, steps)
         errors.append(max(abs(mean - MEAN), abs(std - STD)))
@@ -321,10 +342,10 @@ def test_sample_ddpm_converges_to_target():
 def test_samplers_wrong_options_refused():
     x = torch.zeros(1, 1, 1, 1)
     with pytest.raises(ValueError, match="must be euler, heun or dopri5, got 'rk4'"):
-        sample_ode(toy_transport_net, x, Interpolant(), "rk4")
+        sample_ode(timed(toy_transport_net), x, Interpolant(), "rk4")
     with pytest.raises(ValueError, match="must be euler or heun, got 'dopri5'"):
-        sample_sde(toy_transport_net, x, Interpolant(), lambda i: x, "dopri5")
+        sample_sde(timed(toy_transport_net), x, Interpolant(), lambda i: x, "dopri5")
     with pytest.raises(ValueError, match="must be mean, euler, tweedie or None, got 'none'"):
-        sample_sde(toy_transport_net, x, Interpolant(), lambda i: x, last_step="none")
+        sample_sde(timed(toy_transport_net), x, Interpolant(), lambda i: x, last_step="none")
     with pytest.raises(ValueError, match="points must be >= 2, got 1"):
-        sample_ode(toy_transport_net, x, Interpolant(), "euler", 1)
+        sample_ode(timed(toy_transport_net), x, Interpolant(), "euler", 1)

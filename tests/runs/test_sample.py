@@ -1,8 +1,10 @@
 """`sample.py`: a set of samples is a function of seed and index, and its manifest says how it was made."""
 
 import json
+import os
 import re
 import shutil
+import threading
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -172,6 +174,88 @@ def test_sample_script_changed_image_refused(generator_run, tmp_path, count):
     assert (tmp_path / "images" / "000002.png").read_bytes() == whole
 
 
+def test_sample_script_writes_images_in_threads(generator_run, tmp_path, monkeypatch):
+    """Without a sync of each, and with at most one block of images waiting."""
+    write, fsync, writer_type = SampleFolder.write, os.fsync, sample_folder.ImageWriter.write
+    threads, synced, waiting = set(), [], []
+
+    def watched(folder, index, drawn):
+        threads.add(threading.current_thread())
+        write(folder, index, drawn)
+
+    def queued(writer, samples):
+        writer_type(writer, samples)
+        waiting.append(len(writer.pending))
+
+    monkeypatch.setattr(SampleFolder, "write", watched)
+    monkeypatch.setattr(sample_folder.ImageWriter, "write", queued)
+    monkeypatch.setattr(os, "fsync", lambda file: (synced.append(Path(f"/proc/self/fd/{file}").resolve()), fsync(file)))
+    draw(tmp_path, f"run={generator_run}", "count=6")
+    assert threading.main_thread() not in threads
+    assert synced
+    assert not [path for path in synced if "images" in path.parts]
+    assert waiting == [1] * 6
+    assert len(list((tmp_path / "images").iterdir())) == 6
+
+
+def test_sample_script_image_that_cannot_be_written_stops_it(generator_run, tmp_path, monkeypatch):
+    """At the next block, with the earlier images intact; the same command resumes."""
+    write, seen = SampleFolder.write, []
+
+    def fail(folder, index, drawn):
+        seen.append(index)
+        if index == 2:
+            raise OSError(28, "No space left on device")
+        write(folder, index, drawn)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SampleFolder, "write", fail)
+        with pytest.raises(OSError, match="No space left"):
+            draw(tmp_path, f"run={generator_run}", "count=9")
+        with pytest.raises(OSError, match="No space left"):  # in the last block
+            draw(tmp_path, f"run={generator_run}", "count=3")
+    assert seen == [0, 1, 2, 2]
+    assert "result" not in json.loads((tmp_path / "manifest.json").read_text())
+    draw(tmp_path, f"run={generator_run}", "count=3")
+
+
+def test_sample_script_empty_image_is_missing(generator_run, tmp_path):
+    """As after a power loss, since images are not synced."""
+    draw(tmp_path, f"run={generator_run}", "count=4")
+    image = tmp_path / "images" / "000002.png"
+    whole = image.read_bytes()
+    image.write_bytes(b"")
+    draw(tmp_path, f"run={generator_run}", "count=4")
+    assert image.read_bytes() == whole
+
+
+def test_sample_script_compile_recorded(generator_run, tmp_path, monkeypatch):
+    compiled, plain = [], torch.nn.Module.compile
+
+    def compile_eagerly(module, **options):
+        compiled.append(options)
+        plain(module, backend="eager", **options)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_eagerly)
+    guidance = ["sampler.cfg_scale=1.5", "sampler.cfg_interval=[0.2,0.6]", "count=2"]
+    result, manifest = draw(tmp_path / "off", f"run={generator_run}", *guidance)
+    assert "compile" not in manifest  # as in a folder of an earlier version
+    assert not compiled
+    same, manifest = draw(tmp_path / "on", f"run={generator_run}", *guidance, "compile=default")
+    assert manifest["compile"] == "default"
+    assert compiled == [{"dynamic": False}]
+    assert same["sha256"] == result["sha256"]  # of this backend, which does not fuse
+    with pytest.raises(ConfigError, match=r"with other settings \(compile: 'default' -> None"):
+        draw(tmp_path / "on", f"run={generator_run}", *guidance)
+
+
+def test_batch_size_default_depends_on_device(generator_run):
+    assert compose("sample", ["out=x", f"run={generator_run}"]).batch_size is None
+    assert [pipeline.default_batch_size(torch.device(name)) for name in ("cpu", "cuda")] == [32, 128]
+    with pytest.raises(ConfigError, match="batch_size must be >= 1 or null, got 0"):
+        compose("sample", ["out=x", f"run={generator_run}", "batch_size=0"])
+
+
 def test_sample_script_changed_image_without_digests_refused(generator_run, tmp_path):
     """A set of an earlier version has no digests.txt: its manifest alone shows that an image was changed."""
     draw(tmp_path, f"run={generator_run}", "count=4")
@@ -281,6 +365,7 @@ def test_protocol_settings_applied_and_changes_refused(latent_run, vaes, tmp_pat
     for change, message in (
         ("sampler.cfg_scale=4.0", rf"protocol {name} fixes other values \(sampler.cfg_scale: 1.\d -> 4.0\)"),
         ("precision=bf16", "precision: 'fp32' -> 'bf16'"),
+        ("compile=default", "compile: 'off' -> 'default'"),
         (f"decoder={vaes / 'other'}", r"decoder: 'sd-vae-ft-\w+' -> 'other'"),
         ("weights=raw", "weights: 'ema' -> 'raw'"),
     ):

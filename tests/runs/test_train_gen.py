@@ -156,7 +156,7 @@ def test_guidance_only_inside_interval():
             times = torch.full((2,), t)
             plain, full = model(x, times, labels), model.forward_with_cfg(x, times, labels, 3.0)
             assert not torch.equal(plain, full)
-            assert torch.equal(net(x, times), full if acts else plain), t
+            assert torch.equal(net(x, t), full if acts else plain), t
 
 
 def test_check_sampler_wrong_objective_refused():

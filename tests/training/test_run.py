@@ -1,36 +1,30 @@
 """A run around its steps: no step waits for the device, checkpoints are written in the background."""
 
 import threading
-from collections import Counter
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import _disable_current_modes
 
 import train_cls
 import train_gen
 import vca.data.loader
 import vca.training.run
+from tests.host_reads import HostReads
 from tests.support import SMALL_DIT, TINY, metrics
 from vca.config import compose
 from vca.runtime.errors import NonFiniteError
 from vca.training.checkpoint import list_checkpoints, load_latest
 
-READS = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "lift_fresh", "unique")
 SCRIPTS = {"train_cls": (train_cls, TINY), "train_gen": (train_gen, SMALL_DIT)}
 
 
-class HostReads(TorchDispatchMode):
-    """Counts, by step, the operations for which the host would wait for a GPU.
-
-    These are reads of a tensor's values, operations whose output shape depends on values, and tensors made from
-    Python numbers, which are copied from pageable memory. The loader's work on the CPU is not counted, nor are reads
-    of int64 tensors by `tolist` and `numpy`: indices, fingerprints, boxes and the sum of stop signals stay on the CPU.
-    """
+class StepReads(HostReads):
+    """Counts by step, from the first one on, without the loader's work on the CPU."""
 
     def __init__(self, monkeypatch):
-        super().__init__()
-        self.state, self.counts = None, Counter()
+        super().__init__(monkeypatch)
+        self.state = None
         train_step, batches = train_cls.TrainState.train_step, vca.data.loader.worker_batches
 
         def step(state, *arguments):
@@ -40,34 +34,19 @@ class HostReads(TorchDispatchMode):
         def outside(*arguments):
             source = batches(*arguments)
             while True:
-                with _disable_current_modes():
+                with _disable_current_modes(), monkeypatch.context() as patch:
+                    patch.setattr(self, "state", None)
                     batch = next(source, None)
                 if batch is None:
                     return
                 yield batch
 
-        def counted(name):
-            method = getattr(torch.Tensor, name)
-
-            def read(tensor, *arguments, **options):
-                self.count(name if tensor.dtype is not torch.int64 else None)
-                return method(tensor, *arguments, **options)
-
-            return read
-
         monkeypatch.setattr(train_cls.TrainState, "train_step", step)
         monkeypatch.setattr(vca.data.loader, "worker_batches", outside)
-        for name in ("tolist", "numpy", "cpu"):
-            monkeypatch.setattr(torch.Tensor, name, counted(name))
 
-    def count(self, name):
-        if name is not None and self.state is not None:
-            self.counts[self.state.step, name] += 1
-
-    def __torch_dispatch__(self, function, types, arguments=(), options=None):
-        name = function.overloadpacket.__name__
-        self.count(name if name in READS else None)
-        return function(*arguments, **(options or {}))
+    @property
+    def place(self):
+        return self.state.step if self.state is not None else None
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
@@ -78,7 +57,7 @@ def test_step_never_waits_for_device(tmp_path, monkeypatch, script, precision):
     run = ["trainer.steps=13", "trainer.log_every=4", "trainer.eval_every=9", "trainer.checkpoint_every=6"]
     more = ["trainer.ema_decay=0.9", "optim.clip_grad=1.0", "augment.re_prob=0.5", f"trainer.precision={precision}"]
     config = compose(script, [*options, *run, *more, f"out_dir={tmp_path}", "name=run"])
-    with HostReads(monkeypatch) as reads:
+    with StepReads(monkeypatch) as reads:
         module.run(config)
     assert {step for step, _ in reads.counts} == {4, 6, 8, 9, 12, 13}, reads.counts
 

@@ -10,7 +10,7 @@ from vca.config.composition import Registry, from_registry, read_protocol
 from vca.config.schema import GeneratorConfig
 from vca.generation.autoencoder import AUTOENCODERS, AutoencoderConfig
 from vca.generation.objective import OBJECTIVES
-from vca.generation.pipeline import GeneratedImages
+from vca.generation.pipeline import GeneratedImages, default_batch_size
 from vca.runtime.distributed import World
 from vca.runtime.errors import ConfigError, check
 from vca.runtime.rundir import diff_configs, read_config, to_dict
@@ -74,7 +74,14 @@ def load_generated_images(
     pipeline = load_generator(configs, build, world, config.weights, config.run, config.step, config.checkpoint)
     check_protocol(config, pipeline.origin)
     images = GeneratedImages(
-        pipeline, config.sampler, config.labels, config.seed, config.precision, count, config.batch_size
+        pipeline,
+        config.sampler,
+        config.labels,
+        config.seed,
+        config.precision,
+        count,
+        config.batch_size or default_batch_size(world.device),
+        config.compile,
     )
     return images, {"protocol": config.protocol, **images.settings()}
 

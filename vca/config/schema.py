@@ -12,6 +12,7 @@ from vca.data.config import DataConfig, ImageDataConfig
 from vca.evaluation.online_fid import FidConfig
 from vca.generation.autoencoder import AutoencoderConfig
 from vca.generation.objective import SamplerConfig
+from vca.generation.pipeline import SamplingCompile
 from vca.runtime.compute import Device, Precision
 from vca.runtime.errors import check, check_path
 from vca.runtime.metrics_log import WandbConfig
@@ -182,8 +183,10 @@ class GeneratorConfig:
         protocol: name of a file in `configs/protocol/`; the fields that it fixes must not be overridden.
         labels: `random`, `balanced` (0, 1, 2, ... in turn), or a list of classes that is repeated.
         seed: seed of the set; labels and noise of sample i depend only on it and i.
-        batch_size: samples per batch on each GPU; on CPUs samples are computed one at a time.
+        batch_size: samples per batch on each GPU, and images per batch of the extractor; on CPUs samples are computed
+            one at a time. Null is 128 on GPUs and 32 on CPUs.
         precision: `fp32`, `tf32`, `bf16` or `fp16`.
+        compile: `off`, or `default` to compile the network with `torch.compile`, which changes rounding.
         device: `auto`, `cpu` or `cuda`.
     """
 
@@ -200,8 +203,9 @@ class GeneratorConfig:
     protocol: str | None = None
     labels: Any = "random"
     seed: int = 0
-    batch_size: int = 32
+    batch_size: int | None = None
     precision: Precision = Precision.fp32
+    compile: SamplingCompile = SamplingCompile.off
     device: Device = Device.auto
 
     def __post_init__(self) -> None:
@@ -213,7 +217,7 @@ class GeneratorConfig:
             elif key != "autoencoder":
                 check(value is not None, key, "set with checkpoint", value)
         check(self.run is not None or self.step is None, "step", "null without run", self.step)
-        check(self.batch_size >= 1, "batch_size", ">= 1", self.batch_size)
+        check(self.batch_size is None or self.batch_size >= 1, "batch_size", ">= 1 or null", self.batch_size)
         check(0 <= self.seed < 2**63, "seed", ">= 0 and below 2^63", self.seed)
         listed = isinstance(self.labels, list) and self.labels and all(type(label) is int for label in self.labels)
         known = bool(listed) or self.labels in ("random", "balanced")

@@ -8,17 +8,20 @@ Implicit Models" (arXiv 2010.02502, DDIM). With a = cumulative product of 1 - be
     log var = f log beta_t + (1 - f) log posterior_t, f = (v + 1) / 2  between its bounds (IDDPM, 15)
     loss = |e - e^|^2 + KL(q(x_t-1 | x_t, x_0) || p(x_t-1 | x_t))      in bits, the mean of p held fixed (IDDPM, 16)
 
-Shape letters: B batch, I channels of x. `net(x, t)` maps `(B, I, H, W)` and step numbers `(B,)` to `(B, 2I, H, W)`.
+Shape letters: B batch, I channels of x. `net(x, t)` maps `(B, I, H, W)` and step numbers to `(B, 2I, H, W)`: `(B,)` in
+training, and in sampling one Python number for the whole batch, which is known without a read from the device.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import accumulate, repeat
 
 import torch
 from torch import Tensor
 
 Net = Callable[[Tensor, Tensor], Tensor]
+SamplingNet = Callable[[Tensor, float], Tensor]
+CPU = torch.device("cpu")
 
 
 def linear_betas(steps: int = 1000) -> Tensor:
@@ -42,58 +45,88 @@ def respaced_steps(num_steps: int, count: int) -> list[int]:
 class GaussianDiffusion:
     """Diffusion chain; `respaced` returns a shorter one.
 
+    The coefficients are tables of float64. They are computed on the CPU and moved to the device once, so that no step
+    copies from the host. A step index `t` is `(B,)`, or a Python number for the whole batch.
+
     Args:
-        betas: `(S,)` float64.
-        numbers: `(S,)` step numbers that the network receives; 0, 1, ... if None.
+        betas: `(S,)` float64, on the CPU.
+        numbers: S step numbers that the network receives; 0, 1, ... if None.
+        device: device of the steps.
     """
 
-    def __init__(self, betas: Tensor, numbers: Tensor | None = None) -> None:
-        self.betas = betas = betas.double()
-        self.numbers = torch.arange(len(betas)) if numbers is None else numbers
-        self.alphas_cumprod = torch.cumprod(1 - betas, 0)
-        before = torch.cat((torch.ones(1, dtype=torch.float64), self.alphas_cumprod[:-1]))
-        self.alphas_cumprod_before = before
-        after = 1 - self.alphas_cumprod
-        self.posterior_variance = betas * (1 - before) / after
+    def __init__(self, betas: Tensor, numbers: Sequence[int] | None = None, device: torch.device = CPU) -> None:
+        betas = betas.double()
+        levels = torch.cumprod(1 - betas, 0)
+        before = torch.cat((torch.ones(1, dtype=torch.float64), levels[:-1]))
+        after = 1 - levels
+        variance = betas * (1 - before) / after
         # The first is 0 and has no logarithm: use the second, or beta in a chain of one step.
-        second = self.posterior_variance[1:2] if len(betas) > 1 else betas
-        self.posterior_log_variance = torch.cat((second, self.posterior_variance[1:])).log()
-        self.posterior_mean_x0 = betas * before.sqrt() / after
-        self.posterior_mean_xt = (1 - before) * (1 - betas).sqrt() / after
+        log_variance = torch.cat((variance[1:2] if len(betas) > 1 else betas, variance[1:])).log()
+
+        self.device = device
+        self.levels = levels  # on the CPU, for `respaced`
+        self.numbers = list(range(len(betas)) if numbers is None else numbers)
+        self.number_table = torch.tensor(self.numbers).to(device)
+        tables = (
+            betas,
+            betas.log(),
+            levels,
+            before,
+            after,
+            levels.rsqrt(),
+            (1 / levels - 1).sqrt(),
+            variance,
+            log_variance,
+            betas * before.sqrt() / after,
+            (1 - before) * (1 - betas).sqrt() / after,
+        )
+        (
+            self.betas,
+            self.log_betas,
+            self.alphas_cumprod,
+            self.alphas_cumprod_before,
+            self.one_minus_alphas_cumprod,
+            self.rsqrt_alphas_cumprod,
+            self.noise_to_signal,
+            self.posterior_variance,
+            self.posterior_log_variance,
+            self.posterior_mean_x0,
+            self.posterior_mean_xt,
+        ) = torch.stack(tables).to(device)
 
     def __len__(self) -> int:
-        return len(self.betas)
+        return len(self.numbers)
 
     def respaced(self, count: int) -> "GaussianDiffusion":
         """Return the chain of `count` of the steps, which keep their noise levels."""
-        kept = torch.tensor(respaced_steps(len(self), count))
-        levels = self.alphas_cumprod[kept]
+        kept = respaced_steps(len(self), count)
+        levels = self.levels[kept]
         before = torch.cat((torch.ones(1, dtype=torch.float64), levels[:-1]))
-        return GaussianDiffusion(1 - levels / before, self.numbers[kept])
+        return GaussianDiffusion(1 - levels / before, [self.numbers[index] for index in kept], self.device)
 
     def add_noise(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
-        """Return `x_t` for step indices `t` `(B,)`."""
-        level = at(self.alphas_cumprod, t, x0), at(1 - self.alphas_cumprod, t, x0)
+        """Return `x_t` for step indices `t`."""
+        level = at(self.alphas_cumprod, t, x0), at(self.one_minus_alphas_cumprod, t, x0)
         return level[0].sqrt() * x0 + level[1].sqrt() * noise
 
-    def posterior_mean(self, x0: Tensor, xt: Tensor, t: Tensor) -> Tensor:
+    def posterior_mean(self, x0: Tensor, xt: Tensor, t: Tensor | int) -> Tensor:
         """Return the mean of `q(x_t-1 | x_t, x_0)`."""
         return at(self.posterior_mean_x0, t, x0) * x0 + at(self.posterior_mean_xt, t, x0) * xt
 
-    def predict_x0(self, xt: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+    def predict_x0(self, xt: Tensor, t: Tensor | int, noise: Tensor) -> Tensor:
         """Return `x_0` from `x_t` and its noise."""
-        return at(self.alphas_cumprod.rsqrt(), t, xt) * xt - at((1 / self.alphas_cumprod - 1).sqrt(), t, xt) * noise
+        return at(self.rsqrt_alphas_cumprod, t, xt) * xt - at(self.noise_to_signal, t, xt) * noise
 
-    def log_variance(self, fraction: Tensor, t: Tensor) -> Tensor:
+    def log_variance(self, fraction: Tensor, t: Tensor | int) -> Tensor:
         """Return the log variance of `p(x_t-1 | x_t)` from the second half of the network's output, in [-1, 1]."""
-        low, high = at(self.posterior_log_variance, t, fraction), at(self.betas.log(), t, fraction)
+        low, high = at(self.posterior_log_variance, t, fraction), at(self.log_betas, t, fraction)
         part = (fraction + 1) / 2
         return part * high + (1 - part) * low
 
     def losses(self, net: Net, x0: Tensor, t: Tensor, noise: Tensor) -> dict[str, Tensor]:
         """Return `mse`, `vb` (bits per dimension) and their sum `loss`, each `(B,)`, for step indices `t`."""
         xt = self.add_noise(x0, t, noise)
-        predicted, fraction = net(xt, self.numbers.to(t.device)[t]).float().chunk(2, dim=1)
+        predicted, fraction = net(xt, self.number_table[t]).float().chunk(2, dim=1)
         mse = mean_flat((noise - predicted) ** 2)
         vb = self.variational_bound(x0, xt, t, predicted.detach(), fraction)
         return {"mse": mse, "vb": vb, "loss": mse + vb}
@@ -107,26 +140,24 @@ class GaussianDiffusion:
         likelihood = discretized_log_likelihood(x0, mean, 0.5 * log_variance)
         return torch.where(t == 0, -mean_flat(likelihood), mean_flat(kl)) / math.log(2)
 
-    def ddpm_step(self, net: Net, xt: Tensor, index: int, noise: Tensor) -> Tensor:
+    def ddpm_step(self, net: SamplingNet, xt: Tensor, index: int, noise: Tensor) -> Tensor:
         """Take one ancestral step from `x_t` to `x_t-1`; the last one adds no noise."""
-        t = torch.full((len(xt),), index, device=xt.device)
-        predicted, fraction = net(xt, self.numbers.to(t.device)[t]).chunk(2, dim=1)
-        mean = self.posterior_mean(self.predict_x0(xt, t, predicted), xt, t)
-        return mean + (index > 0) * (0.5 * self.log_variance(fraction, t)).exp() * noise
+        predicted, fraction = net(xt, self.numbers[index]).chunk(2, dim=1)
+        mean = self.posterior_mean(self.predict_x0(xt, index, predicted), xt, index)
+        return mean + (index > 0) * (0.5 * self.log_variance(fraction, index)).exp() * noise
 
-    def ddim_step(self, net: Net, xt: Tensor, index: int, noise: Tensor, eta: float = 0.0) -> Tensor:
+    def ddim_step(self, net: SamplingNet, xt: Tensor, index: int, noise: Tensor, eta: float = 0.0) -> Tensor:
         """Take one DDIM step (equations 12 and 16); `eta=0` is deterministic. The predicted variance is not used."""
-        t = torch.full((len(xt),), index, device=xt.device)
-        predicted = net(xt, self.numbers.to(t.device)[t])[:, : xt.shape[1]]
-        level, before = at(self.alphas_cumprod, t, xt), at(self.alphas_cumprod_before, t, xt)
+        predicted = net(xt, self.numbers[index])[:, : xt.shape[1]]
+        level, before = at(self.alphas_cumprod, index, xt), at(self.alphas_cumprod_before, index, xt)
         sigma = eta * ((1 - before) / (1 - level)).sqrt() * (1 - level / before).sqrt()
-        mean = before.sqrt() * self.predict_x0(xt, t, predicted) + (1 - before - sigma**2).sqrt() * predicted
+        mean = before.sqrt() * self.predict_x0(xt, index, predicted) + (1 - before - sigma**2).sqrt() * predicted
         return mean + (index > 0) * sigma * noise
 
 
-def at(table: Tensor, t: Tensor, like: Tensor) -> Tensor:
-    """Return entries `t` `(B,)` of a float64 table in the dtype of `like`, shaped `(B, 1, 1, ...)`."""
-    return table.to(t.device)[t].to(like.dtype).reshape(-1, *[1] * (like.ndim - 1))
+def at(table: Tensor, t: Tensor | int, like: Tensor) -> Tensor:
+    """Return entries `t` `(B,)`, or one, of a float64 table in the dtype of `like`, shaped `(B or 1, 1, 1, ...)`."""
+    return table[t].to(like.dtype).reshape(-1, *[1] * (like.ndim - 1))
 
 
 def mean_flat(x: Tensor) -> Tensor:

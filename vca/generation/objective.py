@@ -4,16 +4,19 @@
 To add an objective: a config dataclass with a `name`, a class, and one line in `OBJECTIVES`.
 
 Shape letters: B batch, I channels of the data. `net(x, t)` returns `(B, 2I, H, W)`, or `(B, I, H, W)` for an
-interpolant without `learn_sigma`.
+interpolant without `learn_sigma`; t is `(B,)` in training, and a Python number in sampling.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Protocol
 
+import numpy as np
+import torch
 from torch import Tensor
 
-from vca.generation.diffusion import GaussianDiffusion, Net, linear_betas
+from vca.generation.diffusion import CPU, GaussianDiffusion, Net, SamplingNet, linear_betas
 from vca.generation.interpolant import DiffusionForm, Interpolant, PathType, Prediction, Weighting
 from vca.generation.samplers import Noise, SamplerOutput, sample_ddim, sample_ddpm, sample_ode, sample_sde
 from vca.runtime.errors import check
@@ -95,10 +98,10 @@ class Objective(Protocol):
     def losses(self, net: Net, data: Tensor, noise: Tensor, u: Tensor) -> dict[str, Tensor]:
         """Return `loss` of each image `(B,)` and its terms; `u` `(B,)` in [0, 1) selects the time."""
 
-    def noise_time(self, t: Tensor) -> Tensor:
-        """Convert the network's times to numbers from 0 (data) to 1 (noise)."""
+    def noise_time(self, t: float) -> float:
+        """Convert a time of the network to a number from 0 (data) to 1 (noise)."""
 
-    def sample(self, net: Net, noise: Tensor, sampler: SamplerConfig, step_noise: Noise) -> SamplerOutput:
+    def sample(self, net: SamplingNet, noise: Tensor, sampler: SamplerConfig, step_noise: Noise) -> SamplerOutput:
         """Sample from noise; `step_noise(step)` is the noise of a step."""
 
 
@@ -123,18 +126,18 @@ class Diffusion:
 
     methods = (Method.ddpm, Method.ddim)
 
-    def __init__(self, config: DiffusionConfig) -> None:
-        self.chain = GaussianDiffusion(linear_betas(config.steps))
+    def __init__(self, config: DiffusionConfig, device: torch.device = CPU) -> None:
+        self.chain = GaussianDiffusion(linear_betas(config.steps), device=device)
         self.max_steps: int | None = config.steps
 
     def losses(self, net: Net, data: Tensor, noise: Tensor, u: Tensor) -> dict[str, Tensor]:
         t = (u.double() * len(self.chain)).long()  # in float32, u * 1000 may round up to 1000
         return self.chain.losses(net, data, t, noise)
 
-    def noise_time(self, t: Tensor) -> Tensor:
-        return t.double() / len(self.chain)
+    def noise_time(self, t: float) -> float:
+        return t / len(self.chain)
 
-    def sample(self, net: Net, noise: Tensor, sampler: SamplerConfig, step_noise: Noise) -> SamplerOutput:
+    def sample(self, net: SamplingNet, noise: Tensor, sampler: SamplerConfig, step_noise: Noise) -> SamplerOutput:
         assert sampler.steps is not None
         if sampler.method is Method.ddim:
             return sample_ddim(net, noise, self.chain, sampler.steps, step_noise, sampler.eta)
@@ -172,7 +175,7 @@ class StochasticInterpolant:
     max_steps: int | None = None
     methods = (Method.ode_euler, Method.ode_heun, Method.ode_dopri5, Method.sde_euler, Method.sde_heun)
 
-    def __init__(self, config: InterpolantConfig) -> None:
+    def __init__(self, config: InterpolantConfig, device: torch.device = CPU) -> None:
         self.interpolant = Interpolant(
             config.path, config.prediction, config.weighting, config.train_eps, config.sample_eps
         )
@@ -181,10 +184,11 @@ class StochasticInterpolant:
         start, end = self.interpolant.train_interval()
         return {"loss": self.interpolant.losses(first_half(net), noise, data, start + (end - start) * u)}
 
-    def noise_time(self, t: Tensor) -> Tensor:
-        return 1 - t.double()  # time runs from noise to data
+    def noise_time(self, t: float) -> float:
+        # Time runs from noise to data. The network receives it in float32, and before rounding it may exceed 1.
+        return 1 - float(np.float32(t))
 
-    def sample(self, net: Net, noise: Tensor, sampler: SamplerConfig, step_noise: Noise) -> SamplerOutput:
+    def sample(self, net: SamplingNet, noise: Tensor, sampler: SamplerConfig, step_noise: Noise) -> SamplerOutput:
         kind, solver = sampler.method.value.split("_")
         net = first_half(net)
         if kind == "ode":
@@ -204,7 +208,7 @@ class StochasticInterpolant:
         )
 
 
-def first_half(net: Net) -> Net:
+def first_half(net: Callable[[Tensor, Any], Tensor]) -> Callable[[Tensor, Any], Tensor]:
     """Wrap a network to return only as many channels as its input has."""
     return lambda x, t: net(x, t)[:, : x.shape[1]]
 
@@ -216,9 +220,9 @@ OBJECTIVES: dict[str, tuple[type, type]] = {
 }
 
 
-def build_objective(config: Any) -> Objective:
-    """Build the objective that `config` (one of the dataclasses in `OBJECTIVES`) describes."""
+def build_objective(config: Any, device: torch.device = CPU) -> Objective:
+    """Build the objective that `config` (one of the dataclasses in `OBJECTIVES`) describes, for data on `device`."""
     check(config.name in OBJECTIVES, "objective.name", f"one of {sorted(OBJECTIVES)}", config.name)
     config_class, objective = OBJECTIVES[config.name]
     check(type(config) is config_class, "objective.name", f"the name of a {type(config).__name__}", config.name)
-    return objective(config)
+    return objective(config, device)

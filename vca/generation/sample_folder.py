@@ -6,7 +6,8 @@
     samples.npz          optional: `arr_0` (count, H, W, I) uint8, the format of ADM's evaluator
     grid.png             optional: the first samples
 
-An interrupted folder contains only complete images; sampling resumes with the missing ones.
+An interrupted folder contains only complete images; sampling resumes with the missing ones. Images are not synced to
+disk one by one: after a power loss, empty images count as missing, and a corrupt one is an error that names the file.
 """
 
 import io
@@ -14,8 +15,8 @@ import json
 import os
 import zipfile
 from collections import Counter
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Collection, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import IO, Any
@@ -32,6 +33,7 @@ from vca.runtime.files import write_bytes, write_text
 from vca.runtime.metrics_log import progress_bar
 from vca.runtime.rundir import diff_configs
 
+THREADS = min(8, os.cpu_count() or 1)  # of reading and writing images
 GRID_SIZE = 100  # samples in grid.png
 # Manifest fields that may differ: names of parts whose sha256 is compared, and the result.
 FREE = ("autoencoder.source", "origin.checkpoint", "origin.run", "origin.training", "result")
@@ -45,7 +47,7 @@ class SampleFolder:
         self.digests_file = path / "digests.txt"
 
     def open(self, manifest: dict[str, Any], count: int, block: int) -> list[range]:
-        """Create the folder, or reopen it to resume or extend it; returns `missing_blocks(count, block)`.
+        """Create the folder, or reopen it to resume or extend it; returns its `missing_blocks`.
 
         Raises:
             ConfigError: if the folder contains samples with other settings, more samples, or other files.
@@ -68,11 +70,12 @@ class SampleFolder:
             except OSError as error:
                 raise ConfigError(f"out: cannot write {self.path}: {error.strerror}") from error
         self.images.mkdir(exist_ok=True)
-        if beyond := [index for index in self.existing() if index >= count]:
+        existing = self.existing()
+        if beyond := [index for index in existing if index >= count]:
             raise ConfigError(
                 f"count must be >= {max(beyond) + 1} (samples in {self.path}), got {count}; or choose another folder"
             )
-        return self.missing_blocks(count, block)
+        return missing_blocks(existing, count, block)
 
     def read_manifest(self) -> dict[str, Any]:
         """Read the manifest.
@@ -90,24 +93,27 @@ class SampleFolder:
         return self.images / f"{index:06d}.png"
 
     def existing(self) -> set[int]:
-        """Return the numbers of the samples on disk."""
-        return {int(p.stem) for p in self.images.glob("*.png") if p.stem.isdigit()}
+        """Return the numbers of the samples on disk, without empty files."""
+        images = (p for p in self.images.glob("*.png") if p.stem.isdigit())
+        return {int(p.stem) for p in images if p.stat().st_size > 0}
 
-    def missing_blocks(self, count: int, size: int) -> list[range]:
-        """Return the blocks of `size` consecutive numbers in which a sample below `count` is missing."""
-        existing = self.existing()
-        blocks = (range(start, start + size) for start in range(0, count, size))
-        return [block for block in blocks if any(index not in existing for index in block if index < count)]
+    @contextmanager
+    def writing(self) -> Iterator["ImageWriter"]:
+        """Write samples in threads, and wait for them at the end."""
+        with ThreadPoolExecutor(THREADS) as pool:
+            writer = ImageWriter(self, pool)
+            yield writer
+            writer.wait()
 
     def write(self, index: int, sample: GeneratedImage) -> None:
-        """Write one sample."""
+        """Write one sample: a kill leaves a complete image or none."""
         text = PngInfo()
         text.add_text("label", str(sample.label))
         text.add_text("nfe", str(sample.nfe))
         pixels = sample.pixels[..., 0] if sample.pixels.shape[-1] == 1 else sample.pixels
         content = io.BytesIO()
         Image.fromarray(pixels).save(content, format="png", pnginfo=text)
-        write_bytes(self.image_path(index), content.getbuffer())
+        write_bytes(self.image_path(index), content.getbuffer(), sync=False)
 
     def read(self, index: int) -> GeneratedImage:
         """Read one sample."""
@@ -123,7 +129,7 @@ class SampleFolder:
     def read_all(self, count: int) -> Iterator[GeneratedImage]:
         """Yield the samples in order, with read-ahead."""
         ahead = 256
-        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        with ThreadPoolExecutor(THREADS) as pool:
             for start in range(0, count, ahead):
                 yield from pool.map(self.read, range(start, min(start + ahead, count)))
 
@@ -180,6 +186,35 @@ class SampleFolder:
         except (OSError, ValueError):
             return []
         return digests if images_sha256(digests) == result["sha256"] else []
+
+
+class ImageWriter:
+    """Writes blocks of samples in the threads of a pool, at most one block at a time."""
+
+    def __init__(self, folder: SampleFolder, pool: ThreadPoolExecutor) -> None:
+        self.folder, self.pool = folder, pool
+        self.pending: list[Future[None]] = []
+
+    def write(self, samples: Iterable[tuple[int, GeneratedImage]]) -> None:
+        """Wait for the previous block, and start to write this one: samples with their numbers.
+
+        Raises:
+            OSError: if an image of the previous block could not be written.
+        """
+        self.wait()
+        self.pending = [self.pool.submit(self.folder.write, index, sample) for index, sample in samples]
+
+    def wait(self) -> None:
+        """Wait until all samples are written; raises as `write`."""
+        for image in self.pending:
+            image.result()
+        self.pending = []
+
+
+def missing_blocks(existing: Collection[int], count: int, size: int) -> list[range]:
+    """Return the blocks of `size` consecutive numbers in which a sample below `count` is missing."""
+    blocks = (range(start, start + size) for start in range(0, count, size))
+    return [block for block in blocks if any(index not in existing for index in block if index < count)]
 
 
 @contextmanager

@@ -3,7 +3,9 @@
 Every sampler takes a network and the initial noise, and returns the samples with the NFE (network evaluations). The
 noise of each step comes from `noise(step)`; otherwise samplers are deterministic.
 
-Shape letters: B batch. States are `(B, I, H, W)`, times `(B,)`.
+No step reads a value from the device, except with `dopri5`: the network receives each time as a Python number.
+
+Shape letters: B batch. States are `(B, I, H, W)`.
 """
 
 from collections.abc import Callable
@@ -13,7 +15,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from vca.generation.diffusion import GaussianDiffusion, Net
+from vca.generation.diffusion import GaussianDiffusion, SamplingNet
 from vca.generation.interpolant import DiffusionForm, Interpolant
 
 Noise = Callable[[int], Tensor]
@@ -31,15 +33,15 @@ class SamplerOutput:
 class Counted:
     """Network wrapper that counts calls."""
 
-    def __init__(self, net: Net) -> None:
+    def __init__(self, net: SamplingNet) -> None:
         self.net, self.calls = net, 0
 
-    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, t: float) -> Tensor:
         self.calls += 1
         return self.net(x, t).to(x.dtype)  # the state keeps its dtype when the network runs in bf16
 
 
-def sample_ddpm(net: Net, x: Tensor, diffusion: GaussianDiffusion, steps: int, noise: Noise) -> SamplerOutput:
+def sample_ddpm(net: SamplingNet, x: Tensor, diffusion: GaussianDiffusion, steps: int, noise: Noise) -> SamplerOutput:
     """Sample with DDPM over `steps` of the chain's steps."""
     chain, counted = diffusion.respaced(steps), Counted(net)
     for step, index in enumerate(reversed(range(steps))):
@@ -48,7 +50,7 @@ def sample_ddpm(net: Net, x: Tensor, diffusion: GaussianDiffusion, steps: int, n
 
 
 def sample_ddim(
-    net: Net, x: Tensor, diffusion: GaussianDiffusion, steps: int, noise: Noise | None = None, eta: float = 0.0
+    net: SamplingNet, x: Tensor, diffusion: GaussianDiffusion, steps: int, noise: Noise | None = None, eta: float = 0.0
 ) -> SamplerOutput:
     """Sample with DDIM over `steps` of the chain's steps; `eta=0` needs no noise."""
     if eta and noise is None:
@@ -60,7 +62,7 @@ def sample_ddim(
 
 
 def sample_ode(
-    net: Net,
+    net: SamplingNet,
     x: Tensor,
     interpolant: Interpolant,
     method: str = "dopri5",
@@ -79,12 +81,14 @@ def sample_ode(
     start, end = interpolant.sample_interval()
 
     def velocity(x: Tensor, t: float) -> Tensor:
-        times = torch.full((len(x),), float(t), device=x.device)
-        return interpolant.velocity(counted(x, times), x, times)
+        times = torch.full((len(x),), t, device=x.device)
+        return interpolant.velocity(counted(x, t), x, times)
 
     if method == "dopri5":
         from torchdiffeq import odeint
 
+        # The solver chooses its steps on the host, from the error of the last one: it reads several values a step
+        # itself, so reading the time as well costs little.
         span = torch.tensor([start, end], device=x.device)
         x = odeint(lambda t, x: velocity(x, float(t)), x, span, method="dopri5", rtol=rtol, atol=atol)[-1]
         return SamplerOutput(x, counted.calls)
@@ -107,7 +111,7 @@ def heun_step(field: Field, x: Tensor, t: float, dt: float) -> Tensor:
 
 
 def sample_sde(
-    net: Net,
+    net: SamplingNet,
     x: Tensor,
     interpolant: Interpolant,
     noise: Noise,
@@ -135,8 +139,8 @@ def sample_sde(
 
     def terms(x: Tensor, t: float) -> tuple[Tensor, Tensor, Tensor]:
         """Return velocity, score and w from one network evaluation."""
-        times = torch.full((len(x),), float(t), device=x.device)
-        out = counted(x, times)
+        times = torch.full((len(x),), t, device=x.device)
+        out = counted(x, t)
         w = interpolant.diffusion(form, norm, x, times)
         return interpolant.velocity(out, x, times), interpolant.score(out, x, times), w
 

@@ -15,8 +15,10 @@ class UnreadableError(RuntimeError):
     """A file of tensors cannot be read; the message is one line with the reason."""
 
 
-def write_bytes(path: Path, content: bytes | memoryview) -> None:
+def write_bytes(path: Path, content: bytes | memoryview, sync: bool = True) -> None:
     """Write a file atomically: write to a temporary name, sync, rename, sync the folder.
+
+    Without `sync`, a kill leaves the old file or the new one, but after a power loss the file may be empty.
 
     Raises:
         OSError: if the write fails; the message has the needed and the free space. The old file is unchanged and the
@@ -26,13 +28,16 @@ def write_bytes(path: Path, content: bytes | memoryview) -> None:
     try:
         with open(temporary, "wb") as file:
             file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+            if sync:
+                file.flush()
+                os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
         with suppress(OSError):
             temporary.unlink()
         raise OSError(error.errno, f"{error.strerror}, {space(len(content), path.parent)}", str(path)) from error
+    if not sync:
+        return
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)

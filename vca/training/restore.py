@@ -59,7 +59,7 @@ def load_generator(
     differences = diff_configs(trained_with, autoencoder.identity(), key="autoencoder") if trained_with else []
     if differences:
         raise ConfigError(f"run: its autoencoder has changed ({'; '.join(differences)}); restore the old one")
-    objective = build_objective(configs["objective"])
+    objective = build_objective(configs["objective"], world.device)
     return DiffusionPipeline(model.eval().to(world.device), objective, autoencoder, configs, origin)
 
 
