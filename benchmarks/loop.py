@@ -104,7 +104,7 @@ def data_of(
         batches = [Batch(torch.randn(shape), numbers % 10, numbers, numbers) for _ in range(STEPS)]
         return ClassificationLoss(BatchMixer(AugmentConfig(), 10, 0)), batches
     pixels = load_autoencoder(AutoencoderConfig(channels=config.in_channels), device)
-    loss_of = GenerationLoss(build_objective(DiffusionConfig()), pixels, True, 0.1, config.num_classes)
+    loss_of = GenerationLoss(build_objective(DiffusionConfig(), device), pixels, True, 0.1, config.num_classes)
     shape = (batch, config.in_channels, *config.size)
     batches = []
     for _ in range(STEPS):

@@ -38,7 +38,7 @@ def count(build: Callable[[], nn.Module], inputs: Callable[[], tuple[Tensor, ...
 
 
 def example_inputs(model: Any, batch: int = 1, device: torch.device | None = None) -> tuple[Tensor, ...]:
-    """Create a batch for the network of a model config: images `(b, C, H, W)`; for a generator latents, times, labels."""
+    """Create a batch for a model config: images `(b, C, H, W)`, or latents, times and labels for a generator."""
     if hasattr(model, "in_chans"):
         return (torch.randn(batch, model.in_chans, *model.size, device=device),)
     latents = torch.randn(batch, model.in_channels, *model.size, device=device)
