@@ -160,7 +160,7 @@ def simulate(config: Any, build: Build, micro: int, device: str) -> Simulation:
 
         def loss() -> Tensor:
             if hasattr(config, "objective"):
-                objective, labels = build_objective(config.objective), inputs[2]
+                objective, labels = build_objective(config.objective, torch.device(device)), inputs[2]
                 return objective.losses(lambda x, t: network(x, t, labels), inputs[0], noise, u)["loss"].mean()
             images = inputs[0].clone() if config.augment.mixes else inputs[0]
             return soft_cross_entropy(network(images), targets)
