@@ -64,6 +64,7 @@ class TrainState:
         self.forward_model: Any = self.model
         if world.size > 1:
             ids = [world.local_rank] if world.device.type == "cuda" else None
+            # Not static_graph: all parameters are used in each pass, and it fails if the first pass is under no_sync.
             self.forward_model = DistributedDataParallel(self.model, device_ids=ids, gradient_as_bucket_view=True)
         if trainer.compile is not CompileMode["off"]:
             self.forward_model = torch.compile(self.forward_model, dynamic=False, mode=trainer.compile.value)
