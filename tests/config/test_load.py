@@ -126,6 +126,7 @@ WRONG = {
     "model.depth=0": r"model.depth must be >= 1, got 0",
     "model.family=dait": r"model.family must be one of \['cswin', 'deit', 'dit', 'pvt', 'swin'\], got 'dait'",
     "model.drop_path_rate=1.5": r"model.drop_path_rate must be in \[0, 1\), got 1.5",
+    "trainer.compile=fast": r"trainer.compile must be one of off, default, reduce-overhead, max-autotune, got 'fast'",
     "trainer.precision=fp8": r"trainer.precision must be one of fp32, tf32, bf16, fp16, got 'fp8'",
     "trainer.steps=0": r"trainer.steps must be >= 1 or null, got 0",
     "trainer.steps=1.5": r"trainer.steps must be an integer, got '1.5'",

@@ -118,7 +118,7 @@ def test_recipe_every_file_has_golden():
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_parameter_groups_compiled_model_matches_golden(recipe):
-    config = composed(recipe, "vca", "trainer.compile=true")
+    config = composed(recipe, "vca", "trainer.compile=default")
     assert (
         groups_of(config) == json.loads((GOLDEN / "recipes" / f"{recipe}.json").read_text())["parameter_groups"]["vca"]
     )

@@ -19,12 +19,14 @@ def test_renamed_old_name_is_error_with_new_name(old):
         assert old in str(refused.value)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("schedule", ["per_step", "per_epoch", "per_epoch_late", "constant"])
 @pytest.mark.parametrize("script", ["train_cls", "train_gen"])
-def test_renamed_run_with_old_keys_can_be_resumed(script, schedule, tmp_path):
+def test_renamed_run_with_old_keys_can_be_resumed(script, schedule, compiled, tmp_path):
     unit = "step" if schedule == "constant" else schedule.removeprefix("per_")
     kind = "constant" if schedule == "constant" else "cosine"
-    now = to_dict(compose(script, [f"optim.schedule={kind}", f"optim.schedule_unit={unit}"]))
+    options = [f"optim.schedule={kind}", f"optim.schedule_unit={unit}"]
+    now = to_dict(compose(script, [*options, f"trainer.compile={'default' if compiled else 'off'}"]))
     before = json.loads(json.dumps(now))
     for old, new in RENAMED.items():
         group, _, key = new.partition(".")
@@ -32,6 +34,7 @@ def test_renamed_run_with_old_keys_can_be_resumed(script, schedule, tmp_path):
             before[group][old.partition(".")[2]] = before[group].pop(key)
     before["optim"] |= {"schedule": schedule}
     del before["optim"]["schedule_unit"]
+    before["trainer"]["compile"] = compiled
     if script == "train_gen":  # keys of train_cls.py that train_gen.py once had
         before["trainer"] |= {"eval_batch_size": 250, "init_from": None, "init_weights": "ema", "eval_only": False}
     assert "global_batch" in before["trainer"]

@@ -187,11 +187,11 @@ def test_gradient_checkpointing_equals_plain(tmp_path):
 
 @pytest.mark.parametrize("attention", ["vca", "softmax"])
 def test_compile_close_to_eager(tmp_path, attention):
-    """The difference to `trainer.compile=true` is small compared with the change in training."""
+    """The difference to `trainer.compile=default` is small compared with the change in training."""
     still = ["model.drop_rate=0", "model.drop_path_rate=0", "model.depth=1", "optim.warmup_epochs=0"]
     options = [f"attention={attention}", *still]
     run(tmp_path, *options, name="eager")
-    run(tmp_path, *options, "trainer.compile=true", name="compiled")
+    run(tmp_path, *options, "trainer.compile=default", name="compiled")
     config = compose("train_cls", [*SHORT, *options])
     seed_torch(config.seed, "model")
     start = torch.cat([p.flatten() for p in build_model(config.model, config.attention).parameters()])
@@ -203,6 +203,31 @@ def test_compile_close_to_eager(tmp_path, attention):
     learned = (eager - start).norm()
     assert learned > 0.1
     assert (compiled - eager).norm() < 0.05 * learned
+
+
+# Rank 1 compiles for longer than the time limit of collectives; the backend generates no code.
+SLOW_COMPILER = """
+import os, runpy, time, torch
+from functools import partial
+from torch._dynamo.backends.debugging import aot_eager
+
+def slow(*arguments, **options):
+    if os.environ["RANK"] == "1":
+        time.sleep(9)
+    return aot_eager(*arguments, **options)
+
+torch.compile = partial(torch.compile, backend=slow)
+runpy.run_path("{script}", run_name="__main__")
+"""
+
+
+def test_compile_longer_than_timeout_on_one_rank(tmp_path):
+    (tmp_path / "slow.py").write_text(SLOW_COMPILER.format(script=ROOT / "train_cls.py"))
+    options = [*SHORT, "model.depth=1", "trainer.compile=default", "trainer.timeout_minutes=0.1"]
+    options += ["data.check_seconds=0", f"out_dir={tmp_path}", "name=run"]
+    done = run_script(tmp_path / "slow.py", *options, ranks=2)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert metrics(tmp_path / "run")[-1]["step"] == 6
 
 
 def test_progress_bar_on_terminal_only(tmp_path):

@@ -15,7 +15,7 @@ from vca.config import compose
 from vca.runtime.compute import Precision
 from vca.runtime.distributed import World
 from vca.runtime.errors import ConfigError
-from vca.training.config import TrainerConfig
+from vca.training.config import CompileMode, TrainerConfig
 from vca.training.ema import Ema
 from vca.training.optim import OptimConfig, learning_rate, parameter_groups
 from vca.training.run import length_warnings
@@ -89,7 +89,8 @@ def test_train_state_ddp_or_compile_keeps_groups_and_ema(wrap, process_group, mo
     """Groups, EMA and checkpoints come from the bare model, whatever runs the forward pass."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))  # generates no code
     raw = digits_model("model.depth=1")
-    trainer = TrainerConfig(steps=4, global_batch_size=8, ema_decay=0.5, compile=wrap == "compile")
+    mode = CompileMode["default" if wrap == "compile" else "off"]
+    trainer = TrainerConfig(steps=4, global_batch_size=8, ema_decay=0.5, compile=mode)
     state = TrainState(copy.deepcopy(raw), trainer, OptimConfig(), WORLD, 1)
     if wrap == "ddp":
         state.forward_model = DistributedDataParallel(state.model)
@@ -149,6 +150,22 @@ def test_train_state_accumulation_equals_larger_batch(accumulation):
     assert float(one.loss) == pytest.approx(float(other.loss), rel=1e-6)
     for a, b in zip(grads, other_grads, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+
+
+def test_train_state_accumulation_under_cuda_graphs_mode_equals_eager(monkeypatch):
+    """Gradients are added to kept tensors there; this compiler generates no code and no graphs."""
+    monkeypatch.setattr(torch, "compile", lambda model, *, dynamic, mode: model)
+    weights = []
+    for mode in ("off", "reduce-overhead"):
+        trainer = TrainerConfig(steps=3, global_batch_size=8, micro_batch_size=4, compile=CompileMode[mode])
+        state = TrainState(digits_model(), trainer, OptimConfig(lr=1e-2, warmup_epochs=0), WORLD, 1)
+        for step in range(3):
+            torch.manual_seed(step)
+            batches = list(torch.randn(8, 1, 8, 8).chunk(2))
+            state.train_step(batches, lambda model, x, step: model(x).square().mean(), seed=0)
+        weights.append(list(state.model.state_dict().values()))
+    assert all(torch.equal(one, other) for one, other in zip(*weights, strict=True))
+    assert all(parameter.grad is not None for parameter in state.model.parameters())
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from vca.attention.softmax import needs_plain_ops, softmax_attention
 
@@ -44,7 +45,8 @@ def per_patch_differential(
 ) -> Tensor:
     """Compute Stage II: each token attends to the contrast tokens with the difference of two softmaxes.
 
-    Exports, traces and `torch.func` transforms use plain operations without chunking.
+    Exports, traces and `torch.func` transforms use plain operations without chunking. So does `torch.compile`, as a
+    checkpointed region: the compiler fuses its operations and recomputes the scores, which it would otherwise save.
 
     Args:
         q: `(B, M, N, D)`.
@@ -58,6 +60,9 @@ def per_patch_differential(
     """
     if torch.compiler.is_exporting() or torch.jit.is_tracing() or needs_plain_ops():
         return plain_per_patch_differential(q, tokens, v_hat, lambda2, norm_weight, joint, eps)
+    if torch.compiler.is_compiling():
+        arguments = q, tokens, v_hat, lambda2, norm_weight, joint, eps
+        return checkpoint(plain_per_patch_differential, *arguments, use_reentrant=False, preserve_rng_state=False)
     return PerPatchDifferential.apply(q, tokens, v_hat, lambda2, norm_weight, joint, eps)
 
 
@@ -98,9 +103,6 @@ CPU_CHUNK, GPU_CHUNK = 2**18, 2**27
 
 def chunks(q: Tensor, scores: int) -> Iterator[tuple[slice, slice]]:
     """Yield chunks `q[images, :, rows]`, given the number of `scores` per token and head."""
-    if torch.compiler.is_compiling():  # fusion replaces chunks, and a loop would fix the batch size
-        yield slice(None), slice(None)
-        return
     batch, heads, tokens, _ = q.shape
     size = CPU_CHUNK if q.device.type == "cpu" else GPU_CHUNK
     images = max(1, min(batch, size // (heads * tokens * scores)))
@@ -134,7 +136,7 @@ class PerPatchDifferential(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
+        if torch.is_grad_enabled():  # create_graph=True
             return differentiable_gradients(ctx, grad_out)
         q, tokens, v_hat, lambda2, norm_weight = ctx.saved_tensors
         streams, scale = 1 if lambda2 is None else 2, q.shape[-1] ** -0.5

@@ -180,8 +180,9 @@ def explain(error: BaseException) -> str:
     if match := re.search(r"Invalid value assigned: (\w+) is not a ListConfig, list or tuple", text):
         return f"{place} must be a list such as [1, 2], got a {match[1]}"
     if match := re.search(r"Invalid value '(.*)', expected one of \[(.*)\]", text):
-        if full_key and (new := RENAMED.get(f"{full_key[1]}={match[1]}")):
-            return f"{full_key[1]}={match[1]} was renamed to {new}"
+        value = match[1].lower() if match[1] in ("True", "False") else match[1]
+        if full_key and (new := RENAMED.get(f"{full_key[1]}={value}")):
+            return f"{full_key[1]}={value} was renamed to {new}"
         return f"{place} must be one of {match[2]}, got '{match[1]}'"
     if match := re.search(
         r"field '([\w.]+)' is not Optional|Incompatible value 'None' for field of type '(\w+)'", text

@@ -14,7 +14,7 @@ from torch import Tensor
 from vca.runtime.errors import ConfigError
 from vca.runtime.signals import end_workers
 
-COLLECTIVE_TIMEOUT_MINUTES = 24 * 60.0  # sampling and evaluation: ranks finish at different times
+COLLECTIVE_TIMEOUT_MINUTES = 24 * 60.0  # sampling, evaluation, compilation: ranks finish at different times
 
 
 @dataclass(frozen=True)
@@ -98,6 +98,21 @@ class World:
         for first in errors:
             if first is not None:
                 raise first
+
+    @contextmanager
+    def wait_for_slowest(self) -> Iterator[None]:
+        """Wait on exit until every rank has finished the block, without the time limit of collectives.
+
+        For work whose duration differs between ranks by more than that limit, such as compilation. The wait fails if
+        another rank exits.
+        """
+        if self.size == 1:
+            yield
+            return
+        group: Any = dist.new_group(backend="gloo", timeout=timedelta(minutes=COLLECTIVE_TIMEOUT_MINUTES))
+        yield
+        dist.barrier(group)
+        dist.destroy_process_group(group)
 
     def barrier(self) -> None:
         if self.size > 1:

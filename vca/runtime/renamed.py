@@ -34,6 +34,8 @@ RENAMED = {
     "optim.schedule=per_step": "optim.schedule_unit=step",
     "optim.schedule=per_epoch": "optim.schedule_unit=epoch",
     "optim.schedule=per_epoch_late": "optim.schedule_unit=epoch_late",
+    "trainer.compile=true": "trainer.compile=default",
+    "trainer.compile=false": "trainer.compile='off'",  # quoted, because YAML reads off as false
 }
 
 # Keys of `trainer` that runs of train_gen.py once had, without effect.
@@ -54,6 +56,9 @@ def with_new_names(config: dict[str, Any]) -> dict[str, Any]:
     if isinstance(optim, dict) and "schedule_unit" not in optim and "schedule" in optim:
         unit = optim["schedule"].removeprefix("per_") if optim["schedule"].startswith("per_") else "step"
         optim |= {"schedule_unit": unit, "schedule": "constant" if optim["schedule"] == "constant" else "cosine"}
+    trainer = config.get("trainer")
+    if isinstance(trainer, dict) and isinstance(trainer.get("compile"), bool):
+        trainer["compile"] = "default" if trainer["compile"] else "off"
     if "objective" in config and isinstance(config.get("trainer"), dict):
         for key in CLASSIFIER_KEYS:
             config["trainer"].pop(key, None)

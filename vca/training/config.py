@@ -1,10 +1,17 @@
 """Trainer settings: length, batch sizes, precision, device, intervals of logging, evaluation and checkpoints."""
 
 from dataclasses import dataclass
+from enum import Enum
 
 from vca.runtime.compute import Device, Precision
 from vca.runtime.errors import ConfigError, check
 from vca.training.pretrained import InitWeights
+
+# Mode of `torch.compile`; `off` does not compile.
+CompileMode = Enum(
+    "CompileMode",
+    {"off": "off", "default": "default", "reduce-overhead": "reduce-overhead", "max-autotune": "max-autotune"},
+)
 
 
 @dataclass
@@ -19,7 +26,8 @@ class TrainerConfig:
             `global_batch_size / world size`, without accumulation.
         precision: `fp32`, `tf32` (float32 with TF32 matrix products), or autocast to `bf16` or `fp16`.
         device: `cpu` or `cuda`; `auto` is `cuda` if there is a GPU.
-        compile: use `torch.compile`.
+        compile: mode of `torch.compile` for the training step: `default`, `reduce-overhead` (CUDA graphs),
+            `max-autotune` (CUDA graphs, and a choice of kernels by timing), or `off`.
         ema_decay: decay per step of the exponential moving average (EMA) of the weights, which averages over about
             1 / (1 - ema_decay) steps; null disables it. Evaluations report it as `ema/...`.
         log_every: interval of reports in steps; may change on resume.
@@ -41,7 +49,7 @@ class TrainerConfig:
     micro_batch_size: int | None = None
     precision: Precision = Precision.fp32
     device: Device = Device.auto
-    compile: bool = False
+    compile: CompileMode = CompileMode["off"]
     ema_decay: float | None = None
     log_every: int = 50
     eval_every: int = 0

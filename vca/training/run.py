@@ -21,7 +21,7 @@ from vca.runtime.metrics_log import Reporter, WandbConfig, WandbMirror, WandbMod
 from vca.runtime.rundir import RunDirectory
 from vca.runtime.signals import StopRequest, catch_stop_signals
 from vca.training.checkpoint import checkpoint_path, load_latest_for_all, must_fit, save_checkpoint
-from vca.training.config import TrainerConfig
+from vca.training.config import CompileMode, TrainerConfig
 from vca.training.cost import RunCost
 from vca.training.curves import plot_curves
 from vca.training.profiling import StepProfiler
@@ -136,7 +136,7 @@ class TrainingRun:
             f"global batch size {trainer.global_batch_size} ({self.world.size} rank(s) x {state.accumulation} x "
             f"{state.micro_batch_size}), peak lr {state.peak_lr:.3g}, {trainer.precision.value} on "
             f"{self.world.device.type} ({torch.get_num_threads()} threads)\n"
-            f"{start}{'; the first step compiles the model' if trainer.compile else ''}"
+            f"{start}{'; the first step compiles the model' if trainer.compile is not CompileMode['off'] else ''}"
         )
         for warning in length_warnings(state):
             self.reporter.log(f"warning: {warning}")

@@ -12,9 +12,11 @@ from torch.nn.parallel import DistributedDataParallel
 from vca.runtime.compute import Precision, autocast
 from vca.runtime.distributed import World
 from vca.runtime.seeding import seed_torch
-from vca.training.config import TrainerConfig
+from vca.training.config import CompileMode, TrainerConfig
 from vca.training.ema import Ema
 from vca.training.optim import OptimConfig, build_optimizer, learning_rate
+
+CUDA_GRAPHS = (CompileMode["reduce-overhead"], CompileMode["max-autotune"])
 
 
 @dataclass
@@ -57,14 +59,20 @@ class TrainState:
         self.step = 0
         self.failed = torch.zeros((), dtype=torch.bool, device=world.device)  # a step since the last load has failed
         self.one = torch.ones((), device=world.device)
-        self.buckets_settled = False
+        self.warm = world.size == 1  # whether `warm_up` has run
 
         self.forward_model: Any = self.model
         if world.size > 1:
             ids = [world.local_rank] if world.device.type == "cuda" else None
+            # Not static_graph: all parameters are used in each pass, and it fails if the first pass is under no_sync.
             self.forward_model = DistributedDataParallel(self.model, device_ids=ids, gradient_as_bucket_view=True)
-        if trainer.compile:
-            self.forward_model = torch.compile(self.forward_model)
+        if trainer.compile is not CompileMode["off"]:
+            self.forward_model = torch.compile(self.forward_model, dynamic=False, mode=trainer.compile.value)
+        # A CUDA graph overwrites the gradients that it returned before, so they are added to other tensors.
+        self.keep_gradients = self.accumulation > 1 and trainer.compile in CUDA_GRAPHS
+        if self.keep_gradients:
+            for parameter in self.model.parameters():
+                parameter.grad = torch.zeros_like(parameter)
 
     def autocast(self) -> Any:
         return autocast(self.trainer.precision, self.world.device)
@@ -92,8 +100,8 @@ class TrainState:
             group["lr"] = lr
         if not self.model.training:  # after an evaluation
             self.forward_model.train()
-        if self.world.size > 1 and not self.buckets_settled:
-            self.settle_buckets(batches[0], loss_of)
+        if not self.warm:
+            self.warm_up(batches[0], loss_of)
         total = torch.zeros((), device=self.world.device)
         for index, batch in enumerate(batches):
             last = index == len(batches) - 1
@@ -116,7 +124,7 @@ class TrainState:
         if self.ema is not None:
             self.ema.update(self.model, applied)
         self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.clear_gradients()
         failed = ~finite
         if self.scaler.is_enabled():  # an overflow halves the loss scale; below 1 the gradient itself is not finite
             failed = failed & (self.scaler.scale(self.one) < 1)
@@ -124,17 +132,30 @@ class TrainState:
         self.step = step + 1
         return StepResult(total, norm, applied, failed, lr)
 
-    def settle_buckets(self, batch: Any, loss_of: Callable[[nn.Module, Any, int], Tensor]) -> None:
-        """Run one backward pass and discard its gradients.
+    def clear_gradients(self) -> None:
+        self.optimizer.zero_grad(set_to_none=not self.keep_gradients)
 
-        DDP rearranges its buckets after the first backward pass, and their arrangement decides how a sum over three or
-        more ranks is rounded. After this pass, the first step after a resume rounds as in an uninterrupted run.
+    def warm_up(self, batch: Any, loss_of: Callable[[nn.Module, Any, int], Tensor]) -> None:
+        """Compile the model on every rank and settle DDP's buckets, by backward passes whose gradients are discarded.
+
+        No gradient is exchanged while the ranks compile, so a slow one does not exceed the time limit of collectives.
+
+        DDP rearranges its buckets after the first exchange of gradients, and their arrangement decides how a sum over
+        three or more ranks is rounded. After this pass, the first step after a resume rounds as in an uninterrupted
+        run.
         """
-        with self.autocast():
-            loss = loss_of(self.forward_model, batch, self.step)
-        loss.backward()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.buckets_settled = True
+
+        def discarded_pass() -> None:
+            with self.autocast():
+                loss = loss_of(self.forward_model, batch, self.step)
+            loss.backward()
+            self.clear_gradients()
+
+        if self.trainer.compile is not CompileMode["off"]:
+            with self.world.wait_for_slowest(), self.forward_model.no_sync():
+                discarded_pass()
+        discarded_pass()
+        self.warm = True
 
     def state_dict(self) -> dict[str, Any]:
         """Return tensors and plain values, for `save_checkpoint`."""
