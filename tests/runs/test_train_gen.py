@@ -81,6 +81,7 @@ def test_resume_of_finished_run_returns_result(tmp_path):
     result = train_gen.run(config)
     before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
     *_, last_step, samples = map(json.loads, before.splitlines())
+    assert samples.pop("device_hours") > last_step["device_hours"]
     assert samples == {"step": 2, "samples": 10, "nfe": 4}
     assert train_gen.run(config) == result == {"loss": last_step["loss"]}
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
