@@ -37,7 +37,7 @@ GENERATOR = (
 
 # A root script with a function replaced; `faulty` may call `original` and use `folder`.
 FAULTY = """
-import importlib, os, runpy
+import importlib, os, runpy, time
 from pathlib import Path
 
 module, name = importlib.import_module("{module}"), "{name}"

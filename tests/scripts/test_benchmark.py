@@ -12,6 +12,7 @@ import benchmarks.loop
 import benchmarks.model
 from benchmarks import __main__ as command_line
 from benchmarks.timing import Budget, compare, peak_bytes, saved_bytes, take_turns
+from models.dit import DiTConfig
 
 CPU = torch.device("cpu")
 
@@ -22,6 +23,8 @@ def test_benchmark_all_writes_every_part(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(benchmarks.attention, "WIDTH", 48)
     monkeypatch.setattr(benchmarks.model, "PIXELS", {"cpu": 224 * 224})
     monkeypatch.setattr(benchmarks.loop, "STEPS", 1)
+    small = DiTConfig(input_size=8, hidden_size=32, depth=1, num_heads=2)
+    monkeypatch.setattr(benchmarks.loop, "ROWS", [benchmarks.loop.ROWS[0], ("DiT, softmax", small, 2)])
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))  # generates no code
     command = ["benchmarks", "all", "--device", "cpu", "--rounds", "3", "--minutes", "0.1"]
     command += ["--tokens", "197", "--models", "deit_tiny", "--size", "224", "--json", str(tmp_path / "all.json")]
