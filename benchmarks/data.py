@@ -7,7 +7,7 @@ import torch
 
 from benchmarks.timing import Budget, take_turns
 
-BATCH, BATCHES = 16, 4  # of a round
+BATCH = 16
 
 
 def benchmark_data(root: Path, budget: Budget, workers: int = 0) -> list[dict]:
@@ -15,7 +15,8 @@ def benchmark_data(root: Path, budget: Budget, workers: int = 0) -> list[dict]:
 
     timm's fast path is its default, where workers send uint8 and the device normalises and erases, as here; its slow
     path (`use_prefetcher=False`) does both in the worker, in float32. The work on the device is not timed. Without
-    workers, images are loaded in this process. The random operations of RandAugment differ between the loaders.
+    workers, images are loaded in this process. The random operations of RandAugment differ between the loaders. A round
+    is 4 batches, and 60 more for each worker, so that the batches that wait at its start do not count.
     """
     from timm.data import ImageDataset, create_loader
 
@@ -63,18 +64,19 @@ def benchmark_data(root: Path, budget: Budget, workers: int = 0) -> list[dict]:
         )
         return (item for _ in range(1_000_000) for item in (loader.loader if fast else loader))
 
+    batches = 4 + 60 * workers
     sources = {"timm, fast path": timm_batches(True), "timm, slow path": timm_batches(False), "ours": iter(ours)}
     sizes = {name: sum(x.nbytes for x in next(source)) / BATCH for name, source in sources.items()}
 
     def load(name: str) -> None:
-        for _ in range(BATCHES):
+        for _ in range(batches):
             next(sources[name])
 
     loads = {name: lambda name=name: load(name) for name in sources}
     timings = take_turns(loads, "timm, fast path", budget, world.device)
     rows = []
     for name, (seconds, ratio, low, high) in timings.items():
-        rate = BATCH * BATCHES / seconds
+        rate = BATCH * batches / seconds
         print(
             f"{name:<16} {rate:7.1f} images/s  {sizes[name] / 1e3:7.1f} kB/image  time / timm's fast path "
             f"{ratio:.3f} ({low:.3f} to {high:.3f})"
