@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 from timm.data.random_erasing import RandomErasing as TimmErasing
-from torch.utils.data import default_collate
+from torch.utils.data import DataLoader, default_collate
 
 from tests.support import write_png16
 from vca.config import compose
@@ -33,8 +33,9 @@ from vca.data.loader import (
 )
 from vca.evaluation.images import DatasetImages
 from vca.runtime.distributed import World
-from vca.runtime.errors import ConfigError, ImageError
+from vca.runtime.errors import ConfigError, ImageError, known_cause
 from vca.runtime.seeding import derive_seed, seed_everything
+from vca.runtime.signals import start_worker
 
 CPU = torch.device("cpu")
 
@@ -270,6 +271,24 @@ def test_seeding_deterministic_and_distinct_per_address():
     drawn = (torch.rand(1), np.random.rand())
     seed_everything(5, "x")
     assert drawn == (torch.rand(1), np.random.rand())
+
+
+class Unsendable:
+    """A batch for which shared memory is full when it is sent, not when it is made."""
+
+    def __reduce__(self):
+        raise RuntimeError(
+            "unable to allocate shared memory(shm) for file </torch_1_2_3>: No space left on device (28)"
+        )
+
+
+@pytest.mark.process
+def test_loader_worker_that_cannot_send_a_batch_ends():
+    """Not a batch that is waited for without end."""
+    loader = DataLoader([0, 1], num_workers=1, collate_fn=lambda items: Unsendable(), worker_init_fn=start_worker)
+    with pytest.raises(RuntimeError, match="DataLoader worker") as caught:
+        next(iter(loader))
+    assert known_cause(caught.value).startswith("/dev/shm is full; start the container")
 
 
 @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.process)])

@@ -54,6 +54,7 @@ def known_cause(error: Exception) -> str | None:
         return None
     if text.startswith("rank 0 failed: "):  # World.from_main
         return lines[0]
+    text += f" {error.__cause__ or ''}"  # the signal that ended a loader worker
     if re.search("Bus error|shared memory|/torch_", text):
         return "/dev/shm is full; start the container with a larger --shm-size, or reduce trainer.workers"
     if text.startswith("DataLoader worker"):

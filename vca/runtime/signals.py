@@ -3,10 +3,12 @@
 import ctypes
 import gc
 import multiprocessing
+import multiprocessing.queues
 import os
 import signal
 import sys
 import threading
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -50,14 +52,23 @@ def catch_stop_signals() -> Iterator[StopRequest]:
 def start_worker(*_: object) -> None:
     """Initialize a loader worker: collect garbage, ignore stop signals (the whole job gets them), exit with the parent.
 
+    A batch that cannot be sent ends the worker, and so the run: multiprocessing would drop it, and the run would wait.
+
     The parent ends its workers with `end_workers`. Without Linux's `prctl`, a worker whose parent was killed exits
     seconds later, through torch's watchdog.
     """
     gc.enable()
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(exit_unsent)  # type: ignore[attr-defined]
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
+def exit_unsent(error: Exception, batch: object) -> None:
+    """Exit because a batch cannot be sent, with the kernel's signal if shared memory is full."""
+    traceback.print_exception(error)
+    os.kill(os.getpid(), signal.SIGBUS if "shared memory" in str(error) else signal.SIGKILL)
 
 
 def end_workers() -> None:
