@@ -23,6 +23,7 @@ def benchmark_data(root: Path, budget: Budget, workers: int = 0) -> list[dict]:
     import train_cls
     from vca.config import compose
     from vca.data import load_dataset
+    from vca.data.augment import timm_options
     from vca.data.loader import MicroBatches, TrainOrder, image_inputs, worker_batches
     from vca.runtime.distributed import World
 
@@ -44,19 +45,8 @@ def benchmark_data(root: Path, budget: Budget, workers: int = 0) -> list[dict]:
             ImageDataset(str(root / "train")),
             (3, data.img_size, data.img_size),
             BATCH,
-            is_training=True,
+            **timm_options(augment, data),
             use_prefetcher=fast,
-            scale=(augment.scale[0], augment.scale[1]),
-            ratio=(augment.ratio[0], augment.ratio[1]),
-            hflip=augment.hflip,
-            color_jitter=augment.color_jitter,
-            auto_augment=augment.auto_augment,
-            interpolation=augment.interpolation,
-            mean=tuple(data.mean),
-            std=tuple(data.std),
-            re_prob=augment.re_prob,
-            re_mode=augment.re_mode,
-            re_count=augment.re_count,
             num_workers=workers,
             pin_memory=False,
             persistent_workers=workers > 0,

@@ -74,7 +74,7 @@ def run(config: DoctorConfig) -> None:
 def examine_data(data: DataConfig) -> tuple[list[str], Examination]:
     """Return the problems of the folders and the examination of the files.
 
-    If the folders are not a valid data set, all images below them are examined. A latent cache has only a training
+    If the folders are not a valid data set, all images below them are examined. A latent cache has no evaluation
     split.
     """
     datasets, problems = {}, []

@@ -109,27 +109,31 @@ class GeneratorAugmentConfig(AugmentConfig):
             check(getattr(self, key) == 0, f"augment.{key}", "0 in generation", getattr(self, key))
 
 
+def timm_options(augment: AugmentConfig, data: DataConfig) -> dict[str, Any]:
+    """Return the arguments of timm's `create_transform` and `create_loader` for the training transform."""
+    return {
+        "is_training": True,
+        "scale": tuple(augment.scale),
+        "ratio": tuple(augment.ratio),
+        "hflip": augment.hflip,
+        "color_jitter": augment.color_jitter or None,
+        "auto_augment": augment.auto_augment,
+        "interpolation": augment.interpolation,
+        "mean": tuple(data.mean),
+        "std": tuple(data.std),
+        "re_prob": augment.re_prob,
+        "re_mode": augment.re_mode,
+        "re_count": augment.re_count,
+    }
+
+
 def train_transform(augment: AugmentConfig, data: DataConfig) -> "Compose":
     """Build the training transform: PIL image to a normalised `(in_chans, img_size, img_size)` tensor."""
     from timm.data import create_transform
     from torchvision import transforms
 
     size = data.img_size
-    transform = create_transform(
-        size,
-        is_training=True,
-        scale=(augment.scale[0], augment.scale[1]),
-        ratio=(augment.ratio[0], augment.ratio[1]),
-        hflip=augment.hflip,
-        color_jitter=augment.color_jitter or None,  # type: ignore[arg-type]
-        auto_augment=augment.auto_augment,
-        interpolation=augment.interpolation,
-        mean=tuple(data.mean),
-        std=tuple(data.std),
-        re_prob=augment.re_prob,
-        re_mode=augment.re_mode,
-        re_count=augment.re_count,
-    )
+    transform = create_transform(size, **timm_options(augment, data))
     if augment.crop is not Crop.resized:  # the first of timm's transforms is the resized crop
         whole: Any = AdmCrop(size) if augment.crop is Crop.adm else transforms.Resize((size, size))
         crop = [transforms.RandomCrop(size, padding=augment.padding)] if augment.crop is Crop.padded else []

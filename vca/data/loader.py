@@ -54,7 +54,7 @@ class Batch(NamedTuple):
 
 @dataclass(frozen=True)
 class Inputs:
-    """How images become the inputs of a training step, in the loader workers and then on the device.
+    """The operations that turn images into network inputs: in the loader workers, then on the device.
 
     Attributes:
         transform: image to tensor, in the worker, seeded by the image's address.
@@ -80,7 +80,7 @@ class Inputs:
 
 
 def image_inputs(augment: AugmentConfig, data: DataConfig, seed: int, device: torch.device) -> Inputs:
-    """Inputs of a step on images with `train_transform`."""
+    """Return the operations of `train_transform`, split between worker and device."""
     erasing = RandomErasing(augment, seed) if augment.re_prob > 0 else None
     transform = worker_transform(train_transform(augment, data))
     return Inputs(transform, Normalize(data, device), data.image_bytes, erasing)

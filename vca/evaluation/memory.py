@@ -1,6 +1,6 @@
-"""Count the memory of a training step without its device.
+"""Count the memory that a training step needs on a device that this machine may lack.
 
-Operators run on fake tensors, which have no data, and the bytes of the storages in use are summed. This needs no GPU.
+The step runs on fake tensors, which have no data, and the bytes of the storages in use are summed.
 """
 
 import weakref
@@ -27,7 +27,7 @@ Build = Callable[[Any, Any], Any]  # configs of model and attention -> network
 
 @dataclass(frozen=True)
 class StepMemory:
-    """Bytes of a training step on one device.
+    """Bytes that a training step uses on one device.
 
     Attributes:
         weights, gradients, optimizer, ema: of the network.
@@ -175,7 +175,7 @@ def simulate(config: Any, build: Build, micro: int, device: str) -> Simulation:
 
 
 class MemoryPlan:
-    """Memory of a training step of any micro-batch size.
+    """Counts the memory of a training step, for any micro-batch size.
 
     Args:
         config: config of `train_cls.py` or `train_gen.py`.

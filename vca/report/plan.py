@@ -12,7 +12,7 @@ from vca.training.config import TrainerConfig
 NODE = 8  # GPUs of a machine
 NETWORK = 25  # GB/s of a GPU between machines, in one direction
 USABLE = 0.9  # of the memory of a GPU; the rest is for CUDA, the libraries and fragmentation
-PHOTOS, LATENTS = 400, 10_000  # images/s of one core of an AMD EPYC: ImageNet transform of 500 x 375 photos; latents
+PHOTOS, LATENTS = 356, 10_000  # images/s of one core of an AMD EPYC: ImageNet transform of 500 x 375 photos; latents
 IMAGES = {"digits": 1438, "cifar10": 50_000}
 IMAGENET = 1_281_167
 GIB = 2**30

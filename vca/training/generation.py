@@ -18,7 +18,7 @@ from vca.runtime.seeding import derive_seed
 
 @dataclass(frozen=True)
 class GenerationDraws:
-    """Random numbers of a training image, a function of the seed and its fingerprint, drawn in the loader workers.
+    """Draws the random numbers that an image needs in training, from the seed and its fingerprint, in a loader worker.
 
     They are the same at any world size, and for cached latents and images. `shape` is the shape `(n, C, h, w)` of the
     noise: that of the diffusion and, with n = 2, that of the posterior.
@@ -37,7 +37,7 @@ class GenerationDraws:
 def generation_inputs(
     dataset: Any, data: DataConfig, augment: AugmentConfig, autoencoder: Autoencoder, seed: int
 ) -> tuple[Inputs, dict[str, Any] | None]:
-    """Return the inputs of a step on images or cached latents, and the identity of a cache or None.
+    """Return the operations on images or cached latents, and the identity of a cache or None.
 
     Raises:
         ConfigError: if a latent cache was made by another autoencoder or does not support the augmentation.
