@@ -49,7 +49,7 @@ class AugmentConfig:
         mixup, cutmix: alpha of Mixup (`mixup`) and of CutMix (`cutmix`); 0 disables it.
         mixup_prob: probability of mixing a batch.
         mixup_switch_prob: probability of CutMix instead of Mixup if both are on.
-        label_smoothing: smoothing of the targets.
+        label_smoothing: smoothing of the targets of `train_cls.py`; `train_gen.py` has none.
         aug_repeats: repeated augmentation: copies of an image per batch; an epoch contains 1 / `aug_repeats` of the
             images.
     """
