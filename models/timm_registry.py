@@ -27,7 +27,13 @@ default_cfgs: dict[str, Any] = {}
 
 @cache
 def load_sizes() -> dict[str, dict[str, Any]]:
-    """Load the fields of every file in `configs/model/`, by file name, with `family`."""
+    """Load the fields of every file in `configs/model/`, by file name, with `family`.
+
+    Raises:
+        ValueError: without `configs/`, which an installed package does not have.
+    """
+    if not SIZES.is_dir():
+        raise ValueError(f"the timm models need a checkout of the repository: there is no {SIZES}")
     return {file.stem: {"name": file.stem, **load_size(file.stem)} for file in sorted(SIZES.glob("*.yaml"))}
 
 

@@ -44,10 +44,8 @@ def from_pretrained(source: str | Path, device: str = "cpu", autoencoder: str | 
         export = read_export(folder)
         import models
 
-        if not hasattr(models, "rebuild"):
-            raise ConfigError(
-                f"from_pretrained needs the package models of this project, but {models.__file__} hides it"
-            )
+        ours = hasattr(models, "build_model")
+        check(ours, "models", "this project's package for from_pretrained", models.__file__)
         if "objective" in export["run"]["config"]:
             return load_pipeline(folder, export, device, autoencoder)
         check(autoencoder is None, "autoencoder", "None for a classifier", autoencoder)
@@ -55,6 +53,8 @@ def from_pretrained(source: str | Path, device: str = "cpu", autoencoder: str | 
     except ModuleNotFoundError as error:
         remedy = "pip install 'visual-contrast-attention[research]'"
         raise ConfigError(f"from_pretrained needs the package {error.name}: {remedy}") from error
+    except KeyError as error:
+        raise ConfigError(f"{source}: {CONFIG} has no {error}; export the run with scripts/export.py") from error
 
 
 def find_folder(source: str | Path) -> Path:
@@ -64,7 +64,7 @@ def find_folder(source: str | Path) -> Path:
         return folder
     name = str(source)
     check(HUB_NAME.fullmatch(name) is not None, "source", "an export folder or a hub name OWNER/NAME", name)
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import constants, snapshot_download
 
     try:
         return Path(snapshot_download(name, allow_patterns=[CONFIG, WEIGHTS]))
@@ -74,7 +74,8 @@ def find_folder(source: str | Path) -> Path:
         else:
             reason = f"{first_line(error)}; on a machine with network access: hf download {name} --local-dir DIR, then "
             reason += "from_pretrained('DIR')"
-        raise ConfigError(f"{name} is not a folder and cannot be downloaded from the hub: {reason}") from error
+        place = f"cannot be downloaded from {constants.ENDPOINT}"
+        raise ConfigError(f"source: {name} is not a folder and {place}: {reason}") from error
 
 
 def read_export(folder: Path) -> dict[str, Any]:
@@ -103,18 +104,27 @@ def read_export(folder: Path) -> dict[str, Any]:
     return export
 
 
-def load_classifier(folder: Path, export: dict[str, Any], device: str) -> Any:
-    """Load a classifier; its attribute `transform` is the evaluation transform."""
-    from models import rebuild
-    from vca.config.composition import from_plain
-    from vca.data.augment import eval_transform
-    from vca.data.config import DataConfig
-    from vca.runtime.rundir import with_new_names
-    from vca.training.pretrained import init_from
+def run_config(export: dict[str, Any]) -> dict[str, Any]:
+    """Return the config of the exported run, without `attention.backend`, which belongs to the machine."""
+    from vca.runtime.renamed import with_new_names
 
     config = with_new_names(export["run"]["config"])
+    return {**config, "attention": {key: value for key, value in config["attention"].items() if key != "backend"}}
+
+
+def load_classifier(folder: Path, export: dict[str, Any], device: str) -> Any:
+    """Load a classifier; its attribute `transform` is the evaluation transform."""
+    from models import CLASSIFIERS, build_model
+    from vca.attention import ATTENTIONS
+    from vca.config.composition import from_plain, from_registry
+    from vca.data.augment import eval_transform
+    from vca.data.config import DataConfig
+    from vca.training.pretrained import init_from
+
+    config = run_config(export)
     with config_errors():
-        model = rebuild(config)
+        attention = from_registry(ATTENTIONS, config["attention"])
+        model = build_model(from_registry(CLASSIFIERS, config["model"], "family"), attention)
     init_from(model, folder / WEIGHTS, key="source").check_complete(f"{folder / WEIGHTS} must be a file")
     model.transform = eval_transform(from_plain(DataConfig, config["data"]))
     return model.to(device).eval()
@@ -129,13 +139,10 @@ def load_pipeline(folder: Path, export: dict[str, Any], device: str, autoencoder
     from vca.config.pipeline import configs_of_run
     from vca.generation.objective import SamplerConfig
     from vca.runtime.distributed import World
-    from vca.runtime.rundir import with_new_names
     from vca.training.pretrained import InitWeights
     from vca.training.restore import load_generator
 
-    run = export["run"]
-    config = with_new_names(run["config"])
-    config["attention"] = {key: value for key, value in config["attention"].items() if key != "backend"}
+    run, config = export["run"], run_config(export)
     configs = configs_of_run(config, GENERATORS)
     trained = configs["autoencoder"]
     if autoencoder is not None:
@@ -157,7 +164,7 @@ def push(folder: Path, name: str) -> str:
         ConfigError: if the export is incomplete, or the hub is not reachable or refuses the upload.
     """
     check_hub_name(name)
-    from huggingface_hub import HfApi
+    from huggingface_hub import HfApi, constants
 
     export = read_export(folder)
     try:
@@ -170,10 +177,11 @@ def push(folder: Path, name: str) -> str:
             commit_message=f"{export['run']['name']}, step {export['run']['step']}",
         )
     except Exception as error:  # huggingface_hub and its HTTP client raise errors of their own
-        reason = first_line(error)
         if status_of(error) in (401, 403):
             reason = f"the token is missing, invalid or has no write access; {TOKEN}"
-        raise ConfigError(f"--push {name}: the hub refused or is not reachable: {reason}") from error
+        else:
+            reason = f"{first_line(error)}; the export is complete, rerun the command with network access"
+        raise ConfigError(f"--push: {name} cannot be uploaded to {constants.ENDPOINT}: {reason}") from error
     return str(address)
 
 
