@@ -1,7 +1,7 @@
 """The model card of an export: what the model is, data, recipe, figures with their records, and provenance."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,19 +59,25 @@ def accuracy_figures(run: Path, step: int, weights: str) -> Iterator[Figure]:
 
 
 def evaluation_figures(run: Path, weights_sha256: str) -> Iterator[Figure]:
-    """Yield the metrics of the records that `eval_fid.py` wrote into a run directory."""
+    """Yield the figures of the evaluation records in a run directory that are of these weights."""
     for file in sorted(run.glob("evaluation-*.json")):
         content = parse_json(file.read_bytes()) or {}
-        if content.get("format", FORMAT) != FORMAT:
-            continue  # another kind of record
-        record = read_record(file)
-        made = record["samples"]["made"]
-        if made is None or made["origin"]["weights_sha256"] != weights_sha256:
-            continue
-        settings = {**record["settings"], "missing": {}}
-        published = record["extractor"]["published"]
-        for name, value in labelled_metrics(Metrics(**record["metrics"]), settings, record["count"], published).items():
-            yield Figure(name, value, evaluation_protocol(record), file.name)
+        if (figures_in := FIGURES_OF.get(content.get("format", FORMAT))) is not None:
+            yield from figures_in(read_record(file), weights_sha256, file.name)
+
+
+def sample_figures(record: Mapping[str, Any], weights_sha256: str, file: str) -> Iterator[Figure]:
+    """Yield the metrics of a record of `eval_fid.py`."""
+    made = record["samples"]["made"]
+    if made is None or made["origin"]["weights_sha256"] != weights_sha256:
+        return
+    metrics, settings = Metrics(**record["metrics"]), {**record["settings"], "missing": {}}
+    for name, value in labelled_metrics(metrics, settings, record["count"], record["extractor"]["published"]).items():
+        yield Figure(name, value, evaluation_protocol(record), file)
+
+
+# format of a record -> function that lists its figures; records of other formats are skipped
+FIGURES_OF: dict[str, Callable[[Mapping[str, Any], str, str], Iterator[Figure]]] = {FORMAT: sample_figures}
 
 
 def evaluation_protocol(record: Mapping[str, Any]) -> str:
