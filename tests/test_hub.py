@@ -323,12 +323,12 @@ def test_card_front_matter_recipe_and_provenance(exported_classifier, classifier
     assert data["library_name"] == "visual-contrast-attention"
     assert data["tags"] == ["deit", "vca", "arxiv:2511.00833", "timm"]
     described = json.loads((exported_classifier / "config.json").read_text())
-    (figure,) = described["figures"]
+    figure = described["figures"][0]
     assert figure["name"] == "top-1"
     assert figure["protocol"] == "359 evaluation images of digits, 8 px, crop_pct 1.0"
     (launch,) = [json.loads(line) for line in (classifier_run / "launches.jsonl").read_text().splitlines()]
     for expected in (
-        f"| top-1 | {figure['value']} | {figure['protocol']} | `metrics.jsonl` |",
+        f"| top-1 | {figure['value']} | {figure['protocol']} | `{figure['file']}` |",
         "optim.lr=0.001\n",
         "trainer.global_batch_size=120\n",
         f"```\n{launch['command']}\n```",
@@ -337,7 +337,7 @@ def test_card_front_matter_recipe_and_provenance(exported_classifier, classifier
     ):
         assert expected in text
     assert "trainer.workers" not in text  # it cannot change the result
-    assert (exported_classifier / "metrics.jsonl").read_bytes() == (classifier_run / "metrics.jsonl").read_bytes()
+    assert (exported_classifier / figure["file"]).read_bytes() == (classifier_run / figure["file"]).read_bytes()
 
 
 def test_export_into_run_directory_refused(generator_run):
