@@ -79,7 +79,7 @@ def run(config: EvalFidConfig) -> dict[str, Any]:
             print("computing the metrics", flush=True)
             metrics, settings = compare_sets(x, y, world.device, config.precision_recall_dtype)
             notes = [*warnings, *([UNKNOWN_SETTINGS] if made is None else [])]
-            record = make_record(metrics, settings, x, y, extractor, made, notes, batch_size, world)
+            record = make_record(metrics, settings, x, y, extractor, made, notes, batch_size, world, config.run)
             path = out or folder / f"{prefix}{record_name(record)}"
             write_record(path, record)
             for name, value in labelled_metrics(metrics, settings, record["count"], extractor.published).items():

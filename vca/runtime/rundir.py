@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from vca.runtime.devices import device_name
+from vca.runtime.devices import device_name, processor_name
 from vca.runtime.distributed import World
 from vca.runtime.errors import ConfigError
 from vca.runtime.files import append_line, write_bytes, write_text
@@ -154,6 +154,7 @@ class RunDirectory:
             "ranks": world.size,
             "device": device_name(world.device),
             "host": platform.node(),
+            "processor": processor_name(),
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
             "python": platform.python_version(),
