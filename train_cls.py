@@ -100,7 +100,7 @@ def run(config: TrainClsConfig) -> dict[str, float]:
         inputs = image_inputs(config.augment, config.data, config.seed, world.device)
         batch_bytes = micro_batch_size * inputs.item_bytes
         check_before_training(config.data, [train_images, val_images], trainer.workers, batch_bytes, world)
-        with training.open(config.name, record, config.wandb):
+        with training.open(config.name, record, config.logger, config.wandb):
             data = f"{config.data.name}: {len(train_images)} training and {len(val_images)} evaluation images"
             macs = partial(count_macs, build_model, config.model, config.attention)
             training.log_setup(config.name, f"{config.model.name} with {attention}", data, macs)

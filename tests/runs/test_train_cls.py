@@ -335,6 +335,7 @@ def test_wandb_offline_equals_metrics_file(tmp_path):
     assert second == first + metrics(tmp_path / "run")
     assert (tmp_path / "run" / "wandb_id").read_text() == run_id
     assert len(list((tmp_path / "run").glob(f"wandb/offline-run-*-{run_id}"))) == 2
+    assert len(list((tmp_path / "run").glob("wandb/*/files/media/table/evaluations_summary_*.json"))) == 2
 
 
 def test_metrics_file_fp16_skipped_step_is_null(tmp_path, monkeypatch):

@@ -4,7 +4,7 @@ config.json       the resolved config and the identity of the data (image files,
                   differs in them is refused
 launches.jsonl    one line per start: command, commit, versions, machine, ranks, first step
 uncommitted.diff  uncommitted changes at the last start
-metrics.jsonl     one line per record; the source of truth, of which wandb and curves.png are copies
+metrics.jsonl     one line per record; the source of truth, of which loggers and curves.png are copies
 checkpoints/      see vca.training.checkpoint
 """
 
@@ -41,6 +41,7 @@ RESUME_IGNORED_KEYS = (
     "cluster",
     "extractor",
     "fid",
+    "logger",
     "out_dir",
     "data.check_seconds",
     "data.root",
