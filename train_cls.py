@@ -33,7 +33,7 @@ from vca.runtime.compute import set_precision
 from vca.runtime.digest import tensors_sha256
 from vca.runtime.errors import ConfigError, check, config_errors
 from vca.runtime.files import write_text
-from vca.runtime.rundir import RunDirectory, check_ranks_agree, to_dict
+from vca.runtime.rundir import RunDirectory, check_ranks_agree, read_config, to_dict
 from vca.runtime.seeding import seed_torch
 from vca.training.checkpoint import list_checkpoints
 from vca.training.classification import ClassificationLoss
@@ -92,7 +92,7 @@ def run(config: TrainClsConfig) -> dict[str, float]:
                 state.ema = None  # a copy of the loaded weights
             log_on_main(world, evaluating)
             result = evaluate_weights(state, val_loader, normalize)
-            write_records(config, record, result, training, val_images, trained=resumed)
+            write_records(config, result, training, val_images, trained=resumed)
             if resumed:
                 training.plot_curves(config.name)
             return summarize(config, result, world.is_main)
@@ -117,7 +117,7 @@ def run(config: TrainClsConfig) -> dict[str, float]:
                     result.update(evaluate_weights(state, val_loader, normalize))
                     training.write(result)
                     if training.finished:
-                        write_records(config, record, result, training, val_images)
+                        write_records(config, result, training, val_images)
 
             evaluate_if_due()  # after a kill between a checkpoint and its evaluation
             for batches in training.timing(loader):
@@ -144,21 +144,17 @@ def evaluate_weights(state: TrainState, loader: Iterable[Any], normalize: Normal
 
 
 def write_records(
-    config: TrainClsConfig,
-    resolved: dict[str, Any],
-    result: dict[str, float],
-    training: TrainingRun,
-    images: Any,
-    trained: bool = True,
+    config: TrainClsConfig, result: dict[str, float], training: TrainingRun, images: Any, trained: bool = True
 ) -> None:
     """Write an accuracy record of each set of weights, on rank 0; a failure is a warning.
 
-    `resolved` is the config as in `config.json`. Without `trained`, the weights are those of `trainer.init_from`.
+    Without `trained`, the weights are those of `trainer.init_from`.
     """
     state, folder = training.state, training.run_dir.path
     if not training.world.is_main:
         return
     data = {"name": config.data.name, **images_identity(images)}
+    resolved = read_config(folder) if trained else to_dict(config)  # not of an evaluation of the run
     for prefix, model in evaluated_models(state).items():
         weights: dict[str, Any] = {"name": "file", "source": Path(config.trainer.init_from or "").name}
         weights |= {"step": None, "steps": None, "sha256": tensors_sha256(model.state_dict())}

@@ -131,6 +131,13 @@ def log_identity(run: Path) -> dict[str, str] | None:
     return {"file": file.name, "sha256": file_sha256(file)} if file.is_file() else None
 
 
+def run_of_samples(samples: str, made: dict[str, Any] | None) -> str | None:
+    """Return the run that generated a set of samples, if the set is in its directory; else None."""
+    name = ((made or {}).get("origin") or {}).get("run")
+    folders = Path(samples).expanduser().resolve().parents[:2]  # of a sample folder, or of `images/` in it
+    return next((str(folder) for folder in folders if name and folder.name == name), None)
+
+
 def seal(record: dict[str, Any]) -> str:
     """Return the sha256 of a record without its `sha256`."""
     content = {key: value for key, value in record.items() if key != "sha256"}
