@@ -3,6 +3,7 @@
 import copy
 import json
 import shutil
+from functools import cache
 
 import pytest
 import torch
@@ -23,9 +24,14 @@ ONE = World(0, 0, 1, torch.device("cpu"))
 LAUNCH = {"command": "train_cls.py seed=0", "commit": "abcdef0123", "ranks": 8, "device": "H100", "threads": 4}
 
 
+@cache
+def config_of(script, *overrides):
+    return to_dict(compose(script, overrides))
+
+
 def accuracy(folder, top1, *overrides, weights="ema", images=359, launch=LAUNCH, **changes):
     """Write a run's log and an accuracy record of committed code; `changes` are of the record."""
-    config = to_dict(compose("train_cls", [*overrides, f"name={folder.name}"]))
+    config = {**config_of("train_cls", *overrides), "name": folder.name}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "metrics.jsonl").write_text(json.dumps({"step": 9, "name": folder.name}) + "\n")
     (folder / "launches.jsonl").write_text(json.dumps(launch) + "\n")
@@ -125,6 +131,8 @@ def test_results_rows_of_the_paper(checkout, tmp_path):
     assert str(tmp_path) not in "".join(blocks.values())
     raw = gather([checkout / FOLDER], weights="raw").measured
     assert lines_of(TABLES["table1"], raw)[0]["VCA measured"] == "10.00"
+    (tmp_path / "v0" / "config.json").write_text("{}")  # in a run directory, metrics.jsonl has the accuracy
+    assert gather([tmp_path / "v0"]).measured == []
 
     accuracy(tmp_path / "short", 74.0, *row, "seed=2", "trainer.epochs=100", images=50_000)
     shutil.rmtree(checkout / FOLDER)
@@ -135,7 +143,7 @@ def test_results_rows_of_the_paper(checkout, tmp_path):
 
 def row_config(name):
     script = "train_gen" if name.startswith("table2") else "train_cls"
-    return to_dict(compose(script, [f"experiment={name}", "data.root=elsewhere"]))
+    return config_of(script, f"experiment={name}", "data.root=elsewhere")
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,7 @@ class Experiments(NamedTuple):
 
 
 def accept(folders: Iterable[Path], root: Path) -> list[Path]:
-    """Copy the records of runs, with their logs, to `docs/results/` of a checkout; return the new files.
+    """Copy the records of runs, with their logs, to `docs/results/` of a checkout; return the files written.
 
     Raises:
         ConfigError: if a folder has no record, or a record cannot be accepted, see `check_acceptable`.
@@ -52,12 +52,9 @@ def accept(folders: Iterable[Path], root: Path) -> list[Path]:
     for path, record in sources:
         target = root / FOLDER / accepted_name(record)
         target.mkdir(parents=True, exist_ok=True)
-        copies = {path.name: path.read_text()}
-        if record["log"] is not None:
-            copies |= {log_of(path, record).name: log_of(path, record).read_text()}
-        for name, text in copies.items():
-            write_text(target / name, text)
-            written.append(target / name)
+        for file in filter(None, (path, log_of(path, record))):
+            write_text(target / file.name, file.read_text())
+            written.append(target / file.name)
     return list(dict.fromkeys(written))
 
 
@@ -82,18 +79,20 @@ def check_acceptable(path: Path, record: Mapping[str, Any]) -> None:
     log_of(path, record)
 
 
-def log_of(path: Path, record: Mapping[str, Any]) -> Path:
-    """Return the log of a record's run, which is in the folder of the record or in its parent.
+def log_of(path: Path, record: Mapping[str, Any]) -> Path | None:
+    """Return the log of a record's run, from the folder of the record or its parent; None if the record has none.
 
     Raises:
         ConfigError: if it is missing or has changed.
     """
-    log = record["log"] or {"file": "", "sha256": None}
+    log = record["log"]
+    if log is None:
+        return None
     files = [folder / log["file"] for folder in (path.parent, path.parent.parent)]
     found = next((file for file in files if file.is_file() and file_sha256(file) == log["sha256"]), None)
-    if found is None and record["log"] is not None:
+    if found is None:
         raise ConfigError(f"{path} needs {files[0]} with sha256 {log['sha256']}; copy it from the run")
-    return found or path
+    return found
 
 
 def accepted_name(record: Mapping[str, Any]) -> str:
