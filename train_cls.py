@@ -156,12 +156,14 @@ def write_records(
     data = {"name": config.data.name, **images_identity(images)}
     resolved = read_config(folder) if trained else to_dict(config)  # not of an evaluation of the run
     for prefix, model in evaluated_models(state).items():
+        own = {key.partition("/")[2]: value for key, value in result.items() if key.startswith(f"{prefix}/")}
+        if not own:
+            continue  # not evaluated
         weights: dict[str, Any] = {"name": "file", "source": Path(config.trainer.init_from or "").name}
         weights |= {"step": None, "steps": None, "sha256": tensors_sha256(model.state_dict())}
         if trained:
             name = "raw" if prefix == "val" else prefix
             weights |= {"name": name, "source": config.name, "step": state.step, "steps": state.total_steps}
-        own = {key.partition("/")[2]: value for key, value in result.items() if key.startswith(f"{prefix}/")}
         run, batch_size = folder if trained else None, config.trainer.eval_batch_size
         record = make_accuracy_record(resolved, own, weights, data, run, batch_size, training.world)
         file = folder / accuracy_record_name(record)
