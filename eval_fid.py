@@ -26,6 +26,7 @@ from vca.evaluation.record import (
     make_record,
     record_location,
     record_name,
+    run_of_samples,
     write_record,
 )
 from vca.evaluation.sources import check_unchanged, open_samples, open_source
@@ -79,7 +80,8 @@ def run(config: EvalFidConfig) -> dict[str, Any]:
             print("computing the metrics", flush=True)
             metrics, settings = compare_sets(x, y, world.device, config.precision_recall_dtype)
             notes = [*warnings, *([UNKNOWN_SETTINGS] if made is None else [])]
-            record = make_record(metrics, settings, x, y, extractor, made, notes, batch_size, world)
+            run = config.run or run_of_samples(str(place), made)
+            record = make_record(metrics, settings, x, y, extractor, made, notes, batch_size, world, run)
             path = out or folder / f"{prefix}{record_name(record)}"
             write_record(path, record)
             for name, value in labelled_metrics(metrics, settings, record["count"], extractor.published).items():

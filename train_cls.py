@@ -14,20 +14,26 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from models import CLASSIFIERS, build_model
 from vca.attention import ATTENTIONS, backend_of
 from vca.cli import command_line
 from vca.config import TrainClsConfig, register_schemas
-from vca.data import identify_files, load_dataset
+from vca.data import identify_files, images_identity, load_dataset
 from vca.data.augment import BatchMixer, Normalize, eval_transform, worker_transform
 from vca.data.doctor import check_before_training
 from vca.data.loader import MicroBatches, TrainOrder, eval_loader, image_inputs, train_loader
 from vca.evaluation.accuracy import evaluate
+from vca.evaluation.accuracy_record import accuracy_record_name, make_accuracy_record
 from vca.evaluation.complexity import count_macs
+from vca.evaluation.record import record_text
 from vca.runtime import distributed
 from vca.runtime.compute import set_precision
+from vca.runtime.digest import tensors_sha256
 from vca.runtime.errors import ConfigError, check, config_errors
-from vca.runtime.rundir import RunDirectory, check_ranks_agree, to_dict
+from vca.runtime.files import write_text
+from vca.runtime.rundir import RunDirectory, check_ranks_agree, read_config, to_dict
 from vca.runtime.seeding import seed_torch
 from vca.training.checkpoint import list_checkpoints
 from vca.training.classification import ClassificationLoss
@@ -86,6 +92,7 @@ def run(config: TrainClsConfig) -> dict[str, float]:
                 state.ema = None  # a copy of the loaded weights
             log_on_main(world, evaluating)
             result = evaluate_weights(state, val_loader, normalize)
+            write_records(config, result, training, val_images, trained=resumed)
             if resumed:
                 training.plot_curves(config.name)
             return summarize(config, result, world.is_main)
@@ -93,7 +100,7 @@ def run(config: TrainClsConfig) -> dict[str, float]:
         inputs = image_inputs(config.augment, config.data, config.seed, world.device)
         batch_bytes = micro_batch_size * inputs.item_bytes
         check_before_training(config.data, [train_images, val_images], trainer.workers, batch_bytes, world)
-        with training.open(config.name, record, config.wandb):
+        with training.open(config.name, record, config.logger, config.wandb):
             data = f"{config.data.name}: {len(train_images)} training and {len(val_images)} evaluation images"
             macs = partial(count_macs, build_model, config.model, config.attention)
             training.log_setup(config.name, f"{config.model.name} with {attention}", data, macs)
@@ -109,6 +116,8 @@ def run(config: TrainClsConfig) -> dict[str, float]:
                     training.reporter.log(evaluating)
                     result.update(evaluate_weights(state, val_loader, normalize))
                     training.write(result)
+                    if training.finished:
+                        write_records(config, result, training, val_images)
 
             evaluate_if_due()  # after a kill between a checkpoint and its evaluation
             for batches in training.timing(loader):
@@ -121,12 +130,46 @@ def run(config: TrainClsConfig) -> dict[str, float]:
         return summarize(config, result, world.is_main)
 
 
+def evaluated_models(state: TrainState) -> dict[str, nn.Module]:
+    """Return the network of each set of weights by the prefix of its results: `val` is raw."""
+    return {"val": state.model} | ({"ema": state.ema.module} if state.ema is not None else {})
+
+
 def evaluate_weights(state: TrainState, loader: Iterable[Any], normalize: Normalize) -> dict[str, float]:
     """Evaluate the raw weights as `val/...`, and with EMA its weights as `ema/...`."""
-    models = {"val": state.model} | ({"ema": state.ema.module} if state.ema is not None else {})
+    models = evaluated_models(state)
     device = state.world.device
     batches = ((normalize(images), labels.to(device, non_blocking=True)) for images, labels in loader)
     return evaluate(models, batches, state.world, state.autocast)
+
+
+def write_records(
+    config: TrainClsConfig, result: dict[str, float], training: TrainingRun, images: Any, trained: bool = True
+) -> None:
+    """Write an accuracy record of each set of weights, on rank 0; a failure is a warning.
+
+    Without `trained`, the weights are those of `trainer.init_from`.
+    """
+    state, folder = training.state, training.run_dir.path
+    if not training.world.is_main:
+        return
+    data = {"name": config.data.name, **images_identity(images)}
+    resolved = read_config(folder) if trained else to_dict(config)  # not of an evaluation of the run
+    for prefix, model in evaluated_models(state).items():
+        own = {key.partition("/")[2]: value for key, value in result.items() if key.startswith(f"{prefix}/")}
+        if not own:
+            continue  # not evaluated
+        weights: dict[str, Any] = {"name": "file", "source": Path(config.trainer.init_from or "").name}
+        weights |= {"step": None, "steps": None, "sha256": tensors_sha256(model.state_dict())}
+        if trained:
+            name = "raw" if prefix == "val" else prefix
+            weights |= {"name": name, "source": config.name, "step": state.step, "steps": state.total_steps}
+        run, batch_size = folder if trained else None, config.trainer.eval_batch_size
+        record = make_accuracy_record(resolved, own, weights, data, run, batch_size, training.world)
+        file = folder / accuracy_record_name(record)
+        with training.reporter.expendable(file):
+            folder.mkdir(parents=True, exist_ok=True)
+            write_text(file, record_text(record))
 
 
 def summarize(config: TrainClsConfig, result: dict[str, float], verbose: bool) -> dict[str, float]:

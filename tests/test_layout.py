@@ -19,7 +19,7 @@ SCIENTIFIC = {"torch", "torchvision", "timm", "numpy", "scipy", "PIL", "sklearn"
 # three, which import none of vca.
 THIRD_PARTY = {
     "attention": {"torch", "triton"},  # triton in the kernels only
-    "runtime": {"torch", "numpy", "tqdm", "wandb"},  # the last three inside functions only
+    "runtime": {"torch", "numpy", "PIL", "tqdm", "wandb"},  # the last four inside functions only
     "metrics": {"torch", "numpy", "scipy"},
     "data": SCIENTIFIC,
     "generation": {"torch", "numpy", "PIL", "torchdiffeq", "diffusers"},
@@ -42,6 +42,7 @@ LAZY = {
     "submitit",
     "torchdiffeq",
     "wandb",
+    "torch.utils.tensorboard",
     "tqdm",
     "matplotlib",
     "sklearn",

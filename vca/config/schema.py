@@ -15,7 +15,7 @@ from vca.generation.objective import SamplerConfig
 from vca.generation.pipeline import SamplingCompile
 from vca.runtime.compute import Device, Precision
 from vca.runtime.errors import check, check_path
-from vca.runtime.metrics_log import WandbConfig
+from vca.runtime.loggers import WandbConfig, check_loggers
 from vca.training.config import ClassifierTrainerConfig, GeneratorTrainerConfig, TrainerConfig
 from vca.training.optim import OptimConfig
 from vca.training.pretrained import InitWeights
@@ -31,6 +31,7 @@ class TrainConfig:
         name: name of the run; its directory is `out_dir/name`.
         out_dir: folder of all runs and sweeps.
         seed: seed of initialization, data order, augmentation and noise.
+        logger: where records, sample grids and tables are also sent: a list of `wandb` and `tensorboard`.
     """
 
     name: str = MISSING
@@ -42,6 +43,7 @@ class TrainConfig:
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    logger: list[str] = field(default_factory=list)
     wandb: WandbConfig = field(default_factory=WandbConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
 
@@ -50,6 +52,7 @@ class TrainConfig:
         for key in ("name", "out_dir"):
             check_path(key, getattr(self, key))
         check(0 <= self.seed < 2**63, "seed", ">= 0 and below 2^63", self.seed)
+        check_loggers(self.logger)
         optim, trainer = self.optim, self.trainer
         if trainer.steps is None and optim.cooldown_epochs:
             length, rule = optim.warmup_epochs + optim.cooldown_epochs, "optim.warmup_epochs + optim.cooldown_epochs"

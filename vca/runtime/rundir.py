@@ -4,7 +4,7 @@ config.json       the resolved config and the identity of the data (image files,
                   differs in them is refused
 launches.jsonl    one line per start: command, commit, versions, machine, ranks, first step
 uncommitted.diff  uncommitted changes at the last start
-metrics.jsonl     one line per record; the source of truth, of which wandb and curves.png are copies
+metrics.jsonl     one line per record; the source of truth, of which loggers and curves.png are copies
 checkpoints/      see vca.training.checkpoint
 """
 
@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 
-from vca.runtime.devices import device_name
+from vca.runtime.devices import device_name, processor_name
 from vca.runtime.distributed import World
 from vca.runtime.errors import ConfigError
 from vca.runtime.files import append_line, write_bytes, write_text
@@ -41,6 +41,7 @@ RESUME_IGNORED_KEYS = (
     "cluster",
     "extractor",
     "fid",
+    "logger",
     "out_dir",
     "data.check_seconds",
     "data.root",
@@ -154,6 +155,7 @@ class RunDirectory:
             "ranks": world.size,
             "device": device_name(world.device),
             "host": platform.node(),
+            "processor": processor_name(),
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
             "python": platform.python_version(),

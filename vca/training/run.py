@@ -17,7 +17,8 @@ from vca.runtime.devices import peak_memory
 from vca.runtime.distributed import World
 from vca.runtime.errors import NonFiniteError, PreemptedError
 from vca.runtime.files import write_text
-from vca.runtime.metrics_log import Reporter, WandbConfig, WandbMirror, WandbMode
+from vca.runtime.loggers import LoggedRun, WandbConfig, start_loggers
+from vca.runtime.metrics_log import Reporter, is_evaluation
 from vca.runtime.rundir import RunDirectory
 from vca.runtime.signals import StopRequest, catch_stop_signals
 from vca.training.checkpoint import checkpoint_path, load_latest_for_all, must_fit, save_checkpoint
@@ -97,7 +98,9 @@ class TrainingRun:
         return True
 
     @contextmanager
-    def open(self, name: str, config: dict[str, Any], wandb: WandbConfig) -> Iterator[None]:
+    def open(
+        self, name: str, config: dict[str, Any], loggers: Sequence[str] = (), wandb: WandbConfig | None = None
+    ) -> Iterator[None]:
         """Open the run directory for writing, drop the records after the current step, and close it at the end.
 
         Inside, a stop signal takes effect at an `exit_if_signalled`, and garbage is collected at reports only, which
@@ -108,8 +111,9 @@ class TrainingRun:
         self.cost.first_step = step
         if self.world.is_main:
             self.reporter = Reporter(self.run_dir, step, total, self.trainer.global_batch_size)
-            if wandb.mode is not WandbMode.off:
-                self.reporter.wandb = WandbMirror(wandb, self.run_dir.path, name, config)
+            of = LoggedRun(self.run_dir.path, name, config, step, wandb or WandbConfig())
+            self.reporter.loggers = start_loggers(loggers, of)
+            self.reporter.evaluations = [one for one in self.run_dir.records() if is_evaluation(one)]
         self.clock = time.perf_counter()
         with catch_stop_signals() as self.stop, without_automatic_gc():
             try:
