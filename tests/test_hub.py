@@ -315,6 +315,8 @@ def test_card_front_matter_recipe_and_provenance(exported_classifier, classifier
     figure = described["figures"][0]
     assert figure["name"] == "top-1"
     assert figure["protocol"] == "359 evaluation images of digits, 8 px, crop_pct 1.0"
+    assert figure["file"].startswith("evaluation-accuracy-ema-")
+    assert [figure["name"] for figure in described["figures"]] == ["top-1", "top-5"]
     (launch,) = [json.loads(line) for line in (classifier_run / "launches.jsonl").read_text().splitlines()]
     for expected in (
         f"| top-1 | {figure['value']} | {figure['protocol']} | `{figure['file']}` |",

@@ -199,7 +199,7 @@ def test_constraints_pin_every_requirement():
     pinned = dict(re.findall(r"(?m)^([\w.-]+)==(\S+)$", (ROOT / "constraints.txt").read_text()))
     pinned = {name.lower().replace("_", "-"): version for name, version in pinned.items()}
     for requirement in wanted:
-        name = re.match(r"[\w-]+", requirement)[0]
+        name = re.match(r"[\w-]+", requirement)[0].lower().replace("_", "-")
         assert name in pinned, f"{name} has no tested version in constraints.txt"
 
 

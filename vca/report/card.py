@@ -8,7 +8,7 @@ from typing import Any
 
 from vca.attention import variant_name
 from vca.evaluation.compare import Metrics, labelled_metrics
-from vca.evaluation.record import FORMAT, read_record
+from vca.evaluation.record import ACCURACY_FORMAT, FORMAT, read_record
 from vca.report.accuracy import accuracy_at
 from vca.runtime.rundir import RESUME_IGNORED_KEYS, RunDirectory, parse_json, read_config
 
@@ -42,11 +42,13 @@ def figures(run: Path, step: int, weights: str, weights_sha256: str) -> list[Fig
     Raises:
         ConfigError: if an evaluation record was changed or is incomplete.
     """
-    return [*accuracy_figures(run, step, weights), *evaluation_figures(run, weights_sha256)]
+    recorded = [*evaluation_figures(run, weights_sha256)]
+    measured = any(figure.name == "top-1" for figure in recorded)
+    return recorded if measured else [*logged_accuracy(run, step, weights), *recorded]
 
 
-def accuracy_figures(run: Path, step: int, weights: str) -> Iterator[Figure]:
-    """Yield the accuracy that the run itself measured at a step."""
+def logged_accuracy(run: Path, step: int, weights: str) -> Iterator[Figure]:
+    """Yield the accuracy in `metrics.jsonl` of an evaluation without a record, such as one before the run's end."""
     records = RunDirectory(run).records()
     top1 = accuracy_at(records, step)
     if weights not in top1:
@@ -76,8 +78,23 @@ def sample_figures(record: Mapping[str, Any], weights_sha256: str, file: str) ->
         yield Figure(name, value, evaluation_protocol(record), file)
 
 
+def accuracy_figures(record: Mapping[str, Any], weights_sha256: str, file: str) -> Iterator[Figure]:
+    """Yield the metrics of an accuracy record."""
+    if record["weights"]["sha256"] != weights_sha256:
+        return
+    data = record["config"]["data"]
+    images = f"{record['count']} evaluation images of {data['name']}"
+    protocol = f"{images}, {data['img_size']} px, crop_pct {data['crop_pct']}"
+    for name, key in (("top-1", "top1"), ("top-5", "top5")):
+        if record["metrics"][key] is not None:
+            yield Figure(name, f"{record['metrics'][key]:.2f} %", protocol, file)
+
+
 # format of a record -> function that lists its figures; records of other formats are skipped
-FIGURES_OF: dict[str, Callable[[Mapping[str, Any], str, str], Iterator[Figure]]] = {FORMAT: sample_figures}
+FIGURES_OF: dict[str, Callable[[Mapping[str, Any], str, str], Iterator[Figure]]] = {
+    FORMAT: sample_figures,
+    ACCURACY_FORMAT: accuracy_figures,
+}
 
 
 def evaluation_protocol(record: Mapping[str, Any]) -> str:
