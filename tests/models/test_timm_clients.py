@@ -316,5 +316,5 @@ def test_python_m_models_runs_script_with_our_names(tmp_path, monkeypatch, capsy
     runpy.run_module("models", run_name="__main__")
     assert capsys.readouterr().out == f"True __main__ {[str(script), NAMES['pvt']]}\n"
     monkeypatch.setattr(sys, "argv", ["models"])
-    with pytest.raises(SystemExit, match="usage: python -m models SCRIPT.py"):
+    with pytest.raises(SystemExit, match=r"usage: python -m models SCRIPT\.py"):
         runpy.run_module("models", run_name="__main__")
