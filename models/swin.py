@@ -203,7 +203,8 @@ class Swin(Pyramid):
         scaled = {max(1, chosen * side // old) for side, old in zip(grid, reference, strict=True)}
         if window_size is None and len(scaled) > 1:
             raise ValueError(f"window_size must be given for another aspect ratio, got img_size {size} without it")
-        self.change_config(img_size=img_size, window_size=window_size or scaled.pop())
+        window = scaled.pop() if window_size is None else window_size
+        self.change_config(img_size=img_size, window_size=window)
         if window_size is not None:
             self.window_reference = window_size, self.config.grid(0)
 

@@ -241,6 +241,8 @@ def test_set_input_size_swin_windows():
     assert {m.window for m in network.modules() if hasattr(m, "window")} == {(2, 2)}
     network.set_input_size((256, 512))
     assert network.config.window_size == 4
+    with pytest.raises(ValueError, match="window_size must be >= 1, got 0"):
+        network.set_input_size(window_size=0)
 
 
 def test_set_input_size_resamples_parameters_of_attentions():
