@@ -113,8 +113,7 @@ def run(config: TrainClsConfig) -> dict[str, float]:
             evaluate_if_due()  # after a kill between a checkpoint and its evaluation
             for batches in training.timing(loader):
                 training.record(state.train_step(batches, loss_of, config.seed), batches)
-                if training.due(trainer.checkpoint_every):
-                    training.save()
+                training.save_if_due()
                 training.exit_if_signalled()
                 evaluate_if_due()
         training.plot_curves(config.name)
