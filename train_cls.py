@@ -14,6 +14,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from models import CLASSIFIERS, build_model
 from vca.attention import ATTENTIONS, backend_of
 from vca.cli import command_line
@@ -24,15 +26,18 @@ from vca.data.doctor import check_before_training
 from vca.data.loader import MicroBatches, TrainOrder, eval_loader, image_inputs, train_loader
 from vca.evaluation.accuracy import evaluate
 from vca.evaluation.complexity import count_macs
+from vca.report.snapshots import SnapshotFigure, report_snapshots
 from vca.runtime import distributed
 from vca.runtime.compute import set_precision
+from vca.runtime.digest import tensors_sha256
 from vca.runtime.errors import ConfigError, check, config_errors
 from vca.runtime.rundir import RunDirectory, check_ranks_agree, to_dict
 from vca.runtime.seeding import seed_torch
-from vca.training.checkpoint import list_checkpoints
+from vca.training.checkpoint import list_checkpoints, must_fit
 from vca.training.classification import ClassificationLoss
 from vca.training.pretrained import init_from
 from vca.training.run import TrainingRun, log_on_main
+from vca.training.snapshots import ALL, load_snapshot, select_weights, snapshot_path
 from vca.training.step import TrainState
 
 
@@ -76,6 +81,9 @@ def run(config: TrainClsConfig) -> dict[str, float]:
         val_loader = eval_loader(val_images, transform, world, trainer.eval_batch_size, trainer.workers)
         normalize = Normalize(config.data, world.device)
         evaluating = f"evaluating {len(val_images)} images"
+        if trainer.eval_snapshots:
+            log_on_main(world, f"{evaluating} with each snapshot")
+            return evaluate_snapshots(config, run_dir, state, val_loader, normalize)
         if trainer.eval_only or (training.finished and "val/top1" in training.reported):
             if not resumed:
                 if load_report is None:
@@ -83,7 +91,7 @@ def run(config: TrainClsConfig) -> dict[str, float]:
                         f"trainer.eval_only=true needs a checkpoint in {run_dir.checkpoints} or trainer.init_from"
                     )
                 load_report.check_complete("trainer.eval_only=true needs a trainer.init_from")
-                state.ema = None  # a copy of the loaded weights
+                state.emas = []  # copies of the loaded weights
             log_on_main(world, evaluating)
             result = evaluate_weights(state, val_loader, normalize)
             if resumed:
@@ -121,11 +129,40 @@ def run(config: TrainClsConfig) -> dict[str, float]:
 
 
 def evaluate_weights(state: TrainState, loader: Iterable[Any], normalize: Normalize) -> dict[str, float]:
-    """Evaluate the raw weights as `val/...`, and with EMA its weights as `ema/...`."""
-    models = {"val": state.model} | ({"ema": state.ema.module} if state.ema is not None else {})
+    """Evaluate the raw weights as `val/...`, the first EMA as `ema/...`, and further ones as `ema_<decay>/...`."""
+    emas = {"ema" if ema is state.ema else f"ema_{ema.decay}": ema.module for ema in state.emas}
+    return evaluate_models({"val": state.model, **emas}, state, loader, normalize)
+
+
+def evaluate_models(
+    models: dict[str, nn.Module], state: TrainState, loader: Iterable[Any], normalize: Normalize
+) -> dict[str, float]:
+    """Evaluate networks on the device and in the precision of the run; the keys are prefixes of the results."""
     device = state.world.device
     batches = ((normalize(images), labels.to(device, non_blocking=True)) for images, labels in loader)
     return evaluate(models, batches, state.world, state.autocast)
+
+
+def evaluate_snapshots(
+    config: TrainClsConfig, run_dir: RunDirectory, state: TrainState, loader: Iterable[Any], normalize: Normalize
+) -> dict[str, float]:
+    """Evaluate all snapshots of the run, write `snapshots.json` and `snapshots.png`, and return top-1 by snapshot."""
+    world = state.world
+    selected = world.from_main(lambda: select_weights(run_dir.path, ALL, ALL, "trainer.eval_snapshots=true"))
+    figures = []
+    for step in dict.fromkeys(step for step, _ in selected):
+        for ema in state.emas:
+            snapshot = snapshot_path(run_dir.snapshots, step, ema.decay)
+            with must_fit(snapshot):
+                ema.module.load_state_dict(load_snapshot(snapshot))
+        result = evaluate_models({str(ema.decay): ema.module for ema in state.emas}, state, loader, normalize)
+        for ema in state.emas:
+            own = {key.split("/")[1]: value for key, value in result.items() if key.split("/")[0] == str(ema.decay)}
+            figures.append(SnapshotFigure(step, ema.decay, own["top1"], tensors_sha256(ema.module.state_dict()), own))
+            log_on_main(world, f"step {step}, EMA {ema.decay}: top-1 {own['top1']:.2f} %")
+    settings = {"data": to_dict(config.data)}
+    world.from_main(lambda: report_snapshots(run_dir.path / "snapshots.json", "top-1 (%)", settings, figures))
+    return {snapshot_path(run_dir.snapshots, f.step, f.ema_decay).stem: f.value for f in figures}
 
 
 def summarize(config: TrainClsConfig, result: dict[str, float], verbose: bool) -> dict[str, float]:
@@ -133,6 +170,8 @@ def summarize(config: TrainClsConfig, result: dict[str, float], verbose: bool) -
     if verbose:
         raw = f"top-1 {result['val/top1']:.2f} % of {result['val/images']} images"
         ema = f", EMA weights {result['ema/top1']:.2f} %" if "ema/top1" in result else ""
+        further = [key.split("/")[0] for key in result if key.startswith("ema_") and key.endswith("/top1")]
+        ema += "".join(f", EMA {name[4:]} {result[f'{name}/top1']:.2f} %" for name in further)
         print(f"{config.out_dir}/{config.name}: {raw}{ema}", flush=True)
     return result
 

@@ -31,8 +31,8 @@ class TrainerConfig:
         compile: mode of `torch.compile` for the training step: `default`, `reduce-overhead` (CUDA graphs),
             `max-autotune` (CUDA graphs, and a choice of kernels by timing), or `off`.
         ema_decay: decay per step of the exponential moving average (EMA) of the weights, which averages over about
-            1 / (1 - ema_decay) steps; null disables it. A list keeps an EMA for each decay. Evaluations report the first
-            one as `ema/...`, the others as `ema_<decay>/...`.
+            1 / (1 - ema_decay) steps; null disables it. A list keeps an EMA for each decay. Evaluations report the
+            first one as `ema/...`, the others as `ema_<decay>/...`.
         log_every: interval of reports in steps; may change on resume.
         checkpoint_every: interval of checkpoints in steps; may change on resume.
         snapshot_every: interval of snapshots in steps; 0 is never. A snapshot is written at the end too, and contains
@@ -130,9 +130,8 @@ class ClassifierTrainerConfig(TrainerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check(
-            self.eval_only or not self.eval_snapshots, "trainer.eval_snapshots", "false without trainer.eval_only", True
-        )
+        allowed = self.eval_only or not self.eval_snapshots
+        check(allowed, "trainer.eval_snapshots", "false without trainer.eval_only", self.eval_snapshots)
         check(self.eval_batch_size >= 1, "trainer.eval_batch_size", ">= 1", self.eval_batch_size)
 
 

@@ -42,9 +42,8 @@ def list_decays(value: Any, key: str = "trainer.ema_decay") -> list[float]:
     try:
         decays = [float("nan") if isinstance(number, bool) else float(number) for number in numbers]
     except (TypeError, ValueError) as error:
-        raise ConfigError(
-            f"{key} must be null, a number or a list of numbers such as [0.9999,0.999], got {value!r}"
-        ) from error
+        rule = "null, a number or a list of numbers such as [0.9999,0.999]"
+        raise ConfigError(f"{key} must be {rule}, got {value!r}") from error
     if not listed:
         check(all(0 <= decay < 1 for decay in decays), key, "in [0, 1) or null", value)
         return decays

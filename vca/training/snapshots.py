@@ -16,10 +16,13 @@ from safetensors.torch import save
 from torch import Tensor
 
 from vca.runtime.digest import tensors_sha256
-from vca.runtime.errors import ConfigError
+from vca.runtime.errors import ConfigError, check
 from vca.runtime.files import write_bytes
-from vca.training.checkpoint import retry_once
+from vca.runtime.rundir import read_config
+from vca.training.checkpoint import list_checkpoints, retry_once
+from vca.training.ema import list_decays
 
+ALL = "all"  # value of `step` and `ema` in eval_fid.py
 NAME = re.compile(r"step_(\d+)_ema_(.+)\.safetensors")
 
 
@@ -71,7 +74,49 @@ def load_snapshot(path: Path) -> dict[str, Tensor]:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ConfigError(f"{path} is not a readable snapshot ({reason})") from error
     if changed:
-        raise ConfigError(
-            f"{path} has changed since it was written (other sha256); restore it, or choose another step=..."
-        )
+        raise ConfigError(f"{path} has changed since it was written; restore it, or choose another step=...")
     return weights
+
+
+def run_decays(run: Path) -> list[float]:
+    """Return the decays of a run's EMAs; empty without an EMA."""
+    return list_decays(read_config(run)["trainer"]["ema_decay"])
+
+
+def choose_decay(run: Path, decays: list[float], ema: float | None) -> float | None:
+    """Return the decay that `ema` selects: None is the first one, or None without an EMA.
+
+    Raises:
+        ConfigError: if the run has no EMA of this decay.
+    """
+    if ema is None:
+        return decays[0] if decays else None
+    check(bool(decays), "ema", f"null for {run}, which has no EMA", ema)
+    check(ema in decays, "ema", f"a decay of {run}, one of {decays}", ema)
+    return ema
+
+
+def select_weights(run: Path, step: Any, ema: Any, key: str = "step=all") -> list[tuple[Any, Any]]:
+    """Return step and EMA decay of all weights that `step` and `ema` select; `all` is each snapshot and each decay.
+
+    `key` is what selects all snapshots, for messages. With several decays, a step of None is that of the newest
+    checkpoint.
+
+    Raises:
+        ConfigError: if there are none, or a snapshot is missing.
+    """
+    folder = run / "snapshots"
+    steps = [step]
+    if step == ALL:
+        steps = sorted({snapshot.step for snapshot in list_snapshots(folder)})
+        if not steps:
+            raise ConfigError(f"{key}: {folder} contains no snapshot; train with trainer.snapshot_every=...")
+    decays = run_decays(run)
+    check(ema != ALL or bool(decays), "ema", f"null for {run}, which has no EMA", ema)
+    chosen: list[Any] = decays if ema == ALL else [choose_decay(run, decays, ema)]
+    if step is None and len(chosen) > 1:
+        steps = [int(path.stem[5:]) for path in list_checkpoints(run / "checkpoints")[-1:]] or [None]
+    for path in (snapshot_path(folder, number, decay) for number in steps for decay in chosen if step == ALL):
+        if not path.is_file():
+            raise ConfigError(f"{key}: {path} is missing; restore it, or select one step")
+    return [(number, decay) for number in steps for decay in chosen]
