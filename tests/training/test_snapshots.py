@@ -68,6 +68,7 @@ def test_snapshots_equal_emas_of_checkpoints(run):
             assert_same(dict(ema), load_snapshot(snapshot_path(run / "snapshots", step, decay)))
 
 
+@pytest.mark.process
 def test_two_decays_train_as_one_decay(run, tmp_path):
     """A further decay changes neither the weights nor the first EMA."""
     one = load_latest(train(tmp_path, "trainer.ema_decay=0.9", "trainer.snapshot_every=7") / "checkpoints")
@@ -79,6 +80,7 @@ def test_two_decays_train_as_one_decay(run, tmp_path):
     assert steps == [7, 14, 20]  # and at the end
 
 
+@pytest.mark.process
 def test_resume_writes_equal_snapshots(run, tmp_path, monkeypatch):
     """A run that stops between two checkpoints writes the snapshots of the repeated steps again, with equal bytes."""
     expected = {s.path.name: s.path.read_bytes() for s in list_snapshots(run / "snapshots")}
@@ -106,6 +108,7 @@ def test_resume_writes_equal_snapshots(run, tmp_path, monkeypatch):
     assert_same(saved, load_latest(run / "checkpoints"))
 
 
+@pytest.mark.process
 def test_checkpoint_implies_snapshots_of_its_step(tmp_path, monkeypatch):
     """The snapshots of a step are written before its checkpoint, from which a resumed run starts."""
     events = []
@@ -123,6 +126,7 @@ def test_checkpoint_implies_snapshots_of_its_step(tmp_path, monkeypatch):
     assert events == [(step, name) for step in (5, 10) for name in ("save_snapshots", "save_checkpoint")]
 
 
+@pytest.mark.process
 def test_checkpoint_of_one_decay_resumes(tmp_path):
     """Runs of earlier versions have a float in `config.json`, and no key of a snapshot."""
     one = ("trainer.ema_decay=0.9", "trainer.snapshot_every=0", "trainer.steps=4")
