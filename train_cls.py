@@ -9,31 +9,23 @@
 Rerun the same command to resume an interrupted run, bit-exactly. `--cfg job --resolve` prints the whole config.
 """
 
-from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
-from typing import Any
-
-from torch import nn
 
 from models import CLASSIFIERS, build_model
 from vca.attention import ATTENTIONS, backend_of
 from vca.cli import command_line
 from vca.config import TrainClsConfig, register_schemas
-from vca.data import identify_files, images_identity, load_dataset
+from vca.data import identify_files, load_dataset
 from vca.data.augment import BatchMixer, Normalize, eval_transform, worker_transform
 from vca.data.doctor import check_before_training
 from vca.data.loader import MicroBatches, TrainOrder, eval_loader, image_inputs, train_loader
-from vca.evaluation.accuracy import evaluate
-from vca.evaluation.accuracy_record import accuracy_record_name, make_accuracy_record
 from vca.evaluation.complexity import count_macs
-from vca.evaluation.record import record_text
+from vca.report.classifier import ClassifierEvaluation, summarize
 from vca.runtime import distributed
 from vca.runtime.compute import set_precision
-from vca.runtime.digest import tensors_sha256
 from vca.runtime.errors import ConfigError, check, config_errors
-from vca.runtime.files import write_text
-from vca.runtime.rundir import RunDirectory, check_ranks_agree, read_config, to_dict
+from vca.runtime.rundir import RunDirectory, check_ranks_agree, to_dict
 from vca.runtime.seeding import seed_torch
 from vca.training.checkpoint import list_checkpoints
 from vca.training.classification import ClassificationLoss
@@ -80,8 +72,13 @@ def run(config: TrainClsConfig) -> dict[str, float]:
         resumed = training.resume()
         transform = worker_transform(eval_transform(config.data))
         val_loader = eval_loader(val_images, transform, world, trainer.eval_batch_size, trainer.workers)
-        normalize = Normalize(config.data, world.device)
+        evaluation = ClassifierEvaluation(
+            config, training, val_images, val_loader, Normalize(config.data, world.device)
+        )
         evaluating = f"evaluating {len(val_images)} images"
+        if trainer.eval_snapshots:
+            log_on_main(world, f"{evaluating} with each snapshot")
+            return evaluation.evaluate_snapshots()
         if trainer.eval_only or (training.finished and "val/top1" in training.reported):
             if not resumed:
                 if load_report is None:
@@ -89,13 +86,13 @@ def run(config: TrainClsConfig) -> dict[str, float]:
                         f"trainer.eval_only=true needs a checkpoint in {run_dir.checkpoints} or trainer.init_from"
                     )
                 load_report.check_complete("trainer.eval_only=true needs a trainer.init_from")
-                state.ema = None  # a copy of the loaded weights
+                state.emas = []  # copies of the loaded weights
             log_on_main(world, evaluating)
-            result = evaluate_weights(state, val_loader, normalize)
-            write_records(config, result, training, val_images, trained=resumed)
+            result = evaluation.evaluate()
+            evaluation.write_records(result, trained=resumed)
             if resumed:
                 training.plot_curves(config.name)
-            return summarize(config, result, world.is_main)
+            return summarize(run_dir.path, result, world.is_main)
 
         inputs = image_inputs(config.augment, config.data, config.seed, world.device)
         batch_bytes = micro_batch_size * inputs.item_bytes
@@ -114,71 +111,19 @@ def run(config: TrainClsConfig) -> dict[str, float]:
             def evaluate_if_due() -> None:
                 if training.due(trainer.eval_every, "val/top1"):
                     training.reporter.log(evaluating)
-                    result.update(evaluate_weights(state, val_loader, normalize))
+                    result.update(evaluation.evaluate())
                     training.write(result)
                     if training.finished:
-                        write_records(config, result, training, val_images)
+                        evaluation.write_records(result)
 
             evaluate_if_due()  # after a kill between a checkpoint and its evaluation
             for batches in training.timing(loader):
                 training.record(state.train_step(batches, loss_of, config.seed), batches)
-                if training.due(trainer.checkpoint_every):
-                    training.save()
+                training.save_if_due()
                 training.exit_if_signalled()
                 evaluate_if_due()
         training.plot_curves(config.name)
-        return summarize(config, result, world.is_main)
-
-
-def evaluated_models(state: TrainState) -> dict[str, nn.Module]:
-    """Return the network of each set of weights by the prefix of its results: `val` is raw."""
-    return {"val": state.model} | ({"ema": state.ema.module} if state.ema is not None else {})
-
-
-def evaluate_weights(state: TrainState, loader: Iterable[Any], normalize: Normalize) -> dict[str, float]:
-    """Evaluate the raw weights as `val/...`, and with EMA its weights as `ema/...`."""
-    models = evaluated_models(state)
-    device = state.world.device
-    batches = ((normalize(images), labels.to(device, non_blocking=True)) for images, labels in loader)
-    return evaluate(models, batches, state.world, state.autocast)
-
-
-def write_records(
-    config: TrainClsConfig, result: dict[str, float], training: TrainingRun, images: Any, trained: bool = True
-) -> None:
-    """Write an accuracy record of each set of weights, on rank 0; a failure is a warning.
-
-    Without `trained`, the weights are those of `trainer.init_from`.
-    """
-    state, folder = training.state, training.run_dir.path
-    if not training.world.is_main:
-        return
-    data = {"name": config.data.name, **images_identity(images)}
-    resolved = read_config(folder) if trained else to_dict(config)  # not of an evaluation of the run
-    for prefix, model in evaluated_models(state).items():
-        own = {key.partition("/")[2]: value for key, value in result.items() if key.startswith(f"{prefix}/")}
-        if not own:
-            continue  # not evaluated
-        weights: dict[str, Any] = {"name": "file", "source": Path(config.trainer.init_from or "").name}
-        weights |= {"step": None, "steps": None, "sha256": tensors_sha256(model.state_dict())}
-        if trained:
-            name = "raw" if prefix == "val" else prefix
-            weights |= {"name": name, "source": config.name, "step": state.step, "steps": state.total_steps}
-        run, batch_size = folder if trained else None, config.trainer.eval_batch_size
-        record = make_accuracy_record(resolved, own, weights, data, run, batch_size, training.world)
-        file = folder / accuracy_record_name(record)
-        with training.reporter.expendable(file):
-            folder.mkdir(parents=True, exist_ok=True)
-            write_text(file, record_text(record))
-
-
-def summarize(config: TrainClsConfig, result: dict[str, float], verbose: bool) -> dict[str, float]:
-    """Print the last evaluation and return it."""
-    if verbose:
-        raw = f"top-1 {result['val/top1']:.2f} % of {result['val/images']} images"
-        ema = f", EMA weights {result['ema/top1']:.2f} %" if "ema/top1" in result else ""
-        print(f"{config.out_dir}/{config.name}: {raw}{ema}", flush=True)
-    return result
+        return summarize(run_dir.path, result, world.is_main)
 
 
 if __name__ == "__main__":

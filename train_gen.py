@@ -106,8 +106,7 @@ def run(config: TrainGenConfig) -> dict[str, float]:
                 evaluate_if_due()  # after a kill between a checkpoint and its evaluation
                 for batches in training.timing(loader):
                     training.record(state.train_step(batches, loss_of, config.seed), batches)
-                    if training.due(trainer.checkpoint_every):
-                        training.save()
+                    training.save_if_due()
                     training.exit_if_signalled()
                     evaluate_if_due()
         return summarize(config, run_dir, world.is_main)

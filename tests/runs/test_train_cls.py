@@ -17,6 +17,7 @@ import pytest
 import torch
 
 import train_cls
+import vca.report.classifier
 from models import build_model
 from tests.processes import ROOT, environment, run_script
 from tests.support import TINY, assert_same, metrics, untimed
@@ -203,13 +204,13 @@ def test_resume_with_other_intervals_keeps_results(tmp_path, monkeypatch, capsys
 
 def test_signal_during_evaluation_acknowledged(tmp_path, monkeypatch, capfd):
     """At once on stderr; the run then stops after the next step."""
-    evaluate = train_cls.evaluate
+    evaluate = vca.report.classifier.evaluate
 
     def interrupted(*arguments):
         signal.raise_signal(signal.SIGINT)
         return evaluate(*arguments)
 
-    monkeypatch.setattr(train_cls, "evaluate", interrupted)
+    monkeypatch.setattr(vca.report.classifier, "evaluate", interrupted)
     with pytest.raises(PreemptedError, match=r"run: SIGINT: checkpoint saved at step 3 of 6; rerun the same command"):
         run(tmp_path, "trainer.eval_every=2", "trainer.ema_decay=null")
     printed = capfd.readouterr()

@@ -76,7 +76,9 @@ def load_generated_images(
 ) -> tuple[GeneratedImages, dict[str, Any]]:
     """Load the generator that `config` names, and return its first `count` samples with their settings."""
     configs = read_generator(config, networks)
-    pipeline = load_generator(configs, build, world, config.weights, config.run, config.step, config.checkpoint)
+    pipeline = load_generator(
+        configs, build, world, config.weights, config.run, config.step, config.checkpoint, config.ema
+    )
     check_protocol(config, pipeline.origin)
     images = GeneratedImages(
         pipeline,

@@ -142,6 +142,10 @@ class GeneratedImages:
         block = self.sample_batch(range(first, first + self.compute_batch_size))
         return [block[number - first] for number in numbers]
 
+    def read(self, numbers: Sequence[int]) -> np.ndarray:
+        """Sample the pixels `(len(numbers), H, W, C)` uint8 of numbers from one block."""
+        return np.stack([one.pixels for one in self.sample(numbers)])
+
     def sample_batch(self, numbers: Sequence[int]) -> list[GeneratedImage]:
         """Sample one batch."""
         pipeline = self.pipeline

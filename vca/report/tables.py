@@ -239,6 +239,9 @@ def read_evaluation(path: Path, found: Measurements) -> None:
         value = f"{record['metrics']['frechet']:.2f} of {record['count']:,} samples{extractor}"
         found.skip(path, f"{value}, protocol {made['protocol']}; the tables need FID-50K with protocol={wanted}")
         return
+    if (reason := not_final(made["origin"])) is not None:
+        found.skip(path, reason)
+        return
     cell = Cell(made["model"]["name"], made["attention"], objective, record["samples"]["shape"][0])
     weights = made["origin"]["weights_sha256"]
     found.measured.append(Measurement(path, record["metrics"]["frechet"], weights, record, cell))
@@ -261,6 +264,17 @@ def measure_accuracies(weights: str | None, found: Measurements) -> None:
             settings = {**config, "images": images, "weights": weights}
             cell = Cell(config["model"]["name"], config["attention"], None, config["data"]["img_size"])
             found.measured.append(Measurement(path, record["metrics"]["top1"], log, settings, cell))
+
+
+def not_final(origin: dict[str, Any]) -> str | None:
+    """Return why the weights of a record are not the ones of the tables: the last step and the first EMA decay."""
+    trainer = (origin["training"] or {}).get("trainer", {})
+    step, steps, decay = origin["step"], trainer.get("steps"), origin.get("ema_decay")
+    if None not in (step, steps) and step < steps:
+        return f"step {step} of {steps}"
+    if decay is not None and decay != trainer["ema_decay"][0]:
+        return f"EMA decay {decay}, the tables use the first one, {trainer['ema_decay'][0]}"
+    return None
 
 
 def fill(table: Table, measured: list[Measurement]) -> list[tuple[str, list[tuple[Cell, list[Measurement]]]]]:

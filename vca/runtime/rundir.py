@@ -6,6 +6,7 @@ launches.jsonl    one line per start: command, commit, versions, machine, ranks,
 uncommitted.diff  uncommitted changes at the last start
 metrics.jsonl     one line per record; the source of truth, of which loggers and curves.png are copies
 checkpoints/      see vca.training.checkpoint
+snapshots/        see vca.training.snapshots
 """
 
 import dataclasses
@@ -53,11 +54,13 @@ RESUME_IGNORED_KEYS = (
     "trainer.device",
     "trainer.eval_every",
     "trainer.eval_only",
+    "trainer.eval_snapshots",
     "trainer.fid_every",
     "trainer.grad_checkpointing",
     "trainer.keep_checkpoints",
     "trainer.log_every",
     "trainer.profile",
+    "trainer.snapshot_every",
     "trainer.timeout_minutes",
     "trainer.workers",
     "wandb",
@@ -74,6 +77,7 @@ class RunDirectory:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.checkpoints = path / "checkpoints"
+        self.snapshots = path / "snapshots"
         self.metrics_file = path / "metrics.jsonl"
         self.locked: Any = None
 
@@ -121,8 +125,9 @@ class RunDirectory:
         """Create and lock the directory, write the config, and remove temporary files of a killed process."""
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         self.lock()
-        for interrupted in (*self.path.glob("*.tmp"), *self.checkpoints.glob("*.tmp")):
-            interrupted.unlink()
+        for folder in (self.path, self.checkpoints, self.snapshots):
+            for interrupted in folder.glob("*.tmp"):
+                interrupted.unlink()
         write_text(self.path / "config.json", json.dumps(config, indent=2) + "\n")
 
     def lock(self) -> None:
