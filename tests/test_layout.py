@@ -25,7 +25,7 @@ THIRD_PARTY = {
     "generation": {"torch", "numpy", "PIL", "torchdiffeq", "diffusers"},
     "training": SCIENTIFIC,
     "evaluation": SCIENTIFIC | {"torch_fidelity"},
-    "report": SCIENTIFIC,
+    "report": SCIENTIFIC | {"bokeh", "jinja2"},
     "config": {"hydra", "omegaconf", "yaml"},
     "sweep": {"hydra", "omegaconf", "submitit"},
     "cli": {"hydra", "omegaconf", "yaml"},
@@ -37,6 +37,8 @@ ALLOWED = {
 }
 ALLOWED["models"] = {"torch", "timm", "yaml", "vca.attention", "models"}
 LAZY = {
+    "bokeh",
+    "jinja2",
     "submitit",
     "torchdiffeq",
     "wandb",
