@@ -14,7 +14,7 @@ from typing import Any
 
 from vca.evaluation.complexity import Complexity
 from vca.report.page_pictures import Picture, embed, map_sources, sample_sources
-from vca.report.page_plots import MAX_POINTS, Style, bokeh_script, interactive, panels_of, static
+from vca.report.page_plots import Style, bokeh_script, interactive, max_points, panels_of, static
 from vca.report.page_results import (
     Evaluations,
     Table,
@@ -188,7 +188,6 @@ def render(page: Page) -> str:
     environment = Environment(loader=PackageLoader("vca.report"), autoescape=True, trim_blocks=True, lstrip_blocks=True)
     panels = panels_of(page.runs, [page.styles[run.label] for run in page.runs])
     script, plots = interactive(panels)
-    longest = max((len(run.records) for run in page.runs), default=0)
     html = environment.get_template("page.html.j2").render(
         page=page,
         few_runs=FEW_RUNS,
@@ -196,7 +195,8 @@ def render(page: Page) -> str:
         static=base64.b64encode(static(panels)).decode() if panels else "",
         bokeh=bokeh_script() if panels else "",
         script=script,
-        thinned=longest > MAX_POINTS or len(page.runs) * longest > 15_000,
+        max_points=max_points(len(page.runs)),
+        longest=max((len(run.records) for run in page.runs), default=0),
         devices_of=devices_of,
         config=config_lines(page.runs[0].config) if page.runs else [],
         written=time.strftime("%Y-%m-%d %H:%M %z"),

@@ -4,7 +4,7 @@ import base64
 import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from vca.report.page_run import PageRun
 
@@ -37,16 +37,24 @@ def sample_sources(runs: Sequence[PageRun], grids: Sequence[Path], records: Sequ
     """Return up to four sample grids of each run over the steps, the grids of sample folders, and record pictures."""
     of_runs = [(run, sorted(run.path.glob("samples/step_*.png"))) for run in runs]
     of_runs = [(run, files) for run, files in of_runs if files]
-    sharp = any(int(run.get("data.img_size") or SMALL_IMAGE) <= SMALL_IMAGE for run, _ in of_runs)
+    sharp = any(is_small(run.get("data.img_size")) for run in runs)
     each = max(1, min(4, MAX_PICTURES // max(1, len(of_runs) + len(grids))))
     sources = []
     for run, files in of_runs:
         for file in evenly(files, each):
-            sources.append(Source(file, f"{run.label}, step {int(file.stem.partition('_')[2] or 0):,}", sharp))
+            sources.append(
+                Source(file, f"{run.label}, step {file.stem.removeprefix('step_').lstrip('0') or '0'}", sharp)
+            )
     sources += [Source(grid, f"samples in {grid.parent}", sharp) for grid in grids]
     farthest = "farthest from the reference; nearest to it; their nearest neighbours"
     pictures = [record.with_suffix(".png") for record in records]
     return sources + [Source(file, f"{file.name} (rows: {farthest})", sharp) for file in pictures if file.is_file()]
+
+
+def is_small(size: Any) -> bool:
+    """Whether an image size, a number or height and width, is at most `SMALL_IMAGE`."""
+    sides = size if isinstance(size, list) else [size]
+    return all(isinstance(side, int) and side <= SMALL_IMAGE for side in sides)
 
 
 def map_sources(runs: Sequence[PageRun]) -> list[Source]:

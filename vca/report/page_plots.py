@@ -50,9 +50,14 @@ class Curve:
     ema: bool
 
 
+def max_points(runs: int) -> int:
+    """Return the largest number of points of a curve on a page of that many runs."""
+    return max(20, min(MAX_POINTS, ALL_POINTS // max(1, runs)))
+
+
 def panels_of(runs: Sequence[PageRun], styles: Sequence[Style]) -> dict[str, list[Curve]]:
     """Return the curves of all runs by the title of their panel, without empty panels."""
-    limit = max(20, min(MAX_POINTS, ALL_POINTS // max(1, len(runs))))
+    limit = max_points(len(runs))
     panels: dict[str, list[Curve]] = {}
     for title, pattern in PANELS.items():
         for run, style in zip(runs, styles, strict=True):

@@ -218,8 +218,8 @@ def evaluation_of(file: Path, record: dict[str, Any]) -> Evaluation:
         accuracy = {f"top-{k} (%)": f"{record['metrics'][f'top{k}']:.2f}" for k in (1, 5)}
         return Evaluation(file, accuracy, protocol | computed, [])
     extractor, reference, made = record["extractor"], record["reference"], record["samples"]["made"]
-    metrics = Metrics(**record["metrics"])
-    labelled = labelled_metrics(metrics, record["settings"], record["count"], extractor["published"])
+    settings = {"missing": {}, **record["settings"]}  # earlier records have no reasons
+    labelled = labelled_metrics(Metrics(**record["metrics"]), settings, record["count"], extractor["published"])
     protocol = {} if made is None else sampling_of(made)
     protocol["samples"] = f"{record['count']:,} from {record['samples']['source']}"
     protocol["reference"] = f"{reference['source']} ({reference['count'] or 'unknown number of'} images)"
