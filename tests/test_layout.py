@@ -25,7 +25,7 @@ THIRD_PARTY = {
     "generation": {"torch", "numpy", "PIL", "torchdiffeq", "diffusers"},
     "training": SCIENTIFIC,
     "evaluation": SCIENTIFIC | {"torch_fidelity"},
-    "report": SCIENTIFIC | {"jinja2", "huggingface_hub"},
+    "report": SCIENTIFIC | {"bokeh", "jinja2", "huggingface_hub"},
     "config": {"hydra", "omegaconf", "yaml"},
     "sweep": {"hydra", "omegaconf", "submitit"},
     "cli": {"hydra", "omegaconf", "yaml"},
@@ -39,6 +39,8 @@ ALLOWED = {
 }
 ALLOWED["models"] = {"torch", "timm", "yaml", "vca.attention", "models"}
 LAZY = {
+    "bokeh",
+    "jinja2",
     "submitit",
     "torchdiffeq",
     "wandb",
