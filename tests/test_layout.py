@@ -51,7 +51,6 @@ LAZY = {
     "torchvision.datasets",
     "diffusers",
     "torch_fidelity",
-    "jinja2",
     "huggingface_hub",
 }
 

@@ -89,7 +89,8 @@ def interactive(panels: dict[str, list[Curve]]) -> tuple[str, dict[str, str]]:
     All panels share the range of the steps and a vertical line at the pointer.
     """
     from bokeh.embed import components
-    from bokeh.models import DataRange1d, Span
+    from bokeh.models import DataRange1d
+    from bokeh.models.annotations import Span
 
     steps, line = DataRange1d(only_visible=True), Span(dimension="height", line_color="#999999", line_width=1)
     figures = {title: plot(title, curves, steps, line) for title, curves in panels.items()}
@@ -112,12 +113,12 @@ def plot(title: str, curves: list[Curve], steps: Any, line: Any) -> Any:
     )
     from bokeh.plotting import figure
 
-    mode = "vline" if len({curve.style for curve in curves}) <= MANY_RUNS else "mouse"
+    mode: Any = "vline" if len({curve.style for curve in curves}) <= MANY_RUNS else "mouse"
     hover = HoverTool(
         tooltips=[("", "$name: @value{0.[0000]a} at step @step{0,0}")], mode=mode, renderers=[], visible=False
     )
     box = BoxZoomTool()
-    axes = figure(
+    axes: Any = figure(
         title=title,
         height=270,
         sizing_mode="stretch_width",
@@ -131,7 +132,7 @@ def plot(title: str, curves: list[Curve], steps: Any, line: Any) -> Any:
     )
     for curve in curves:
         source = ColumnDataSource({"step": curve.steps, "value": curve.values})
-        options = {"source": source, "line_color": curve.style.color, "name": curve.label}
+        options: Any = {"source": source, "line_color": curve.style.color, "name": curve.label}
         dash = "dashed" if curve.ema else "solid"
         drawn = [axes.line("step", "value", line_width=1.6, line_dash=dash, **options)]
         hover.renderers = [*hover.renderers, drawn[0]]

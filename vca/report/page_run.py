@@ -176,7 +176,9 @@ def cost_of(run: PageRun) -> dict[str, str]:
     """Return the measured cost of a run by column; empty where it was not recorded."""
     launch = run.launches[-1] if run.launches else {}
     speed = sorted(run.values("images_per_second"))
-    hours = [value for record in [*run.launches, *run.records] if is_finite(value := record.get("device_hours"))]
+    hours: list[Any] = [
+        value for record in [*run.launches, *run.records] if is_finite(value := record.get("device_hours"))
+    ]
     memory, mfu = run.values("peak_memory"), sorted(run.values("mfu"))
     return {
         "devices": devices_of(launch),
