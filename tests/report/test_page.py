@@ -13,10 +13,12 @@ from PIL import Image
 from scripts import report
 from tests.report.test_tables import measured, trained
 from vca.config import compose
+from vca.evaluation.record import ACCURACY_FORMAT
 from vca.report.page import build_page, render, without_urls
 from vca.report.page_plots import MAX_POINTS, Style, panels_of, thin
-from vca.report.page_results import beside, differences, evaluation_of
+from vca.report.page_results import beside, differences
 from vca.report.page_run import PageRun, find_runs, read_page_run
+from vca.report.record_summary import summarize_record
 from vca.runtime.errors import ConfigError
 from vca.runtime.rundir import to_dict
 
@@ -246,19 +248,21 @@ def test_page_escapes_names(tmp_path):
 def test_evaluations_side_by_side(tmp_path):
     """Records of one kind are rows of one table; shared settings are listed once. Accuracy records have their own."""
     paths = [measured(tmp_path / name, "dit_s_2_vca", fid) for name, fid in (("a", 62.0), ("b", 63.0))]
-    both = beside([evaluation_of(path, json.loads(path.read_text())) for path in paths])
+    both = beside([summarize_record(path, json.loads(path.read_text())) for path in paths])
     assert both.table.head[:2] == ["record", "FID-50K"]
     assert [row[1] for row in both.table.rows] == ["62", "63"]
     assert both.table.head[-1] == "weights"
     assert both.shared["protocol"] == "dit_table"
     accuracy = {
+        "format": ACCURACY_FORMAT,
+        "config": {"data": {"img_size": 8, "crop_pct": 1.0}},
         "count": 359,
         "metrics": {"top1": 98.6, "top5": 100.0, "loss": 0.1},
-        "weights": {"name": "ema", "source": "run", "step": 10},
+        "weights": {"name": "ema", "source": "run", "step": 10, "sha256": ""},
         "data": {"name": "digits"},
         "compute": {"ranks": 1, "device": "cpu", "versions": {"torch": "2.15"}, "commit": None, "uncommitted": False},
     }
-    one = evaluation_of(Path("x.json"), accuracy)
+    one = summarize_record(Path("x.json"), accuracy)
     assert one.metrics == {"top-1 (%)": "98.60", "top-5 (%)": "100.00"}
     assert one.protocol["weights"] == "run, step 10, ema"
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from vca.evaluation.record import ACCURACY_FORMAT, compute_section, log_identity, seal
 from vca.runtime.distributed import World
-from vca.runtime.rundir import parse_json
+from vca.runtime.rundir import RunDirectory
 
 PACKAGES = ("torchvision", "timm", "numpy")
 # Keys of a launch that a record repeats, besides the host's name and SLURM's numbers.
@@ -53,9 +53,7 @@ def make_accuracy_record(
 
 def training_section(run: Path) -> dict[str, Any]:
     """Return the starts of a run, and whether the last one had uncommitted changes."""
-    file, diff = run / "launches.jsonl", run / "uncommitted.diff"
-    lines = file.read_bytes().split(b"\n") if file.is_file() else []
-    launches = [launch for line in lines if (launch := parse_json(line)) is not None]
+    launches, diff = RunDirectory(run).launches(), run / "uncommitted.diff"
     return {
         "launches": [{key: launch.get(key) for key in LAUNCH} for launch in launches],
         "uncommitted": diff.is_file() and bool(diff.read_bytes()),

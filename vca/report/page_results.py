@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from vca.attention import variant_name
-from vca.evaluation.compare import Metrics, labelled_metrics
 from vca.evaluation.record import read_record
 from vca.report.page_run import PageRun
+from vca.report.record_summary import RecordSummary, summarize_record
 from vca.report.sweep_table import COLUMNS, FinishedRun, final_value, flatten_config, read_finished_run, result_tables
 from vca.report.tables import TABLES, Cell, Measurement, gather, lines_of
 from vca.runtime.errors import ConfigError
@@ -161,15 +161,6 @@ def with_std(line: dict[str, str], column: str) -> str:
     return f"{mean} ± {std}" if std else mean
 
 
-class Evaluation(NamedTuple):
-    """An evaluation record: its file, metrics and protocol by label, and notes."""
-
-    file: Path
-    metrics: dict[str, str]
-    protocol: dict[str, str]
-    notes: list[str]
-
-
 class Evaluations(NamedTuple):
     """Records with the same metrics: a row each, the settings that they share, and notes."""
 
@@ -180,17 +171,17 @@ class Evaluations(NamedTuple):
 
 def read_evaluations(files: Iterable[Path], failures: list[str]) -> list[Evaluations]:
     """Read evaluation records, grouped by their metrics; a damaged or edited one is a line in `failures`."""
-    groups: dict[tuple[str, ...], list[Evaluation]] = {}
+    groups: dict[tuple[str, ...], list[RecordSummary]] = {}
     for file in files:
         try:
-            one = evaluation_of(file, read_record(file))
+            one = summarize_record(file, read_record(file))
             groups.setdefault(tuple(one.metrics), []).append(one)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             failures.append(str(error) if isinstance(error, ConfigError) else f"{file} cannot be read ({error!r})")
     return [beside(ones) for ones in groups.values()]
 
 
-def beside(ones: list[Evaluation]) -> Evaluations:
+def beside(ones: list[RecordSummary]) -> Evaluations:
     """Return the table of some records: metrics, and the settings that differ."""
     labels = list(dict.fromkeys(label for one in ones for label in one.protocol))
     shared = {label: ones[0].protocol.get(label) for label in labels}
@@ -203,39 +194,3 @@ def beside(ones: list[Evaluation]) -> Evaluations:
     common = {label: str(value) for label, value in shared.items() if label not in differing}
     notes = list(dict.fromkeys(note for one in ones for note in one.notes))
     return Evaluations(Table(["record", *ones[0].metrics, *differing], rows), common, notes)
-
-
-def evaluation_of(file: Path, record: dict[str, Any]) -> Evaluation:
-    """Return what a page shows of a record of accuracy or of samples."""
-    compute = record["compute"]
-    where = f"{compute['ranks']} x {compute['device']}, torch {compute['versions']['torch']}"
-    code = f"commit {str(compute['commit'])[:12]}{', uncommitted changes' if compute['uncommitted'] else ''}"
-    computed = {"computed": f"{where}, {code}"}
-    if "weights" in record:  # of train_cls.py
-        weights = record["weights"]
-        protocol = {"weights": f"{weights['source']}, step {weights['step']}, {weights['name']}"}
-        protocol["data"] = f"{record['data']['name']}, {record['count']:,} images"
-        accuracy = {f"top-{k} (%)": f"{record['metrics'][f'top{k}']:.2f}" for k in (1, 5)}
-        return Evaluation(file, accuracy, protocol | computed, [])
-    extractor, reference, made = record["extractor"], record["reference"], record["samples"]["made"]
-    settings = {"missing": {}, **record["settings"]}  # earlier records have no reasons
-    labelled = labelled_metrics(Metrics(**record["metrics"]), settings, record["count"], extractor["published"])
-    protocol = {} if made is None else sampling_of(made)
-    protocol["samples"] = f"{record['count']:,} from {record['samples']['source']}"
-    protocol["reference"] = f"{reference['source']} ({reference['count'] or 'unknown number of'} images)"
-    protocol["extractor"] = f"{extractor['name']}{' (FID network)' if extractor['published'] else ''}"
-    values = {label: text.replace("+-", "±") for label, text in labelled.items() if not text.startswith("not computed")}
-    notes = [f"no {label}: {text}" for label, text in labelled.items() if label not in values]
-    return Evaluation(file, values, protocol | computed, [*record["warnings"], *notes])
-
-
-def sampling_of(made: dict[str, Any]) -> dict[str, str]:
-    """Return the sampling settings of a record by label."""
-    origin, sampler = made["origin"], made["sampler"]
-    return {
-        "weights": f"{origin.get('run') or 'a checkpoint'}, step {origin['step']}, {origin['weights']}",
-        "protocol": str(made["protocol"] or "none"),
-        "sampler": f"{sampler['method']}, {sampler['steps']} steps, guidance scale {sampler['cfg_scale']}, "
-        f"NFE {made['nfe']['mean']:g}",
-        "labels": f"{made['labels']}, seed {made['seed']}, {made['precision']}",
-    }

@@ -145,9 +145,13 @@ class RunDirectory:
 
     def device_hours(self) -> float:
         """Return the device-hours of all starts, up to the last record of each, also of steps that were repeated."""
+        return max([float(record.get("device_hours", 0)) for record in [*self.launches(), *self.records()]] or [0.0])
+
+    def launches(self) -> list[dict[str, Any]]:
+        """Return the valid lines of `launches.jsonl`, oldest first."""
         file = self.path / "launches.jsonl"
-        launches = [parse_json(line) for line in file.read_bytes().split(b"\n")] if file.exists() else []
-        return max([float(record.get("device_hours", 0)) for record in [*launches, *self.records()] if record] or [0.0])
+        lines = file.read_bytes().split(b"\n") if file.exists() else []
+        return [launch for line in lines if (launch := parse_json(line)) is not None]
 
     def record_launch(self, world: World, step: int, device_hours: float) -> None:
         """Append this start to `launches.jsonl` and write `uncommitted.diff`."""
