@@ -89,8 +89,8 @@ def run(config: TrainClsConfig) -> dict[str, float]:
                 state.emas = []  # copies of the loaded weights
             log_on_main(world, evaluating)
             result = evaluation.evaluate()
-            evaluation.write_records(result, trained=resumed)
             if resumed:
+                evaluation.write_records(result)
                 training.plot_curves(config.name)
             return summarize(run_dir.path, result, world.is_main)
 

@@ -204,7 +204,7 @@ def test_fault_full_shared_memory_ends_run(tmp_path, ranks):
 
 
 EVALUATIONS = {
-    "train_cls.py": (CLASSIFIER, "vca.evaluation.accuracy.evaluate"),
+    "train_cls.py": (CLASSIFIER, "vca.report.classifier.evaluate"),
     "train_gen.py": (GENERATOR, "vca.generation.pipeline.save_image_grid"),
 }
 

@@ -3,12 +3,11 @@
 import hashlib
 import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from vca.evaluation.record import ACCURACY_FORMAT, compute_section, log_identity, seal
 from vca.runtime.distributed import World
-from vca.runtime.rundir import RunDirectory
+from vca.runtime.rundir import RunDirectory, read_config
 
 PACKAGES = ("torchvision", "timm", "numpy")
 # Keys of a launch that a record repeats, besides the host's name and SLURM's numbers.
@@ -17,23 +16,21 @@ NOT_RECORDED = ("cluster", "logger", "wandb")  # sections of the config
 
 
 def make_accuracy_record(
-    config: Mapping[str, Any],
     result: Mapping[str, float],
     weights: Mapping[str, Any],
     data: Mapping[str, Any],
-    run: Path | None,
+    run_dir: RunDirectory,
     batch_size: int,
     world: World,
 ) -> dict[str, Any]:
     """Build the record of one set of weights.
 
     Args:
-        config: the resolved config, as in the run's `config.json`.
         result: `top1` and, with more than five classes, `top5` in percent; `loss` in nats; `images`.
-        weights: `name` (`raw`, `ema` or `file`), `source` (name of the run or file), `step` and `steps` (of the whole
-            run; both None for a file), and `sha256` of the tensors.
+        weights: `name` (`raw` or that of the EMA), `source` (name of the run), `step`, `steps` of the whole run, and
+            `sha256` of the tensors.
         data: `name` of the data set and what identifies its evaluation images, with a `sha256`.
-        run: directory of the run that trained the weights, None if they are from a file.
+        run_dir: directory of the run.
         batch_size: images per batch on each rank.
         world: ranks and device of the evaluation.
     """
@@ -43,17 +40,17 @@ def make_accuracy_record(
         "metrics": {key: result.get(key) for key in ("top1", "top5", "loss")},
         "weights": dict(weights),
         "data": dict(data),
-        "config": {key: value for key, value in config.items() if key not in NOT_RECORDED},
-        "training": None if run is None else training_section(run),
-        "log": None if run is None else log_identity(run),
+        "config": {key: value for key, value in read_config(run_dir.path).items() if key not in NOT_RECORDED},
+        "training": training_section(run_dir),
+        "log": log_identity(run_dir.path),
         "compute": compute_section(world, batch_size, PACKAGES),
     }
     return {**record, "sha256": seal(record)}
 
 
-def training_section(run: Path) -> dict[str, Any]:
+def training_section(run_dir: RunDirectory) -> dict[str, Any]:
     """Return the starts of a run, and whether the last one had uncommitted changes."""
-    launches, diff = RunDirectory(run).launches(), run / "uncommitted.diff"
+    launches, diff = run_dir.launches(), run_dir.path / "uncommitted.diff"
     return {
         "launches": [{key: launch.get(key) for key in LAUNCH} for launch in launches],
         "uncommitted": diff.is_file() and bool(diff.read_bytes()),

@@ -15,7 +15,7 @@ from vca.evaluation.record import record_text
 from vca.report.snapshots import SnapshotFigure, report_snapshots
 from vca.runtime.digest import tensors_sha256
 from vca.runtime.files import write_text
-from vca.runtime.rundir import read_config, to_dict
+from vca.runtime.rundir import to_dict
 from vca.training.checkpoint import must_fit
 from vca.training.run import TrainingRun, log_on_main
 from vca.training.snapshots import ALL, load_snapshot, select_weights, snapshot_path
@@ -71,30 +71,24 @@ class ClassifierEvaluation:
         world.from_main(lambda: report_snapshots(run_dir.path / "snapshots.json", "top-1 (%)", settings, figures))
         return {snapshot_path(run_dir.snapshots, f.step, f.ema_decay).stem: f.value for f in figures}
 
-    def write_records(self, result: Mapping[str, float], trained: bool = True) -> None:
-        """Write the accuracy record of each network in `result`, on rank 0; a failure is a warning.
-
-        Without `trained`, the weights are those of `trainer.init_from`.
-        """
-        state, folder, config = self.training.state, self.training.run_dir.path, self.config
+    def write_records(self, result: Mapping[str, float]) -> None:
+        """Write the accuracy record of each network in `result`, on rank 0; a failure is a warning."""
+        state, run_dir = self.training.state, self.training.run_dir
         if not self.training.world.is_main:
             return
-        data = {"name": config.data.name, **images_identity(self.images)}
-        resolved = read_config(folder) if trained else to_dict(config)  # not of an evaluation of the run
+        data = {"name": self.config.data.name, **images_identity(self.images)}
         for prefix, model in self.models().items():
-            own = of_model(result, prefix)
-            if not own:
-                continue  # not evaluated
-            weights: dict[str, Any] = {"name": "file", "source": Path(config.trainer.init_from or "").name}
-            weights |= {"step": None, "steps": None, "sha256": tensors_sha256(model.state_dict())}
-            if trained:
-                name = "raw" if prefix == "val" else prefix
-                weights |= {"name": name, "source": config.name, "step": state.step, "steps": state.total_steps}
-            run, batch_size = folder if trained else None, config.trainer.eval_batch_size
-            record = make_accuracy_record(resolved, own, weights, data, run, batch_size, self.training.world)
-            file = folder / accuracy_record_name(record)
+            weights = {
+                "name": "raw" if prefix == "val" else prefix,
+                "source": self.config.name,
+                "step": state.step,
+                "steps": state.total_steps,
+                "sha256": tensors_sha256(model.state_dict()),
+            }
+            batch_size = self.config.trainer.eval_batch_size
+            record = make_accuracy_record(of_model(result, prefix), weights, data, run_dir, batch_size, state.world)
+            file = run_dir.path / accuracy_record_name(record)
             with self.training.reporter.expendable(file):
-                folder.mkdir(parents=True, exist_ok=True)
                 write_text(file, record_text(record))
 
 

@@ -60,12 +60,11 @@ def accept(folders: Iterable[Path], root: Path) -> list[Path]:
 
 def check_acceptable(path: Path, record: Mapping[str, Any]) -> None:
     """Raise `ConfigError` unless a record identifies its weights, command and committed code, and its log is there."""
-    compute, training = record["compute"], record.get("training")
+    compute = record["compute"]
     if "command" not in compute or "log" not in record:
         raise ConfigError(f"{path} has no command and log, which earlier versions did not record; evaluate again")
     if record["format"] == ACCURACY_FORMAT:
-        if training is None:
-            raise ConfigError(f"{path} must be of weights that a run trained, got {record['weights']['source']}")
+        training = record["training"]
         step, steps = record["weights"]["step"], record["weights"]["steps"]
         if step != steps:
             raise ConfigError(f"{path} must be of a finished run, got step {step} of {steps}")
