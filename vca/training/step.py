@@ -71,7 +71,7 @@ class TrainState:
         # A CUDA graph overwrites the gradients that it returned before, so they are added to other tensors.
         self.keep_gradients = self.accumulation > 1 and trainer.compile in CUDA_GRAPHS
         if self.keep_gradients:
-            for parameter in self.model.parameters():
+            for parameter in filter(lambda p: p.requires_grad, self.model.parameters()):
                 parameter.grad = torch.zeros_like(parameter)
 
     def autocast(self) -> Any:
