@@ -21,13 +21,15 @@ from vca.runtime.distributed import World
 from vca.runtime.errors import ConfigError
 from vca.training.checkpoint import load_latest
 from vca.training.config import TrainerConfig
-from vca.training.freeze import freeze_layers
+from vca.training.freeze import format_frozen, freeze_layers
 from vca.training.optim import OptimConfig, parameter_groups
+from vca.training.pretrained import init_from
 from vca.training.step import TrainState
 
 WORLD = World(0, 0, 1, torch.device("cpu"))
 SMALL = ["model.depth=3", "model.embed_dim=32", "model.num_heads=2", "trainer.device=cpu", "trainer.workers=0"]
 SHORT = [*SMALL, "trainer.steps=4", "trainer.global_batch_size=16", "trainer.ema_decay=0.5", "trainer.log_every=1"]
+SHORT += ["trainer.checkpoint_every=2"]
 EPOCHS = (0, 1, 2, 5, 6, 15, 29)
 
 
@@ -197,12 +199,10 @@ def run(folder, name, *overrides):
 
 
 def test_linear_probe_trains_the_head_alone_and_resumes(tmp_path, capsys, monkeypatch):
-    """A softmax run, then a linear probe of it: only the head moves, also in the EMA; a resume is bit-exact."""
-    run(tmp_path, "pretrained", "attention=softmax")
-    weights = load_latest(tmp_path / "pretrained" / "checkpoints")["ema"]
-    file = next((tmp_path / "pretrained" / "checkpoints").glob("*.pt"))
-    probe = ["attention=softmax", f"trainer.init_from={file}", "trainer.freeze_layers=-1", "trainer.checkpoint_every=2"]
-    capsys.readouterr()
+    """Only the head moves, also in the EMA; a resume is bit-exact."""
+    weights = network("attention=softmax").state_dict()
+    torch.save(weights, tmp_path / "model.pth")
+    probe = ["attention=softmax", f"trainer.init_from={tmp_path}/model.pth", "trainer.freeze_layers=-1"]
     run(tmp_path, "whole", *probe)
     assert "trained: 330 of 39,242 parameters, the others are frozen\n" in capsys.readouterr().out
     whole = load_latest(tmp_path / "whole" / "checkpoints")
@@ -210,7 +210,6 @@ def test_linear_probe_trains_the_head_alone_and_resumes(tmp_path, capsys, monkey
         for part in ("model", "ema"):
             assert torch.equal(whole[part][name], tensor) == (not name.startswith("head.")), name
     assert len(whole["optimizer"]["state"]) == 2
-    assert "flops_per_second" in metrics(tmp_path / "whole")[0]
     assert metrics(tmp_path / "whole")[0]["flops_per_second"] is None
 
     step = TrainState.train_step
@@ -224,21 +223,24 @@ def test_linear_probe_trains_the_head_alone_and_resumes(tmp_path, capsys, monkey
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path, "broken", *probe)
     monkeypatch.setattr(TrainState, "train_step", step)
+    capsys.readouterr()
     run(tmp_path, "broken", *probe)
+    assert "resumed from step 2, 2 steps left" in capsys.readouterr().out
     assert_same(whole, load_latest(tmp_path / "broken" / "checkpoints"))
     with pytest.raises(ConfigError, match=r"trainer.freeze_layers: -1 -> 2"):
         run(tmp_path, "broken", *probe, "trainer.freeze_layers=2")
 
 
-def test_frozen_parameters_not_loaded_warning(tmp_path, capsys):
-    """VCA swapped into frozen layers keeps its random initial parts there."""
-    run(tmp_path, "pretrained", "attention=softmax", "trainer.steps=1")
-    file = next((tmp_path / "pretrained" / "checkpoints").glob("*.pt"))
-    capsys.readouterr()
-    run(tmp_path, "probe", "trainer.steps=1", f"trainer.init_from={file}", "trainer.freeze_layers=2")
-    said = capsys.readouterr().out
-    assert "missing: blocks.0.attn.e_pos\n" in said
-    assert "warning: 14 frozen parameters were not loaded and stay random, such as blocks.0.attn." in said
+def test_frozen_parameters_not_loaded_warning(tmp_path):
+    """VCA swapped into frozen layers keeps its initial parts there; those of the last block are trained."""
+    torch.save(network("attention=softmax").state_dict(), tmp_path / "model.pth")
+    model = network()
+    report = init_from(model, tmp_path / "model.pth")
+    lines = format_frozen(model, freeze_layers(model, 3), report.missing).splitlines()
+    assert len(report.missing) == 3 * 14
+    assert re.fullmatch(r"trained: [\d,]+ of [\d,]+ parameters, the others are frozen", lines[0])
+    first = "blocks.0.attn.norm1_weight"
+    assert lines[1:] == [f"warning: 28 frozen parameters were not loaded and stay random, such as {first}"]
 
 
 if __name__ == "__main__":
