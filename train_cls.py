@@ -9,10 +9,8 @@
 Rerun the same command to resume an interrupted run, bit-exactly. `--cfg job --resolve` prints the whole config.
 """
 
-from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from models import CLASSIFIERS, build_model
 from vca.attention import ATTENTIONS, backend_of
@@ -22,8 +20,8 @@ from vca.data import identify_files, load_dataset
 from vca.data.augment import BatchMixer, Normalize, eval_transform, worker_transform
 from vca.data.doctor import check_before_training
 from vca.data.loader import MicroBatches, TrainOrder, eval_loader, image_inputs, train_loader
-from vca.evaluation.accuracy import evaluate
 from vca.evaluation.complexity import count_macs
+from vca.report.classifier import ClassifierEvaluation, summarize
 from vca.runtime import distributed
 from vca.runtime.compute import set_precision
 from vca.runtime.errors import ConfigError, check, config_errors
@@ -77,8 +75,13 @@ def run(config: TrainClsConfig) -> dict[str, float]:
         resumed = training.resume()
         transform = worker_transform(eval_transform(config.data))
         val_loader = eval_loader(val_images, transform, world, trainer.eval_batch_size, trainer.workers)
-        normalize = Normalize(config.data, world.device)
+        evaluation = ClassifierEvaluation(
+            config, training, val_images, val_loader, Normalize(config.data, world.device)
+        )
         evaluating = f"evaluating {len(val_images)} images"
+        if trainer.eval_snapshots:
+            log_on_main(world, f"{evaluating} with each snapshot")
+            return evaluation.evaluate_snapshots()
         if trainer.eval_only or (training.finished and "val/top1" in training.reported):
             if not resumed:
                 if load_report is None:
@@ -86,17 +89,18 @@ def run(config: TrainClsConfig) -> dict[str, float]:
                         f"trainer.eval_only=true needs a checkpoint in {run_dir.checkpoints} or trainer.init_from"
                     )
                 load_report.check_complete("trainer.eval_only=true needs a trainer.init_from")
-                state.ema = None  # a copy of the loaded weights
+                state.emas = []  # copies of the loaded weights
             log_on_main(world, evaluating)
-            result = evaluate_weights(state, val_loader, normalize)
+            result = evaluation.evaluate()
+            evaluation.write_records(result, trained=resumed)
             if resumed:
                 training.plot_curves(config.name)
-            return summarize(config, result, world.is_main)
+            return summarize(run_dir.path, result, world.is_main)
 
         inputs = image_inputs(config.augment, config.data, config.seed, world.device)
         batch_bytes = micro_batch_size * inputs.item_bytes
         check_before_training(config.data, [train_images, val_images], trainer.workers, batch_bytes, world)
-        with training.open(config.name, record, config.wandb):
+        with training.open(config.name, record, config.logger, config.wandb):
             data = f"{config.data.name}: {len(train_images)} training and {len(val_images)} evaluation images"
             # The FLOPs of a step are 6 per MAC only if all layers are trained.
             macs = partial(count_macs, build_model, config.model, config.attention) if not frozen else lambda: None
@@ -113,35 +117,19 @@ def run(config: TrainClsConfig) -> dict[str, float]:
             def evaluate_if_due() -> None:
                 if training.due(trainer.eval_every, "val/top1"):
                     training.reporter.log(evaluating)
-                    result.update(evaluate_weights(state, val_loader, normalize))
+                    result.update(evaluation.evaluate())
                     training.write(result)
+                    if training.finished:
+                        evaluation.write_records(result)
 
             evaluate_if_due()  # after a kill between a checkpoint and its evaluation
             for batches in training.timing(loader):
                 training.record(state.train_step(batches, loss_of, config.seed), batches)
-                if training.due(trainer.checkpoint_every):
-                    training.save()
+                training.save_if_due()
                 training.exit_if_signalled()
                 evaluate_if_due()
         training.plot_curves(config.name)
-        return summarize(config, result, world.is_main)
-
-
-def evaluate_weights(state: TrainState, loader: Iterable[Any], normalize: Normalize) -> dict[str, float]:
-    """Evaluate the raw weights as `val/...`, and with EMA its weights as `ema/...`."""
-    models = {"val": state.model} | ({"ema": state.ema.module} if state.ema is not None else {})
-    device = state.world.device
-    batches = ((normalize(images), labels.to(device, non_blocking=True)) for images, labels in loader)
-    return evaluate(models, batches, state.world, state.autocast)
-
-
-def summarize(config: TrainClsConfig, result: dict[str, float], verbose: bool) -> dict[str, float]:
-    """Print the last evaluation and return it."""
-    if verbose:
-        raw = f"top-1 {result['val/top1']:.2f} % of {result['val/images']} images"
-        ema = f", EMA weights {result['ema/top1']:.2f} %" if "ema/top1" in result else ""
-        print(f"{config.out_dir}/{config.name}: {raw}{ema}", flush=True)
-    return result
+        return summarize(run_dir.path, result, world.is_main)
 
 
 if __name__ == "__main__":

@@ -87,7 +87,7 @@ def run(config: TrainGenConfig) -> dict[str, float]:
             if trainer.fid_every:
                 extractor = load_extractor(config.extractor, world, rebuild)
                 online_fid = OnlineFid(config.fid, extractor, config.sampler, config.data, pipeline, world)
-            with training.open(config.name, record, config.wandb):
+            with training.open(config.name, record, config.logger, config.wandb):
                 images = f"{config.data.name}: {len(dataset)} images of {math.prod(config.model.grid)} tokens"
                 macs = partial(count_macs, build_model, config.model, config.attention)
                 training.log_setup(config.name, f"{config.model.name} with {attention}", images, macs)
@@ -106,8 +106,7 @@ def run(config: TrainGenConfig) -> dict[str, float]:
                 evaluate_if_due()  # after a kill between a checkpoint and its evaluation
                 for batches in training.timing(loader):
                     training.record(state.train_step(batches, loss_of, config.seed), batches)
-                    if training.due(trainer.checkpoint_every):
-                        training.save()
+                    training.save_if_due()
                     training.exit_if_signalled()
                     evaluate_if_due()
         return summarize(config, run_dir, world.is_main)
@@ -135,6 +134,7 @@ def save_samples(config: TrainGenConfig, pipeline: DiffusionPipeline, training: 
     file = training.run_dir.path / "samples" / f"step_{training.state.step:08d}.png"
     with training.reporter.expendable(file.parent):
         save_image_grid(pixels, file, columns=config.sampled_classes, zoom=max(1, 48 // pixels.shape[2]))
+        training.reporter.picture(training.state.step, "sample_grid", file)
     return {"samples": len(labels), "nfe": samples.nfe}
 
 

@@ -20,7 +20,6 @@ from vca.data.loader import Batch
 from vca.generation.autoencoder import AutoencoderConfig, load_autoencoder
 from vca.generation.objective import DiffusionConfig, build_objective
 from vca.runtime.distributed import World
-from vca.runtime.metrics_log import WandbConfig
 from vca.runtime.rundir import RunDirectory
 from vca.training.classification import ClassificationLoss
 from vca.training.config import TrainerConfig
@@ -83,7 +82,7 @@ def loop_row(device: torch.device, budget: Budget, name: str, config: Any, batch
             for cpu_batch in batches:
                 training.record(state.train_step([to_device(cpu_batch, device)], loss_of, 0), [cpu_batch])
 
-        with training.open("benchmark", {}, WandbConfig()):
+        with training.open("benchmark", {}):
             training.reporter.log = lambda line: None  # type: ignore[method-assign]
             times = compare(trainer_loop, other_loop, budget, device)
     overhead, low, high = (100 * (times[key] - 1) for key in ("ratio", "low", "high"))

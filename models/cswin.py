@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.config import PyramidConfig, check_positive, check_size
+from models.config import PyramidConfig, check_positive, check_size, height_and_width
 from models.layers import ConvEmbed, join_windows, load_official, split_windows
-from models.pyramid import Pyramid, keeps_own
+from models.pyramid import OwnAttention, Pyramid, keeps_own
 from vca.attention import softmax_attention
 
 
@@ -55,7 +55,7 @@ class CSWinConfig(PyramidConfig):
         return self.embed_dim * 2**stage
 
 
-class CrossShapedAttention(nn.Module):
+class CrossShapedAttention(OwnAttention):
     """Softmax attention within vertical stripes for half of the heads, horizontal stripes for the others.
 
     The depthwise convolution of v (LePE) is one layer over all channels, `local` as in VCA, applied per stripe.
@@ -108,7 +108,7 @@ class CSWin(Pyramid):
     def __init__(self, config: CSWinConfig, attention: Any) -> None:
         last = len(config.depths) - 1
 
-        def own_attention(stage: int, block: int) -> nn.Module:
+        def own_attention(stage: int, block: int) -> OwnAttention:
             return CrossShapedAttention(
                 config.dim(stage),
                 config.num_heads[stage],
@@ -123,8 +123,17 @@ class CSWin(Pyramid):
         striped = [stage for stage in range(last) if keeps_own(config, attention, stage)]
         strides = [config.patch_size * 2**stage * config.split_size[stage] for stage in striped]
         self.size_multiple = math.lcm(config.size_multiple, *strides)
-        check_size(config.size, self.size_multiple, f"with model.split_size {list(config.split_size)}, model.img_size")
+        self.check_stripes(config.size)
         self.add_head()
+
+    def check_stripes(self, size: tuple[int, int]) -> None:
+        """Raise `ValueError` unless the stripes divide an image of `(height, width)` pixels."""
+        check_size(size, self.size_multiple, f"with model.split_size {list(self.config.split_size)}, model.img_size")
+
+    def set_input_size(self, img_size: Any = None) -> None:
+        if img_size is not None:
+            self.check_stripes(height_and_width(img_size, "model.img_size"))
+        super().set_input_size(img_size)
 
     def convert_official(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Convert names of the CSWin repository; the LePE convolutions of both branches are concatenated in `local`."""

@@ -6,7 +6,7 @@ the VCA paper: the class token attends as a prefix token and is not pooled into 
 Shape letters: B batch, N = 1 + H W tokens (class token first), C channels.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from models.config import BackboneConfig, check_positive
-from models.layers import Backbone, Block, drop_path_rates, load_official, square_side, trunc_normal_
+from models.features import LayerOutput
+from models.layers import Backbone, Block, drop_path_rates, load_official, replaced, square_side, trunc_normal_
 from vca.attention import build_attention
 from vca.attention.geometry import is_pair
 from vca.attention.pooling import check_layers
@@ -88,6 +89,7 @@ class DeiT(Backbone):
             )
             self.blocks.append(Block(dim, attn, config.mlp_ratio, config.drop_rate, drop_path, norm_eps=1e-6))
         self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.set_feature_info()
         self.add_head()
 
     def init_weights(self) -> None:
@@ -113,16 +115,49 @@ class DeiT(Backbone):
             return None
         return resample_positions(tensor, (side, side), self.grid)
 
-    def forward_features(self, x: Tensor) -> Tensor:
-        """Images `(B, in_chans, height, width)` to normalised tokens `(B, N, C)`."""
+    def set_input_size(self, img_size: Any = None, patch_size: int | None = None) -> None:
+        """As in `Backbone`; a new `patch_size`, in pixels, resamples the patch embedding."""
+        self.change_config(img_size=img_size, patch_size=patch_size)
+
+    def resize(self, old: DeiTConfig) -> None:
+        """Resample patch and position embeddings, and set the grid of each attention."""
+        before, self.size_multiple = self.grid, self.config.size_multiple
+        self.patch_embed.set_input_size(self.config.size, self.config.patch_size)
+        self.grid = self.patch_embed.grid_size
+        self.pos_embed = replaced(self.pos_embed, resample_positions(self.pos_embed, before, self.grid))
+        block: Any
+        for block in self.blocks:
+            block.attn.set_grid(self.grid)
+        self.set_feature_info()
+
+    def set_feature_info(self) -> None:
+        config = self.config
+        self.feature_info = [
+            {"num_chs": config.embed_dim, "reduction": config.patch_size, "module": f"blocks.{index}"}
+            for index in range(config.depth)
+        ]
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        return self.blocks
+
+    def run_layers(
+        self, x: Tensor, take: Collection[int] = (), last: int | None = None
+    ) -> tuple[Tensor, list[LayerOutput]]:
+        """Images `(B, in_chans, height, width)` to tokens `(B, N, C)`; see `LayeredNetwork`."""
         self.check_images(x)
         grid = (x.shape[-2] // self.config.patch_size, x.shape[-1] // self.config.patch_size)
         x = self.patch_embed(x)  # (B, H W, C)
         x = torch.cat((self.cls_token.expand(x.shape[0], -1, -1), x), dim=1)  # (B, N, C)
         x = self.pos_drop(x + resample_positions(self.pos_embed, self.grid, grid))  # (B, N, C)
-        for block in self.blocks:
+        taken = []
+        for index, block in enumerate(self.blocks):
             x = self.run_block(block, x, grid)  # (B, N, C)
-        return self.norm(x)  # (B, N, C)
+            if index in take:
+                taken.append(LayerOutput(x, grid))
+            if index == last:
+                break
+        return x, taken  # (B, N, C)
 
 
 def resample_positions(positions: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:

@@ -7,7 +7,7 @@ Shape letters: B batch, N tokens (of a grid H x W, after P prefix tokens), C cha
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any, TypeVar
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from models.config import BackboneConfig, check_size
+from models.features import LayeredNetwork
 from vca.attention import SoftmaxConfig
 
 Config = TypeVar("Config")
@@ -41,11 +42,11 @@ class Block(nn.Module):
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
-class Backbone(nn.Module):
+class Backbone(LayeredNetwork):
     """Base class of the image classifiers: size check, head, and the methods that timm expects of a model.
 
-    A subclass defines `forward_features` and `group_matcher`, and calls `add_head()` at the end of `__init__`. The
-    final tokens have `num_features` channels; the first `num_prefix_tokens` are prefix tokens.
+    A subclass defines what `LayeredNetwork` asks for, `resize` and `group_matcher`, and calls `add_head()` at the end
+    of `__init__`. The final tokens have `num_features` channels; the first `num_prefix_tokens` are prefix tokens.
     """
 
     def __init__(self, config: BackboneConfig, num_features: int, num_prefix_tokens: int) -> None:
@@ -53,6 +54,7 @@ class Backbone(nn.Module):
         self.config = config
         self.num_features = self.head_hidden_size = num_features
         self.num_prefix_tokens = num_prefix_tokens
+        self.in_chans = config.in_chans
         self.size_multiple = config.size_multiple
         self.grad_checkpointing = False
 
@@ -85,6 +87,33 @@ class Backbone(nn.Module):
     def check_images(self, images: Tensor) -> None:
         """Raise `ValueError` unless the size of images `(B, in_chans, height, width)` is valid."""
         check_size((images.shape[-2], images.shape[-1]), self.size_multiple, "image height and width")
+
+    def set_input_size(self, img_size: Any = None) -> None:
+        """Rebuild what depends on the image size, in place, as if the model had been built with it.
+
+        Position embeddings, and parameters of an attention that depend on the grid, are interpolated. A model also
+        accepts other sizes in `forward` without this call, and then interpolates them in each step.
+
+        Args:
+            img_size: a side or `(height, width)` in pixels; None keeps the size.
+
+        Raises:
+            ValueError: if the size is invalid for the architecture; the message has the nearest valid sizes.
+        """
+        self.change_config(img_size=img_size)
+
+    def change_config(self, **fields: Any) -> None:
+        """Replace the config fields that are not None, and rebuild what depends on the image size."""
+        from timm.models._input import update_model_input_size
+
+        fields = {key: value for key, value in fields.items() if value is not None}
+        old, self.config = self.config, replace(self.config, **fields)
+        self.resize(old)
+        update_model_input_size(self, **{**fields, "img_size": self.config.size})  # timm's data config reads it
+
+    def resize(self, old: Any) -> None:
+        """Rebuild what depends on the image size; `old` is the previous config."""
+        raise NotImplementedError
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Save only the input of each block for backward, and recompute the block there."""
@@ -125,10 +154,7 @@ class Backbone(nn.Module):
         self.num_classes = num_classes
         self.head = self.new_head(num_classes).to(device=like.device, dtype=like.dtype)
         init_linear(self.head)
-
-    def forward_features(self, x: Tensor) -> Tensor:
-        """Map images `(B, in_chans, height, width)` to normalised tokens `(B, N, C)`."""
-        raise NotImplementedError
+        self.head.train(self.training)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Map tokens `(B, N, C)` to logits `(B, K)`, or with `pre_logits` to the pooled features `(B, C)`."""
@@ -181,17 +207,30 @@ def init_linear(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
+def replaced(parameter: nn.Parameter, tensor: Tensor) -> nn.Parameter:
+    """Return `tensor` as a parameter in place of `parameter`; frozen if that was. The same tensor is kept."""
+    if tensor is parameter:
+        return parameter
+    return nn.Parameter(tensor.detach(), requires_grad=parameter.requires_grad)
+
+
 def drop_path_rates(rate: float, depth: int) -> list[float]:
     """Stochastic depth rates of `depth` blocks, linear from 0 to `rate`."""
     return [rate * index / max(depth - 1, 1) for index in range(depth)]
 
 
+class UnknownOptionError(ValueError, TypeError):
+    """An option that a config does not have. A `TypeError` too, as timm expects for an unknown argument of a model."""
+
+
 def select_options(config_class: type[Config], options: Mapping[str, Any]) -> Config:
-    """Build a config dataclass from a mapping of its fields; an unknown key is a `ValueError`."""
+    """Build a config dataclass from a mapping of its fields; an unknown key is an `UnknownOptionError`."""
     known = {f.name for f in fields(config_class)}  # type: ignore[arg-type]
     unknown = sorted(set(options) - known)
     if unknown:
-        raise ValueError(f"{config_class.__name__} has no key '{unknown[0]}'; it has {', '.join(sorted(known))}")
+        raise UnknownOptionError(
+            f"{config_class.__name__} has no key '{unknown[0]}'; it has {', '.join(sorted(known))}"
+        )
     return config_class(**options)
 
 

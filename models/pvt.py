@@ -18,8 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.config import PyramidConfig, check_positive
-from models.layers import ConvEmbed, load_official, square_side, trunc_normal_
-from models.pyramid import Pyramid, keeps_own
+from models.layers import ConvEmbed, load_official, replaced, square_side, trunc_normal_
+from models.pyramid import OwnAttention, Pyramid, keeps_own
 from vca.attention import softmax_attention
 from vca.attention.geometry import to_image
 
@@ -57,7 +57,7 @@ class PVTConfig(PyramidConfig):
         return self.embed_dims[stage]
 
 
-class SpatialReductionAttention(nn.Module):
+class SpatialReductionAttention(OwnAttention):
     """Softmax attention with keys and values from a grid that is `sr_ratio` times smaller per side.
 
     `qkv` is one layer, as in every attention of this project, but q and k, v project different tokens.
@@ -107,7 +107,7 @@ class PVT(Pyramid):
         class_tokens = 1 if keeps_own(config, attention, last) else 0
         widths, strides = [config.in_chans, *config.embed_dims], [config.patch_size] + [2] * last
 
-        def own_attention(stage: int, block: int) -> nn.Module:
+        def own_attention(stage: int, block: int) -> OwnAttention:
             return SpatialReductionAttention(
                 config.dim(stage), config.num_heads[stage], config.sr_ratios[stage], config.qkv_bias, config.drop_rate
             )
@@ -146,6 +146,24 @@ class PVT(Pyramid):
             "stem": r"^(?:stages\.0\.embed|pos_embeds\.0)",
             "blocks": [(r"^(?:stages|pos_embeds)\.(\d+)", None), (r"^(?:cls_token|norm)", (99999,))],
         }
+
+    def resize(self, old: PVTConfig) -> None:
+        """Resample the positions, and set the grid of each attention."""
+        super().resize(old)
+        for stage, positions in enumerate(self.pos_embeds):
+            prefix = positions.shape[1] - old.grid(stage)[0] * old.grid(stage)[1]
+            resized = resize_positions(positions, old.grid(stage), self.config.grid(stage), prefix)
+            self.pos_embeds[stage] = replaced(positions, resized)
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """As in `LayeredNetwork`; removes positions and class token with their stages."""
+        take = super().prune_intermediate_layers(indices, prune_norm, prune_head)
+        self.pos_embeds = self.pos_embeds[: len(self.stages)]
+        if len(self.stages) < len(self.config.depths):
+            self.cls_token, self.num_prefix_tokens = None, 0
+        return take
 
     def enter(self, stage: int, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """Prepend the class token in the last stage, and add the positions: `(B, H W, C)` to `(B, N, C)`."""

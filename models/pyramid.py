@@ -7,12 +7,13 @@ are called as `attn(x, grid)`.
 Shape letters: B batch, N tokens of a grid H x W (after P prefix tokens), C channels of the stage.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from models.config import PyramidConfig
+from models.features import LayerOutput
 from models.layers import Backbone, Block, drop_path_rates
 from vca.attention import SoftmaxConfig, build_attention
 from vca.attention.geometry import to_image
@@ -26,6 +27,13 @@ class Stage(nn.Module):
         super().__init__()
         self.embed = embed
         self.blocks = nn.ModuleList(blocks)
+
+
+class OwnAttention(nn.Module):
+    """A backbone's own attention, called as `attn(x, grid)`."""
+
+    def set_grid(self, grid: tuple[int, int]) -> None:
+        """Rebuild what depends on the grid `(H, W)` that the module is built for."""
 
 
 def keeps_own(config: PyramidConfig, attention: Any, stage: int) -> bool:
@@ -48,13 +56,14 @@ class Pyramid(Backbone):
     """
 
     config: PyramidConfig
+    norm_fits_every_layer: ClassVar[bool] = False
 
     def __init__(
         self,
         config: PyramidConfig,
         attention: Any,
         embeds: Sequence[nn.Module],
-        own_attention: Callable[[int, int], nn.Module],
+        own_attention: Callable[[int, int], OwnAttention],
         mlp_ratios: Sequence[float],
         norm_eps: float = 1e-5,
         num_prefix_tokens: int = 0,
@@ -91,6 +100,10 @@ class Pyramid(Backbone):
             blocks = [Block(dim, attn, ratio, config.drop_rate, next(rates), norm_eps) for attn in attentions]
             self.stages.append(Stage(embed, blocks))
         self.norm = nn.LayerNorm(self.num_features, eps=norm_eps)
+        self.feature_info = [
+            {"num_chs": config.dim(stage), "reduction": config.patch_size * 2**stage, "module": f"stages.{stage}"}
+            for stage in range(len(config.depths))
+        ]
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Group as timm's Swin: one layer per block; a stage's embedding joins its first block.
@@ -102,18 +115,36 @@ class Pyramid(Backbone):
             blocks = [(r"^stages\.(\d+)\.embed", (0,)), (r"^stages\.(\d+)\.blocks\.(\d+)", None)]
         return {"stem": r"^stages\.0\.embed", "blocks": [*blocks, (r"^norm", (99999,))]}
 
+    def resize(self, old: Any) -> None:
+        """Set the grid of each attention."""
+        stage: Any
+        for index, stage in enumerate(self.stages):
+            for block in stage.blocks:
+                block.attn.set_grid(self.config.grid(index))
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        return self.stages
+
     def enter(self, stage: int, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """Hook between the embedding and the blocks of a stage: `(B, H W, C)` to `(B, N, C)`."""
         return x
 
-    def forward_features(self, x: Tensor) -> Tensor:
-        """Images `(B, in_chans, height, width)` to normalised tokens `(B, N, C)` of the last stage."""
+    def run_layers(
+        self, x: Tensor, take: Collection[int] = (), last: int | None = None
+    ) -> tuple[Tensor, list[LayerOutput]]:
+        """Images `(B, in_chans, height, width)` to tokens `(B, N, C)` of a stage; see `LayeredNetwork`."""
         self.check_images(x)
+        taken = []
         stage: Any
         for index, stage in enumerate(self.stages):
             tokens, grid = stage.embed(x)  # (B, H W, C)
             tokens = self.enter(index, tokens, grid)  # (B, N, C)
             for block in stage.blocks:
                 tokens = self.run_block(block, tokens, grid)  # (B, N, C)
+            if index in take:
+                taken.append(LayerOutput(tokens, grid))
+            if index == last:
+                break
             x = to_image(tokens, grid, tokens.shape[1] - grid[0] * grid[1])  # (B, C, H, W)
-        return self.norm(tokens)  # (B, N, C)
+        return tokens, taken  # (B, N, C)

@@ -17,9 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.config import PyramidConfig, check_positive
-from models.layers import ConvEmbed, join_windows, load_official, split_windows, square_side, trunc_normal_
-from models.pyramid import Pyramid
+from models.config import PyramidConfig, check_positive, check_size, height_and_width
+from models.layers import ConvEmbed, join_windows, load_official, replaced, split_windows, square_side, trunc_normal_
+from models.pyramid import OwnAttention, Pyramid
 from vca.attention import softmax_attention
 
 MASKED = -100.0  # added to the score of tokens from different regions of a shifted window; the original's value
@@ -68,7 +68,7 @@ class PatchMerging(nn.Module):
         return self.reduction(self.norm(x)).flatten(1, 2), (x.shape[1], x.shape[2])
 
 
-class WindowAttention(nn.Module):
+class WindowAttention(OwnAttention):
     """Softmax attention within windows, optionally shifted.
 
     Args:
@@ -88,19 +88,41 @@ class WindowAttention(nn.Module):
         qkv_bias: bool,
         proj_drop: float,
     ) -> None:
-        from timm.layers import gen_relative_position_index
-
         super().__init__()
-        self.num_heads = num_heads
+        self.num_heads, self.window_size, self.shifted = num_heads, window_size, shifted
         self.window = height, width = min(grid[0], window_size), min(grid[1], window_size)
-        self.shift = (window_size // 2, window_size // 2) if shifted else (0, 0)
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
         self.relative_position_bias_table = nn.Parameter(torch.zeros((2 * height - 1) * (2 * width - 1), num_heads))
-        index = gen_relative_position_index(self.window)  # into the table, for each pair of tokens: (L, L)
-        self.register_buffer("relative_position_index", index, persistent=False)
+        self.index_positions()
         trunc_normal_(self.relative_position_bias_table, std=0.02)
+
+    @property
+    def shift(self) -> tuple[int, int]:
+        """Tokens by which the windows are shifted down and right."""
+        return (self.window_size // 2, self.window_size // 2) if self.shifted else (0, 0)
+
+    def index_positions(self) -> None:
+        """Compute the index into the table for each pair of tokens of a window: `(L, L)`."""
+        from timm.layers import gen_relative_position_index
+
+        index = gen_relative_position_index(self.window).to(self.relative_position_bias_table.device)
+        self.register_buffer("relative_position_index", index, persistent=False)
+
+    @torch.no_grad()
+    def set_grid(self, grid: tuple[int, int]) -> None:
+        """Choose the window for a grid, and interpolate the table to it."""
+        from timm.layers import resize_rel_pos_bias_table
+
+        old, self.window = self.window, (min(grid[0], self.window_size), min(grid[1], self.window_size))
+        if self.window == old:
+            return
+        table = self.relative_position_bias_table
+        shape = ((2 * self.window[0] - 1) * (2 * self.window[1] - 1), self.num_heads)
+        resized = resize_rel_pos_bias_table(table, self.window, shape, old_window_size=old)
+        self.relative_position_bias_table = replaced(table, resized)
+        self.index_positions()
 
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """Tokens `(B, N, C)` of a grid `(H, W)` to `(B, N, C)`; zero-pads bottom and right to whole windows."""
@@ -148,7 +170,7 @@ class Swin(Pyramid):
     config: SwinConfig
 
     def __init__(self, config: SwinConfig, attention: Any) -> None:
-        def own_attention(stage: int, block: int) -> nn.Module:
+        def own_attention(stage: int, block: int) -> OwnAttention:
             return WindowAttention(
                 config.dim(stage),
                 config.num_heads[stage],
@@ -163,7 +185,35 @@ class Swin(Pyramid):
         first = ConvEmbed(config.in_chans, config.embed_dim, config.patch_size, config.patch_size)
         embeds = [first, *(PatchMerging(config.dim(stage)) for stage in range(stages - 1))]
         super().__init__(config, attention, embeds, own_attention, [config.mlp_ratio] * stages)
+        self.window_reference = config.window_size, config.grid(0)
         self.add_head()
+
+    def set_input_size(self, img_size: Any = None, window_size: int | None = None) -> None:
+        """As in `Backbone`; scales the windows with the image, as timm's Swin, unless `window_size` is given.
+
+        A scaled window keeps its share of the grid that it was chosen for: 7 at 224 px is 12 at 384 px.
+
+        Raises:
+            ValueError: also if `window_size` is not given and height and width are scaled by different factors.
+        """
+        size = self.config.size if img_size is None else height_and_width(img_size, "model.img_size")
+        check_size(size, self.size_multiple, "model.img_size")
+        chosen, reference = self.window_reference
+        grid = [side // self.config.patch_size for side in size]
+        scaled = {max(1, chosen * side // old) for side, old in zip(grid, reference, strict=True)}
+        if window_size is None and len(scaled) > 1:
+            raise ValueError(f"window_size must be given for another aspect ratio, got img_size {size} without it")
+        window = scaled.pop() if window_size is None else window_size
+        self.change_config(img_size=img_size, window_size=window)
+        if window_size is not None:
+            self.window_reference = window_size, self.config.grid(0)
+
+    def resize(self, old: SwinConfig) -> None:
+        """Resize the windows, and set the grid of each attention."""
+        for module in self.modules():
+            if isinstance(module, WindowAttention):
+                module.window_size = self.config.window_size
+        super().resize(old)
 
     def no_weight_decay(self) -> set[str]:
         """The relative position bias tables."""

@@ -5,10 +5,12 @@ Each YAML of a classifier is one timm model. Keyword arguments override its fiel
 """
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from models.layers import select_options
@@ -27,7 +29,13 @@ default_cfgs: dict[str, Any] = {}
 
 @cache
 def load_sizes() -> dict[str, dict[str, Any]]:
-    """Load the fields of every file in `configs/model/`, by file name, with `family`."""
+    """Load the fields of every file in `configs/model/`, by file name, with `family`.
+
+    Raises:
+        ValueError: without `configs/`, which an installed package does not have.
+    """
+    if not SIZES.is_dir():
+        raise ValueError(f"the timm models need a checkout of the repository: there is no {SIZES}")
     return {file.stem: {"name": file.stem, **load_size(file.stem)} for file in sorted(SIZES.glob("*.yaml"))}
 
 
@@ -89,17 +97,22 @@ def entry_point(size: Mapping[str, Any], registry: Mapping[str, tuple[type, type
     """Build the function that timm calls to create one model."""
     config_class, module = registry[size["family"]]
 
-    def build(attention: Any = "vca", global_pool: str | None = None, **fields: Any) -> Any:
-        model: Any = module(select_options(config_class, {**size, **fields}), attention_config(attention))
+    def build(
+        attention: Any = "vca", global_pool: str | None = None, device: Any = None, dtype: Any = None, **fields: Any
+    ) -> Any:
+        with nullcontext() if device is None else torch.device(device):
+            model: Any = module(select_options(config_class, {**size, **fields}), attention_config(attention))
         model.check_global_pool(global_pool)
-        return model
+        return model.to(dtype)
 
     def create(pretrained: bool = False, **kwargs: Any) -> Any:
         from timm.models import build_model_with_cfg
 
-        if kwargs.get("features_only"):
-            raise ValueError(f"{create.__name__} does not support features_only; use forward_features()")
-        return build_model_with_cfg(build, create.__name__, pretrained, **kwargs)
+        if kwargs.get("feature_cls", "getter") != "getter":
+            raise ValueError(f"feature_cls of {create.__name__} must be 'getter', got {kwargs['feature_cls']!r}")
+        out_indices = 3 if size["family"] == "deit" else None  # timm's defaults: the last three blocks, or all stages
+        features = {"feature_cls": "getter", "out_indices": out_indices}
+        return build_model_with_cfg(build, create.__name__, pretrained, feature_cfg=features, **kwargs)
 
     create.__name__, create.__module__ = timm_name(size), __name__
     create.__doc__ = f"`configs/model/{size['name']}.yaml`."

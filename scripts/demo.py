@@ -25,6 +25,7 @@ import torch
 from torch.utils.data import Subset
 
 from models import rebuild
+from scripts.report import write_report
 from vca.data import load_dataset
 from vca.data.config import DataConfig
 from vca.evaluation.extractor import ClassifierConfig, Extractor, load_extractor
@@ -38,10 +39,10 @@ from vca.training.curves import plot_curves
 from vca.training.pretrained import InitWeights
 
 CLASSIFICATION = {
-    name: [f"attention={name}", "trainer.eval_every=110", "trainer.log_every=110"] for name in ("vca", "softmax")
+    name: [f"attention={name}", "trainer.eval_every=110", "trainer.log_every=55"] for name in ("vca", "softmax")
 }
 NETWORK = ["model.patch_size=2", "model.hidden_size=144", "optim=small", "optim.lr=2e-3"]
-NETWORK += ["trainer.eval_every=0", "trainer.log_every=220"]
+NETWORK += ["trainer.eval_every=0", "trainer.log_every=110"]
 GENERATION = {
     "dit": [*NETWORK, "objective=diffusion", "sampler=ddim", "sampler.steps=20"],
     "sit": [*NETWORK, "objective=interpolant", "sampler=ode_heun", "sampler.steps=20"],
@@ -95,7 +96,8 @@ def main() -> None:
     print(f"\n{'Frechet distance':<24}to the held-out digits, {options.samples} images, in the classifier's features")
     for name, distance in distances(classifier, out, options.samples).items():
         print(f"{name:<24}{distance:.2f}")
-    print(f"\ncurves: {out / 'curves.png'}   (total time {time.perf_counter() - start:.0f} s)")
+    print(f"\n{write_report([out], out / 'report.html', maps=3)}")
+    print(f"curves: {out / 'curves.png'}   (total time {time.perf_counter() - start:.0f} s)")
 
 
 def sample_path(out: Path, name: str, guidance: float) -> Path:

@@ -103,7 +103,7 @@ def check_cluster(config: TrainClsConfig) -> None:
     with distributed.start(trainer.device.value, timeout_minutes=1.0 + config.data.check_seconds / 60) as world:
         rendezvous_seconds = time.perf_counter() - start
         parameters = sum(p.numel() for p in build_model(config.model, config.attention).parameters())
-        out, keep, ema = Path(config.out_dir), trainer.keep_checkpoints, trainer.ema_decay is not None
+        out, keep, ema = Path(config.out_dir), trainer.keep_checkpoints, len(trainer.ema_decays)
         # A rank's batch, from which the required shared memory is computed.
         batch_bytes = -(-trainer.global_batch_size // world.size) * config.data.image_bytes
 

@@ -31,7 +31,7 @@ class Fault(NamedTuple):
 FAULTS = {
     "ema": Fault(
         "vca/training/step.py",
-        'self.ema.module.load_state_dict(state["ema"])',
+        "ema.module.load_state_dict(ema_weights(state, ema.decay, self.trainer.ema_decays))",
         "pass",
         "tests/runs/test_resume.py",
     ),

@@ -19,16 +19,18 @@ SCIENTIFIC = {"torch", "torchvision", "timm", "numpy", "scipy", "PIL", "sklearn"
 # three, which import none of vca.
 THIRD_PARTY = {
     "attention": {"torch", "triton"},  # triton in the kernels only
-    "runtime": {"torch", "numpy", "tqdm", "wandb"},  # the last three inside functions only
+    "runtime": {"torch", "numpy", "PIL", "tqdm", "wandb"},  # the last four inside functions only
     "metrics": {"torch", "numpy", "scipy"},
     "data": SCIENTIFIC,
     "generation": {"torch", "numpy", "PIL", "torchdiffeq", "diffusers"},
     "training": SCIENTIFIC,
     "evaluation": SCIENTIFIC | {"torch_fidelity"},
-    "report": SCIENTIFIC,
+    "report": SCIENTIFIC | {"bokeh", "jinja2", "huggingface_hub"},
     "config": {"hydra", "omegaconf", "yaml"},
     "sweep": {"hydra", "omegaconf", "submitit"},
     "cli": {"hydra", "omegaconf", "yaml"},
+    # The one exception to the rule that vca does not import models: from_pretrained returns a complete model.
+    "hub": {"torch", "huggingface_hub", "models"},
 }
 ORDER = [f"vca.{name}" for name in THIRD_PARTY]
 ALLOWED = {
@@ -37,15 +39,19 @@ ALLOWED = {
 }
 ALLOWED["models"] = {"torch", "timm", "yaml", "vca.attention", "models"}
 LAZY = {
+    "bokeh",
+    "jinja2",
     "submitit",
     "torchdiffeq",
     "wandb",
+    "torch.utils.tensorboard",
     "tqdm",
     "matplotlib",
     "sklearn",
     "torchvision.datasets",
     "diffusers",
     "torch_fidelity",
+    "huggingface_hub",
 }
 
 
@@ -103,18 +109,25 @@ def test_imports_vca_needs_only_torch():
     """`import vca` works without the other requirements."""
     code = """
 import sys
+others = 'timm torchvision hydra omegaconf numpy PIL models wandb huggingface_hub jinja2'.split()
 class Refuse:
     def find_spec(self, name, path=None, target=None):
-        if name.split('.')[0] in {'timm', 'torchvision', 'hydra', 'omegaconf', 'numpy', 'PIL', 'models', 'wandb'}:
-            raise ModuleNotFoundError(name)
+        if name.split('.')[0] in others:
+            raise ModuleNotFoundError(name, name=name)
 sys.meta_path.insert(0, Refuse())
 import torch
-from vca import VisualContrastAttention, replace_attention
+from vca import VisualContrastAttention, from_pretrained, replace_attention
+try:
+    from_pretrained("owner/name")
+except ValueError as error:
+    print(error)
 print(VisualContrastAttention(8, 2, (2, 2), contrast_grid=(1, 1))(torch.randn(1, 4, 8)).shape)
 """
     done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "torch.Size([1, 4, 8])" in done.stdout
+    message = "from_pretrained needs the package huggingface_hub: pip install 'visual-contrast-attention[research]'"
+    assert message in done.stdout
 
 
 IMPORT_ALL = """
@@ -187,7 +200,7 @@ def test_constraints_pin_every_requirement():
     pinned = dict(re.findall(r"(?m)^([\w.-]+)==(\S+)$", (ROOT / "constraints.txt").read_text()))
     pinned = {name.lower().replace("_", "-"): version for name, version in pinned.items()}
     for requirement in wanted:
-        name = re.match(r"[\w-]+", requirement)[0]
+        name = re.match(r"[\w-]+", requirement)[0].lower().replace("_", "-")
         assert name in pinned, f"{name} has no tested version in constraints.txt"
 
 

@@ -1,4 +1,4 @@
-"""Visual-Contrast Attention (arXiv 2511.00833). It imports torch only."""
+"""Visual-Contrast Attention (arXiv 2511.00833). It needs torch only, besides `from_pretrained`."""
 
 from vca.attention import (
     ContrastParameters,
@@ -7,11 +7,13 @@ from vca.attention import (
     replace_attention,
     visual_contrast_attention,
 )
+from vca.hub import from_pretrained
 
 __all__ = [
     "ContrastParameters",
     "VCAConfig",
     "VisualContrastAttention",
+    "from_pretrained",
     "replace_attention",
     "visual_contrast_attention",
 ]

@@ -445,8 +445,8 @@ def test_register_timm_wrong_arguments_refused():
         timm.create_model("vca_pvt_tiny_224", windows=3)
     with pytest.raises(ValueError, match=r"attention must be one of \['agent', .*'vca'\], got 'linear'"):
         timm.create_model("vca_pvt_tiny_224", attention="linear")
-    with pytest.raises(ValueError, match="does not support features_only"):
-        timm.create_model("vca_pvt_tiny_224", features_only=True)
+    with pytest.raises(ValueError, match="feature_cls of vca_pvt_tiny_224 must be 'getter', got 'hook'"):
+        timm.create_model("vca_pvt_tiny_224", features_only=True, feature_cls="hook")
 
 
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "vit_small_patch16_224", "deit3_small_patch16_224"])

@@ -119,8 +119,16 @@ def test_plan_seconds_of_a_step():
             },
         ),
         (
-            ("experiment=table2/dit_s_2_vca", "trainer.precision=tf32", "--gpu", "a100", "--mfu", "0.5"),
-            {"MACs per image": "5.991 G", "disk: latent cache": "84.0 GB", "images of the run": "102.4 M"},
+            (
+                *("experiment=table2/dit_s_2_vca", "trainer.precision=tf32", "--gpu", "a100", "--mfu", "0.5"),
+                *("trainer.snapshot_every=50000", "trainer.ema_decay=[0.9999,0.999]"),
+            ),
+            {
+                "MACs per image": "5.991 G",
+                "disk: latent cache": "84.0 GB",
+                "disk: snapshots": "2.15 GB",
+                "images of the run": "102.4 M",
+            },
         ),
         (
             ("model=pvt_tiny", "attention=softmax", "data=imagenet", "recipe=pvt", "--images", "1024000"),

@@ -117,6 +117,20 @@ def test_tables_table2_rows_from_records(tmp_path):
     assert any("protocol dit_best" in line for line in left_out)
 
 
+def test_tables_skip_other_steps_and_decays(tmp_path):
+    """The records of `eval_fid.py step=all ema=all` do not compete with that of the last step and first decay."""
+    decays = "trainer.ema_decay=[0.9999,0.99]"
+    for number, (step, decay) in enumerate([(400_000, 0.9999), (200_000, 0.9999), (400_000, 0.99)]):
+        path = measured(tmp_path / str(number), "dit_s_2_vca", 60.0 + number, decays)
+        record = json.loads(path.read_text())
+        record["samples"]["made"]["origin"] |= {"step": step, "ema_decay": decay}
+        path.write_text(json.dumps({**record, "sha256": seal(record)}))
+    assert table("table2", tmp_path)["DiT-S/2"]["VCA measured"] == "60.00"
+    left_out = gather([tmp_path]).left_out
+    assert left_out[0].endswith("step 200000 of 400000")
+    assert left_out[1].endswith("EMA decay 0.99, the tables use the first one, 0.9999")
+
+
 def test_tables_repeated_evaluations_count_as_one_seed(tmp_path):
     path = measured(tmp_path / "a" / "v0", "dit_s_2_vca", 62.0)
     (tmp_path / "a" / "copy.json").write_text(path.read_text())  # by another name, too

@@ -4,7 +4,9 @@ import copy
 import json
 import math
 import re
+import shlex
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -26,6 +28,7 @@ from vca.evaluation.images import NpzImages
 from vca.evaluation.record import missing_fields, read_record, seal
 from vca.evaluation.sources import open_source
 from vca.metrics.fid import frechet_distance
+from vca.runtime.digest import file_sha256
 from vca.runtime.distributed import World
 from vca.runtime.errors import ConfigError
 
@@ -317,6 +320,22 @@ def leaves(value, path=()):
         yield (*path, key)
         if isinstance(child, dict):
             yield from leaves(child, (*path, key))
+
+
+def test_eval_fid_record_log_and_command(samples, generator_run, use, tmp_path, record):
+    """The log of `run=...`, and of a sample folder inside of the run; none of samples elsewhere."""
+    log = {"file": "metrics.jsonl", "sha256": file_sha256(generator_run / "metrics.jsonl")}
+    reference = ("data=digits", "reference=data:test", *use, f"out={tmp_path / 'r.json'}")
+    of_run = evaluate(f"run={generator_run}", f"count={DRAWN}", *DRAW, *reference)
+    inside = shutil.copytree(generator_run, tmp_path / "run") / "set"
+    shutil.copytree(samples, inside)
+    assert [of_run["log"], record["log"]] == [log, None]
+    for folder in (inside, inside / "images"):
+        assert evaluate(f"samples={folder}", *reference)["log"] == log
+    compute = of_run["compute"]
+    assert (compute["command"], compute["device"]) == (shlex.join(sys.argv), "cpu")
+    assert compute["threads"] == torch.get_num_threads()
+    assert compute["processor"]
 
 
 def test_read_record_missing_field_refused(record, tmp_path):

@@ -6,6 +6,7 @@ import torch
 from tests.processes import run_script
 from tests.support import TINY, assert_resume_exact, assert_same, metrics, train_and_kill
 from vca.training.checkpoint import list_checkpoints, load_latest
+from vca.training.snapshots import list_snapshots
 
 pytestmark = pytest.mark.process
 
@@ -30,7 +31,13 @@ def run(tmp_path, name, *overrides, ranks=1):
 @pytest.mark.parametrize(("ranks", "workers"), [(1, 2), (2, 0), (3, 0)], ids=["one rank", "two ranks", "three ranks"])
 def test_resume_after_kill_is_exact(tmp_path, ranks, workers):
     options = [f"trainer.workers={workers}", *(["trainer.micro_batch_size=60"] if workers else [])]
+    options += ["trainer.snapshot_every=4", "trainer.ema_decay=[0.9,0.5]"]
     assert_resume_exact(tmp_path, [7, 18], "train_cls.py", *LONG, *options, ranks=ranks)
+    whole, broken = (list_snapshots(tmp_path / name / "snapshots") for name in ("whole", "broken"))
+    assert [(one.step, one.decay) for one in whole] == [
+        (step, decay) for step in range(4, 29, 4) for decay in (0.5, 0.9)
+    ]
+    assert [one.path.read_bytes() for one in broken] == [one.path.read_bytes() for one in whole]
     assert (tmp_path / "broken" / "curves.png").stat().st_size > 1000
 
 

@@ -17,12 +17,16 @@ import pytest
 import torch
 
 import train_cls
+import vca.report.classifier
 from models import build_model
 from tests.processes import ROOT, environment, run_script
 from tests.support import TINY, assert_same, metrics, untimed
 from vca.config import compose
+from vca.data import images_identity, load_dataset
 from vca.data.loader import Address
+from vca.evaluation.record import read_record
 from vca.runtime import provenance
+from vca.runtime.digest import file_sha256, tensors_sha256
 from vca.runtime.errors import ConfigError, PreemptedError
 from vca.runtime.rundir import to_dict
 from vca.runtime.seeding import seed_torch
@@ -81,6 +85,53 @@ def test_eval_only_equals_evaluation_of_run(finished):
     assert run(folder, "trainer.eval_only=true") == result
     done = run_script("train_cls.py", f"out_dir={folder}", "name=run", *SHORT, "trainer.eval_only=true", ranks=2)
     assert f"top-1 {result['val/top1']:.2f} % of 359 images" in done.stdout
+
+
+def records_of(folder):
+    """The accuracy records in a run directory, by weights."""
+    found = [read_record(path) for path in sorted(folder.glob("evaluation-accuracy-*.json"))]
+    return {record["weights"]["name"]: record for record in found}
+
+
+def test_accuracy_records_of_finished_run(finished):
+    """A record of raw and of EMA weights: figures, sha256 of the checkpoint's weights, log, launch, and data."""
+    folder, result = finished
+    saved = load_latest(folder / "run" / "checkpoints")
+    records = records_of(folder / "run")
+    assert list(records) == ["ema", "raw"]
+    for name, prefix, key in (("raw", "val", "model"), ("ema", "ema", "ema")):
+        record = records[name]
+        assert record["metrics"] == {k: result[f"{prefix}/{k}"] for k in ("top1", "top5", "loss")}
+        sha256 = tensors_sha256(saved[key])
+        assert record["weights"] == {"name": name, "source": "run", "step": 6, "steps": 6, "sha256": sha256}
+        assert (record["count"], record["data"]["images"], record["data"]["name"]) == (359, 359, "digits")
+        assert record["log"]["sha256"] == file_sha256(folder / "run" / "metrics.jsonl")
+        (launch,) = record["training"]["launches"]
+        assert launch.items() <= json.loads((folder / "run" / "launches.jsonl").read_text()).items()
+        assert record["config"]["trainer"]["steps"] == 6
+    data = load_dataset(compose("train_cls").data, train=False)
+    assert records["raw"]["data"]["sha256"] == images_identity(data)["sha256"]
+    data.labels[0] = (data.labels[0] + 1) % 10
+    assert records["raw"]["data"]["sha256"] != images_identity(data)["sha256"]
+
+
+def test_accuracy_records_of_other_evaluations(finished):
+    """An evaluation of the same weights replaces the record; that of a file names the file and no training."""
+    folder, result = finished
+    before = records_of(folder / "run")
+    for file in (folder / "run").glob("evaluation-*.json"):
+        file.unlink()
+    run(folder, "trainer.eval_only=true")
+    assert records_of(folder / "run") == before
+    file = f"trainer.init_from={folder}/run/checkpoints/step_00000006.pt"
+    run(folder, "trainer.eval_only=true", "trainer.init_weights=raw", file, name="other")
+    (record,) = records_of(folder / "other").values()
+    assert record["weights"] == {
+        **{"name": "file", "source": "step_00000006.pt", "step": None, "steps": None},
+        "sha256": before["raw"]["weights"]["sha256"],
+    }
+    assert record["metrics"]["top1"] == result["val/top1"]
+    assert (record["training"], record["log"]) == (None, None)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -153,13 +204,13 @@ def test_resume_with_other_intervals_keeps_results(tmp_path, monkeypatch, capsys
 
 def test_signal_during_evaluation_acknowledged(tmp_path, monkeypatch, capfd):
     """At once on stderr; the run then stops after the next step."""
-    evaluate = train_cls.evaluate
+    evaluate = vca.report.classifier.evaluate
 
     def interrupted(*arguments):
         signal.raise_signal(signal.SIGINT)
         return evaluate(*arguments)
 
-    monkeypatch.setattr(train_cls, "evaluate", interrupted)
+    monkeypatch.setattr(vca.report.classifier, "evaluate", interrupted)
     with pytest.raises(PreemptedError, match=r"run: SIGINT: checkpoint saved at step 3 of 6; rerun the same command"):
         run(tmp_path, "trainer.eval_every=2", "trainer.ema_decay=null")
     printed = capfd.readouterr()
@@ -335,6 +386,7 @@ def test_wandb_offline_equals_metrics_file(tmp_path):
     assert second == first + metrics(tmp_path / "run")
     assert (tmp_path / "run" / "wandb_id").read_text() == run_id
     assert len(list((tmp_path / "run").glob(f"wandb/offline-run-*-{run_id}"))) == 2
+    assert len(list((tmp_path / "run").glob("wandb/offline-run-*/files/media/table/evaluations_summary_*.json"))) == 2
 
 
 def test_metrics_file_fp16_skipped_step_is_null(tmp_path, monkeypatch):

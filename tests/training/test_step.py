@@ -17,8 +17,7 @@ from vca.runtime.errors import ConfigError
 from vca.training.config import CompileMode, TrainerConfig
 from vca.training.ema import Ema
 from vca.training.optim import OptimConfig, learning_rate, parameter_groups
-from vca.training.run import length_warnings
-from vca.training.step import TrainState
+from vca.training.step import TrainState, length_warnings
 
 WORLD = World(0, 0, 1, torch.device("cpu"))
 

@@ -59,6 +59,13 @@ class PositionBias(nn.Module):
         bias = (cells + rows + columns).flatten(2)  # (M, n, H W)
         return bias if self.prefix is None else torch.cat((self.prefix, bias), dim=2)  # (M, n, N)
 
+    def set_grid(self, grid: tuple[int, int]) -> None:
+        """Interpolate the biases of rows and columns to a grid `(H, W)`."""
+        for name, size in (("rows", (grid[0], 1)), ("columns", (1, grid[1]))):
+            old = getattr(self, name)
+            resized = F.interpolate(old.detach(), size, mode="bilinear")
+            setattr(self, name, nn.Parameter(resized, requires_grad=old.requires_grad))
+
 
 class AgentAttention(PooledAttention):
     """Agent Attention as a replacement for MHSA; takes the arguments of `ProjectedAttention`."""
@@ -76,6 +83,12 @@ class AgentAttention(PooledAttention):
             )
 
         self.bias1, self.bias2 = bias(), bias()
+
+    def set_grid(self, grid: tuple[int, int]) -> None:
+        super().set_grid(grid)
+        for bias in (self.bias1, self.bias2):
+            if bias is not None:
+                bias.set_grid(grid)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, grid: tuple[int, int]) -> Tensor:
         agents = self.contrast_tokens(q, grid)  # (B, M, n, D)

@@ -111,6 +111,13 @@ class ProjectedAttention(nn.Module):
     def add_parameters(self) -> None:
         """Create the variant's own parameters; called at the end of the constructor."""
 
+    def set_grid(self, grid: tuple[int, int]) -> None:
+        """Make `(H, W)` the grid of inputs without `grid`, as if the module had been built for it.
+
+        A variant whose parameters depend on the grid also interpolates those.
+        """
+        self.grid = (grid[0], grid[1])
+
     def attend(self, q: Tensor, k: Tensor, v: Tensor, grid: tuple[int, int]) -> Tensor:
         """Compute the attention over heads from q, k, v `(B, M, N, D)`: `(B, M, N, D)`, in the dtype of `q`."""
         raise NotImplementedError

@@ -70,8 +70,13 @@ class PooledConfig(AttentionConfig):
         """Create the kernel `(C, 1, H // h, W // w)` of `depthwise`, initialized as an average; else None."""
         if self.pooling is not Pooling.depthwise:
             return None
-        stride = (max(grid[0] // contrast_grid[0], 1), max(grid[1] // contrast_grid[1], 1))
+        stride = pool_stride(grid, contrast_grid)
         return nn.Parameter(torch.full((dim, 1, *stride), 1 / (stride[0] * stride[1])))
+
+
+def pool_stride(grid: tuple[int, int], contrast_grid: tuple[int, int]) -> tuple[int, int]:
+    """Return the stride and kernel size of `depthwise`: the whole tokens per contrast token, at least 1."""
+    return (max(grid[0] // contrast_grid[0], 1), max(grid[1] // contrast_grid[1], 1))
 
 
 def pool_queries(
@@ -127,6 +132,16 @@ class PooledAttention(ProjectedAttention):
     def add_parameters(self) -> None:
         self.contrast_grid = self.config.contrast_grid_of_layer(self.layer_index, default=self.contrast_grid)
         self.pool_weight = self.config.pool_weight(self.dim, self.grid, self.contrast_grid)
+
+    def set_grid(self, grid: tuple[int, int]) -> None:
+        """Set the grid; the kernel of `depthwise` is interpolated and keeps its sum, so an average stays one."""
+        super().set_grid(grid)
+        weight, stride = self.pool_weight, pool_stride(self.grid, self.contrast_grid)
+        if weight is None or weight.shape[2:] == stride:
+            return
+        scale = weight.shape[2] * weight.shape[3] / (stride[0] * stride[1])
+        resized = scale * F.interpolate(weight.detach(), stride, mode="bilinear")  # (C, 1, H // h, W // w)
+        self.pool_weight = nn.Parameter(resized, requires_grad=weight.requires_grad)
 
     def contrast_tokens(self, q: Tensor, grid: tuple[int, int]) -> Tensor:
         """Pool the queries of this layer: `(B, M, N, D)` to `(B, M, n, D)`."""

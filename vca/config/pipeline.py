@@ -56,6 +56,11 @@ def load_run_config(folder: Path, networks: Registry) -> dict[str, Any]:
     check((folder / "config.json").is_file(), "run", "a run directory with a config.json", str(folder))
     saved = read_config(folder)
     check("inputs" in saved, "run", "a run of train_gen.py", str(folder))
+    return configs_of_run(saved, networks)
+
+
+def configs_of_run(saved: Mapping[str, Any], networks: Registry) -> dict[str, Any]:
+    """Build the configs of a generator from the `config.json` of its run."""
     return {
         "model": from_registry(networks, saved["model"], "family"),
         "attention": from_registry(ATTENTIONS, saved["attention"]),
@@ -71,7 +76,9 @@ def load_generated_images(
 ) -> tuple[GeneratedImages, dict[str, Any]]:
     """Load the generator that `config` names, and return its first `count` samples with their settings."""
     configs = read_generator(config, networks)
-    pipeline = load_generator(configs, build, world, config.weights, config.run, config.step, config.checkpoint)
+    pipeline = load_generator(
+        configs, build, world, config.weights, config.run, config.step, config.checkpoint, config.ema
+    )
     check_protocol(config, pipeline.origin)
     images = GeneratedImages(
         pipeline,

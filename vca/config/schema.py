@@ -15,10 +15,11 @@ from vca.generation.objective import SamplerConfig
 from vca.generation.pipeline import SamplingCompile
 from vca.runtime.compute import Device, Precision
 from vca.runtime.errors import check, check_path
-from vca.runtime.metrics_log import WandbConfig
+from vca.runtime.loggers import WandbConfig, check_loggers
 from vca.training.config import ClassifierTrainerConfig, GeneratorTrainerConfig, TrainerConfig
 from vca.training.optim import OptimConfig
 from vca.training.pretrained import InitWeights
+from vca.training.snapshots import ALL
 
 Data = TypeVar("Data", bound=DataConfig)
 
@@ -31,6 +32,7 @@ class TrainConfig:
         name: name of the run; its directory is `out_dir/name`.
         out_dir: folder of all runs and sweeps.
         seed: seed of initialization, data order, augmentation and noise.
+        logger: where records, sample grids and tables are also sent: a list of `wandb` and `tensorboard`.
     """
 
     name: str = MISSING
@@ -42,6 +44,7 @@ class TrainConfig:
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    logger: list[str] = field(default_factory=list)
     wandb: WandbConfig = field(default_factory=WandbConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
 
@@ -50,6 +53,7 @@ class TrainConfig:
         for key in ("name", "out_dir"):
             check_path(key, getattr(self, key))
         check(0 <= self.seed < 2**63, "seed", ">= 0 and below 2^63", self.seed)
+        check_loggers(self.logger)
         optim, trainer = self.optim, self.trainer
         if trainer.steps is None and optim.cooldown_epochs:
             length, rule = optim.warmup_epochs + optim.cooldown_epochs, "optim.warmup_epochs + optim.cooldown_epochs"
@@ -177,7 +181,10 @@ class GeneratorConfig:
         run: run directory of `train_gen.py`; its config determines the model.
         checkpoint: file of weights, such as those of the DiT and SiT repositories, instead of `run`; needs model=...,
             attention=..., objective=... and, for latents, autoencoder=...
-        step: step of the run's checkpoint; null uses the newest one.
+        step: step of a checkpoint or snapshot of the run; null uses the newest checkpoint. In `eval_fid.py`, `all`
+            evaluates every snapshot.
+        ema: decay of the EMA weights, one of the run's `trainer.ema_decay`; null uses the first one. In `eval_fid.py`,
+            `all` evaluates each of them.
         weights: `ema` (raw weights if the run has no EMA) or `raw`.
         decoder: an `autoencoder.source` whose decoder replaces the run's.
         protocol: name of a file in `configs/protocol/`; the fields that it fixes must not be overridden.
@@ -196,7 +203,8 @@ class GeneratorConfig:
     attention: Any = None
     objective: Any = None
     autoencoder: Any = None
-    step: int | None = None
+    step: Any = None
+    ema: Any = None
     weights: InitWeights = InitWeights.ema
     decoder: str | None = None
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
@@ -216,12 +224,26 @@ class GeneratorConfig:
                 check(value is None, key, rule, getattr(value, "name", value))
             elif key != "autoencoder":
                 check(value is not None, key, "set with checkpoint", value)
-        check(self.run is not None or self.step is None, "step", "null without run", self.step)
+        self.check_selection()
         check(self.batch_size is None or self.batch_size >= 1, "batch_size", ">= 1 or null", self.batch_size)
         check(0 <= self.seed < 2**63, "seed", ">= 0 and below 2^63", self.seed)
         listed = isinstance(self.labels, list) and self.labels and all(type(label) is int for label in self.labels)
         known = bool(listed) or self.labels in ("random", "balanced")
         check(known, "labels", "random, balanced or a list of classes such as [207, 360]", self.labels)
+
+    def check_selection(self) -> None:
+        """Check `step` and `ema`."""
+        step, ema = self.step, self.ema
+        more = ", all" if isinstance(self, EvalFidConfig) else ""
+        number = type(step) is int and step >= 0
+        check(step is None or number or bool(more and step == ALL), "step", f"a step{more} or null", step)
+        number = type(ema) in (int, float) and 0 <= ema < 1
+        check(ema is None or number or bool(more and ema == ALL), "ema", f"a decay in [0, 1){more} or null", ema)
+        for key, value in (("step", step), ("ema", ema)):
+            check(self.run is not None or value is None, key, "null without run", value)
+        if self.weights is InitWeights.raw:
+            check(ema is None, "ema", "null with weights=raw", ema)
+            check(step != ALL, "step", "a step or null with weights=raw, as snapshots contain EMA weights", step)
 
 
 @dataclass
@@ -282,6 +304,8 @@ class EvalFidConfig(GeneratorConfig):
         check(len(given) == 1, "samples, run or checkpoint", "set, exactly one of them", given or None)
         super().__post_init__()
         check_path("out", self.out or "")
+        one_record = self.out is None or ALL not in (self.step, self.ema)
+        check(one_record, "out", "null with step=all or ema=all, which write several records", self.out)
         check(self.count is None or self.count >= 2, "count", ">= 2 or null", self.count)
         check(self.features >= 2, "features", ">= 2", self.features)
         dtype = self.precision_recall_dtype

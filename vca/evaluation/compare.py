@@ -149,28 +149,33 @@ def why_missing(samples: FeatureSet, reference: FeatureSet) -> dict[str, str]:
     return missing
 
 
+def frechet_label(count: int, published: bool) -> str:
+    """Return the label of the Frechet distance, such as `FID-50K`; see `labelled_metrics`."""
+    return f"{'FID' if published else 'Frechet distance'}{size_suffix(count)}"
+
+
 def labelled_metrics(metrics: Metrics, settings: dict[str, Any], count: int, published: bool) -> dict[str, str]:
     """Return metric values by a label with the number of images: FID-50K is only for exactly 50,000 samples.
 
     The label is FID only if `published`: the extractor is FID's Inception network.
     """
-    names = ("FID", "sFID", "KID", "Inception Score")
+    names = ("sFID", "KID", "Inception Score")
     if not published:
-        names = ("Frechet distance", "spatial Frechet distance", "kernel distance", "classifier score")
-    lines = {f"{names[0]}{size_suffix(count)}": f"{metrics.frechet:.4g}"}
+        names = ("spatial Frechet distance", "kernel distance", "classifier score")
+    lines = {frechet_label(count, published): f"{metrics.frechet:.4g}"}
     if metrics.spatial_frechet is not None:
-        lines[f"{names[1]}{size_suffix(count)}"] = f"{metrics.spatial_frechet:.4g}"
+        lines[f"{names[0]}{size_suffix(count)}"] = f"{metrics.spatial_frechet:.4g}"
     if metrics.kernel is not None:
         std = "" if metrics.kernel_std is None else f" +- {metrics.kernel_std:.2g}"
-        lines[f"{names[2]}{size_suffix(settings['kid']['of'][0])}"] = f"{metrics.kernel:.4g}{std}"
+        lines[f"{names[1]}{size_suffix(settings['kid']['of'][0])}"] = f"{metrics.kernel:.4g}{std}"
     if metrics.inception_score is not None:
         std = f" +- {metrics.inception_score_std:.2g}" if count > SPLIT else ""
-        lines[f"{names[3]}{size_suffix(count)}"] = f"{metrics.inception_score:.4g}{std}"
+        lines[f"{names[2]}{size_suffix(count)}"] = f"{metrics.inception_score:.4g}{std}"
     if metrics.precision is not None:
         sizes = " vs ".join(map(format_count, settings["neighbours"]["of"]))
         sizes += ", float16" if settings["neighbours"]["dtype"] == "float16" else ""
         lines[f"precision, {sizes}"], lines[f"recall, {sizes}"] = f"{metrics.precision:.4f}", f"{metrics.recall:.4f}"
-    missing = {"spatial_frechet": names[1], "kernel": names[2], "inception_score": names[3]}
+    missing = {"spatial_frechet": names[0], "kernel": names[1], "inception_score": names[2]}
     for name, reason in settings["missing"].items():
         lines[missing.get(name, "precision, recall")] = f"not computed: {reason}"
     return lines

@@ -215,7 +215,7 @@ class MemoryPlan:
         of_rank = max(micro, trainer.global_batch_size // self.ranks)
         batch = of_rank * self.input_bytes()
         saved = extrapolate(self.saved, micro)
-        ema = self.weights if trainer.ema_decay is not None else 0
+        ema = self.weights * len(trainer.ema_decays)
         # Gradients of earlier micro-batches and DDP's buckets are there during a forward pass.
         kept = of_rank > micro or self.ranks > 1
         most = max(

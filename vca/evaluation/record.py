@@ -1,5 +1,6 @@
 """Evaluation records: metrics with all settings that they depend on, as JSON.
 
+`eval_fid.py` writes records of samples (`FORMAT`), `train_cls.py` records of accuracy (`ACCURACY_FORMAT`).
 `read_record`, and therefore `scripts/table.py`, rejects a record with a missing field or a changed value.
 `scripts/table.py` skips records with unknown sampling settings.
 """
@@ -7,27 +8,33 @@
 import hashlib
 import json
 import platform
+import shlex
+import sys
 import tempfile
+from collections.abc import Iterable
 from dataclasses import asdict, fields
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from vca.evaluation.compare import Metrics
 from vca.evaluation.extractor import Extractor
 from vca.evaluation.features import FeatureSet
 from vca.generation.objective import SamplerConfig
+from vca.runtime.devices import device_name, processor_name
+from vca.runtime.digest import file_sha256
 from vca.runtime.distributed import World
 from vca.runtime.errors import ConfigError
 from vca.runtime.files import write_text
 from vca.runtime.provenance import provenance
 
 FORMAT = "vca-evaluation-1"
+ACCURACY_FORMAT = "vca-accuracy-1"
 
-# Fields by section, besides the sections themselves; a dot separates nested sections.
+# Fields by section, besides the sections themselves; a dot separates nested sections. Records of samples written by
+# earlier versions have no `log`, `compute.command`, `compute.processor` and `compute.threads`.
 FIELDS: dict[str, tuple[str, ...]] = {
     "": ("format", "count", "warnings", "sha256"),
     "metrics": tuple(f.name for f in fields(Metrics)),
@@ -46,8 +53,17 @@ FIELDS: dict[str, tuple[str, ...]] = {
     "compute": ("batch_size", "ranks", "device", "commit", "uncommitted"),
     "compute.versions": ("python", "torch", "torch_fidelity", "numpy"),
 }
+ACCURACY_FIELDS: dict[str, tuple[str, ...]] = {
+    "": ("format", "count", "config", "training", "log", "sha256"),
+    "metrics": ("top1", "top5", "loss"),
+    "weights": ("name", "source", "step", "steps", "sha256"),
+    "data": ("name", "sha256"),
+    "compute": ("batch_size", "ranks", "device", "processor", "threads", "command", "commit", "uncommitted"),
+    "compute.versions": ("python", "torch", "torchvision", "timm", "numpy"),
+}
+FIELDS_OF = {FORMAT: FIELDS, ACCURACY_FORMAT: ACCURACY_FIELDS}
 # Where and with which software a record was computed; no influence on the metrics.
-INCIDENTAL = ("samples.source", "reference.source", "compute")
+INCIDENTAL = ("samples.source", "reference.source", "compute", "log")
 UNKNOWN_SETTINGS = "sampling settings unknown (not a sample.py folder): excluded from scripts/table.py"
 
 
@@ -61,9 +77,9 @@ def make_record(
     warnings: list[str],
     batch_size: int,
     world: World,
+    run: str | None = None,
 ) -> dict[str, Any]:
-    """Build the record; `made` contains the sampling settings, None if unknown."""
-    commit, diff = provenance()
+    """Build the record; `made` contains the sampling settings, None if unknown; `run` is the generator's run."""
     record = {
         "format": FORMAT,
         "count": samples.count,
@@ -82,22 +98,44 @@ def make_record(
             "features": 0 if reference.features is None else len(reference.features),
         },
         "extractor": {**extractor.identity(), "dtype": "float32", "tf32": False},
-        "compute": {
-            "batch_size": batch_size,
-            "ranks": world.size,
-            "device": torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else "cpu",
-            "versions": {
-                "python": platform.python_version(),
-                "torch": torch.__version__,
-                "torch_fidelity": version("torch-fidelity"),
-                "numpy": np.__version__,
-            },
-            "commit": commit,
-            "uncommitted": bool(diff),
-        },
+        "log": log_identity(Path(run)) if run is not None else None,
+        "compute": compute_section(world, batch_size, ("torch-fidelity", "numpy")),
         "warnings": warnings,
     }
     return {**record, "sha256": seal(record)}
+
+
+def compute_section(world: World, batch_size: int, packages: Iterable[str]) -> dict[str, Any]:
+    """Return where, by which command and with which software this process computes."""
+    commit, diff = provenance()
+    return {
+        "batch_size": batch_size,
+        "ranks": world.size,
+        "device": device_name(world.device),
+        "processor": processor_name(),
+        "threads": torch.get_num_threads(),
+        "command": shlex.join(sys.argv),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            **{package.replace("-", "_"): version(package) for package in packages},
+        },
+        "commit": commit,
+        "uncommitted": bool(diff),
+    }
+
+
+def log_identity(run: Path) -> dict[str, str] | None:
+    """Return name and sha256 of a run's `metrics.jsonl`, None if it has none."""
+    file = run / "metrics.jsonl"
+    return {"file": file.name, "sha256": file_sha256(file)} if file.is_file() else None
+
+
+def run_of_samples(samples: str, made: dict[str, Any] | None) -> str | None:
+    """Return the run that generated a set of samples, if the set is in its directory; else None."""
+    name = ((made or {}).get("origin") or {}).get("run")
+    folders = Path(samples).expanduser().resolve().parents[:2]  # of a sample folder, or of `images/` in it
+    return next((str(folder) for folder in folders if name and folder.name == name), None)
 
 
 def seal(record: dict[str, Any]) -> str:
@@ -133,9 +171,13 @@ def write_record(path: Path, record: dict[str, Any]) -> None:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_text(path, json.dumps(record, indent=2) + "\n")
+        write_text(path, record_text(record))
     except OSError as error:
         raise ConfigError(f"out: cannot write {path}: {error.strerror}") from error
+
+
+def record_text(record: dict[str, Any]) -> str:
+    return json.dumps(record, indent=2) + "\n"
 
 
 def check_writable(file: Path) -> None:
@@ -161,8 +203,9 @@ def read_record(path: Path) -> dict[str, Any]:
     if missing := missing_fields(record):
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise ConfigError(f"{path} has no field {missing[0]}{more}; evaluate again")
-    if record["format"] != FORMAT:
-        raise ConfigError(f"{path} must have format {FORMAT}, got {record['format']}; evaluate again")
+    if record["format"] not in FIELDS_OF:
+        formats = " or ".join(FIELDS_OF)
+        raise ConfigError(f"{path} must have format {formats}, got {record['format']}; evaluate again")
     if record["sha256"] != seal(record):
         raise ConfigError(f"{path} has changed since it was written; evaluate again")
     return record
@@ -174,7 +217,7 @@ def missing_fields(record: dict[str, Any]) -> list[str]:
         return ["format"]
     missing: list[str] = []
     unknown = isinstance(record.get("samples"), dict) and record["samples"].get("made", "") is None
-    for section, names in FIELDS.items():
+    for section, names in FIELDS_OF.get(str(record.get("format")), FIELDS).items():
         if unknown and section.startswith("samples.made"):
             continue  # sampling settings unknown
         part: Any = record

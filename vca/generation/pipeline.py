@@ -18,7 +18,7 @@ from vca.generation.diffusion import SamplingNet
 from vca.generation.objective import Method, Objective, SamplerConfig
 from vca.generation.samplers import SamplerOutput
 from vca.runtime.compute import Precision, computing
-from vca.runtime.errors import NonFiniteError, check
+from vca.runtime.errors import ConfigError, NonFiniteError, check
 from vca.runtime.files import write_bytes
 from vca.runtime.rundir import to_dict
 from vca.runtime.seeding import derive_seed
@@ -48,6 +48,7 @@ class DiffusionPipeline:
         model, objective, autoencoder: on one device.
         configs: configs of model, attention, objective and autoencoder; empty during training.
         origin: run or file of the weights; empty during training.
+        sampler: default sampler of `sample`; set by `vca.from_pretrained`.
     """
 
     model: Any
@@ -55,11 +56,33 @@ class DiffusionPipeline:
     autoencoder: Autoencoder
     configs: dict[str, Any] = field(default_factory=dict)
     origin: dict[str, Any] = field(default_factory=dict)
+    sampler: SamplerConfig | None = None
 
     @property
     def shape(self) -> tuple[int, int, int]:
         """Shape `(C, h, w)` of a latent."""
         return (self.autoencoder.channels, *self.model.config.size)
+
+    def sample(
+        self, count: int, labels: Any = "random", seed: int = 0, sampler: SamplerConfig | None = None
+    ) -> "list[GeneratedImage]":
+        """Return the first `count` images of `sample.py` with these settings, computed in float32.
+
+        Args:
+            labels: `random`, `balanced`, or a list of classes that is repeated.
+            seed: image i depends only on it and i.
+            sampler: replaces the pipeline's sampler.
+
+        Raises:
+            ConfigError: as `GeneratedImages`, or if there is no sampler.
+        """
+        sampler = sampler or self.sampler
+        if sampler is None:
+            raise ConfigError("sampler must be set, the pipeline has none")
+        size = default_batch_size(self.autoencoder.device)
+        images = GeneratedImages(self, sampler, labels, seed, Precision.fp32, count, size)
+        blocks = (range(first, min(first + size, count)) for first in range(0, count, size))
+        return [image for block in blocks for image in images.sample(block)]
 
 
 class GeneratedImages:
@@ -118,6 +141,10 @@ class GeneratedImages:
         first = numbers[0] // self.compute_batch_size * self.compute_batch_size
         block = self.sample_batch(range(first, first + self.compute_batch_size))
         return [block[number - first] for number in numbers]
+
+    def read(self, numbers: Sequence[int]) -> np.ndarray:
+        """Sample the pixels `(len(numbers), H, W, C)` uint8 of numbers from one block."""
+        return np.stack([one.pixels for one in self.sample(numbers)])
 
     def sample_batch(self, numbers: Sequence[int]) -> list[GeneratedImage]:
         """Sample one batch."""

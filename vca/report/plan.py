@@ -124,6 +124,10 @@ def plan(
         size = 2 * 2 * 4 * example_inputs(config.model)[0].numel() * images
         yield Line("disk: latent cache", f"{size / 1e9:.1f} GB", "counted: float32 mean and std, image and flip")
     steps = trainer.total_steps(max(1, (images or 0) // trainer.global_batch_size))
+    if trainer.snapshot_every:
+        snapshots = -(-steps // trainer.snapshot_every) * len(trainer.ema_decays)
+        files = f"counted: {snapshots} of {step.weights / 1e9:.2f} GB, never deleted"
+        yield Line("disk: snapshots", f"{snapshots * step.weights / 1e9:.2f} GB", files)
     total = steps * trainer.global_batch_size
     yield Line("images of the run", f"{total / 1e6:.1f} M", f"config: {steps} steps of {trainer.global_batch_size}")
     hours = steps * seconds * gpus / 3600

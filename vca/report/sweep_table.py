@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from vca.attention import variant_name
 from vca.report.tables import NOT_COMPARED, total_steps
@@ -79,24 +79,46 @@ def read_finished_run(folder: Path) -> FinishedRun | str:
         return f"{folder}: not a run of this project, or corrupt ({type(error).__name__})"
 
 
+class ResultTable(NamedTuple):
+    """Runs that were evaluated on the same data.
+
+    Attributes:
+        title: the data options in which the tables differ; empty if there is one table.
+        rows: cells of the header, then one row per config.
+        duplicates: a line for each skipped run with the config and seed of another.
+    """
+
+    title: str
+    rows: list[list[str]]
+    duplicates: list[str]
+
+
 def sweep_table(folders: Iterable[Path]) -> str:
     """Return Markdown with one row per config, named by the options that differ, and the skipped runs below.
 
     Runs that were evaluated on different data are in separate tables.
     """
     runs = [read_finished_run(folder) for folder in dict.fromkeys(folder.resolve() for folder in folders)]
+    parts = []
+    for title, (head, *rows), duplicates in result_tables([run for run in runs if isinstance(run, FinishedRun)]):
+        table = [f"| {' | '.join(line)} |" for line in (head, ["---"] * len(head), *rows)]
+        parts.append("\n".join([*([title, ""] if title else []), *table, *duplicates]))
+    return "\n\n".join(parts) + "".join(f"\n{line}" for line in runs if isinstance(line, str))
+
+
+def result_tables(runs: Iterable[FinishedRun]) -> list[ResultTable]:
+    """Return a table for the runs of each data set."""
     by_data: dict[str, list[FinishedRun]] = {}
     for run in runs:
-        if isinstance(run, FinishedRun):
-            by_data.setdefault(json.dumps(data_options(run), sort_keys=True), []).append(run)
+        by_data.setdefault(json.dumps(data_options(run), sort_keys=True), []).append(run)
     firsts = [data_options(group[0]) for group in by_data.values()]
     keys = sorted({key for first in firsts for key in first})
     differing = [key for key in keys if len({str(first.get(key)) for first in firsts}) > 1]
-    parts = []
+    tables = []
     for group in by_data.values():
         title = ", ".join(f"{key}={group[0].config.get(key)}" for key in differing)
-        parts.append("\n".join([*([title, ""] if title else []), *table_lines(group)]))
-    return "\n\n".join(parts) + "".join(f"\n{line}" for line in runs if isinstance(line, str))
+        tables.append(ResultTable(title, *table_rows(group)))
+    return tables
 
 
 def data_options(run: FinishedRun) -> dict[str, Any]:
@@ -104,8 +126,8 @@ def data_options(run: FinishedRun) -> dict[str, Any]:
     return {key: value for key, value in run.config.items() if key.startswith("data.")}
 
 
-def table_lines(runs: list[FinishedRun]) -> list[str]:
-    """Return the lines of one table; a second run with the same config and seed is skipped and named below."""
+def table_rows(runs: list[FinishedRun]) -> tuple[list[list[str]], list[str]]:
+    """Return the cells of one table, and a line for each skipped run with the config and seed of another."""
     by_config: dict[str, dict[int, FinishedRun]] = {}
     duplicates = []
     for run in runs:
@@ -117,15 +139,15 @@ def table_lines(runs: list[FinishedRun]) -> list[str]:
     differing = [key for key in keys if len({json.dumps(run.config.get(key)) for run in runs}) > 1]
     columns = [name for name in COLUMNS if any(run.values[name] is not None for run in runs)]
 
-    lines = [["", *columns, "seeds", "runs"], ["---"] * (len(columns) + 3)]
+    rows = [["", *columns, "seeds", "runs"]]
     for seeds in by_config.values():
         config = next(iter(seeds.values())).config
         shown = {key: "null" if config.get(key) is None else config[key] for key in differing}
         label = ", ".join(shown[key] if key == "attention" else f"{key}={shown[key]}" for key in differing)
         cells = [mean_std([run.values[name] for run in seeds.values()], COLUMNS[name][1]) for name in columns]
         names = " ".join(run.path.name for run in seeds.values())
-        lines.append([label or str(config["attention"]), *cells, str(len(seeds)), names])
-    return [*(f"| {' | '.join(line)} |" for line in lines), *duplicates]
+        rows.append([label or str(config["attention"]), *cells, str(len(seeds)), names])
+    return rows, duplicates
 
 
 def mean_std(values: list[float | None], decimals: int) -> str:

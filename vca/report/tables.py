@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from vca.attention import DifferentialStagesConfig, SoftmaxConfig, VCAConfig, variant_name
-from vca.evaluation.record import FORMAT, INCIDENTAL, read_record
+from vca.evaluation.record import ACCURACY_FORMAT, FIELDS_OF, INCIDENTAL, read_record
 from vca.report import paper
 from vca.report.accuracy import accuracy_at, ema_warning
 from vca.runtime.errors import ConfigError
@@ -93,6 +93,7 @@ TABLES = {
 }
 PROTOCOLS = {"diffusion": "dit_table", "interpolant": "sit_sde250"}  # protocols of FID without guidance
 IMAGENET = {"name": "imagefolder", "num_classes": 1000}
+IMAGENET_IMAGES = 50_000  # of its validation split
 
 # Settings that may differ between runs of one row, and between records of one row and of one table.
 NOT_COMPARED = (*RESUME_IGNORED_KEYS, "data.check", "trainer.eval_batch_size", "trainer.micro_batch_size", "seed")
@@ -143,6 +144,7 @@ class Measurements:
     left_out: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     generators: list[Path] = field(default_factory=list)
+    accuracies: dict[str, list[tuple[Path, dict[str, Any]]]] = field(default_factory=dict)  # records by run
 
     def skip(self, path: Path, reason: str) -> None:
         """Record why a run or record is in no table."""
@@ -164,8 +166,10 @@ def gather(folders: Iterable[Path], weights: str | None = None) -> Measurements:
         for path in sorted(folder.rglob("config.json")):
             read_run(path.parent, weights, found)
         for path in sorted(folder.rglob("*.json")):
-            if "evaluation-" in path.name or f'"{FORMAT}"' in path.read_text(errors="ignore"):
+            text = path.read_text(errors="ignore")
+            if "evaluation-" in path.name or any(f'"{name}"' in text for name in FIELDS_OF):
                 read_evaluation(path, found)
+    measure_accuracies(weights, found)
     records = [one.settings for one in found.measured if one.cell.objective is not None]
     evaluated = {str(record["samples"]["made"]["origin"].get("run")) for record in records}
     for run in found.generators:
@@ -218,8 +222,12 @@ def total_steps(config: Mapping[str, Any], records: list[dict[str, Any]]) -> flo
 
 
 def read_evaluation(path: Path, found: Measurements) -> None:
-    """Add a record that is an FID-50K of a table's protocol."""
+    """Add a record that is an FID-50K of a table's protocol, or an accuracy outside of its run directory."""
     record = read_record(path)
+    if record["format"] == ACCURACY_FORMAT:
+        if record["log"] is not None and not (path.parent / "config.json").exists():
+            found.accuracies.setdefault(record["log"]["sha256"], []).append((path, record))
+        return
     made = record["samples"]["made"]
     if made is None:
         found.skip(path, "sampling settings unknown (not a sample.py folder)")
@@ -231,9 +239,42 @@ def read_evaluation(path: Path, found: Measurements) -> None:
         value = f"{record['metrics']['frechet']:.2f} of {record['count']:,} samples{extractor}"
         found.skip(path, f"{value}, protocol {made['protocol']}; the tables need FID-50K with protocol={wanted}")
         return
+    if (reason := not_final(made["origin"])) is not None:
+        found.skip(path, reason)
+        return
     cell = Cell(made["model"]["name"], made["attention"], objective, record["samples"]["shape"][0])
     weights = made["origin"]["weights_sha256"]
     found.measured.append(Measurement(path, record["metrics"]["frechet"], weights, record, cell))
+
+
+def measure_accuracies(weights: str | None, found: Measurements) -> None:
+    """Add the accuracy records of finished ImageNet runs; `weights` as in `gather`."""
+    for log, records in found.accuracies.items():
+        names = [record["weights"]["name"] for _, record in records]
+        chosen = weights or ("ema" if "ema" in names else "raw")
+        path, record = records[names.index(chosen) if chosen in names else 0]
+        config, images, origin = record["config"], record["count"], record["weights"]
+        if {key: config["data"].get(key) for key in IMAGENET} != IMAGENET or images != IMAGENET_IMAGES:
+            found.skip(
+                path, f"not the {IMAGENET_IMAGES:,} images of ImageNet-1K, got {images:,} of {config['data']['name']}"
+            )
+        elif origin["step"] != origin["steps"] or chosen not in names:
+            found.skip(path, f"{chosen} weights of step {origin['steps']} needed, got {names[0]} of {origin['step']}")
+        else:
+            settings = {**config, "images": images, "weights": weights}
+            cell = Cell(config["model"]["name"], config["attention"], None, config["data"]["img_size"])
+            found.measured.append(Measurement(path, record["metrics"]["top1"], log, settings, cell))
+
+
+def not_final(origin: dict[str, Any]) -> str | None:
+    """Return why the weights of a record are not the ones of the tables: the last step and the first EMA decay."""
+    trainer = (origin["training"] or {}).get("trainer", {})
+    step, steps, decay = origin["step"], trainer.get("steps"), origin.get("ema_decay")
+    if None not in (step, steps) and step < steps:
+        return f"step {step} of {steps}"
+    if decay is not None and decay != trainer["ema_decay"][0]:
+        return f"EMA decay {decay}, the tables use the first one, {trainer['ema_decay'][0]}"
+    return None
 
 
 def fill(table: Table, measured: list[Measurement]) -> list[tuple[str, list[tuple[Cell, list[Measurement]]]]]:

@@ -1,5 +1,6 @@
 """Device, precision, and torch's process-wide switches."""
 
+import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -65,3 +66,16 @@ def computing(precision: Precision, device: torch.device) -> Iterator[None]:
     finally:
         torch.set_float32_matmul_precision(before[0])
         torch.backends.cudnn.allow_tf32 = before[1]
+
+
+@contextmanager
+def without_automatic_gc() -> Iterator[None]:
+    """Turn automatic garbage collection off, and exempt all existing objects from collections."""
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+        gc.unfreeze()

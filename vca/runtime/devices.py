@@ -1,9 +1,11 @@
 """GPUs: memory, peak rates of matrix products and links, from the vendors' data sheets."""
 
+import platform
 import re
 import resource
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -59,6 +61,16 @@ GPUS: dict[str, Gpu] = {
 def device_name(device: torch.device) -> str:
     """Return the name of a GPU, or `cpu`."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def processor_name() -> str:
+    """Return the model name of the CPU, as Linux reports it; elsewhere what `platform` reports."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def peak_flops(name: str, precision: Precision) -> float | None:

@@ -1,106 +1,14 @@
-"""Logging of a run: `metrics.jsonl` (the source of truth), the terminal, and wandb (an optional copy)."""
+"""Logging of a run: `metrics.jsonl` (the source of truth), the terminal, and loggers (optional copies)."""
 
-import queue
 import sys
-import threading
-import uuid
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from vca.runtime.errors import check
-from vca.runtime.files import write_text
+from vca.runtime.loggers import Backend, LoggerThread, table_of
 from vca.runtime.rundir import RunDirectory
-
-
-class WandbMode(Enum):
-    """`off`, or a mode of wandb."""
-
-    off = "off"
-    offline = "offline"
-    online = "online"
-
-
-@dataclass
-class WandbConfig:
-    """Settings of the copy on wandb.
-
-    Attributes:
-        mode: `off`, `offline` or `online`.
-        project, entity: wandb project and entity of the run.
-        timeout_seconds: maximum time to wait for wandb at the end of a run.
-    """
-
-    mode: WandbMode = WandbMode.off
-    project: str = "vca"
-    entity: str | None = None
-    timeout_seconds: float = 60.0
-
-    def __post_init__(self) -> None:
-        check(self.timeout_seconds > 0, "wandb.timeout_seconds", "> 0", self.timeout_seconds)
-
-
-class WandbMirror:
-    """Sends records to wandb from a separate thread, so that a failing or hanging wandb does not affect the run.
-
-    A resumed run keeps its id (`wandb_id` in the run directory). The step is an ordinary metric that the others are
-    plotted against, because resuming from an earlier checkpoint would conflict with wandb's own step counter.
-    """
-
-    def __init__(self, config: WandbConfig, folder: Path, name: str, run_config: dict[str, Any]) -> None:
-        self.config, self.folder, self.name, self.run_config = config, folder, name, run_config
-        self.queue: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
-        self.thread = threading.Thread(target=self.work, name="wandb", daemon=True)
-        self.thread.start()
-
-    def run_id(self) -> str:
-        """Return the run's id on wandb; create it on first use."""
-        file = self.folder / "wandb_id"
-        known = file.read_text().strip() if file.exists() else ""
-        if not known:
-            write_text(file, known := uuid.uuid4().hex[:8])
-        return known
-
-    def work(self) -> None:
-        """Send the queued records until `close`; the body of the thread."""
-        try:
-            import wandb
-
-            mode: Any = self.config.mode.value
-            run = wandb.init(
-                project=self.config.project,
-                entity=self.config.entity,
-                name=self.name,
-                id=self.run_id(),
-                resume="allow",
-                mode=mode,
-                dir=str(self.folder),
-                config=self.run_config,
-            )
-            run.define_metric("*", step_metric="step")
-            while (record := self.queue.get()) is not None:
-                run.log(record)
-            run.finish()
-        except Exception as error:  # the run continues whatever wandb raises
-            warnings.warn(f"wandb is off for the rest of this run: {type(error).__name__}: {error}", stacklevel=2)
-
-    def log(self, record: dict[str, Any]) -> None:
-        """Queue a record; does not block."""
-        if self.thread.is_alive():
-            self.queue.put(record)
-
-    def close(self) -> None:
-        """Wait at most `timeout_seconds` for wandb to finish."""
-        limit = self.config.timeout_seconds
-        print(f"waiting for wandb (at most {limit:g} s)", flush=True)
-        self.queue.put(None)
-        self.thread.join(limit)
-        if self.thread.is_alive():
-            warnings.warn(f"wandb did not finish within {limit:g} s; the metrics are in metrics.jsonl", stacklevel=2)
 
 
 def progress_bar(total: int, unit: str, show: bool) -> Any:
@@ -119,7 +27,8 @@ class Reporter:
 
     def __init__(self, folder: RunDirectory | None = None, step: int = 0, total_steps: int = 0, batch: int = 0) -> None:
         self.folder, self.total_steps, self.batch = folder, total_steps, batch
-        self.wandb: WandbMirror | None = None
+        self.loggers: list[LoggerThread] = []
+        self.evaluations: list[dict[str, Any]] = []  # records other than reports of training, for the loggers' table
         self.bar: Any = None
         self.unwritable: set[Path] = set()
         if folder is not None and sys.stderr.isatty():
@@ -134,14 +43,26 @@ class Reporter:
             self.bar.update(self.batch)
 
     def write(self, record: dict[str, Any]) -> None:
-        """Write a record to `metrics.jsonl`, the terminal and wandb."""
+        """Write a record to `metrics.jsonl`, the terminal and the loggers; an evaluation also to the loggers' table."""
         if self.folder is None:
             return
         with self.expendable(self.folder.metrics_file):
             self.folder.append(record)
-        if self.wandb is not None:
-            self.wandb.log(record)
+        self.put(lambda backend: backend.record(record))
+        if is_evaluation(record):
+            self.evaluations.append(record)
+            table = table_of(self.evaluations)
+            self.put(lambda backend: backend.table(record["step"], "evaluations", table))
         self.log(format_record(record, self.total_steps))
+
+    def picture(self, step: int, key: str, file: Path) -> None:
+        """Send a PNG file to the loggers."""
+        self.put(lambda backend: backend.picture(step, key, file))
+
+    def put(self, call: Callable[[Backend], None]) -> None:
+        """Queue a call for each logger."""
+        for logger in self.loggers:
+            logger.put(call)
 
     @contextmanager
     def expendable(self, file: Path) -> Iterator[None]:
@@ -161,11 +82,16 @@ class Reporter:
             print(line, flush=True)
 
     def close(self) -> None:
-        """Close the progress bar and wandb."""
+        """Close the progress bar and the loggers."""
         if self.bar is not None:
             self.bar.close()
-        if self.wandb is not None:
-            self.wandb.close()
+        for logger in self.loggers:
+            logger.close()
+
+
+def is_evaluation(record: dict[str, Any]) -> bool:
+    """Whether a record is of an evaluation, not of training steps."""
+    return "lr" not in record
 
 
 # Keys of a record that the terminal does not print.

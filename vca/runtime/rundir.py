@@ -4,8 +4,9 @@ config.json       the resolved config and the identity of the data (image files,
                   differs in them is refused
 launches.jsonl    one line per start: command, commit, versions, machine, ranks, first step
 uncommitted.diff  uncommitted changes at the last start
-metrics.jsonl     one line per record; the source of truth, of which wandb and curves.png are copies
+metrics.jsonl     one line per record; the source of truth, of which loggers and curves.png are copies
 checkpoints/      see vca.training.checkpoint
+snapshots/        see vca.training.snapshots
 """
 
 import dataclasses
@@ -26,7 +27,7 @@ from typing import Any
 
 import torch
 
-from vca.runtime.devices import device_name
+from vca.runtime.devices import device_name, processor_name
 from vca.runtime.distributed import World
 from vca.runtime.errors import ConfigError
 from vca.runtime.files import append_line, write_bytes, write_text
@@ -41,6 +42,7 @@ RESUME_IGNORED_KEYS = (
     "cluster",
     "extractor",
     "fid",
+    "logger",
     "out_dir",
     "data.check_seconds",
     "data.root",
@@ -52,11 +54,13 @@ RESUME_IGNORED_KEYS = (
     "trainer.device",
     "trainer.eval_every",
     "trainer.eval_only",
+    "trainer.eval_snapshots",
     "trainer.fid_every",
     "trainer.grad_checkpointing",
     "trainer.keep_checkpoints",
     "trainer.log_every",
     "trainer.profile",
+    "trainer.snapshot_every",
     "trainer.timeout_minutes",
     "trainer.workers",
     "wandb",
@@ -73,6 +77,7 @@ class RunDirectory:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.checkpoints = path / "checkpoints"
+        self.snapshots = path / "snapshots"
         self.metrics_file = path / "metrics.jsonl"
         self.locked: Any = None
 
@@ -120,8 +125,9 @@ class RunDirectory:
         """Create and lock the directory, write the config, and remove temporary files of a killed process."""
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         self.lock()
-        for interrupted in (*self.path.glob("*.tmp"), *self.checkpoints.glob("*.tmp")):
-            interrupted.unlink()
+        for folder in (self.path, self.checkpoints, self.snapshots):
+            for interrupted in folder.glob("*.tmp"):
+                interrupted.unlink()
         write_text(self.path / "config.json", json.dumps(config, indent=2) + "\n")
 
     def lock(self) -> None:
@@ -139,9 +145,13 @@ class RunDirectory:
 
     def device_hours(self) -> float:
         """Return the device-hours of all starts, up to the last record of each, also of steps that were repeated."""
+        return max([float(record.get("device_hours", 0)) for record in [*self.launches(), *self.records()]] or [0.0])
+
+    def launches(self) -> list[dict[str, Any]]:
+        """Return the valid lines of `launches.jsonl`, oldest first."""
         file = self.path / "launches.jsonl"
-        launches = [parse_json(line) for line in file.read_bytes().split(b"\n")] if file.exists() else []
-        return max([float(record.get("device_hours", 0)) for record in [*launches, *self.records()] if record] or [0.0])
+        lines = file.read_bytes().split(b"\n") if file.exists() else []
+        return [launch for line in lines if (launch := parse_json(line)) is not None]
 
     def record_launch(self, world: World, step: int, device_hours: float) -> None:
         """Append this start to `launches.jsonl` and write `uncommitted.diff`."""
@@ -154,6 +164,7 @@ class RunDirectory:
             "ranks": world.size,
             "device": device_name(world.device),
             "host": platform.node(),
+            "processor": processor_name(),
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
             "python": platform.python_version(),

@@ -10,12 +10,13 @@ import re
 import time
 import warnings
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from vca.runtime.distributed import World
 from vca.runtime.errors import ConfigError
@@ -48,16 +49,21 @@ def save_checkpoint(folder: Path, step: int, state: dict[str, Any], keep: int = 
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = checkpoint_path(folder, step)
-    try:
-        write_checkpoint(path, state)
-    except OSError as error:
-        warnings.warn(f"writing {path.name} failed ({error}); retrying once", stacklevel=2)
-        time.sleep(1.0)
-        write_checkpoint(path, state)
+    retry_once(path, lambda: write_checkpoint(path, state))
     older = [other for other in list_checkpoints(folder) if other != path]
     for old in older[: max(0, len(older) + 1 - keep)]:
         old.unlink(missing_ok=True)
     return path
+
+
+def retry_once(path: Path, write: Callable[[], None]) -> None:
+    """Call `write`, which writes `path`, and once more after an `OSError`."""
+    try:
+        write()
+    except OSError as error:
+        warnings.warn(f"writing {path.name} failed ({error}); retrying once", stacklevel=3)
+        time.sleep(1.0)
+        write()
 
 
 def write_checkpoint(path: Path, state: dict[str, Any]) -> None:
@@ -65,6 +71,11 @@ def write_checkpoint(path: Path, state: dict[str, Any]) -> None:
     content = io.BytesIO()  # torch.save to a file hides its OSError
     torch.save(state, content)
     write_bytes(path, content.getbuffer())
+
+
+def ema_weights(saved: dict[str, Any], decay: float, decays: Sequence[float]) -> dict[str, Tensor]:
+    """Return the EMA weights of one of the run's decays; `ema` has those of the first one, as in older checkpoints."""
+    return saved["ema"] if decay == decays[0] else saved["further_emas"][str(decay)]
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:

@@ -171,8 +171,11 @@ def reading_speed(dataset: Any, count: int = 64) -> float:
     return len(indices) / (time.perf_counter() - start)
 
 
-def disk(world: World, folder: Path, parameters: int, keep: int, ema: bool) -> str:
-    """Check that every node sees the files of rank 0, and that there is space for the checkpoints."""
+def disk(world: World, folder: Path, parameters: int, keep: int, ema: int) -> str:
+    """Check that every node sees the files of rank 0, and that there is space for the checkpoints.
+
+    `ema` is the number of EMAs.
+    """
     on_each_rank(world, lambda: folder.mkdir(parents=True, exist_ok=True))
 
     def token() -> str:
@@ -190,7 +193,7 @@ def disk(world: World, folder: Path, parameters: int, keep: int, ema: bool) -> s
         name.unlink()
     if blind:
         raise CheckError(f"out_dir={folder} must be on a shared file system; {blind[0]} cannot read files of rank 0")
-    size = parameters * 4 * (4 if ema else 3)  # weights, AdamW's two moments, EMA
+    size = parameters * 4 * (3 + ema)  # weights, AdamW's two moments, EMAs
     need, free = size * (keep + 1), shutil.disk_usage(folder).free  # the oldest is deleted after the newest is written
     if free < need:
         raise CheckError(f"out_dir={folder} has {free / 2**30:.1f} GiB free, checkpoints need {need / 2**30:.1f} GiB")

@@ -2,9 +2,11 @@
 
 from dataclasses import dataclass
 from enum import Enum
+from typing import Any
 
 from vca.runtime.compute import Device, Precision
 from vca.runtime.errors import ConfigError, check
+from vca.training.ema import list_decays
 from vca.training.pretrained import InitWeights
 
 # Mode of `torch.compile`; `off` does not compile.
@@ -29,9 +31,12 @@ class TrainerConfig:
         compile: mode of `torch.compile` for the training step: `default`, `reduce-overhead` (CUDA graphs),
             `max-autotune` (CUDA graphs, and a choice of kernels by timing), or `off`.
         ema_decay: decay per step of the exponential moving average (EMA) of the weights, which averages over about
-            1 / (1 - ema_decay) steps; null disables it. Evaluations report it as `ema/...`.
+            1 / (1 - ema_decay) steps; null disables it. A list keeps an EMA for each decay. Evaluations report the
+            first one as `ema/...`, the others as `ema_<decay>/...`.
         log_every: interval of reports in steps; may change on resume.
         checkpoint_every: interval of checkpoints in steps; may change on resume.
+        snapshot_every: interval of snapshots in steps; 0 is never. A snapshot is written at the end too, and contains
+            the EMA weights of a decay as `snapshots/step_<step>_ema_<decay>.safetensors`. It is never deleted.
         eval_every: interval of evaluations in steps; 0 evaluates only at the end; may change on resume.
         profile: step from which the profiler of PyTorch records three steps; null is never. The run directory gets the
             trace, which Perfetto opens.
@@ -50,10 +55,11 @@ class TrainerConfig:
     precision: Precision = Precision.fp32
     device: Device = Device.auto
     compile: CompileMode = CompileMode["off"]
-    ema_decay: float | None = None
+    ema_decay: Any = None
     log_every: int = 50
     eval_every: int = 0
     checkpoint_every: int = 1000
+    snapshot_every: int = 0
     profile: int | None = None
     keep_checkpoints: int = 2
     workers: int = 4
@@ -68,11 +74,18 @@ class TrainerConfig:
             value = getattr(self, key)
             check(value is None or value >= 1, f"trainer.{key}", ">= 1 or null", value)
         check(self.profile is None or self.profile >= 0, "trainer.profile", ">= 0 or null", self.profile)
-        for key in ("eval_every", "workers"):
+        for key in ("eval_every", "snapshot_every", "workers"):
             check(getattr(self, key) >= 0, f"trainer.{key}", ">= 0", getattr(self, key))
-        decay_ok = self.ema_decay is None or 0 <= self.ema_decay < 1
-        check(decay_ok, "trainer.ema_decay", "in [0, 1) or null", self.ema_decay)
+        decays = list_decays(self.ema_decay)
+        self.ema_decay = decays if len(decays) > 1 else decays[0] if decays else None  # one form for each meaning
+        no_ema = "0 with trainer.ema_decay=null, as a snapshot contains EMA weights"
+        check(bool(decays) or not self.snapshot_every, "trainer.snapshot_every", no_ema, self.snapshot_every)
         check(self.timeout_minutes > 0, "trainer.timeout_minutes", "> 0", self.timeout_minutes)
+
+    @property
+    def ema_decays(self) -> list[float]:
+        """All decays; empty without an EMA."""
+        return list_decays(self.ema_decay)
 
     def micro_batch_on(self, world_size: int) -> tuple[int, int]:
         """Return `(micro-batch size, accumulation steps)` of each rank.
@@ -107,6 +120,8 @@ class ClassifierTrainerConfig(TrainerConfig):
         freeze_layers: number of layers, from the stem up, that are not trained; a negative number counts from the head:
             -1 is all but the head (linear probing). Null trains all. The layers are those of `optim.layer_decay`.
         eval_only: only evaluate the newest checkpoint of the run, or `init_from` if it has none.
+        eval_snapshots: with `eval_only`, evaluate all snapshots of the run instead, and write `snapshots.json` and
+            `snapshots.png`.
     """
 
     eval_batch_size: int = 250
@@ -114,9 +129,12 @@ class ClassifierTrainerConfig(TrainerConfig):
     init_weights: InitWeights = InitWeights.ema
     freeze_layers: int | None = None
     eval_only: bool = False
+    eval_snapshots: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        allowed = self.eval_only or not self.eval_snapshots
+        check(allowed, "trainer.eval_snapshots", "false without trainer.eval_only", self.eval_snapshots)
         check(self.eval_batch_size >= 1, "trainer.eval_batch_size", ">= 1", self.eval_batch_size)
         frozen = self.freeze_layers
         check(frozen != 0, "trainer.freeze_layers", "null or an integer other than 0", frozen)

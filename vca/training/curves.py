@@ -6,6 +6,8 @@ from typing import Any
 
 from vca.runtime.files import write_bytes
 
+STYLES = ("-", "--", ":", "-.")  # of the raw weights, and of the EMAs
+
 
 def plot_curves(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
     """Plot loss, learning rate and, if recorded, accuracy and Frechet distance over the steps, one line per run.
@@ -23,10 +25,15 @@ def plot_curves(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
     figure, axes = plt.subplots(1, len(panels), figsize=(4.5 * len(panels), 3.4), layout="constrained", squeeze=False)
     for axis, (key, title) in zip(axes[0], panels.items(), strict=True):
         for index, (label, records) in enumerate(runs.items()):
-            for name, style in ((key, "-"), (f"ema/{key.split('/')[-1]}" if "/" in key else None, "--")):
+            metric = key.partition("/")[2]
+            names = sorted({name for record in records for name in record if name.startswith("ema")})
+            emas = [name for name in names if metric and name.endswith(f"/{metric}")]
+            for number, name in enumerate((key, *emas)):
                 points = [(record["step"], record[name]) for record in records if name in record]
                 if points:
-                    text = label if style == "-" else f"{label} (EMA)"
+                    average = name.split("/")[0].replace("ema", "EMA").replace("_", " ")
+                    text = f"{label} ({average})" if number else label
+                    style = STYLES[number % len(STYLES)]
                     marker = "o" if len(points) < 20 else None
                     axis.plot(*zip(*points, strict=True), style, color=f"C{index}", label=text, marker=marker, ms=3)
         axis.set(title=title, xlabel="step")

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vca.runtime.errors import ConfigError, check
+
 
 class Ema:
     """Moving average of a model's parameters, in `module`.
@@ -27,3 +29,24 @@ class Ema:
         torch._foreach_lerp_(averages, list(model.parameters()), [weight] * len(averages))
         for average, buffer in zip(self.module.buffers(), model.buffers(), strict=True):
             average.copy_(buffer)
+
+
+def list_decays(value: Any, key: str = "trainer.ema_decay") -> list[float]:
+    """Return the decays of `trainer.ema_decay`: null, a number or a list of numbers.
+
+    Raises:
+        ConfigError: about `key`, unless they are distinct numbers in [0, 1).
+    """
+    listed = isinstance(value, (list, tuple))
+    numbers: list[Any] = list(value) if listed else [] if value is None else [value]
+    try:
+        decays = [float("nan") if isinstance(number, bool) else float(number) for number in numbers]
+    except (TypeError, ValueError) as error:
+        rule = "null, a number or a list of numbers such as [0.9999,0.999]"
+        raise ConfigError(f"{key} must be {rule}, got {value!r}") from error
+    if not listed:
+        check(all(0 <= decay < 1 for decay in decays), key, "in [0, 1) or null", value)
+        return decays
+    valid = decays and all(0 <= decay < 1 for decay in decays) and len(set(decays)) == len(decays)
+    check(bool(valid), key, "one or more distinct numbers in [0, 1)", value)
+    return decays

@@ -14,12 +14,14 @@ from vca.runtime.rundir import diff_configs
 from vca.training.checkpoint import (
     CorruptCheckpointError,
     checkpoint_path,
+    ema_weights,
     list_checkpoints,
     load_checkpoint,
     load_latest_for_all,
     must_fit,
 )
 from vca.training.pretrained import InitWeights, init_from
+from vca.training.snapshots import choose_decay, list_snapshots, load_snapshot, run_decays, snapshot_path
 
 THE_ONLY_ONES = "the only ones"  # weights of a file with one set, such as the published ones, which are EMA weights
 
@@ -32,6 +34,7 @@ def load_generator(
     run: str | None = None,
     step: int | None = None,
     checkpoint: str | None = None,
+    ema: float | None = None,
 ) -> DiffusionPipeline:
     """Load network, weights, objective and autoencoder, on `world.device` and in evaluation mode.
 
@@ -39,7 +42,7 @@ def load_generator(
         configs: `model`, `attention`, `objective` and `autoencoder`; optionally `trained_with`, the identity that the
             autoencoder must have, and `training`, recorded in the pipeline's origin.
         build: builds a network from model and attention config.
-        run, step: run directory and step of its checkpoint; None is the newest.
+        run, step, ema: run directory, and step and EMA decay of its weights, see `load_run`.
         checkpoint: file of weights instead of a run; it must contain exactly this network.
 
     Raises:
@@ -48,7 +51,7 @@ def load_generator(
     with config_errors():
         model = build(configs["model"], configs["attention"])
     if run:
-        origin = load_run(model, Path(run), step, weights, world)
+        origin = load_run(model, Path(run), step, weights, world, ema)
     else:
         report = init_from(model, Path(str(checkpoint)), weights, key="checkpoint")
         report.check_complete("checkpoint must be a file")
@@ -63,23 +66,58 @@ def load_generator(
     return DiffusionPipeline(model.eval().to(world.device), objective, autoencoder, configs, origin)
 
 
-def load_run(model: Any, run: Path, step: int | None, weights: InitWeights, world: World) -> dict[str, Any]:
-    """Load weights of a run, which may be running, on every rank from the checkpoint that rank 0 chooses."""
-    folder = run / "checkpoints"
-    saved = load_step(folder, step) if step is not None else load_latest_for_all(folder, world, set_aside=False)
+def load_other_weights(
+    pipeline: DiffusionPipeline, run: Path, step: int | None, weights: InitWeights, world: World, ema: float | None
+) -> None:
+    """Load other weights of its run into a pipeline, in place; see `load_run`."""
+    origin = load_run(pipeline.model, run, step, weights, world, ema)
+    sha256 = tensors_sha256(pipeline.model.state_dict())
+    pipeline.origin = {**pipeline.origin, **origin, "weights_sha256": sha256}
+
+
+def load_run(
+    model: Any, run: Path, step: int | None, weights: InitWeights, world: World, ema: float | None = None
+) -> dict[str, Any]:
+    """Load weights of a run, which may be running, on every rank, and return their origin.
+
+    Args:
+        step: step of a snapshot (EMA weights only) or checkpoint; None is the newest checkpoint, chosen by rank 0.
+        weights: `ema` (raw if the run has no EMA) or `raw`.
+        ema: decay of the EMA weights; None is the first one of the run.
+
+    Raises:
+        ConfigError: if the run has no such weights, or they are of another model.
+    """
+    folder, decays = run / "checkpoints", run_decays(run)
+    decay = choose_decay(run, decays, ema) if weights is InitWeights.ema else None
+    # Without several decays, origins are as in earlier versions, whose sample folders can be extended.
+    origin: dict[str, Any] = {
+        "run": run.resolve().name,
+        "weights": InitWeights.raw.value if decay is None else InitWeights.ema.value,
+    }
+    origin |= {"ema_decay": decay} if decay is not None and len(decays) > 1 else {}
+    if step is not None and decay is not None:
+        snapshot = snapshot_path(run / "snapshots", step, decay)
+        if snapshot.is_file():  # first, since it is never deleted
+            with must_fit(snapshot):
+                model.load_state_dict(load_snapshot(snapshot))
+            return {**origin, "step": step}
+    saved = load_step(run, step) if step is not None else load_latest_for_all(folder, world, set_aside=False)
     if saved is None:
         raise ConfigError(f"run: {folder} contains no checkpoint; train the run first, or choose another run=...")
-    weights = weights if saved["ema"] is not None else InitWeights.raw
     with must_fit(checkpoint_path(folder, saved["step"])):
-        model.load_state_dict(saved["ema" if weights is InitWeights.ema else "model"])
-    return {"run": run.resolve().name, "step": saved["step"], "weights": weights.value}
+        model.load_state_dict(saved["model"] if decay is None else ema_weights(saved, decay, decays))
+    return {**origin, "step": saved["step"]}
 
 
-def load_step(folder: Path, step: int) -> dict[str, Any]:
+def load_step(run: Path, step: int) -> dict[str, Any]:
+    folder = run / "checkpoints"
     path = checkpoint_path(folder, step)
     if not path.is_file():
         steps = ", ".join(str(int(path.stem[5:])) for path in list_checkpoints(folder)) or "none"
-        raise ConfigError(f"step: {folder} has no checkpoint of step {step}; available: {steps}")
+        snapshots = sorted({snapshot.step for snapshot in list_snapshots(run / "snapshots")})
+        more = f"; snapshots of EMA weights: {', '.join(map(str, snapshots))}" if snapshots else ""
+        raise ConfigError(f"step: {folder} has no checkpoint of step {step}; available: {steps}{more}")
     try:
         return load_checkpoint(path)
     except CorruptCheckpointError as error:

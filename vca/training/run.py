@@ -6,18 +6,19 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from vca.runtime.compute import without_automatic_gc
 from vca.runtime.devices import peak_memory
 from vca.runtime.distributed import World
 from vca.runtime.errors import NonFiniteError, PreemptedError
 from vca.runtime.files import write_text
-from vca.runtime.metrics_log import Reporter, WandbConfig, WandbMirror, WandbMode
+from vca.runtime.loggers import LoggedRun, WandbConfig, start_loggers
+from vca.runtime.metrics_log import Reporter, is_evaluation
 from vca.runtime.rundir import RunDirectory
 from vca.runtime.signals import StopRequest, catch_stop_signals
 from vca.training.checkpoint import checkpoint_path, load_latest_for_all, must_fit, save_checkpoint
@@ -25,7 +26,8 @@ from vca.training.config import CompileMode, TrainerConfig
 from vca.training.cost import RunCost
 from vca.training.curves import plot_curves
 from vca.training.profiling import StepProfiler
-from vca.training.step import StepResult, TrainState
+from vca.training.snapshots import save_snapshots
+from vca.training.step import StepResult, TrainState, length_warnings
 
 MASK = 2**63 - 1
 
@@ -65,7 +67,7 @@ class TrainingRun:
         self.unsaved = 0  # applied steps since the newest checkpoint
         self.saved_step = -1  # step of the newest checkpoint
         self.writer = ThreadPoolExecutor(1)
-        self.writing: Future[Path] | None = None  # of rank 0: the newest checkpoint, until its outcome is known
+        self.writing: Future[Any] | None = None  # of rank 0: the newest write, until its outcome is known
         self.reported: set[str] = set()  # keys of the records of the step at which the run was resumed
         self.reporter = Reporter()
         self.stop = StopRequest()
@@ -97,7 +99,9 @@ class TrainingRun:
         return True
 
     @contextmanager
-    def open(self, name: str, config: dict[str, Any], wandb: WandbConfig) -> Iterator[None]:
+    def open(
+        self, name: str, config: dict[str, Any], loggers: Sequence[str] = (), wandb: WandbConfig | None = None
+    ) -> Iterator[None]:
         """Open the run directory for writing, drop the records after the current step, and close it at the end.
 
         Inside, a stop signal takes effect at an `exit_if_signalled`, and garbage is collected at reports only, which
@@ -108,8 +112,9 @@ class TrainingRun:
         self.cost.first_step = step
         if self.world.is_main:
             self.reporter = Reporter(self.run_dir, step, total, self.trainer.global_batch_size)
-            if wandb.mode is not WandbMode.off:
-                self.reporter.wandb = WandbMirror(wandb, self.run_dir.path, name, config)
+            of = LoggedRun(self.run_dir.path, name, config, step, wandb or WandbConfig())
+            self.reporter.loggers = start_loggers(loggers, of)
+            self.reporter.evaluations = [one for one in self.run_dir.records() if is_evaluation(one)]
         self.clock = time.perf_counter()
         with catch_stop_signals() as self.stop, without_automatic_gc():
             try:
@@ -306,13 +311,34 @@ class TrainingRun:
         state = {**self.state.state_dict(), "consumed": self.sum_checksum(), "report": report}
         self.saved_step, self.unsaved = self.state.step, 0
         if self.world.is_main:
-            copy = tree_map(lambda x: x.to("cpu", copy=True) if isinstance(x, Tensor) else x, state)
             folder, keep = self.run_dir.checkpoints, self.trainer.keep_checkpoints
-            self.writing = self.writer.submit(save_checkpoint, folder, self.saved_step, copy, keep)
+            self.writing = self.writer.submit(save_checkpoint, folder, self.saved_step, copy_to_cpu(state), keep)
         self.clock = time.perf_counter()
 
+    def save_snapshots(self) -> None:
+        """Copy the weights of the EMAs, and write them as snapshots in the background; at most one copy is in memory.
+
+        Raises:
+            RuntimeError: on every rank, if the previous checkpoint or snapshot could not be written.
+        """
+        self.finish_writing()
+        if self.world.is_main:
+            weights = copy_to_cpu({ema.decay: ema.module.state_dict() for ema in self.state.emas})
+            self.writing = self.writer.submit(save_snapshots, self.run_dir.snapshots, self.state.step, weights)
+        self.clock = time.perf_counter()
+
+    def save_if_due(self) -> None:
+        """Write the snapshots and the checkpoint of this step, if they are due.
+
+        Snapshots are written first, because a run that resumes from the checkpoint does not repeat this step.
+        """
+        if self.trainer.snapshot_every and self.due(self.trainer.snapshot_every):
+            self.save_snapshots()
+        if self.due(self.trainer.checkpoint_every):
+            self.save()
+
     def finish_writing(self) -> None:
-        """Wait on every rank until the newest checkpoint is written.
+        """Wait on every rank until the newest checkpoint or snapshot is written.
 
         Raises:
             RuntimeError: on every rank, if it cannot be written. The earlier ones are intact.
@@ -345,33 +371,6 @@ class TrainingRun:
         self.clock = time.perf_counter()
 
 
-@contextmanager
-def without_automatic_gc() -> Iterator[None]:
-    """Turn automatic garbage collection off, and exempt all existing objects from collections."""
-    gc.collect()
-    gc.freeze()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
-        gc.unfreeze()
-
-
-def length_warnings(state: TrainState) -> Iterator[str]:
-    """Yield a warning for each schedule that is longer than the run."""
-    warmup = state.optim.warmup_epochs * state.steps_per_epoch
-    if warmup >= state.total_steps:
-        yield (
-            f"optim.warmup_epochs={state.optim.warmup_epochs:g} is {warmup:.0f} steps, but the run has "
-            f"{state.total_steps}: the learning rate never reaches its peak"
-        )
-    profile = state.trainer.profile
-    if profile is not None and profile >= state.total_steps:
-        yield f"trainer.profile={profile}, but the run has {state.total_steps} steps: no step is profiled"
-    decay = state.trainer.ema_decay
-    if decay is not None and 1 / (1 - decay) > state.total_steps:
-        yield (
-            f"trainer.ema_decay={decay:g} averages over about {1 / (1 - decay):.0f} steps, but the run has "
-            f"{state.total_steps}: the EMA stays close to the initial weights"
-        )
+def copy_to_cpu(state: dict[Any, Any]) -> Any:
+    """Copy the tensors in nested dicts and lists to the CPU."""
+    return tree_map(lambda x: x.to("cpu", copy=True) if isinstance(x, Tensor) else x, state)

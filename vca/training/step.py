@@ -1,6 +1,6 @@
 """One training step, shared by both trainers: accumulation, autocast, clipping, optimizer and EMA, and their state."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from vca.runtime.compute import Precision, autocast
 from vca.runtime.distributed import World
 from vca.runtime.seeding import seed_torch
+from vca.training.checkpoint import ema_weights
 from vca.training.config import CompileMode, TrainerConfig
 from vca.training.ema import Ema
 from vca.training.optim import OptimConfig, build_optimizer, learning_rate
@@ -54,7 +55,7 @@ class TrainState:
         self.model = model.to(world.device)
         self.peak_lr = optim.peak_lr(trainer.global_batch_size)
         self.optimizer = build_optimizer(optim, self.model, self.peak_lr)
-        self.ema = Ema(self.model, trainer.ema_decay) if trainer.ema_decay is not None else None
+        self.emas = [Ema(self.model, decay) for decay in trainer.ema_decays]
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=trainer.precision is Precision.fp16)
         self.step = 0
         self.failed = torch.zeros((), dtype=torch.bool, device=world.device)  # a step since the last load has failed
@@ -73,6 +74,11 @@ class TrainState:
         if self.keep_gradients:
             for parameter in filter(lambda p: p.requires_grad, self.model.parameters()):
                 parameter.grad = torch.zeros_like(parameter)
+
+    @property
+    def ema(self) -> Ema | None:
+        """The EMA of the first decay."""
+        return self.emas[0] if self.emas else None
 
     def autocast(self) -> Any:
         return autocast(self.trainer.precision, self.world.device)
@@ -119,8 +125,8 @@ class TrainState:
         # Fused AdamW skips the step where this is 1, as it does for GradScaler.
         self.optimizer.found_inf = (~applied).float()  # type: ignore[attr-defined]
         self.optimizer.step()
-        if self.ema is not None:
-            self.ema.update(self.model, applied)
+        for ema in self.emas:
+            ema.update(self.model, applied)
         self.scaler.update()
         self.clear_gradients()
         failed = ~finite
@@ -163,11 +169,16 @@ class TrainState:
         self.warm = True
 
     def state_dict(self) -> dict[str, Any]:
-        """Return tensors and plain values, for `save_checkpoint`."""
+        """Return tensors and plain values, for `save_checkpoint`.
+
+        `ema` is that of the first decay, for checkpoints of any version; `further_emas` exists only with more decays.
+        """
+        further = {str(ema.decay): ema.module.state_dict() for ema in self.emas[1:]}
         return {
             "step": self.step,
             "model": self.model.state_dict(),
             "ema": self.ema.module.state_dict() if self.ema is not None else None,
+            **({"further_emas": further} if further else {}),
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
         }
@@ -175,7 +186,26 @@ class TrainState:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.step, self.failed = state["step"], torch.zeros_like(self.failed)
         self.model.load_state_dict(state["model"])
-        if self.ema is not None:
-            self.ema.module.load_state_dict(state["ema"])
+        for ema in self.emas:
+            ema.module.load_state_dict(ema_weights(state, ema.decay, self.trainer.ema_decays))
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
+
+
+def length_warnings(state: TrainState) -> Iterator[str]:
+    """Yield a warning for each schedule that is longer than the run."""
+    warmup = state.optim.warmup_epochs * state.steps_per_epoch
+    if warmup >= state.total_steps:
+        yield (
+            f"optim.warmup_epochs={state.optim.warmup_epochs:g} is {warmup:.0f} steps, but the run has "
+            f"{state.total_steps}: the learning rate never reaches its peak"
+        )
+    profile = state.trainer.profile
+    if profile is not None and profile >= state.total_steps:
+        yield f"trainer.profile={profile}, but the run has {state.total_steps} steps: no step is profiled"
+    for decay in state.trainer.ema_decays:
+        if 1 / (1 - decay) > state.total_steps:
+            yield (
+                f"trainer.ema_decay={decay:g} averages over about {1 / (1 - decay):.0f} steps, but the run has "
+                f"{state.total_steps}: the EMA stays close to the initial weights"
+            )

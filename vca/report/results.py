@@ -1,0 +1,333 @@
+"""Published results: accepted evaluation records, and the tables of README.md and docs/results.md made from them.
+
+A folder in `docs/results/` contains the records of one run and the log of its training. The tables are between
+`<!-- results: NAME -->` and `<!-- end -->`; `scripts/table.py --update` writes them, and a test compares them with the
+records, so a figure without a record cannot be in a table.
+"""
+
+import json
+import re
+import statistics
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from vca.evaluation.record import ACCURACY_FORMAT, read_record
+from vca.report.sweep_table import flatten_config
+from vca.report.tables import TABLES, Cell, Measurement, as_markdown, gather, lines_of
+from vca.runtime.digest import file_sha256
+from vca.runtime.errors import ConfigError
+from vca.runtime.files import write_text
+
+FOLDER = Path("docs") / "results"
+DOCUMENTS = ("README.md", "docs/results.md")
+BLOCK = re.compile(r"(<!-- results: (\w+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
+MARKER = "<!-- results:"
+COMPARED = ("model", "attention", "objective", "data", "augment", "optim", "trainer")  # with a row's experiment
+
+
+class Experiments(NamedTuple):
+    """Config and estimated GPU-hours of an experiment, such as `table1/deit_tiny_vca`."""
+
+    config: Callable[[str], Mapping[str, Any]]
+    gpu_hours: Callable[[str], int]
+
+
+def accept(folders: Iterable[Path], root: Path) -> list[Path]:
+    """Copy the records of runs, with their logs, to `docs/results/` of a checkout; return the files written.
+
+    Raises:
+        ConfigError: if a folder has no record, or a record cannot be accepted, see `check_acceptable`.
+    """
+    sources: list[tuple[Path, dict[str, Any]]] = []
+    for folder in folders:
+        paths = sorted(folder.rglob("evaluation-*.json"))
+        if not paths:
+            raise ConfigError(f"no evaluation-*.json in {folder}")
+        sources += [(path, read_record(path)) for path in paths]
+    for path, record in sources:
+        check_acceptable(path, record)
+    written = []
+    for path, record in sources:
+        target = root / FOLDER / accepted_name(record)
+        target.mkdir(parents=True, exist_ok=True)
+        for file in filter(None, (path, log_of(path, record))):
+            write_text(target / file.name, file.read_text())
+            written.append(target / file.name)
+    return list(dict.fromkeys(written))
+
+
+def check_acceptable(path: Path, record: Mapping[str, Any]) -> None:
+    """Raise `ConfigError` unless a record identifies its weights, command and committed code, and its log is there."""
+    compute, training = record["compute"], record.get("training")
+    if "command" not in compute or "log" not in record:
+        raise ConfigError(f"{path} has no command and log, which earlier versions did not record; evaluate again")
+    if record["format"] == ACCURACY_FORMAT:
+        if training is None:
+            raise ConfigError(f"{path} must be of weights that a run trained, got {record['weights']['source']}")
+        step, steps = record["weights"]["step"], record["weights"]["steps"]
+        if step != steps:
+            raise ConfigError(f"{path} must be of a finished run, got step {step} of {steps}")
+        codes = [compute, training, *training["launches"]]
+    else:
+        if (record["samples"]["made"] or {}).get("origin", {}).get("training") is None:
+            raise ConfigError(f"{path} must be of samples of a run; its sampling settings or its run are unknown")
+        codes = [compute]
+    if any(code.get("uncommitted") or code.get("commit", "") is None for code in codes):
+        raise ConfigError(f"{path} must be of committed code; commit, run and evaluate again")
+    log_of(path, record)
+
+
+def log_of(path: Path, record: Mapping[str, Any]) -> Path | None:
+    """Return the log of a record's run, from the folder of the record or its parent; None if the record has none.
+
+    Raises:
+        ConfigError: if it is missing or has changed.
+    """
+    log = record["log"]
+    if log is None:
+        return None
+    files = [folder / log["file"] for folder in (path.parent, path.parent.parent)]
+    found = next((file for file in files if file.is_file() and file_sha256(file) == log["sha256"]), None)
+    if found is None:
+        raise ConfigError(f"{path} needs {files[0]} with sha256 {log['sha256']}; copy it from the run")
+    return found
+
+
+def accepted_name(record: Mapping[str, Any]) -> str:
+    """Return the folder of a record in `docs/results/`: name of the run, and digits of its log's or weights' sha256."""
+    if record["format"] == ACCURACY_FORMAT:
+        return f"{record['weights']['source']}-{record['log']['sha256'][:8]}"
+    origin = record["samples"]["made"]["origin"]
+    return f"{origin.get('run') or 'weights'}-{origin['weights_sha256'][:8]}"
+
+
+@dataclass
+class Result:
+    """What the records of one run measured.
+
+    Attributes:
+        config: the flattened config, without keys that cannot change results.
+        seed: seed of the run.
+        metric: such as `top-1 (%)`.
+        values: weights (`ema`, `raw`) -> value.
+        records: weights -> record and its path.
+    """
+
+    config: dict[str, Any]
+    seed: int
+    metric: str
+    values: dict[str, float] = field(default_factory=dict)
+    records: dict[str, tuple[Path, dict[str, Any]]] = field(default_factory=dict)
+
+    @property
+    def value(self) -> float:
+        """Value of the EMA if the run has one, else of the raw weights."""
+        return self.values["ema"] if "ema" in self.values else next(iter(self.values.values()))
+
+    def any_record(self) -> dict[str, Any]:
+        return next(iter(self.records.values()))[1]
+
+
+def read_results(folder: Path) -> list[Result]:
+    """Read and check all records in a folder; records of one run and metric are one result.
+
+    Raises:
+        ConfigError: if a record cannot be accepted, or two runs have the same config and seed.
+    """
+    results: dict[str, Result] = {}
+    for path in sorted(folder.rglob("*.json")):
+        record = read_record(path)
+        check_acceptable(path, record)
+        if record["format"] == ACCURACY_FORMAT:
+            metric, config, weights = "top-1 (%)", record["config"], record["weights"]["name"]
+            value = record["metrics"]["top1"]
+        else:
+            made, count = record["samples"]["made"], record["count"]
+            fid = record["extractor"]["published"] and count == 50_000
+            metric = "FID-50K" if fid else f"Frechet distance, {count:,} samples, {record['extractor']['name']}"
+            parts = {key: made[key] for key in ("model", "attention", "objective")}
+            sampling = {key: made[key] for key in ("sampler", "protocol", "labels")}
+            config = {**parts, **made["origin"]["training"], "sampling": sampling}
+            weights = made["origin"]["weights"]
+            value = record["metrics"]["frechet"]
+        flat = flatten_config(config)
+        key = json.dumps([flat, config["seed"], metric], sort_keys=True)
+        result = results.setdefault(key, Result(flat, config["seed"], metric))
+        if weights in result.records:
+            other = result.records[weights][0]
+            raise ConfigError(f"{other} and {path} have the same config, seed and weights; remove one of them")
+        result.values[weights], result.records[weights] = value, (path, record)
+    return list(results.values())
+
+
+def by_config(results: Iterable[Result], without: str = "") -> list[list[Result]]:
+    """Group results that differ only in the seed (and in the key `without`), ordered by seed."""
+    groups: dict[str, list[Result]] = {}
+    for result in sorted(results, key=lambda one: one.seed):
+        config = {key: value for key, value in result.config.items() if key != without}
+        groups.setdefault(json.dumps([config, result.metric], sort_keys=True), []).append(result)
+    return list(groups.values())
+
+
+def label_of(result: Result, results: Iterable[Result], attention: bool = True) -> str:
+    """Return data, model, attention and length of a run, and the options in which runs equal in these differ."""
+    config = result.config
+    names = ["data.name", "model.name", *(["attention"] if attention else [])]
+    length = ("trainer.steps", "steps") if config["trainer.steps"] is not None else ("trainer.epochs", "epochs")
+    alike = [one for one in results if all(one.config.get(key) == config.get(key) for key in [*names, length[0]])]
+    keys = sorted({key for one in alike for key in one.config} - {"attention"})
+    differing = [key for key in keys if len({json.dumps(one.config.get(key)) for one in alike}) > 1]
+    options = [f"{key.removeprefix('trainer.')}={config.get(key)}" for key in differing]
+    return ", ".join([*(str(config[name]) for name in names), f"{config[length[0]]} {length[1]}", *options])
+
+
+def mean_std(values: list[float]) -> str:
+    mean = f"{statistics.mean(values):.2f}"
+    return f"{mean} ± {statistics.stdev(values):.2f}" if len(values) > 1 else mean
+
+
+def records_table(results: list[Result], folder: Path) -> str:
+    """Return the table of all results: one row per config, with the records of each seed."""
+    columns = "run | metric | EMA | raw | seeds | trained on | commit | command | weights and records"
+    lines = [f"| {columns} |", "|---" * 9 + "|"]
+    for group in sorted(by_config(results), key=lambda ones: label_of(ones[0], results)):
+        values = [[one.values[name] for one in group if name in one.values] for name in ("ema", "raw")]
+        starts = [first_start(one.any_record()) for one in group]
+        devices, commits = (sorted({start[key] for start in starts}) for key in ("device", "commit"))
+        links = [f"seed {one.seed}: {record_links(one, folder)}" for one in group]
+        cells = [label_of(group[0], results), group[0].metric, *(mean_std(ones) if ones else "-" for ones in values)]
+        cells += [str(len(group)), "; ".join(devices), ", ".join(commit[:7] for commit in commits)]
+        cells += [f"`python {starts[0]['command']}`", ", ".join(links)]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n" if results else "No record has been accepted yet.\n"
+
+
+def first_start(record: Mapping[str, Any]) -> dict[str, str]:
+    """Return command, commit and device of the training, or of the evaluation of samples."""
+    training = record.get("training")
+    start = training["launches"][0] if training else record["compute"]
+    hardware = start["processor"] if start["device"] == "cpu" else start["device"]
+    ranks, threads = (f"{start[key]} {key[:-1] if start[key] == 1 else key}" for key in ("ranks", "threads"))
+    return {**start, "device": ", ".join([hardware, ranks, *([threads] if start["device"] == "cpu" else [])])}
+
+
+def record_links(result: Result, folder: Path) -> str:
+    """Return links from docs/results.md to the records, by weights and digits of their sha256, and to the log."""
+    links = []
+    for weights, (path, record) in result.records.items():
+        is_accuracy = record["format"] == ACCURACY_FORMAT
+        sha256 = record["weights"]["sha256"] if is_accuracy else record["samples"]["made"]["origin"]["weights_sha256"]
+        links.append(f"[{weights} {sha256[:8]}]({folder.name}/{path.relative_to(folder)})")
+    path, record = next(iter(result.records.values()))
+    if record["log"] is not None:
+        links.append(f"[log]({folder.name}/{path.parent.relative_to(folder)}/{record['log']['file']})")
+    return " ".join(links)
+
+
+def measured_table(results: list[Result]) -> str:
+    """Return VCA beside softmax attention, a row per config of the rest, for results outside the paper's tables."""
+    lines = ["| task | VCA | softmax |", "|---|---|---|"]
+    both = [one for one in results if one.config["attention"] in ("vca", "softmax")]
+    for group in by_config(both, without="attention"):
+        cells = [f"{label_of(group[0], both, attention=False)}: {group[0].metric}"]
+        for attention in ("vca", "softmax"):
+            values = [one.value for one in group if one.config["attention"] == attention]
+            seeds = f" ({len(values)} seed{'s' if len(values) > 1 else ''})"
+            cells.append(mean_std(values) + seeds if values else "not run")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n" if len(lines) > 2 else "No record has been accepted yet.\n"
+
+
+def reproduction_table(measured: list[Measurement], experiments: Experiments) -> str:
+    """Return the rows of Tables 1 and 2 that have a published figure, with ours if it has a record.
+
+    Raises:
+        ConfigError: if a record was trained with another config than the row's experiment.
+    """
+    lines = ["| table | row | config | paper | ours | GPU-hours | command |", "|---" * 7 + "|"]
+    for number, data, unit in ((1, "imagenet", " %"), (2, "latents", "")):
+        table = TABLES[f"table{number}"]
+        for line, (label, cells) in zip(lines_of(table, measured), table.rows, strict=True):
+            for column, cell in zip(table.columns, cells, strict=True):
+                if cell.paper is None:
+                    continue
+                row = row_name(label, cell)
+                for one in (one for one in measured if one.fits(cell)):
+                    check_experiment(one, f"table{number}/{row}", experiments.config(f"table{number}/{row}"))
+                texts = [str(number), f"{label}, {column}", f"`table{number}/{row}`", f"{cell.paper:.1f}{unit}"]
+                texts += [ours(line, column, unit), str(experiments.gpu_hours(f"table{number}/{row}"))]
+                command = f"`ROWS={row} scripts/reproduce_table{number}.sh data.root=/data/{data}`"
+                lines.append(f"| {' | '.join([*texts, command])} |")
+    return "\n".join(lines) + "\n"
+
+
+def row_name(label: str, cell: Cell) -> str:
+    """Return the file of a row in `configs/experiment/table1/` or `table2/`."""
+    family = label[:3].lower() if cell.objective is not None else "dit"
+    return f"{cell.model.replace('dit_', f'{family}_')}_{cell.attention['name']}"
+
+
+def ours(line: Mapping[str, str], column: str, unit: str) -> str:
+    """Return the measured cell of a row of `lines_of`."""
+    mean, std, seeds = (line[f"{column} {key}"] for key in ("measured", "std", "seeds"))
+    return f"{mean} ± {std}{unit} ({seeds} seeds)" if std else f"{mean}{unit} (1 seed)" if mean else "not run"
+
+
+def check_experiment(one: Measurement, name: str, config: Mapping[str, Any]) -> None:
+    """Raise `ConfigError` if a measurement was trained with another config than the experiment of its row."""
+    made = (one.settings.get("samples") or {}).get("made")
+    trained = {**made, **made["origin"]["training"]} if made else one.settings
+    wanted, got = (flatten_config({key: of[key] for key in COMPARED if key in config}) for of in (config, trained))
+    if different := sorted(key for key in {*wanted, *got} if wanted.get(key) != got.get(key)):
+        key = different[0]
+        raise ConfigError(f"{one.path} must have {key}={wanted.get(key)} for {name}, got {got.get(key)}")
+
+
+def paper_tables(measured: list[Measurement], folder: Path) -> str:
+    """Return the paper's tables that have a measured value."""
+    texts = []
+    for table in TABLES.values():
+        lines = lines_of(table, measured)
+        if any(line[f"{column} measured"] for line in lines for column in table.columns):
+            text = as_markdown(table, lines).replace("## ", "### ").replace("+-", "±")
+            texts.append(text.replace(f"{folder}/", f"{folder.name}/"))
+    return "\n".join(texts) or "No record of a row of Tables 1 to 4 has been accepted yet.\n"
+
+
+def render(root: Path, experiments: Experiments) -> dict[str, str]:
+    """Return the content of each block, from the records in `docs/results/` of a checkout."""
+    folder = root / FOLDER
+    results = read_results(folder)
+    measured = gather([folder]).measured if folder.is_dir() else []
+    in_tables = {one.path for one in measured}
+    others = [one for one in results if not in_tables & {path for path, _ in one.records.values()}]
+    return {
+        "reproduction": reproduction_table(measured, experiments),
+        "measured": measured_table(others),
+        "records": records_table(results, folder),
+        "tables": paper_tables(measured, folder),
+    }
+
+
+def rewrite(text: str, blocks: Mapping[str, str]) -> str:
+    """Return a document with the content of its blocks replaced.
+
+    Raises:
+        ConfigError: if a block has no end or an unknown name.
+    """
+    if text.count(MARKER) != len(found := BLOCK.findall(text)):
+        raise ConfigError(f"a block must be '{MARKER} NAME -->', its content and '<!-- end -->' on lines of their own")
+    for _, name, content, _ in found:
+        if name not in blocks or MARKER in content:
+            raise ConfigError(f"a block must be one of {', '.join(blocks)} and have an end, got {name}")
+    return BLOCK.sub(lambda match: f"{match[1]}{blocks[match[2]]}{match[4]}", text)
+
+
+def stale_documents(root: Path, experiments: Experiments) -> dict[Path, str]:
+    """Return the documents of a checkout whose blocks differ from the records, with the text that they should have."""
+    blocks = render(root, experiments)
+    texts = {root / name: (root / name).read_text() for name in DOCUMENTS}
+    renewed = {path: rewrite(text, blocks) for path, text in texts.items()}
+    return {path: text for path, text in renewed.items() if text != texts[path]}
