@@ -29,6 +29,7 @@ from vca.runtime.rundir import RunDirectory, check_ranks_agree, to_dict
 from vca.runtime.seeding import seed_torch
 from vca.training.checkpoint import list_checkpoints
 from vca.training.classification import ClassificationLoss
+from vca.training.freeze import format_frozen, freeze_layers
 from vca.training.pretrained import init_from
 from vca.training.run import TrainingRun, log_on_main
 from vca.training.step import TrainState
@@ -66,6 +67,8 @@ def run(config: TrainClsConfig) -> dict[str, float]:
         if trainer.init_from is not None and not world.broadcast(list_checkpoints(run_dir.checkpoints)):
             load_report = init_from(model, Path(trainer.init_from), trainer.init_weights)
 
+        frozen = freeze_layers(model, trainer.freeze_layers) if trainer.freeze_layers is not None else set()
+
         order = TrainOrder(len(train_images), trainer.global_batch_size, config.seed, config.augment.aug_repeats)
         state = TrainState(model, trainer, config.optim, world, order.steps_per_epoch)
         training = TrainingRun(run_dir, state, trainer, world)
@@ -99,10 +102,13 @@ def run(config: TrainClsConfig) -> dict[str, float]:
         check_before_training(config.data, [train_images, val_images], trainer.workers, batch_bytes, world)
         with training.open(config.name, record, config.logger, config.wandb):
             data = f"{config.data.name}: {len(train_images)} training and {len(val_images)} evaluation images"
-            macs = partial(count_macs, build_model, config.model, config.attention)
+            # The FLOPs of a step are 6 per MAC only if all layers are trained.
+            macs = partial(count_macs, build_model, config.model, config.attention) if not frozen else lambda: None
             training.log_setup(config.name, f"{config.model.name} with {attention}", data, macs)
             if load_report is not None:
                 training.reporter.log(f"initialized from {trainer.init_from}\n{load_report}")
+            if frozen:
+                training.reporter.log(format_frozen(model, frozen, load_report.missing if load_report else ()))
             loss_of = ClassificationLoss(BatchMixer(config.augment, config.data.num_classes, config.seed))
             micro_batches = MicroBatches(order, world, micro_batch_size, accumulation, state.step, state.total_steps)
             loader = train_loader(train_images, inputs, config.seed, micro_batches, trainer.workers)

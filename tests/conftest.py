@@ -11,6 +11,7 @@ import subprocess
 
 import pytest
 import torch
+import torch.distributed as dist
 from filelock import FileLock
 
 if not torch.cuda.is_available():  # before Triton is imported, so that it interprets kernels on the CPU
@@ -54,6 +55,14 @@ def _no_process_survives():
         launch = processes.started.pop()
         launch.kill()
         launch.wait()
+
+
+@pytest.fixture
+def process_group(tmp_path):
+    """A world of one under gloo, so that DDP can wrap."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
 
 
 @pytest.fixture(scope="session")

@@ -101,6 +101,20 @@ def test_documents_attention_benchmark_table():
     assert [line for line in printed if line not in text] == []
 
 
+def test_documents_finetuning_table():
+    """Every accuracy in the table of docs/finetuning.md is the one in the log of its run."""
+    logs = ("finetuning-softmax", "finetuning-vca", "finetuning-scratch")
+    rows = re.findall(
+        r"(?m)^\| (\d+) \| [\d.]+ \|" + r" ([\d.]+) \([\d.]+\) \|" * 3 + "$",
+        (ROOT / "docs" / "finetuning.md").read_text(),
+    )
+    assert len(rows) == 9
+    for column, log in enumerate(logs, start=1):
+        lines = (ROOT / "benchmarks" / "results" / f"{log}.jsonl").read_text().splitlines()
+        top1 = {record["step"]: record["val/top1"] for record in map(json.loads, lines) if "val/top1" in record}
+        assert [row[column] for row in rows] == [f"{top1[int(row[0])]:.1f}" for row in rows], log
+
+
 @pytest.mark.process
 def test_documents_parameter_table():
     """Parameters and multiply-adds of docs/attention.md are those that scripts/complexity.py counts."""

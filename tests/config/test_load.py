@@ -135,6 +135,14 @@ WRONG = {
         r"64"
     ),
     "trainer.ema_decay=1": r"trainer.ema_decay must be in \[0, 1\) or null, got 1",
+    "optim.layer_decay=0": r"optim.layer_decay must be in \(0, 1\] or null, got 0",
+    "optim.layer_decay=1.5": r"optim.layer_decay must be in \(0, 1\] or null, got 1.5",
+    "trainer.freeze_layers=0": r"trainer.freeze_layers must be null or an integer other than 0, got 0",
+    "trainer.freeze_layers=-1": (
+        r"trainer.freeze_layers must be null without trainer.init_from, which sets frozen weights, got -1"
+    ),
+    "trainer.freeze=1": r"unknown key 'trainer.freeze'; did you mean 'trainer.freeze_layers'\?",
+    "finetune=model.pth": r"unknown key 'finetune'; did you mean 'trainer.init_from'\?",
     "trainer.checkpoint_every=0": r"trainer.checkpoint_every must be >= 1, got 0",
     "trainer.device=tpu": r"trainer.device must be one of auto, cpu, cuda, got 'tpu'",
     "augment.mixup=-1": r"augment.mixup must be >= 0, got -1",
@@ -256,6 +264,8 @@ WRONG_GEN = {
     "trainer.eval_only=true": r"unknown key 'trainer.eval_only'; only train_cls.py has it",
     "trainer.init_from=weights.pth": r"unknown key 'trainer.init_from'; only train_cls.py has it",
     "recipe=deit_original": r"augment.mixup must be 0 in generation, got 0.8",
+    "optim.layer_decay=0.75": r"optim.layer_decay must be null for DiT, which has no layers, got 0.75",
+    "trainer.freeze_layers=1": r"unknown key 'trainer.freeze_layers'; only train_cls.py has it",
 }
 
 

@@ -39,6 +39,8 @@ RECIPES = {
     "agent_cswin_tiny": "cswin_tiny",
     "cifar10": "deit_tiny",
     "imagenette": "deit_tiny",
+    "finetune_384": "deit_tiny",
+    "finetune_small": "deit_tiny",
     "dit": "dit_s_2",
 }
 IMAGENET = 1_281_167

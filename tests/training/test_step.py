@@ -6,7 +6,6 @@ from functools import partial
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -21,14 +20,6 @@ from vca.training.optim import OptimConfig, learning_rate, parameter_groups
 from vca.training.step import TrainState, length_warnings
 
 WORLD = World(0, 0, 1, torch.device("cpu"))
-
-
-@pytest.fixture
-def process_group(tmp_path):
-    """A world of one under gloo, so that DDP can wrap."""
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 def digits_model(*overrides):

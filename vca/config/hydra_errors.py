@@ -40,6 +40,7 @@ USUAL = {
     "num_workers": ("trainer.workers", "workers"),
     "amp": ("trainer.precision", "precision"),
     "pretrained": ("trainer.init_from", "checkpoint"),
+    "finetune": ("trainer.init_from",),
     "drop_path": ("model.drop_path_rate",),
     "grad_clip": ("optim.clip_grad",),
     "data_path": ("data.root",),

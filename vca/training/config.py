@@ -117,6 +117,8 @@ class ClassifierTrainerConfig(TrainerConfig):
         eval_batch_size: images per forward pass of a rank in an evaluation.
         init_from: file of initial weights, of this project or the original repositories; loads matching parameters.
         init_weights: `ema` or `raw`, for a file with both; `ema` falls back to `raw`.
+        freeze_layers: number of layers, from the stem up, that are not trained; a negative number counts from the head:
+            -1 is all but the head (linear probing). Null trains all. The layers are those of `optim.layer_decay`.
         eval_only: only evaluate the newest checkpoint of the run, or `init_from` if it has none.
         eval_snapshots: with `eval_only`, evaluate all snapshots of the run instead, and write `snapshots.json` and
             `snapshots.png`.
@@ -125,6 +127,7 @@ class ClassifierTrainerConfig(TrainerConfig):
     eval_batch_size: int = 250
     init_from: str | None = None
     init_weights: InitWeights = InitWeights.ema
+    freeze_layers: int | None = None
     eval_only: bool = False
     eval_snapshots: bool = False
 
@@ -133,6 +136,10 @@ class ClassifierTrainerConfig(TrainerConfig):
         allowed = self.eval_only or not self.eval_snapshots
         check(allowed, "trainer.eval_snapshots", "false without trainer.eval_only", self.eval_snapshots)
         check(self.eval_batch_size >= 1, "trainer.eval_batch_size", ">= 1", self.eval_batch_size)
+        frozen = self.freeze_layers
+        check(frozen != 0, "trainer.freeze_layers", "null or an integer other than 0", frozen)
+        initialized = frozen is None or self.init_from is not None
+        check(initialized, "trainer.freeze_layers", "null without trainer.init_from, which sets frozen weights", frozen)
 
 
 @dataclass

@@ -48,6 +48,8 @@ class OptimConfig:
         warmup_lr: learning rate at the first step of the warm-up.
         min_lr: final learning rate of the cosine.
         clip_grad: maximum norm of the gradient; null disables clipping.
+        layer_decay: factor of the learning rate per layer below the head, for fine-tuning, as in BEiT and timm. The
+            layers are the stem, each block (PVT: each stage) and the head. Null is one learning rate for all.
     """
 
     lr: float | None = None
@@ -62,6 +64,7 @@ class OptimConfig:
     warmup_lr: float = 1e-6
     min_lr: float = 1e-5
     clip_grad: float | None = None
+    layer_decay: float | None = None
 
     def __post_init__(self) -> None:
         check(self.lr is None or self.lr > 0, "optim.lr", "> 0 or null", self.lr)
@@ -74,6 +77,8 @@ class OptimConfig:
             check(getattr(self, key) >= 0, f"optim.{key}", ">= 0", getattr(self, key))
         check(self.lr is None or self.min_lr <= self.lr, "optim.min_lr", f"<= optim.lr {self.lr}", self.min_lr)
         check(self.clip_grad is None or self.clip_grad > 0, "optim.clip_grad", "> 0 or null", self.clip_grad)
+        decay_ok = self.layer_decay is None or 0 < self.layer_decay <= 1
+        check(decay_ok, "optim.layer_decay", "in (0, 1] or null", self.layer_decay)
 
     def peak_lr(self, global_batch_size: int) -> float:
         """Return `lr`, or `base_lr` by the linear scaling rule."""
@@ -101,14 +106,27 @@ def learning_rate(config: OptimConfig, step: int, total_steps: int, steps_per_ep
     return end + 0.5 * (peak - end) * (1 + math.cos(math.pi * epoch / length))
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Split the parameters into two groups, with and without weight decay.
+def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float | None = None) -> list[dict]:
+    """Split the trainable parameters into two groups, with and without weight decay; with `layer_decay`, per layer.
 
     Without: every 1-D parameter (biases, norm weights, lambda vectors) and the names in `model.no_weight_decay()`.
     `model` must be the bare model: DDP and `torch.compile` add a prefix to the names.
+
+    Returns:
+        Groups with `params` and `weight_decay`; with `layer_decay` also `lr_scale`, the factor of the learning rate:
+        `layer_decay` to the power of the number of layers above, 1 for the head.
+
+    Raises:
+        ConfigError: with `layer_decay`, if the model has no `group_matcher`, which names its layers.
     """
     listed: Any = getattr(model, "no_weight_decay", set)
     no_decay: set[str] = listed()
+    if layer_decay is not None:
+        from timm.optim import param_groups_layer_decay
+
+        has_layers = hasattr(model, "group_matcher")
+        check(has_layers, "optim.layer_decay", f"null for {type(model).__name__}, which has no layers", layer_decay)
+        return param_groups_layer_decay(model, weight_decay, no_decay, layer_decay=layer_decay)
     groups: tuple[list, list] = ([], [])
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -118,5 +136,5 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 
 def build_optimizer(config: OptimConfig, model: nn.Module, peak: float) -> torch.optim.AdamW:
     """Build a fused AdamW over `parameter_groups`."""
-    groups = parameter_groups(model, config.weight_decay)
+    groups = parameter_groups(model, config.weight_decay, config.layer_decay)
     return torch.optim.AdamW(groups, lr=peak, betas=(config.betas[0], config.betas[1]), eps=config.eps, fused=True)

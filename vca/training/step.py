@@ -29,7 +29,7 @@ class StepResult:
         grad_norm: norm of the gradient over all ranks, before clipping.
         applied: False if the step left weights, optimizer and EMA unchanged.
         failed: whether the gradient was not finite and this was no fp16 overflow.
-        lr: learning rate of the step.
+        lr: learning rate of the step; with `optim.layer_decay`, that of the head.
     """
 
     loss: Tensor
@@ -72,7 +72,7 @@ class TrainState:
         # A CUDA graph overwrites the gradients that it returned before, so they are added to other tensors.
         self.keep_gradients = self.accumulation > 1 and trainer.compile in CUDA_GRAPHS
         if self.keep_gradients:
-            for parameter in self.model.parameters():
+            for parameter in filter(lambda p: p.requires_grad, self.model.parameters()):
                 parameter.grad = torch.zeros_like(parameter)
 
     @property
@@ -101,9 +101,7 @@ class TrainState:
             fp16 overflow, no later step is applied either, until `load_state_dict`.
         """
         step = self.step
-        lr = learning_rate(self.optim, step, self.total_steps, self.steps_per_epoch, self.peak_lr)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        lr = self.set_learning_rates()
         if not self.model.training:  # after an evaluation
             self.forward_model.train()
         if not self.warm:
@@ -137,6 +135,13 @@ class TrainState:
         self.failed = self.failed | failed
         self.step = step + 1
         return StepResult(total, norm, applied, failed, lr)
+
+    def set_learning_rates(self) -> float:
+        """Set the learning rate of each parameter group for the current step, and return that of the head."""
+        lr = learning_rate(self.optim, self.step, self.total_steps, self.steps_per_epoch, self.peak_lr)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr * group.get("lr_scale", 1.0)
+        return lr
 
     def clear_gradients(self) -> None:
         self.optimizer.zero_grad(set_to_none=not self.keep_gradients)
