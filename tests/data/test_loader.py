@@ -35,7 +35,7 @@ from vca.evaluation.images import DatasetImages
 from vca.runtime.distributed import World
 from vca.runtime.errors import ConfigError, ImageError, known_cause
 from vca.runtime.seeding import derive_seed, seed_everything
-from vca.runtime.signals import start_worker
+from vca.runtime.signals import end_workers, start_worker
 
 CPU = torch.device("cpu")
 
@@ -302,5 +302,6 @@ def test_load_imagefolder_16_bit_rgb_refused_when_read(tmp_path, workers):
     problem = "has 16 bits per channel, which would be truncated; convert it to 8 bits"
     with pytest.raises(ImageError, match=rf"cat/deep.png cannot be read \({problem}\)"):
         list(eval_loader(images, lambda image: torch.zeros(1), world(), 4, workers))
+    end_workers()  # as `distributed.start` does; the collection of a loader waits 10 s for each of its workers
     with pytest.raises(ConfigError, match=rf"^\S+cat/deep.png: {problem}$"):
         DatasetImages(images, 8, 3, "photos", "reference").read([number])
