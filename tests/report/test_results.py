@@ -13,7 +13,7 @@ from tests.processes import ROOT
 from tests.report.test_tables import measured
 from vca.config import compose
 from vca.evaluation.accuracy_record import accuracy_record_name, make_accuracy_record
-from vca.evaluation.record import log_identity, read_record, seal, training_section
+from vca.evaluation.record import log_identity, read_record, seal
 from vca.report.results import (
     DOCUMENTS,
     FOLDER,
@@ -65,13 +65,13 @@ def write(folder, record):
     return path
 
 
-def fid(folder, value, *overrides, log=({"step": 9},), reference=REFERENCE, number=0, **changes):
+def fid(folder, value, *overrides, log=({"step": 9},), launch=LAUNCH, reference=REFERENCE, number=0, **changes):
     """Write a run's log and an FID record of committed code; `changes` are of the origin of its weights."""
-    path = measured(folder, "dit_s_2_softmax", value, *overrides, reference=reference)
+    folder.mkdir(exist_ok=True)
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
-    (folder / "launches.jsonl").write_text(json.dumps(LAUNCH) + "\n")
+    (folder / "launches.jsonl").write_text(json.dumps(launch) + "\n")
+    path = measured(folder, "dit_s_2_softmax", value, *overrides, reference=reference, run=str(folder))
     record = committed(json.loads(path.read_text()))
-    record |= {"log": log_identity(folder), "training": training_section(folder)}
     record["samples"]["made"]["origin"] |= changes
     path.unlink()
     path = folder / f"evaluation-inception-50000-{number}.json"
@@ -163,6 +163,9 @@ def test_results_rows_of_the_paper(checkout, tmp_path):
     shutil.rmtree(checkout / FOLDER)
     with pytest.raises(ConfigError, match=r"trainer\.epochs=300 for table1/deit_tiny_vca, got 100"):
         accept([tmp_path / "short"], checkout, experiments)
+    fid(tmp_path / "dirty", 60.0, launch={**LAUNCH, "uncommitted": True})
+    with pytest.raises(ConfigError, match="must be of committed code"):
+        accept([tmp_path / "dirty"], checkout, experiments)
     fid(tmp_path / "own", 60.0, reference="own.npz")
     with pytest.raises(ConfigError, match=f"must have reference={REFERENCE} for table2/dit_s_2_softmax, got own.npz"):
         accept([tmp_path / "own"], checkout, experiments)

@@ -66,7 +66,7 @@ FIELDS_OF = {FORMAT: FIELDS, ACCURACY_FORMAT: ACCURACY_FIELDS}
 # Where and with which software a record was computed; no influence on the metrics.
 INCIDENTAL = ("samples.source", "reference.source", "compute", "log", "training")
 # Keys of a launch that a record repeats, without the host's name and SLURM's numbers.
-LAUNCH = ("time", "command", "first_step", "commit", "uncommitted", "torch")
+LAUNCH: tuple[str, ...] = ("time", "command", "first_step", "commit", "uncommitted", "torch")
 LAUNCH += ("ranks", "device", "processor", "cores", "threads")
 UNKNOWN_SETTINGS = "sampling settings unknown (not a sample.py folder): excluded from scripts/table.py"
 
