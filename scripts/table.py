@@ -72,7 +72,7 @@ EXPERIMENTS = Experiments(experiment_config, gpu_hours)
 
 def update(folders: list[Path]) -> None:
     """Accept the records in some folders, and rewrite the tables of published results."""
-    for path in accept(folders, ROOT):
+    for path in accept(folders, ROOT, EXPERIMENTS):
         print(f"accepted: {path.relative_to(ROOT)}")
     for path, text in stale_documents(ROOT, EXPERIMENTS).items():
         write_text(path, text)

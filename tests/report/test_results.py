@@ -14,7 +14,18 @@ from tests.report.test_tables import measured
 from vca.config import compose
 from vca.evaluation.accuracy_record import accuracy_record_name, make_accuracy_record
 from vca.evaluation.record import log_identity, read_record, seal
-from vca.report.results import DOCUMENTS, FOLDER, Experiments, accept, read_results, render, rewrite, stale_documents
+from vca.report.results import (
+    DOCUMENTS,
+    FOLDER,
+    REFERENCE,
+    Experiments,
+    accept,
+    read_results,
+    records_table,
+    render,
+    rewrite,
+    stale_documents,
+)
 from vca.report.tables import TABLES, gather, lines_of
 from vca.runtime.distributed import World
 from vca.runtime.errors import ConfigError
@@ -51,6 +62,20 @@ def committed(record):
 def write(folder, record):
     path = folder / accuracy_record_name(record)
     path.write_text(json.dumps({**record, "sha256": seal(record)}))
+    return path
+
+
+def fid(folder, value, *overrides, log=({"step": 9},), launch=LAUNCH, reference=REFERENCE, number=0, **changes):
+    """Write a run's log and an FID record of committed code; `changes` are of the origin of its weights."""
+    folder.mkdir(exist_ok=True)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
+    (folder / "launches.jsonl").write_text(json.dumps(launch) + "\n")
+    path = measured(folder, "dit_s_2_softmax", value, *overrides, reference=reference, run=str(folder))
+    record = committed(json.loads(path.read_text()))
+    record["samples"]["made"]["origin"] |= changes
+    path.unlink()
+    path = folder / f"evaluation-inception-50000-{number}.json"
+    path.write_text(json.dumps(record | {"sha256": seal(record)}))
     return path
 
 
@@ -93,7 +118,7 @@ def test_results_accepted_rows(checkout, tmp_path):
     accuracy(tmp_path / "s", 91.0, "attention=softmax", "wandb.project=other")
     accuracy(tmp_path / "long", 92.0, "attention=softmax", "trainer.epochs=200")
     accuracy(tmp_path / "lr", 93.0, "attention=softmax", "trainer.epochs=200", "optim.lr=5e-4", weights="raw")
-    files = accept([tmp_path / name for name in ("v0", "v1", "s", "long", "lr")], checkout)
+    files = accept([tmp_path / name for name in ("v0", "v1", "s", "long", "lr")], checkout, EXPERIMENTS)
     assert len(files) == 7 + 5  # records and logs
     blocks = render(checkout, EXPERIMENTS)
     lines = blocks["measured"].splitlines()
@@ -118,11 +143,9 @@ def test_results_rows_of_the_paper(checkout, tmp_path):
     for seed, top1 in enumerate((75.0, 76.0)):
         accuracy(tmp_path / f"v{seed}", top1, *row, f"seed={seed}", images=50_000)
         accuracy(tmp_path / f"v{seed}", 10.0, *row, f"seed={seed}", images=50_000, weights="raw")
-    fid = measured(tmp_path / "dit", "dit_s_2_softmax", 67.0)
-    record = json.loads(fid.read_text())
-    fid.write_text(json.dumps((made := committed(record)) | {"sha256": seal(made)}))
-    accept([tmp_path / name for name in ("v0", "v1", "dit")], checkout)
+    fid(tmp_path / "dit", 67.0)
     experiments = Experiments(row_config, gpu_hours)
+    accept([tmp_path / name for name in ("v0", "v1", "dit")], checkout, experiments)
     blocks = render(checkout, experiments)
     table = blocks["reproduction"]
     assert "| 1 | DeiT-Tiny, VCA | `table1/deit_tiny_vca` | 75.6 % | 75.50 ± 0.71 % (2 seeds) | 20 |" in table
@@ -138,14 +161,69 @@ def test_results_rows_of_the_paper(checkout, tmp_path):
 
     accuracy(tmp_path / "short", 74.0, *row, "seed=2", "trainer.epochs=100", images=50_000)
     shutil.rmtree(checkout / FOLDER)
-    accept([tmp_path / "short"], checkout)
     with pytest.raises(ConfigError, match=r"trainer\.epochs=300 for table1/deit_tiny_vca, got 100"):
-        render(checkout, experiments)
+        accept([tmp_path / "short"], checkout, experiments)
+    fid(tmp_path / "dirty", 60.0, launch={**LAUNCH, "uncommitted": True})
+    with pytest.raises(ConfigError, match="must be of committed code"):
+        accept([tmp_path / "dirty"], checkout, experiments)
+    fid(tmp_path / "own", 60.0, reference="own.npz")
+    with pytest.raises(ConfigError, match=f"must have reference={REFERENCE} for table2/dit_s_2_softmax, got own.npz"):
+        accept([tmp_path / "own"], checkout, experiments)
+    assert not (checkout / FOLDER).exists()
 
 
-def row_config(name):
+def test_results_other_steps_and_decays_skipped(checkout, tmp_path, capsys):
+    """After `eval_fid.py step=all ema=all`, the last step and first decay are accepted; alone, others are refused."""
+    experiments = Experiments(row_config, gpu_hours)
+    decays = "trainer.ema_decay=[0.9999,0.99]"
+    for number, step, decay in ((1, 200_000, 0.9999), (2, 400_000, 0.99), (0, 400_000, 0.9999)):
+        fid(tmp_path / "a", 60.0 + number, decays, number=number, step=step, ema_decay=decay)
+    files = accept([tmp_path / "a"], checkout, Experiments(lambda name: row_config(name, decays), gpu_hours))
+    assert [file.name for file in files] == ["evaluation-inception-50000-0.json", "metrics.jsonl"]
+    first, second = capsys.readouterr().out.splitlines()
+    assert first.endswith("50000-1.json: step 200000 of 400000")
+    assert second.endswith("EMA decay 0.99, the tables use the first one, 0.9999")
+    (result,) = read_results(checkout / FOLDER)
+    assert "| H100, 8 ranks | abcdef0 | `python train_cls.py seed=0` |" in records_table([result], checkout / FOLDER)
+
+    fid(tmp_path / "b", 61.0, step=200_000)
+    epochs = ("trainer.steps=null", "trainer.epochs=80")
+    fid(tmp_path / "c", 61.0, *epochs, step=9, log=[{"step": 9, "epoch": 40.0}])
+    for name, steps in (("b", "200000 of 400000"), ("c", "9 of 18")):
+        with pytest.raises(ConfigError, match=f"must be of the last step and .* of a run, got step {steps}"):
+            accept([tmp_path / name], checkout, experiments)
+
+
+def test_results_invalid_together_with_accepted_ones_not_written(checkout, tmp_path):
+    """The same run with a longer log is a second result of its config and seed."""
+    path = accuracy(tmp_path / "run", 98.0)
+    accept([tmp_path / "run"], checkout, EXPERIMENTS)
+    before = sorted((checkout / FOLDER).rglob("*"))
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 9, "again": 1}\n')
+    record = read_record(path) | {"log": log_identity(tmp_path / "run")}
+    path.write_text(json.dumps({**record, "sha256": seal(record)}))
+    with pytest.raises(ConfigError, match=f"{checkout}/docs/results/run-.* and .* have the same config, seed and"):
+        accept([tmp_path / "run"], checkout, EXPERIMENTS)
+    assert sorted((checkout / FOLDER).rglob("*")) == before
+
+
+def test_results_measured_differently_are_other_rows(checkout, tmp_path):
+    for seed, data in enumerate("dde"):
+        accuracy(tmp_path / f"v{seed}", 98.0, f"seed={seed}", data={"name": "digits", "sha256": data})
+    for seed, reference in enumerate(("a.npz", "b.npz")):
+        path = fid(tmp_path / f"g{seed}", 60.0, f"seed={seed}", reference=reference)
+        record = json.loads(path.read_text()) | {"count": 10_000}
+        path.write_text(json.dumps(record | {"sha256": seal(record)}))
+    accept([tmp_path / name for name in ("v0", "v1", "v2", "g0", "g1")], checkout, EXPERIMENTS)
+    rows = [line.split(" | ") for line in render(checkout, EXPERIMENTS)["records"].splitlines()[2:]]
+    assert [row[4] for row in rows] == ["2", "1", "1", "1"]
+    assert [row[0].rpartition(", ")[2] for row in rows[:2]] == ["measured.data=d", "measured.data=e"]
+    assert [row[0].rpartition(", ")[2] for row in rows[2:]] == ["measured.reference=a.npz", "measured.reference=b.npz"]
+
+
+def row_config(name, *overrides):
     script = "train_gen" if name.startswith("table2") else "train_cls"
-    return config_of(script, f"experiment={name}", "data.root=elsewhere")
+    return config_of(script, f"experiment={name}", "data.root=elsewhere", *overrides)
 
 
 @pytest.mark.parametrize(
@@ -155,6 +233,8 @@ def row_config(name):
         (lambda r: r["compute"].update(commit=None), "must be of committed code"),
         (lambda r: r["training"].update(uncommitted=True), "must be of committed code"),
         (lambda r: r["training"]["launches"][0].update(commit=None), "must be of committed code"),
+        (lambda r: r["training"]["launches"][0].update(uncommitted=True), "must be of committed code"),
+        (lambda r: r.update(log=None), "has no log of its run"),
         (lambda r: r["weights"].update(step=8), "must be of a finished run, got step 8 of 9"),
         (lambda r: r["log"].update(sha256="0"), r"metrics\.jsonl with sha256 0; copy it from the run"),
         (lambda r: r.pop("config"), "has no field config"),
@@ -166,7 +246,7 @@ def test_results_unsuitable_record_refused(change, message, checkout, tmp_path):
     change(record)
     path.write_text(json.dumps({**record, "sha256": seal(record)}))
     with pytest.raises(ConfigError, match=message):
-        accept([tmp_path / "run"], checkout)
+        accept([tmp_path / "run"], checkout, EXPERIMENTS)
     assert not (checkout / FOLDER).exists()
 
 
@@ -178,9 +258,9 @@ def test_results_record_without_command_refused(checkout, tmp_path):
     path.write_text(json.dumps(record | {"sha256": seal(record)}))
     assert read_record(path)["metrics"]["frechet"] == 62.0
     with pytest.raises(ConfigError, match="has no command and log, which earlier versions did not record"):
-        accept([tmp_path / "old"], checkout)
+        accept([tmp_path / "old"], checkout, EXPERIMENTS)
     with pytest.raises(ConfigError, match=r"no evaluation-\*\.json in "):
-        accept([checkout / "docs"], checkout)
+        accept([checkout / "docs"], checkout, EXPERIMENTS)
 
 
 def test_results_block_without_end_or_with_unknown_name_refused():

@@ -36,7 +36,9 @@ def trained(folder, experiment, top1, *overrides, epoch=300, **more):
     return folder
 
 
-def measured(folder, experiment, fid, *overrides, count=50_000, published=True, made=None, reference="r", **more):
+def measured(
+    folder, experiment, fid, *overrides, count=50_000, published=True, made=None, reference="r", run=None, **more
+):
     """A record of `eval_fid.py` for a row of Table 2, complete and sealed."""
     config = to_dict(compose("train_gen", [f"experiment=table2/{experiment}", "data.root=somewhere", *overrides]))
     protocol = "dit_table" if config["objective"]["name"] == "diffusion" else "sit_sde250"
@@ -67,7 +69,7 @@ def measured(folder, experiment, fid, *overrides, count=50_000, published=True, 
     identity = {"name": "inception", "sha256": "i", "published": published}
     extractor = SimpleNamespace(identity=lambda: identity)
     settings = {"kid": None, "inception_score_split": 5000, "neighbours": None}
-    record = {**make_record(Metrics(fid), settings, *sides, extractor, how, [], 32, ONE), **more}
+    record = {**make_record(Metrics(fid), settings, *sides, extractor, how, [], 32, ONE, run), **more}
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "evaluation-inception-50000-0.json"
     path.write_text(json.dumps({**record, "sha256": seal(record)}))

@@ -5,7 +5,10 @@ import warnings
 from contextlib import suppress
 
 import pytest
+import torch
 
+from vca.evaluation.record import training_section
+from vca.runtime.distributed import World
 from vca.runtime.errors import ConfigError
 from vca.runtime.files import append_line, write_text
 from vca.runtime.metrics_log import Reporter
@@ -31,6 +34,16 @@ def test_run_directory_rewind_drops_later_records(tmp_path):
     folder.rewind(2)
     assert folder.records() == [{"step": 1}, {"step": 2}]
     assert RunDirectory(tmp_path / "new").records() == []
+
+
+def test_launches_keep_uncommitted_changes_of_earlier_starts(tmp_path, monkeypatch):
+    """A clean resume overwrites `uncommitted.diff`; accuracy records get the flag of each start."""
+    for diff in ("a change", ""):
+        monkeypatch.setattr("vca.runtime.rundir.provenance", lambda diff=diff: ("abcdef0", diff))
+        RunDirectory(tmp_path).record_launch(World(0, 0, 1, torch.device("cpu")), 0, 0.0)
+    training = training_section(tmp_path)
+    assert [launch["uncommitted"] for launch in training["launches"]] == [True, False]
+    assert training["uncommitted"] is False
 
 
 DAMAGES = {

@@ -5,13 +5,11 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from vca.evaluation.record import ACCURACY_FORMAT, compute_section, log_identity, seal
+from vca.evaluation.record import ACCURACY_FORMAT, compute_section, log_identity, seal, training_section
 from vca.runtime.distributed import World
 from vca.runtime.rundir import RunDirectory, read_config
 
 PACKAGES = ("torchvision", "timm", "numpy")
-# Keys of a launch that a record repeats, besides the host's name and SLURM's numbers.
-LAUNCH = ("time", "command", "first_step", "commit", "ranks", "device", "processor", "cores", "threads", "torch")
 NOT_RECORDED = ("cluster", "logger", "wandb")  # sections of the config
 
 
@@ -41,20 +39,11 @@ def make_accuracy_record(
         "weights": dict(weights),
         "data": dict(data),
         "config": {key: value for key, value in read_config(run_dir.path).items() if key not in NOT_RECORDED},
-        "training": training_section(run_dir),
+        "training": training_section(run_dir.path),
         "log": log_identity(run_dir.path),
         "compute": compute_section(world, batch_size, PACKAGES),
     }
     return {**record, "sha256": seal(record)}
-
-
-def training_section(run_dir: RunDirectory) -> dict[str, Any]:
-    """Return the starts of a run, and whether the last one had uncommitted changes."""
-    launches, diff = run_dir.launches(), run_dir.path / "uncommitted.diff"
-    return {
-        "launches": [{key: launch.get(key) for key in LAUNCH} for launch in launches],
-        "uncommitted": diff.is_file() and bool(diff.read_bytes()),
-    }
 
 
 def accuracy_record_name(record: Mapping[str, Any]) -> str:

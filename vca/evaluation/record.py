@@ -29,12 +29,13 @@ from vca.runtime.distributed import World
 from vca.runtime.errors import ConfigError
 from vca.runtime.files import write_text
 from vca.runtime.provenance import provenance
+from vca.runtime.rundir import RunDirectory
 
 FORMAT = "vca-evaluation-1"
 ACCURACY_FORMAT = "vca-accuracy-1"
 
 # Fields by section, besides the sections themselves; a dot separates nested sections. Records of samples written by
-# earlier versions have no `log`, `compute.command`, `compute.processor` and `compute.threads`.
+# earlier versions have no `log`, `training`, `compute.command`, `compute.processor` and `compute.threads`.
 FIELDS: dict[str, tuple[str, ...]] = {
     "": ("format", "count", "warnings", "sha256"),
     "metrics": tuple(f.name for f in fields(Metrics)),
@@ -63,7 +64,10 @@ ACCURACY_FIELDS: dict[str, tuple[str, ...]] = {
 }
 FIELDS_OF = {FORMAT: FIELDS, ACCURACY_FORMAT: ACCURACY_FIELDS}
 # Where and with which software a record was computed; no influence on the metrics.
-INCIDENTAL = ("samples.source", "reference.source", "compute", "log")
+INCIDENTAL = ("samples.source", "reference.source", "compute", "log", "training")
+# Keys of a launch that a record repeats, without the host's name and SLURM's numbers.
+LAUNCH: tuple[str, ...] = ("time", "command", "first_step", "commit", "uncommitted", "torch")
+LAUNCH += ("ranks", "device", "processor", "cores", "threads")
 UNKNOWN_SETTINGS = "sampling settings unknown (not a sample.py folder): excluded from scripts/table.py"
 
 
@@ -99,6 +103,7 @@ def make_record(
         },
         "extractor": {**extractor.identity(), "dtype": "float32", "tf32": False},
         "log": log_identity(Path(run)) if run is not None else None,
+        "training": training_section(Path(run)) if run is not None else None,
         "compute": compute_section(world, batch_size, ("torch-fidelity", "numpy")),
         "warnings": warnings,
     }
@@ -129,6 +134,15 @@ def log_identity(run: Path) -> dict[str, str] | None:
     """Return name and sha256 of a run's `metrics.jsonl`, None if it has none."""
     file = run / "metrics.jsonl"
     return {"file": file.name, "sha256": file_sha256(file)} if file.is_file() else None
+
+
+def training_section(run: Path) -> dict[str, Any]:
+    """Return the starts of a run, and whether the last one had uncommitted changes."""
+    diff = run / "uncommitted.diff"
+    return {
+        "launches": [{key: launch.get(key) for key in LAUNCH} for launch in RunDirectory(run).launches()],
+        "uncommitted": diff.is_file() and bool(diff.read_bytes()),
+    }
 
 
 def run_of_samples(samples: str, made: dict[str, Any] | None) -> str | None:

@@ -7,16 +7,18 @@ records, so a figure without a record cannot be in a table.
 
 import json
 import re
+import shutil
 import statistics
+import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from vca.evaluation.record import ACCURACY_FORMAT, read_record
+from vca.report.acceptable import accepted_name, check_acceptable, log_of, not_of_tables
 from vca.report.sweep_table import flatten_config
 from vca.report.tables import TABLES, Cell, Measurement, as_markdown, gather, lines_of
-from vca.runtime.digest import file_sha256
 from vca.runtime.errors import ConfigError
 from vca.runtime.files import write_text
 
@@ -25,6 +27,7 @@ DOCUMENTS = ("README.md", "docs/results.md")
 BLOCK = re.compile(r"(<!-- results: (\w+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 MARKER = "<!-- results:"
 COMPARED = ("model", "attention", "objective", "data", "augment", "optim", "trainer")  # with a row's experiment
+REFERENCE = "VIRTUAL_imagenet256_labeled.npz"  # ADM's file; its name is checked
 
 
 class Experiments(NamedTuple):
@@ -34,72 +37,45 @@ class Experiments(NamedTuple):
     gpu_hours: Callable[[str], int]
 
 
-def accept(folders: Iterable[Path], root: Path) -> list[Path]:
+def accept(folders: Iterable[Path], root: Path, experiments: Experiments) -> list[Path]:
     """Copy the records of runs, with their logs, to `docs/results/` of a checkout; return the files written.
 
+    Records of other steps and EMA decays than those of the tables are skipped with a printed line.
+
     Raises:
-        ConfigError: if a folder has no record, or a record cannot be accepted, see `check_acceptable`.
+        ConfigError: if a folder has no record, a record cannot be accepted, see `check_acceptable`, or the tables
+            cannot be made from the old and the new records; nothing is written then.
     """
     sources: list[tuple[Path, dict[str, Any]]] = []
     for folder in folders:
         paths = sorted(folder.rglob("evaluation-*.json"))
         if not paths:
             raise ConfigError(f"no evaluation-*.json in {folder}")
-        sources += [(path, read_record(path)) for path in paths]
+        records = {path: read_record(path) for path in paths}
+        skipped = {path: reason for path in paths if (reason := not_of_tables(path, records[path])) is not None}
+        if len(skipped) == len(paths):
+            check_acceptable(paths[0], records[paths[0]])
+        for path, reason in skipped.items():
+            print(f"skipped: {path}: {reason}")
+        sources += [(path, record) for path, record in records.items() if path not in skipped]
     for path, record in sources:
         check_acceptable(path, record)
-    written = []
-    for path, record in sources:
-        target = root / FOLDER / accepted_name(record)
-        target.mkdir(parents=True, exist_ok=True)
-        for file in filter(None, (path, log_of(path, record))):
-            write_text(target / file.name, file.read_text())
-            written.append(target / file.name)
-    return list(dict.fromkeys(written))
-
-
-def check_acceptable(path: Path, record: Mapping[str, Any]) -> None:
-    """Raise `ConfigError` unless a record identifies its weights, command and committed code, and its log is there."""
-    compute = record["compute"]
-    if "command" not in compute or "log" not in record:
-        raise ConfigError(f"{path} has no command and log, which earlier versions did not record; evaluate again")
-    if record["format"] == ACCURACY_FORMAT:
-        training = record["training"]
-        step, steps = record["weights"]["step"], record["weights"]["steps"]
-        if step != steps:
-            raise ConfigError(f"{path} must be of a finished run, got step {step} of {steps}")
-        codes = [compute, training, *training["launches"]]
-    else:
-        if (record["samples"]["made"] or {}).get("origin", {}).get("training") is None:
-            raise ConfigError(f"{path} must be of samples of a run; its sampling settings or its run are unknown")
-        codes = [compute]
-    if any(code.get("uncommitted") or code.get("commit", "") is None for code in codes):
-        raise ConfigError(f"{path} must be of committed code; commit, run and evaluate again")
-    log_of(path, record)
-
-
-def log_of(path: Path, record: Mapping[str, Any]) -> Path | None:
-    """Return the log of a record's run, from the folder of the record or its parent; None if the record has none.
-
-    Raises:
-        ConfigError: if it is missing or has changed.
-    """
-    log = record["log"]
-    if log is None:
-        return None
-    files = [folder / log["file"] for folder in (path.parent, path.parent.parent)]
-    found = next((file for file in files if file.is_file() and file_sha256(file) == log["sha256"]), None)
-    if found is None:
-        raise ConfigError(f"{path} needs {files[0]} with sha256 {log['sha256']}; copy it from the run")
-    return found
-
-
-def accepted_name(record: Mapping[str, Any]) -> str:
-    """Return the folder of a record in `docs/results/`: name of the run, and digits of its log's or weights' sha256."""
-    if record["format"] == ACCURACY_FORMAT:
-        return f"{record['weights']['source']}-{record['log']['sha256'][:8]}"
-    origin = record["samples"]["made"]["origin"]
-    return f"{origin.get('run') or 'weights'}-{origin['weights_sha256'][:8]}"
+    with tempfile.TemporaryDirectory() as name:
+        staged = Path(name) / FOLDER
+        if (root / FOLDER).is_dir():
+            shutil.copytree(root / FOLDER, staged)
+        written = []
+        for path, record in sources:
+            (staged / accepted_name(record)).mkdir(parents=True, exist_ok=True)
+            for file in (path, log_of(path, record)):
+                written.append(FOLDER / accepted_name(record) / file.name)
+                write_text(Path(name) / written[-1], file.read_text())
+        try:
+            render(Path(name), experiments)
+        except ConfigError as error:
+            raise ConfigError(str(error).replace(name, str(root))) from error
+        shutil.copytree(staged, root / FOLDER, dirs_exist_ok=True)
+    return [root / file for file in dict.fromkeys(written)]
 
 
 @dataclass
@@ -142,6 +118,7 @@ def read_results(folder: Path) -> list[Result]:
         if record["format"] == ACCURACY_FORMAT:
             metric, config, weights = "top-1 (%)", record["config"], record["weights"]["name"]
             value = record["metrics"]["top1"]
+            measured = {"data": record["data"]["sha256"][:8], "images": record["count"]}
         else:
             made, count = record["samples"]["made"], record["count"]
             fid = record["extractor"]["published"] and count == 50_000
@@ -151,7 +128,8 @@ def read_results(folder: Path) -> list[Result]:
             config = {**parts, **made["origin"]["training"], "sampling": sampling}
             weights = made["origin"]["weights"]
             value = record["metrics"]["frechet"]
-        flat = flatten_config(config)
+            measured = {key: record[key]["sha256"][:8] for key in ("reference", "extractor")}
+        flat = flatten_config({**config, "measured": measured})  # other images or networks are another row
         key = json.dumps([flat, config["seed"], metric], sort_keys=True)
         result = results.setdefault(key, Result(flat, config["seed"], metric))
         if weights in result.records:
@@ -204,9 +182,9 @@ def records_table(results: list[Result], folder: Path) -> str:
 
 
 def first_start(record: Mapping[str, Any]) -> dict[str, str]:
-    """Return command, commit and device of the training, or of the evaluation of samples."""
-    training = record.get("training")
-    start = training["launches"][0] if training else record["compute"]
+    """Return command, commit and device of the training, or of the evaluation if the record has none."""
+    launches = (record.get("training") or {}).get("launches")
+    start = launches[0] if launches else record["compute"]
     hardware = start["processor"] if start["device"] == "cpu" else start["device"]
     ranks, threads = (f"{start[key]} {key[:-1] if start[key] == 1 else key}" for key in ("ranks", "threads"))
     return {**start, "device": ", ".join([hardware, ranks, *([threads] if start["device"] == "cpu" else [])])}
@@ -220,8 +198,7 @@ def record_links(result: Result, folder: Path) -> str:
         sha256 = record["weights"]["sha256"] if is_accuracy else record["samples"]["made"]["origin"]["weights_sha256"]
         links.append(f"[{weights} {sha256[:8]}]({folder.name}/{path.relative_to(folder)})")
     path, record = next(iter(result.records.values()))
-    if record["log"] is not None:
-        links.append(f"[log]({folder.name}/{path.parent.relative_to(folder)}/{record['log']['file']})")
+    links.append(f"[log]({folder.name}/{path.parent.relative_to(folder)}/{record['log']['file']})")
     return " ".join(links)
 
 
@@ -275,8 +252,10 @@ def ours(line: Mapping[str, str], column: str, unit: str) -> str:
 
 
 def check_experiment(one: Measurement, name: str, config: Mapping[str, Any]) -> None:
-    """Raise `ConfigError` if a measurement was trained with another config than the experiment of its row."""
+    """Raise `ConfigError` unless a measurement has the config of its row's experiment, and ADM's file as reference."""
     made = (one.settings.get("samples") or {}).get("made")
+    if made and (source := Path(one.settings["reference"]["source"]).name) != REFERENCE:
+        raise ConfigError(f"{one.path} must have reference={REFERENCE} for {name}, got {source}; evaluate again")
     trained = {**made, **made["origin"]["training"]} if made else one.settings
     wanted, got = (flatten_config({key: of[key] for key in COMPARED if key in config}) for of in (config, trained))
     if different := sorted(key for key in {*wanted, *got} if wanted.get(key) != got.get(key)):

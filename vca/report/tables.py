@@ -6,7 +6,6 @@ Values measured with different settings in one table are an error that names the
 
 import csv
 import io
-import math
 import statistics
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from typing import Any, NamedTuple
 from vca.attention import DifferentialStagesConfig, SoftmaxConfig, VCAConfig, variant_name
 from vca.evaluation.record import ACCURACY_FORMAT, FIELDS_OF, INCIDENTAL, read_record
 from vca.report import paper
+from vca.report.acceptable import not_final, total_steps
 from vca.report.accuracy import accuracy_at, ema_warning
 from vca.runtime.errors import ConfigError
 from vca.runtime.rundir import RESUME_IGNORED_KEYS, RunDirectory, diff_configs, read_config, to_dict
@@ -213,14 +213,6 @@ def read_run(folder: Path, weights: str | None, found: Measurements) -> None:
     found.measured.append(Measurement(folder, top1[chosen], str(folder.resolve()), settings, cell))
 
 
-def total_steps(config: Mapping[str, Any], records: list[dict[str, Any]]) -> float:
-    """Return the steps of a whole run, from its config and its records."""
-    if config["trainer"]["steps"] is not None:
-        return config["trainer"]["steps"]
-    report = next((record for record in reversed(records) if record.get("epoch")), None)
-    return round(config["trainer"]["epochs"] * report["step"] / report["epoch"]) if report else math.inf
-
-
 def read_evaluation(path: Path, found: Measurements) -> None:
     """Add a record that is an FID-50K of a table's protocol, or an accuracy outside of its run directory."""
     record = read_record(path)
@@ -264,17 +256,6 @@ def measure_accuracies(weights: str | None, found: Measurements) -> None:
             settings = {**config, "images": images, "weights": weights}
             cell = Cell(config["model"]["name"], config["attention"], None, config["data"]["img_size"])
             found.measured.append(Measurement(path, record["metrics"]["top1"], log, settings, cell))
-
-
-def not_final(origin: dict[str, Any]) -> str | None:
-    """Return why the weights of a record are not the ones of the tables: the last step and the first EMA decay."""
-    trainer = (origin["training"] or {}).get("trainer", {})
-    step, steps, decay = origin["step"], trainer.get("steps"), origin.get("ema_decay")
-    if None not in (step, steps) and step < steps:
-        return f"step {step} of {steps}"
-    if decay is not None and decay != trainer["ema_decay"][0]:
-        return f"EMA decay {decay}, the tables use the first one, {trainer['ema_decay'][0]}"
-    return None
 
 
 def fill(table: Table, measured: list[Measurement]) -> list[tuple[str, list[tuple[Cell, list[Measurement]]]]]:

@@ -170,6 +170,7 @@ class RunDirectory:
             "python": platform.python_version(),
             "torch": torch.__version__,
             "commit": commit,
+            "uncommitted": bool(diff),
             "slurm_job_id": os.environ.get("SLURM_JOB_ID"),
             "slurm_restarts": int(os.environ.get("SLURM_RESTART_COUNT", 0)),
         }
