@@ -2,10 +2,11 @@
 
     python scripts/export.py outputs/table1-deit_tiny-vca-seed0
     python scripts/export.py outputs/table2-dit_s_2-vca-seed0 --weights raw --out exported
+    python scripts/export.py outputs/table2-dit_s_2-vca-seed0 --step 400000 --ema 0.9999
     python scripts/export.py outputs/table1-deit_tiny-vca-seed0 --push OWNER/NAME
 
-The default is the EMA if the run has one, else raw. To load the export, in evaluation mode with its transform, or with
-its sampler and autoencoder:
+The default is the newest checkpoint, and its EMA if the run has one, else raw. To load the export, in evaluation mode
+with its transform, or with its sampler and autoencoder:
 
     model = vca.from_pretrained("exported")    # or the hub name OWNER/NAME
 
@@ -41,10 +42,14 @@ from vca.hub import CARD, CONFIG, FORMAT, WEIGHTS, check_hub_name, push
 from vca.report.accuracy import accuracy_at, ema_warning
 from vca.report.card import figures, render_card
 from vca.runtime.digest import tensors_sha256
-from vca.runtime.errors import ConfigError
+from vca.runtime.distributed import World
+from vca.runtime.errors import ConfigError, check
 from vca.runtime.files import write_bytes, write_text
 from vca.runtime.rundir import RunDirectory, read_config, to_dict
-from vca.training.checkpoint import load_latest
+from vca.training.checkpoint import list_checkpoints
+from vca.training.pretrained import InitWeights
+from vca.training.restore import RunWeights, read_run_weights
+from vca.training.snapshots import run_decays
 
 # objective -> file in the layout of the original code, repository, class in its models.py
 ORIGINALS = {
@@ -87,18 +92,41 @@ def original_layout(config: dict[str, Any]) -> dict[str, str]:
         return {}
     model, attention, objective = config["model"], config["attention"], config["objective"]["name"]
     if attention["name"] != "softmax" or attention.get("local_branch"):
-        return {"reason": f"it has no attention={variant_name(attention)}"}
+        return {"reason": f"that code has no attention={variant_name(attention)}"}
     if objective not in ORIGINALS:
-        return {"reason": f"it has no objective={objective}"}
+        return {"reason": f"that code has no objective={objective}"}
     if not isinstance(model["input_size"], int):
-        return {"reason": "its inputs are squares"}
+        return {"reason": "that code accepts only square inputs"}
     file, code, name = ORIGINALS[objective]
     arguments = ", ".join(f"{key}={model[key]}" for key in CONSTRUCTOR)
     return {"file": file, "code": code, "arguments": f"{name}({arguments}).load_state_dict(torch.load('{file}'))"}
 
 
-def export(run: Path, weights: str | None, out: Path, source: str | None = None) -> str:
-    """Write an export to `out`, and return a summary line; `source` is its hub name for the model card.
+def read_weights(run: Path, weights: str | None, step: int | None, ema: float | None) -> RunWeights:
+    """Read the weights to export: step of a checkpoint or snapshot, None is the newest checkpoint; EMA decay."""
+    if step is None and not list_checkpoints(run / "checkpoints"):
+        raise ConfigError(f"{run / 'checkpoints'} contains no checkpoint")
+    if weights == "ema" and not run_decays(run):
+        raise ConfigError(f"--weights must be raw for {run}, which has no EMA")
+    check(ema is None or weights != "raw", "--ema", "unset with --weights raw", ema)
+    return read_run_weights(run, step, InitWeights(weights or "ema"), World(0, 0, 1, torch.device("cpu")), ema)
+
+
+def export(
+    run: Path,
+    weights: str | None,
+    out: Path,
+    source: str | None = None,
+    step: int | None = None,
+    ema: float | None = None,
+    license: str | None = None,
+) -> str:
+    """Write an export to `out`, and return a summary line.
+
+    Args:
+        weights, step, ema: `ema` or `raw`, step and EMA decay of the weights; see the command's options for None.
+        source: hub name for the model card.
+        license: the hub's identifier of the license of the weights, see `vca.report.card.front_matter`.
 
     Raises:
         ConfigError: if the run has no checkpoint or no such weights, a record of the run was changed, or `out` is the
@@ -108,13 +136,8 @@ def export(run: Path, weights: str | None, out: Path, source: str | None = None)
         raise ConfigError(f"RUN must be a run directory with a config.json, got '{run}'")
     if out.resolve() == run.resolve():
         raise ConfigError(f"--out must not be the run directory, whose config.json it would replace, got '{out}'")
-    saved = load_latest(run / "checkpoints", set_aside=False)
-    if saved is None:
-        raise ConfigError(f"{run / 'checkpoints'} contains no checkpoint")
-    weights = weights or ("ema" if saved["ema"] is not None else "raw")
-    if weights == "ema" and saved["ema"] is None:
-        raise ConfigError(f"--weights must be raw for {run}, which has no EMA")
-    parameters = saved["ema" if weights == "ema" else "model"]
+    chosen = read_weights(run, weights, step, ema)
+    parameters = chosen.tensors
     config = read_config(run)
     description = {} if "objective" in config else timm_config(config)
     layout = original_layout(config)
@@ -124,17 +147,23 @@ def export(run: Path, weights: str | None, out: Path, source: str | None = None)
         buffer = io.BytesIO()
         torch.save(dict(parameters), buffer)
         contents[layout["file"]] = buffer.getvalue()
-    shown = figures(run, saved["step"], weights, tensors_sha256(parameters))
+    shown = figures(run, chosen.step, chosen.name, tensors_sha256(parameters), logged_ema(run, chosen.decay))
     contents |= {name: (run / name).read_bytes() for name in sorted({figure.file for figure in shown})}
     description = {
         "format": FORMAT,
         **description,
         "sha256": {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()},
         "figures": [asdict(figure) for figure in shown],
-        "run": {"name": run.resolve().name, "weights": weights, "step": saved["step"], "config": config},
+        "run": {
+            "name": run.resolve().name,
+            "weights": chosen.name,
+            "ema_decay": chosen.decay,
+            "step": chosen.step,
+            "config": config,
+        },
     }
     count = sum(tensor.numel() for tensor in parameters.values() if tensor.is_floating_point())
-    card = render_card(run, description, count, shown, layout, source or out.resolve().name)
+    card = render_card(run, description, count, shown, layout, source or out.resolve().name, license)
     write_export(out, contents, card, description)
     return f"{out}: {summary(run, description)}"
 
@@ -150,6 +179,11 @@ def write_export(out: Path, contents: dict[str, bytes], card: str, description: 
     write_text(out / CONFIG, json.dumps(description, indent=2) + "\n")
 
 
+def logged_ema(run: Path, decay: float | None) -> str:
+    """Return the prefix of an EMA's values in `metrics.jsonl`."""
+    return "ema" if decay is None or decay == run_decays(run)[0] else f"ema_{decay}"
+
+
 def summary(run: Path, description: dict[str, Any]) -> str:
     """Describe an export in one line, with a second one if the EMA is clearly worse than the raw weights."""
     weights, step, config = (description["run"][key] for key in ("weights", "step", "config"))
@@ -157,7 +191,7 @@ def summary(run: Path, description: dict[str, Any]) -> str:
         name = f"{config['model']['name']} with {variant_name(config['attention'])} attention"
         measured = ", ".join(f"{figure['name']} {figure['value']}" for figure in description["figures"])
         return f"{name}, {weights} weights of step {step}, {measured or 'no evaluation record of these weights'}"
-    top1 = accuracy_at(RunDirectory(run).records(), step)
+    top1 = accuracy_at(RunDirectory(run).records(), step, logged_ema(run, description["run"]["ema_decay"]))
     sizes = {key: description["model_args"].get(key) for key in ("patch_size", "window_size", "img_size")}
     other = ", ".join(f"{key}={value}" for key, value in sizes.items() if value is not None)
     name = description["architecture"] + (f" with {other}" if other else "")
@@ -172,14 +206,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("run", type=Path, metavar="RUN", help="run directory, outputs/<name>")
     parser.add_argument("--weights", choices=("ema", "raw"), help="default: ema if the run has one, else raw")
+    parser.add_argument("--step", type=int, help="step of a checkpoint or snapshot; default: the newest checkpoint")
+    parser.add_argument("--ema", type=float, metavar="DECAY", help="EMA decay; default: the first one of the run")
     parser.add_argument("--out", type=Path, help="default: RUN/export")
+    license_help = "the hub's identifier of the weights' license; default: mit, or other with trainer.init_from"
+    parser.add_argument("--license", metavar="ID", help=license_help)
     parser.add_argument("--push", metavar="OWNER/NAME", help="also upload the export to this Hugging Face repository")
     arguments = parser.parse_args()
     out = arguments.out or arguments.run / "export"
     try:
         if arguments.push is not None:
             check_hub_name(arguments.push)
-        print(export(arguments.run, arguments.weights, out, arguments.push))
+        chosen = {key: getattr(arguments, key) for key in ("step", "ema", "license")}
+        print(export(arguments.run, arguments.weights, out, arguments.push, **chosen))
         if arguments.push is not None:
             print(f"uploaded to {push(out, arguments.push)}")
     except ConfigError as error:

@@ -45,6 +45,8 @@ class Handler(BaseHTTPRequestHandler):
         for line in map(json.loads, body.splitlines()):
             if line["key"] == "file":
                 repos[name][line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+            if line["key"] == "deletedFile":
+                del repos[name][line["value"]["path"]]
         return self.answer(200, {"commitUrl": f"{url}/{name}/commit/{COMMIT}", "commitOid": COMMIT})
 
     def do_GET(self):

@@ -12,6 +12,8 @@ import huggingface_hub
 import numpy as np
 import pytest
 import torch
+import yaml
+from safetensors.torch import load_file
 from setuptools import find_packages
 
 import eval_fid
@@ -34,6 +36,7 @@ from vca.runtime.digest import file_sha256
 from vca.runtime.errors import ConfigError
 from vca.runtime.rundir import RunDirectory, to_dict
 from vca.training.checkpoint import KEYS, load_latest, save_checkpoint
+from vca.training.snapshots import save_snapshots
 
 pytestmark = pytest.mark.process
 
@@ -213,6 +216,96 @@ def test_push_uploads_export_only(exported_generator, hub, tmp_path, monkeypatch
     assert not (tmp_path / "other").exists()
 
 
+def test_push_verifies_every_file_and_deletes_stale_ones(exported_classifier, hub, tmp_path):
+    """A file that the re-export does not have is deleted, one of another name stays; an edited record is refused."""
+    folder = shutil.copytree(exported_classifier, tmp_path / "export")
+    stale = ("dit.pt", "sit.pt", "metrics.jsonl", "evaluation-old-1-1.json")
+    hub.repos["owner/name"] = dict.fromkeys((*stale, "notes.txt"), b"old")
+    push(folder, "owner/name")
+    digests = json.loads((folder / "config.json").read_text())["sha256"]
+    assert hub.repos["owner/name"].keys() == {"README.md", "config.json", "notes.txt", *digests}
+    (record,) = folder.glob("evaluation-*.json")
+    record.write_text(record.read_text().replace("top1", "top2"))
+    vca.from_pretrained(folder)  # uses the weights only
+    with pytest.raises(
+        ConfigError, match=rf"{record.name} must have the sha256 of config.json, .*: the file has changed"
+    ):
+        push(folder, "owner/name")
+    record.unlink()
+    with pytest.raises(ConfigError, match="is not a complete export"):
+        push(folder, "owner/name")
+
+
+def test_export_step_and_decay(tmp_path):
+    """Checkpoints and snapshots, each decay: the weights, `config.json`, card and summary are of the chosen ones."""
+    run, out, decays = tmp_path / "run", tmp_path / "out", [0.9, 0.99]
+    weights = write_run(run, *SMALL_DIT, "trainer.ema_decay=[0.9,0.99]")
+    emas = {decay: {name: tensor + decay for name, tensor in weights.items()} for decay in decays}
+    state = {**dict.fromkeys(KEYS), "step": 400_000, "model": weights, "ema": emas[0.9]}
+    save_checkpoint(run / "checkpoints", 400_000, {**state, "further_emas": {"0.99": emas[0.99]}})
+    snapshots = {decay: {name: -tensor for name, tensor in emas[decay].items()} for decay in decays}
+    save_snapshots(run / "snapshots", 7, snapshots)
+    cases = (
+        ({}, emas[0.9], "EMA weights with decay 0.9 of step 400,000"),
+        ({"ema": 0.99}, emas[0.99], "EMA weights with decay 0.99 of step 400,000"),
+        ({"step": 5, "ema": 0.9}, weights, "EMA weights with decay 0.9 of step 5."),
+        (
+            {"step": 7, "ema": 0.99},
+            snapshots[0.99],
+            "EMA weights with decay 0.99 of step 7.",
+        ),
+        ({"weights": "raw", "step": 5}, weights, "raw weights of step 5."),
+    )
+    for chosen, expected, text in cases:
+        chosen = {"weights": None, **chosen}
+        said = export(run, out=out, **chosen)
+        described = json.loads((out / "config.json").read_text())["run"]
+        assert described["step"] == chosen.get("step", 400_000)
+        assert described["ema_decay"] == (None if chosen["weights"] else chosen.get("ema", 0.9))
+        assert f"of step {described['step']}," in said
+        assert f"The file contains the {text}" in (out / "README.md").read_text()
+        found = load_file(out / "model.safetensors")
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in found.items())
+    for chosen, message in (
+        ({"step": 6}, "has no checkpoint of step 6; available: 5, 400000; snapshots of EMA weights: 7"),
+        ({"ema": 0.5}, r"ema must be a decay of .*, one of \[0.9, 0.99\], got 0.5"),
+        ({"ema": 0.9, "weights": "raw"}, "--ema must be unset with --weights raw, got 0.9"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            export(run, **{"weights": None, **chosen}, out=out)
+
+
+def test_export_second_decay_has_its_own_accuracy(classifier_run, tmp_path):
+    """Not that of the first decay, which has the same step and kind."""
+    run = shutil.copytree(classifier_run, tmp_path / "run")
+    config = json.loads((run / "config.json").read_text())
+    config["trainer"]["ema_decay"] = [config["trainer"]["ema_decay"], 0.123]
+    (run / "config.json").write_text(json.dumps(config))
+    saved = load_latest(run / "checkpoints")
+    other = {name: tensor + 1 for name, tensor in saved["ema"].items()}
+    save_checkpoint(run / "checkpoints", saved["step"], {**saved, "further_emas": {"0.123": other}})
+    assert "not evaluated at this step" in export(run, None, tmp_path / "out", ema=0.123)
+    evaluated = [record for record in RunDirectory(run).records() if "ema/top1" in record][-1]
+    RunDirectory(run).append({**evaluated, "ema_0.123/top1": 12.34})
+    assert "top-1 12.34 %" in export(run, None, tmp_path / "out", ema=0.123)
+    assert "| top-1 (%) | 12.34 |" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_card_license_of_initial_weights(classifier_run, tmp_path):
+    shutil.copytree(classifier_run, tmp_path / "run")
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    config["trainer"]["init_from"] = "folder/initial.pth"
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+    for chosen, license, text in (
+        (None, "other", "started from the weights in `initial.pth`, whose license applies."),
+        ("apache-2.0", "apache-2.0", "Weights: `apache-2.0`."),
+    ):
+        export(tmp_path / "run", None, tmp_path / "out", license=chosen)
+        card = (tmp_path / "out" / "README.md").read_text()
+        assert huggingface_hub.ModelCard(card).data.to_dict()["license"] == license
+        assert text in card.partition("## License")[2]
+
+
 @pytest.mark.parametrize(
     ("experiment", "file", "code"),
     [("table2/dit_s_2_softmax", "dit.pt", "DiT"), ("table2/sit_s_2_softmax", "sit.pt", "SiT")],
@@ -237,7 +330,7 @@ def test_export_layout_of_original_code(experiment, file, code, tmp_path):
 
 def test_export_other_architecture_has_no_original_layout(exported_generator):
     text = (exported_generator / "README.md").read_text()
-    assert "no file in the layout of the original DiT or SiT code: it has no attention=vca.\n" in text
+    assert "no file in the layout of the original DiT or SiT code: that code has no attention=vca.\n" in text
     assert not list(exported_generator.glob("*.pt"))
 
 
@@ -272,6 +365,34 @@ def test_from_pretrained_runs_no_file_that_the_export_names(exported_generator, 
         ConfigError, match=r"autoencoder must be the Python file with load_autoencoder, such as '.*evil"
     ):
         vca.from_pretrained(folder)
+
+
+def test_from_pretrained_downloads_no_repository_that_the_export_names(exported_generator, tmp_path, monkeypatch):
+    """An autoencoder on the hub is Stable Diffusion's or named by the caller, and loaded without pickles."""
+    asked = []
+
+    def from_pretrained(source, **options):
+        asked.append((source, options["use_safetensors"]))
+        raise OSError("no network")
+
+    monkeypatch.setattr("diffusers.models.AutoencoderKL.from_pretrained", from_pretrained)
+    folder = shutil.copytree(exported_generator, tmp_path / "export")
+    described = json.loads((folder / "config.json").read_text())
+    shipped = yaml.safe_load((ROOT / "configs" / "autoencoder" / "sd_vae.yaml").read_text())["source"]
+    for source, message in (
+        (
+            "evil/vae",
+            "autoencoder must be a folder or one of .* if it is not passed to from_pretrained, got 'evil/vae'",
+        ),
+        (shipped, "cannot be loaded"),
+    ):
+        described["run"]["config"]["autoencoder"] |= {"name": "diffusers", "source": source}
+        (folder / "config.json").write_text(json.dumps(described))
+        with pytest.raises(ConfigError, match=message):
+            vca.from_pretrained(folder)
+    with pytest.raises(ConfigError, match="cannot be loaded"):
+        vca.from_pretrained(folder, autoencoder="own/vae")
+    assert asked == [(shipped, True), ("own/vae", True)]
 
 
 def test_figures_of_exported_weights_only(generator_run, use, tmp_path):

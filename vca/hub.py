@@ -18,6 +18,7 @@ from vca.runtime.errors import ConfigError, check, config_errors
 
 FORMAT = "vca-export-1"
 CONFIG, WEIGHTS, CARD = "config.json", "model.safetensors", "README.md"
+OPTIONAL = ["dit.pt", "sit.pt", "evaluation-*.json", "metrics.jsonl"]  # files that not every export has
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 TOKEN = "set HF_TOKEN or run `hf auth login`"
 
@@ -29,7 +30,8 @@ def from_pretrained(source: str | Path, device: str = "cpu", autoencoder: str | 
         source: folder that `scripts/export.py` wrote, or the hub name `OWNER/NAME` of one.
         device: device of the model.
         autoencoder: of a latent generator, the `autoencoder.source` on this machine, such as a folder; it must have the
-            weights of training. A Python file must be named here: a file that an export names is not run.
+            weights of training. A Python file must be named here: a file that an export names is not run. So must a hub
+            repository other than Stable Diffusion's VAEs, since an export could name any repository.
 
     Returns:
         A classifier, an `nn.Module` that maps images `(B, I, H, W)` to logits `(B, K)`; its `transform` maps a PIL
@@ -63,7 +65,7 @@ def find_folder(source: str | Path) -> Path:
     if folder.is_dir():
         return folder
     name = str(source)
-    check(HUB_NAME.fullmatch(name) is not None, "source", "an export folder or a hub name OWNER/NAME", name)
+    check_hub_name(name, "source", "an export folder or a hub name OWNER/NAME")
     from huggingface_hub import constants, snapshot_download
 
     try:
@@ -78,11 +80,11 @@ def find_folder(source: str | Path) -> Path:
         raise ConfigError(f"source: {name} is not a folder and {place}: {reason}") from error
 
 
-def read_export(folder: Path) -> dict[str, Any]:
-    """Read the `config.json` of an export and verify the sha256 of its weights.
+def read_export(folder: Path, every_file: bool = False) -> dict[str, Any]:
+    """Read the `config.json` of an export and verify the sha256 of its weights, or of every file.
 
     Raises:
-        ConfigError: if a file is missing or incomplete, or the weights have changed.
+        ConfigError: if a file is missing or incomplete, or has changed.
     """
     file = folder / CONFIG
     try:
@@ -90,16 +92,18 @@ def read_export(folder: Path) -> dict[str, Any]:
         found = export.get("format")
         if found != FORMAT:
             raise ConfigError(f"{file} must have format {FORMAT}, got {found!r}; export the run with scripts/export.py")
-        expected, _ = export["sha256"][WEIGHTS], export["run"]["config"]
-        actual = file_sha256(folder / WEIGHTS)
+        expected, _ = export["sha256"], export["run"]["config"]
+        names = {WEIGHTS: expected[WEIGHTS], **(expected if every_file else {})}
+        actual = {name: file_sha256(folder / name) for name in names}
     except ConfigError:
         raise
     except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
         raise ConfigError(f"{folder} is not a complete export ({type(error).__name__}: {error})") from error
-    if actual != expected:
+    for name in [name for name in names if actual[name] != expected[name]]:
+        what = "the weights have changed" if name == WEIGHTS else "the file has changed"
         raise ConfigError(
-            f"{folder / WEIGHTS} must have the sha256 of {CONFIG}, {str(expected)[:12]}, got {actual[:12]}: the "
-            f"weights have changed; export or download them again"
+            f"{folder / name} must have the sha256 of {CONFIG}, {str(expected[name])[:12]}, got {actual[name][:12]}: "
+            f"{what}; export or download them again"
         )
     return export
 
@@ -137,6 +141,7 @@ def load_pipeline(folder: Path, export: dict[str, Any], device: str, autoencoder
     from models import GENERATORS, build_model
     from vca.config.composition import from_plain
     from vca.config.pipeline import configs_of_run
+    from vca.generation.autoencoder import KNOWN_VAES, is_path
     from vca.generation.objective import SamplerConfig
     from vca.runtime.distributed import World
     from vca.training.pretrained import InitWeights
@@ -150,6 +155,9 @@ def load_pipeline(folder: Path, export: dict[str, Any], device: str, autoencoder
         configs["autoencoder"] = replace(trained, source=autoencoder)
     elif trained.name == "file":
         raise ConfigError(f"autoencoder must be the Python file with load_autoencoder, such as '{trained.source}'")
+    elif trained.name == "diffusers" and trained.source not in KNOWN_VAES and not is_path(trained.source):
+        rule = f"a folder or one of {', '.join(KNOWN_VAES)} if it is not passed to from_pretrained"
+        raise ConfigError(f"autoencoder must be {rule}, got '{trained.source}' in the export")
     world = World(0, 0, 1, torch.device(device))
     pipeline = load_generator(configs, build_model, world, InitWeights.ema, checkpoint=str(folder / WEIGHTS))
     origin = {"run": run["name"], "step": run["step"], "weights": run["weights"]}
@@ -160,13 +168,15 @@ def load_pipeline(folder: Path, export: dict[str, Any], device: str, autoencoder
 def push(folder: Path, name: str) -> str:
     """Upload the files of an export to the hub repository `OWNER/NAME`, created if needed, and return its address.
 
+    Files of an earlier export that this one does not have are deleted there.
+
     Raises:
-        ConfigError: if the export is incomplete, or the hub is not reachable or refuses the upload.
+        ConfigError: if the export is incomplete or has changed, or the hub is not reachable or refuses the upload.
     """
     check_hub_name(name)
     from huggingface_hub import HfApi, constants
 
-    export = read_export(folder)
+    export = read_export(folder, every_file=True)
     try:
         api = HfApi()
         address = api.create_repo(name, exist_ok=True)
@@ -174,6 +184,7 @@ def push(folder: Path, name: str) -> str:
             repo_id=name,
             folder_path=folder,
             allow_patterns=[CARD, CONFIG, *export["sha256"]],  # other files of the folder are not uploaded
+            delete_patterns=OPTIONAL,
             commit_message=f"{export['run']['name']}, step {export['run']['step']}",
         )
     except Exception as error:  # huggingface_hub and its HTTP client raise errors of their own
@@ -185,9 +196,9 @@ def push(folder: Path, name: str) -> str:
     return str(address)
 
 
-def check_hub_name(name: str) -> None:
-    """Raise `ConfigError` unless `name` is a hub name; called before the export."""
-    check(HUB_NAME.fullmatch(name) is not None, "--push", "a hub name OWNER/NAME", name)
+def check_hub_name(name: str, key: str = "--push", rule: str = "a hub name OWNER/NAME") -> None:
+    """Raise `ConfigError` about `key` unless `name` is a hub name."""
+    check(HUB_NAME.fullmatch(name) is not None, key, rule, name)
 
 
 def status_of(error: Exception) -> int | None:

@@ -267,6 +267,17 @@ def test_evaluations_side_by_side(tmp_path):
     assert one.protocol["weights"] == "run, step 10, ema"
 
 
+def test_page_lists_copies_of_records_once(tmp_path):
+    """An export has copies of a run's records; the page lists those of the run, also if the export is elsewhere."""
+    run = write_run(tmp_path / "run", script="train_gen")
+    record = measured(run, "dit_s_2_vca", 62.0)
+    for folder in (run / "export", tmp_path / "exported"):
+        folder.mkdir()
+        (folder / record.name).write_bytes(record.read_bytes())
+    (group,) = build_page([run], folders=[tmp_path]).evaluations
+    assert [row[0] for row in group.table.rows] == [f"{record.parent.name}/{record.name}"]
+
+
 def test_page_paper_figure_beside_unfinished_run(tmp_path):
     """The config of a row of Table 1 has the paper's figure also before the run is finished."""
     run = trained(tmp_path / "run", "deit_tiny_vca", 60.0, epoch=100)

@@ -25,6 +25,8 @@ from vca.runtime.digest import tensors_sha256
 from vca.runtime.errors import ConfigError, check
 from vca.runtime.plugin import describe_weights, load_function
 
+# Stable Diffusion's VAEs of DiT and SiT on the hub, see configs/autoencoder/sd_vae.yaml.
+KNOWN_VAES = ("stabilityai/sd-vae-ft-ema", "stabilityai/sd-vae-ft-mse")
 CHUNK = 16  # images per call of the autoencoder: limits its large activations at full speed
 
 
@@ -147,6 +149,12 @@ class DiffusersVAE(nn.Module):
         return self.vae.decode(latents).sample
 
 
+def is_path(source: str) -> bool:
+    """Whether the source of a diffusers autoencoder is a path, not a hub name."""
+    folder = Path(source).expanduser()
+    return folder.is_absolute() or source.startswith(".") or folder.exists()
+
+
 def load_diffusers_vae(config: AutoencoderConfig) -> Autoencoder:
     """Load an `AutoencoderKL` in diffusers' format from a folder or the hub; scale and shift come from its config.
 
@@ -157,11 +165,14 @@ def load_diffusers_vae(config: AutoencoderConfig) -> Autoencoder:
 
     source = str(config.source)
     folder = Path(source).expanduser()
-    if folder.is_absolute() or source.startswith(".") or folder.exists():
+    if is_path(source):
         check((folder / "config.json").is_file(), "autoencoder.source", "a folder with diffusers' config.json", source)
     try:
         vae, loading_info = AutoencoderKL.from_pretrained(
-            str(folder) if folder.exists() else source, low_cpu_mem_usage=False, output_loading_info=True
+            str(folder) if folder.exists() else source,
+            low_cpu_mem_usage=False,
+            output_loading_info=True,
+            use_safetensors=None if folder.exists() else True,  # a folder may have only a .bin file, which is a pickle
         )
     except Exception as error:  # diffusers, huggingface_hub and safetensors raise errors of their own
         reason = str(error).strip().splitlines() or [type(error).__name__]

@@ -8,9 +8,12 @@ from typing import Any
 CLEARLY_WORSE = 1.0  # percentage points
 
 
-def accuracy_at(records: list[dict[str, Any]], step: int) -> dict[str, float]:
-    """Return top-1 by weights, `raw` and `ema`, of the last evaluation at `step`; empty if there is none."""
-    keys = {"raw": "val/top1", "ema": "ema/top1"}
+def accuracy_at(records: list[dict[str, Any]], step: int, ema: str = "ema") -> dict[str, float]:
+    """Return top-1 by weights, `raw` and `ema`, of the last evaluation at `step`; empty if there is none.
+
+    `ema` is the prefix of the EMA's values: `ema` for the first decay of the run, `ema_<decay>` for the others.
+    """
+    keys = {"raw": "val/top1", "ema": f"{ema}/top1"}
     evaluated = [record for record in records if record["step"] == step and keys["raw"] in record]
     record = evaluated[-1] if evaluated else {}
     return {weights: record[key] for weights, key in keys.items() if key in record}

@@ -1,6 +1,5 @@
 """The model card of an export: what the model is, data, recipe, figures with their records, and provenance."""
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +9,7 @@ from vca.attention import variant_name
 from vca.evaluation.record import read_record
 from vca.report.accuracy import accuracy_at
 from vca.report.record_summary import summarize_record
-from vca.runtime.rundir import RESUME_IGNORED_KEYS, RunDirectory, read_config
+from vca.runtime.rundir import RESUME_IGNORED_KEYS, RunDirectory, config_lines, read_config
 
 PAPER = "2511.00833"  # on arXiv
 RECIPE = ("seed", "model", "attention", "augment", "optim", "trainer", "objective", "autoencoder")
@@ -32,24 +31,25 @@ class Figure:
     file: str
 
 
-def figures(run: Path, step: int, weights: str, weights_sha256: str) -> list[Figure]:
+def figures(run: Path, step: int, weights: str, weights_sha256: str, ema: str = "ema") -> list[Figure]:
     """List the figures of one set of weights of a run.
 
     Args:
         step, weights: step of the checkpoint; `ema` or `raw`.
         weights_sha256: `tensors_sha256` of the weights; records of other weights are left out.
+        ema: prefix of the EMA's values in `metrics.jsonl`.
 
     Raises:
         ConfigError: if an evaluation record was changed or is incomplete.
     """
     recorded = [*evaluation_figures(run, weights_sha256)]
-    return recorded or [*logged_accuracy(run, step, weights)]
+    return recorded or [*logged_accuracy(run, step, weights, ema)]
 
 
-def logged_accuracy(run: Path, step: int, weights: str) -> Iterator[Figure]:
+def logged_accuracy(run: Path, step: int, weights: str, ema: str) -> Iterator[Figure]:
     """Yield the accuracy in `metrics.jsonl` of an evaluation without a record, such as one before the run's end."""
     records = RunDirectory(run).records()
-    top1 = accuracy_at(records, step)
+    top1 = accuracy_at(records, step, ema)
     if weights not in top1:
         return
     data = read_config(run)["data"]
@@ -69,30 +69,28 @@ def evaluation_figures(run: Path, weights_sha256: str) -> Iterator[Figure]:
                 yield Figure(name, value, protocol, file.name)
 
 
-def flatten(value: Any, key: str) -> Iterator[tuple[str, str]]:
-    """Yield `(key, value)` of each leaf of a config that can change results, as on the command line."""
-    if key in RESUME_IGNORED_KEYS:
-        return
-    if isinstance(value, dict):
-        for name, item in value.items():
-            yield from flatten(item, f"{key}.{name}")
-    else:
-        yield key, value if isinstance(value, str) else json.dumps(value)
+def front_matter(config: Mapping[str, Any], license: str | None) -> str:
+    """Return the YAML that the Hugging Face hub reads.
 
-
-def front_matter(config: Mapping[str, Any]) -> str:
-    """Return the YAML that the Hugging Face hub reads."""
+    `license` is the hub's identifier; None is MIT, or `other` if the run was initialized from existing weights.
+    """
     from huggingface_hub import ModelCardData
 
     generates = "objective" in config
     tags = [config["model"]["family"], config["attention"]["name"], f"arxiv:{PAPER}"]
     data: Any = ModelCardData(
-        license="mit",
+        license=license or ("other" if initial_weights(config) else "mit"),
         library_name="visual-contrast-attention",
         pipeline_tag="unconditional-image-generation" if generates else "image-classification",
         tags=tags if generates else [*tags, "timm"],
     )
     return data.to_yaml()
+
+
+def initial_weights(config: Mapping[str, Any]) -> str | None:
+    """Return the name of the file of `trainer.init_from`, None without one."""
+    file = config["trainer"].get("init_from")
+    return Path(file).name if file else None
 
 
 def render_card(
@@ -102,6 +100,7 @@ def render_card(
     shown: list[Figure],
     layout: Mapping[str, Any],
     source: str,
+    license: str | None = None,
 ) -> str:
     """Render the model card.
 
@@ -112,10 +111,15 @@ def render_card(
         layout: of a generator, `file`, `code` and `arguments` of the file for the original code, or `reason` why there
             is none; empty for a classifier.
         source: folder or hub name in the example.
+        license: see `front_matter`.
     """
     import jinja2
 
     config = export["run"]["config"]
+
+    def lines_of(*keys: str) -> list[tuple[str, str]]:
+        return config_lines({key: config[key] for key in keys if key in config}, ignored=RESUME_IGNORED_KEYS)
+
     diff = run / "uncommitted.diff"
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
@@ -125,15 +129,15 @@ def render_card(
         keep_trailing_newline=True,
     )
     return environment.get_template("card.md.j2").render(
-        front_matter=front_matter(config),
+        front_matter=front_matter(config, license),
         export=export,
         config=config,
         attention=variant_name(config["attention"]),
         parameters=parameters,
-        data=[*flatten(config["data"], "data"), *flatten(config.get("inputs", {}), "inputs")],
+        data=lines_of("data", "inputs"),
         identities=config.get("data_files", {}),
-        recipe=[pair for key in RECIPE if key in config for pair in flatten(config[key], key)],
-        sampler=[pair for key, value in config.get("sampler", {}).items() for pair in flatten(value, f"sampler.{key}")],
+        recipe=lines_of(*RECIPE),
+        sampler=config_lines(config["sampler"], "sampler") if "sampler" in config else [],
         figures=shown,
         launches=RunDirectory(run).launches(),
         uncommitted=diff.exists() and diff.stat().st_size > 0,
@@ -141,4 +145,6 @@ def render_card(
         layout=layout,
         source=source,
         paper=PAPER,
+        license=license,
+        initial_weights=initial_weights(config),
     )

@@ -1,10 +1,11 @@
 """A page for runs and sweeps: one HTML file with curves, results, samples, cost, provenance and failures.
 
-The file needs no network: bokeh's JavaScript, the style sheet and the pictures are part of it. It contains no URL at
-all, see `without_urls`.
+The page loads nothing from a network: bokeh's JavaScript, the style sheet and the pictures are part of it. The letters
+`http` are escaped, so that a search can verify it, see `without_urls`.
 """
 
 import json
+import os
 import re
 import time
 from collections.abc import Callable, Sequence
@@ -26,8 +27,10 @@ from vca.report.page_results import (
     results_by_config,
     results_by_run,
 )
-from vca.report.page_run import PageRun, config_lines, cost_of, devices_of, labels_of, read_page_run
+from vca.report.page_run import PageRun, cost_of, devices_of, labels_of, read_page_run
+from vca.runtime.digest import file_sha256
 from vca.runtime.provenance import provenance
+from vca.runtime.rundir import config_lines
 
 COLORS = ["#0b62a8", "#d1495b", "#2a9d63", "#e08e00", "#7b4fa3", "#159aa8", "#8a5a35", "#d667b0", "#6b7280", "#93a11f"]
 FEW_RUNS = 4  # up to which the config difference has a column for each run
@@ -89,7 +92,7 @@ def build_page(
     """
     read = [read_page_run(path, label) for path, label in zip(runs, labels_of(list(runs)), strict=True)]
     roots = [*folders, *runs]
-    records = files_below(roots, "evaluation-*.json")
+    records = without_copies(files_below(roots, "evaluation-*.json"), runs)
     grids = [file for file in files_below(roots, "grid.png") if (file.parent / "manifest.json").exists()]
     problems: list[str] = []
     styles, legend = styles_of(read)
@@ -123,6 +126,14 @@ def files_below(folders: Sequence[Path], pattern: str) -> list[Path]:
     """Return the files of some folders and their subfolders by a pattern of names, each once."""
     found = {file.resolve(): file for folder in folders for file in sorted(folder.rglob(pattern))}
     return list(found.values())
+
+
+def without_copies(files: Sequence[Path], runs: Sequence[Path]) -> list[Path]:
+    """Leave out the files with the sha256 of another one, such as the records in an export; those of a run are kept."""
+    distinct: dict[str, Path] = {}
+    for file in sorted(files, key=lambda file: file.parent not in runs):
+        distinct.setdefault(file_sha256(file) if os.access(file, os.R_OK) else str(file), file)
+    return list(distinct.values())
 
 
 def title_of(runs: Sequence[PageRun], sweeps: Sequence[Sweep]) -> str:

@@ -1,6 +1,5 @@
 """What a page shows of one run directory. Missing or corrupt parts become lines under "Failures", not errors."""
 
-import json
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -147,10 +146,10 @@ def read_launches(file: Path, failures: list[str]) -> list[dict[str, Any]]:
     if not file.is_file():
         failures.append("launches.jsonl is missing: command and commit are unknown")
         return []
-    lines = [parse_json(line) for line in file.read_bytes().split(b"\n") if line.strip()]
-    if corrupt := lines.count(None):
+    launches = RunDirectory(file.parent).launches()
+    if corrupt := sum(1 for line in file.read_bytes().split(b"\n") if line.strip()) - len(launches):
         failures.append(f"launches.jsonl has {corrupt} corrupt line(s), skipped")
-    return [line for line in lines if line is not None]
+    return launches
 
 
 def failures_of(run: PageRun) -> list[str]:
@@ -194,10 +193,3 @@ def devices_of(launch: dict[str, Any]) -> str:
     count = launch.get("threads")
     threads = f", {count} thread{'' if count == 1 else 's'}" if launch.get("device") == "cpu" and count else ""
     return f"{launch.get('ranks')} x {launch['device']}{threads}" if launch.get("device") else ""
-
-
-def config_lines(config: Any, key: str = "") -> list[tuple[str, str]]:
-    """Return full key and value of every leaf of a config."""
-    if isinstance(config, dict) and config:
-        return [line for name in config for line in config_lines(config[name], f"{key}.{name}" if key else name)]
-    return [(key, json.dumps(config))]

@@ -279,6 +279,16 @@ def diff_configs(old: Any, new: Any, ignored: Collection[str] = (), key: str = "
     return [] if old == new else [f"{key}: {old!r} -> {new!r}"]
 
 
+def config_lines(config: Any, key: str = "", ignored: Collection[str] = ()) -> list[tuple[str, str]]:
+    """Return full key and value of each leaf of a config, as on the command line, except below the `ignored` keys."""
+    if key in ignored:
+        return []
+    if isinstance(config, dict) and config:
+        below = [(f"{key}.{name}" if key else name, value) for name, value in config.items()]
+        return [line for path, value in below for line in config_lines(value, path, ignored)]
+    return [(key, config if isinstance(config, str) else json.dumps(config))]
+
+
 def check_ranks_agree(world: World, config: Any) -> None:
     """Raise `ConfigError` on every rank unless all ranks have the same config and code as rank 0."""
     if world.size == 1:

@@ -2,7 +2,9 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+from torch import Tensor
 
 from vca.generation.autoencoder import load_autoencoder
 from vca.generation.objective import build_objective
@@ -88,26 +90,43 @@ def load_run(
     Raises:
         ConfigError: if the run has no such weights, or they are of another model.
     """
+    found = read_run_weights(run, step, weights, world, ema)
+    with must_fit(found.file):
+        model.load_state_dict(found.tensors)
+    # Without several decays, origins are as in earlier versions, whose sample folders can be extended.
+    several = found.decay is not None and len(run_decays(run)) > 1
+    origin = {"run": run.resolve().name, "weights": found.name, "step": found.step}
+    return {**origin, "ema_decay": found.decay} if several else origin
+
+
+class RunWeights(NamedTuple):
+    """Weights of a run: tensors by name, step, EMA decay (None for raw weights), and the file that has them."""
+
+    tensors: dict[str, Tensor]
+    step: int
+    decay: float | None
+    file: Path
+
+    @property
+    def name(self) -> str:
+        return InitWeights.raw.value if self.decay is None else InitWeights.ema.value
+
+
+def read_run_weights(
+    run: Path, step: int | None, weights: InitWeights, world: World, ema: float | None = None
+) -> RunWeights:
+    """Read weights of a run to the CPU; arguments and errors are those of `load_run`."""
     folder, decays = run / "checkpoints", run_decays(run)
     decay = choose_decay(run, decays, ema) if weights is InitWeights.ema else None
-    # Without several decays, origins are as in earlier versions, whose sample folders can be extended.
-    origin: dict[str, Any] = {
-        "run": run.resolve().name,
-        "weights": InitWeights.raw.value if decay is None else InitWeights.ema.value,
-    }
-    origin |= {"ema_decay": decay} if decay is not None and len(decays) > 1 else {}
     if step is not None and decay is not None:
         snapshot = snapshot_path(run / "snapshots", step, decay)
         if snapshot.is_file():  # first, since it is never deleted
-            with must_fit(snapshot):
-                model.load_state_dict(load_snapshot(snapshot))
-            return {**origin, "step": step}
+            return RunWeights(load_snapshot(snapshot), step, decay, snapshot)
     saved = load_step(run, step) if step is not None else load_latest_for_all(folder, world, set_aside=False)
     if saved is None:
         raise ConfigError(f"run: {folder} contains no checkpoint; train the run first, or choose another run=...")
-    with must_fit(checkpoint_path(folder, saved["step"])):
-        model.load_state_dict(saved["model"] if decay is None else ema_weights(saved, decay, decays))
-    return {**origin, "step": saved["step"]}
+    tensors = saved["model"] if decay is None else ema_weights(saved, decay, decays)
+    return RunWeights(tensors, saved["step"], decay, checkpoint_path(folder, saved["step"]))
 
 
 def load_step(run: Path, step: int) -> dict[str, Any]:
