@@ -88,7 +88,7 @@ def load_run(
     Raises:
         ConfigError: if the run has no such weights, or they are of another model.
     """
-    folder, decays = run / "checkpoints", run_decays(run)
+    decays = world.from_main(lambda: run_decays(run))
     decay = choose_decay(run, decays, ema) if weights is InitWeights.ema else None
     # Without several decays, origins are as in earlier versions, whose sample folders can be extended.
     origin: dict[str, Any] = {
@@ -96,18 +96,32 @@ def load_run(
         "weights": InitWeights.raw.value if decay is None else InitWeights.ema.value,
     }
     origin |= {"ema_decay": decay} if decay is not None and len(decays) > 1 else {}
-    if step is not None and decay is not None:
-        snapshot = snapshot_path(run / "snapshots", step, decay)
-        if snapshot.is_file():  # first, since it is never deleted
+    snapshot = snapshot_path(run / "snapshots", step, decay) if step is not None and decay is not None else None
+    exists = world.from_main(lambda: snapshot is not None and snapshot.is_file())
+    error: Exception | None = None
+    try:
+        if snapshot is not None and exists:  # first, since it is never deleted
             with must_fit(snapshot):
                 model.load_state_dict(load_snapshot(snapshot))
-            return {**origin, "step": step}
+        else:
+            step = load_from_checkpoint(model, run, step, world, decay, decays)
+    except Exception as problem:
+        error = problem
+    world.raise_first(error)
+    return {**origin, "step": step}
+
+
+def load_from_checkpoint(
+    model: Any, run: Path, step: int | None, world: World, decay: float | None, decays: list[float]
+) -> int:
+    """Load raw weights, or the EMA weights of a decay, from a checkpoint, and return its step."""
+    folder = run / "checkpoints"
     saved = load_step(run, step) if step is not None else load_latest_for_all(folder, world, set_aside=False)
     if saved is None:
         raise ConfigError(f"run: {folder} contains no checkpoint; train the run first, or choose another run=...")
     with must_fit(checkpoint_path(folder, saved["step"])):
         model.load_state_dict(saved["model"] if decay is None else ema_weights(saved, decay, decays))
-    return {**origin, "step": saved["step"]}
+    return int(saved["step"])
 
 
 def load_step(run: Path, step: int) -> dict[str, Any]:
