@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import pytest
 import torch
@@ -136,6 +137,17 @@ def test_eval_snapshots_accuracy_in_one_table_and_curve(classifier, capsys):
     assert (classifier / "metrics.jsonl").read_bytes() == before
 
 
+def test_eval_snapshots_marks_missing_one(classifier, tmp_path, capsys):
+    """One missing file does not stop the evaluation of the others."""
+    shutil.copytree(classifier, tmp_path / "run")
+    snapshot_path(tmp_path / "run" / "snapshots", 15, 0.5).unlink()
+    options = [*TINY, *SNAPSHOTS, f"out_dir={tmp_path}", "name=run", "trainer.eval_only=true"]
+    result = train_cls.run(compose("train_cls", [*options, "trainer.eval_snapshots=true"]))
+    assert len(result) == 7
+    table = columns(capsys.readouterr().out)
+    assert table[15] == [f"{result['step_00000015_ema_0.9']:.4g}", "-"]
+
+
 def test_snapshots_missing_is_an_error(generator, use, tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()
@@ -147,8 +159,8 @@ def test_snapshots_missing_is_an_error(generator, use, tmp_path):
     for step in STEPS:
         path = snapshot_path(folder / "snapshots", step, 0.9)
         path.symlink_to(snapshot_path(generator / "snapshots", step, 0.9))
-    with pytest.raises(ConfigError, match=r"step=all: \S+step_00000005_ema_0.5.safetensors is missing; restore it"):
-        evaluate(folder, use, "step=all", "ema=all")
+    with pytest.raises(ConfigError, match=r"step=all: \S+ lacks step_00000005_ema_0.5.safetensors, .*; restore one"):
+        evaluate(folder, use, "step=all", "ema=0.5")
     with pytest.raises(ConfigError, match=r"no checkpoint of step 7; available: 20; snapshots of EMA weights: 5, 10"):
         evaluate(folder, use, "step=7")
     options = [*TINY, f"out_dir={tmp_path}", "name=other", "trainer.eval_only=true", "trainer.eval_snapshots=true"]

@@ -79,6 +79,17 @@ def test_logger_failure_affects_neither_file_nor_other_loggers(how, tmp_path):
     assert calls[3][1:] == (1, "evaluations", Table(["step", "val/top1"], [[1, 50.0]]))
 
 
+def test_hanging_loggers_share_one_wait(tmp_path):
+    reporter = Reporter(RunDirectory(tmp_path))
+    reporter.loggers = [LoggerThread(name, BROKEN["record hangs"], 1.0) for name in ("one", "other")]
+    reporter.write({"step": 1, "loss": 2.0, "lr": 0.1})
+    start = time.monotonic()
+    with pytest.warns(UserWarning, match=r"did not finish within 1 s") as warned:
+        reporter.close()
+    assert 0.9 < time.monotonic() - start < 1.8
+    assert [str(one.message).split()[0] for one in warned] == ["one", "other"]
+
+
 def test_logger_missing_package_is_warning(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     of = LoggedRun(tmp_path, "run", {}, 0, WandbConfig())
@@ -123,8 +134,7 @@ def test_loggers_wandb_and_its_mode_imply_each_other(tmp_path, wandb):
     for options in (["wandb.mode=offline"], ["logger=[wandb]"], ["logger=[wandb]", "wandb.mode=offline"], []):
         config = compose("train_cls", options)
         threads = start_loggers(config.logger, LoggedRun(tmp_path, "run", {}, 0, config.wandb))
-        for thread in threads:
-            thread.close()
+        loggers.close_loggers(threads)
         names.append([thread.name for thread in threads])
     assert names == [["wandb"], ["wandb"], ["wandb"], []]
     assert [options["mode"] for options, _ in wandb.started] == ["offline", "online", "offline"]

@@ -2,6 +2,8 @@
 
 import json
 import re
+import shutil
+import warnings
 
 import pytest
 import torch
@@ -11,11 +13,14 @@ import train_cls
 import vca.training.run
 from tests.support import TINY, assert_same
 from vca.config import compose
+from vca.runtime.distributed import World
 from vca.runtime.errors import ConfigError
 from vca.runtime.rundir import read_config
 from vca.training.checkpoint import checkpoint_path, load_checkpoint, load_latest
 from vca.training.config import TrainerConfig
-from vca.training.snapshots import list_snapshots, load_snapshot, snapshot_path
+from vca.training.pretrained import InitWeights
+from vca.training.restore import load_run
+from vca.training.snapshots import ALL, list_snapshots, load_snapshot, save_snapshots, select_weights, snapshot_path
 
 DECAYS = (0.9, 0.5)
 RUN = (*TINY, "trainer.steps=20", "trainer.snapshot_every=5", "trainer.ema_decay=[0.9,0.5]", "trainer.log_every=10")
@@ -82,7 +87,7 @@ def test_two_decays_train_as_one_decay(run, tmp_path):
 
 @pytest.mark.process
 def test_resume_writes_equal_snapshots(run, tmp_path, monkeypatch):
-    """A run that stops between two checkpoints writes the snapshots of the repeated steps again, with equal bytes."""
+    """A run that stops between two checkpoints keeps the snapshots of the repeated steps; a new one has equal bytes."""
     expected = {s.path.name: s.path.read_bytes() for s in list_snapshots(run / "snapshots")}
     train_step = train_cls.TrainState.train_step
 
@@ -97,13 +102,14 @@ def test_resume_writes_equal_snapshots(run, tmp_path, monkeypatch):
     monkeypatch.undo()
     folder = tmp_path / "run"
     assert {s.step for s in list_snapshots(folder / "snapshots")} == {5, 10}
-    kept = snapshot_path(folder / "snapshots", 5, 0.5)
-    before = kept.stat().st_mtime_ns
+    kept = [snapshot_path(folder / "snapshots", step, 0.5) for step in (5, 10)]
+    before = [path.stat().st_mtime_ns for path in kept]
+    snapshot_path(folder / "snapshots", 10, 0.9).unlink()
     (folder / "snapshots" / "step_00000010_ema_0.9.tmp").write_bytes(b"of a killed process")
     train(tmp_path, "trainer.checkpoint_every=8")  # from step 8
     assert {s.path.name: s.path.read_bytes() for s in list_snapshots(folder / "snapshots")} == expected
     assert {path.name for path in (folder / "snapshots").iterdir()} == set(expected)
-    assert kept.stat().st_mtime_ns == before
+    assert [path.stat().st_mtime_ns for path in kept] == before
     saved = load_latest(folder / "checkpoints")
     assert_same(saved, load_latest(run / "checkpoints"))
 
@@ -124,6 +130,73 @@ def test_checkpoint_implies_snapshots_of_its_step(tmp_path, monkeypatch):
         monkeypatch.setattr(vca.training.run, name, recorded(name, getattr(vca.training.run, name)))
     train(tmp_path, "trainer.steps=10", "trainer.checkpoint_every=5")
     assert events == [(step, name) for step in (5, 10) for name in ("save_snapshots", "save_checkpoint")]
+
+
+@pytest.mark.process
+def test_failed_snapshot_is_written_on_resume(tmp_path, monkeypatch):
+    """The checkpoint of the step is written all the same, and the run that resumes from it writes the snapshots."""
+    options = ("trainer.steps=10", "trainer.checkpoint_every=5")
+
+    def full(*_):
+        raise OSError("no space")
+
+    monkeypatch.setattr(vca.training.run, "save_snapshots", full)
+    with pytest.raises(OSError, match="no space"):
+        train(tmp_path, *options)
+    monkeypatch.undo()
+    folder = tmp_path / "run"
+    assert load_latest(folder / "checkpoints")["step"] == 5
+    assert not list_snapshots(folder / "snapshots")
+    train(tmp_path, *options)
+    assert {snapshot.step for snapshot in list_snapshots(folder / "snapshots")} == {5, 10}
+    saved = load_checkpoint(checkpoint_path(folder / "checkpoints", 5))
+    assert_same(dict(saved["ema"]), load_snapshot(snapshot_path(folder / "snapshots", 5, 0.9)))
+
+
+def test_first_snapshot_of_a_step_is_kept(tmp_path):
+    """A repeated step with other weights is a warning; a corrupt file is written again."""
+    first, other = ({"x": torch.full((8,), value)} for value in (1.0, 2.0))
+    path = snapshot_path(tmp_path, 5, 0.5)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(2):
+            save_snapshots(tmp_path, 5, {0.5: first})
+    content = path.read_bytes()
+    with pytest.warns(UserWarning, match=r"ema_0.5.safetensors differs from .* step 5; the first snapshot is kept"):
+        save_snapshots(tmp_path, 5, {0.5: other})
+    assert path.read_bytes() == content
+    path.write_bytes(content[:-4])
+    save_snapshots(tmp_path, 5, {0.5: first})
+    assert path.read_bytes() == content
+
+
+def test_missing_snapshot_is_skipped(run, tmp_path, capsys):
+    shutil.copy(run / "config.json", tmp_path)
+    shutil.copytree(run / "snapshots", tmp_path / "snapshots")
+    every = select_weights(tmp_path, ALL, ALL)
+    assert every == [(step, decay) for step in (5, 10, 15, 20) for decay in DECAYS]
+    assert not capsys.readouterr().out
+    snapshot_path(tmp_path / "snapshots", 10, 0.5).unlink()
+    assert select_weights(tmp_path, ALL, ALL) == [one for one in every if one != (10, 0.5)]
+    assert re.fullmatch(r"step=all: \S+ lacks step_00000010_ema_0.5.safetensors; skipped\n", capsys.readouterr().out)
+
+
+class OtherRank(World):
+    """A rank whose file system lacks the snapshot that rank 0 has found; the other ranks have no error."""
+
+    def from_main(self, function):
+        return {bool: True, list: list(DECAYS)}[type(function())]
+
+
+def test_load_run_source_chosen_by_rank_0(run, tmp_path):
+    """This rank does not read the checkpoint instead."""
+    shutil.copy(run / "config.json", tmp_path)
+    (tmp_path / "checkpoints").symlink_to(run / "checkpoints")
+    raised = []
+    world = OtherRank(1, 1, 2, torch.device("cpu"))
+    object.__setattr__(world, "raise_first", raised.append)
+    load_run(torch.nn.Linear(1, 1), tmp_path, 5, InitWeights.ema, world)
+    assert "is not a readable snapshot" in str(raised[0])
 
 
 @pytest.mark.process

@@ -169,10 +169,12 @@ def record_location(run: str | None, samples: str) -> tuple[Path, str]:
 
 
 def record_name(record: dict[str, Any]) -> str:
-    """Return a file name that is unique to samples, reference, extractor and settings."""
+    """Return a file name that is unique to samples, weights, reference, extractor and settings."""
     content = {key: record[key] for key in ("count", "settings", "extractor")}
     content |= {key: record[key]["sha256"] for key in ("samples", "reference")}
-    content["protocol"] = (record["samples"]["made"] or {}).get("protocol")
+    made = record["samples"]["made"] or {}
+    content["protocol"] = made.get("protocol")
+    content["weights"] = (made.get("origin") or {}).get("weights_sha256")
     digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:8]
     return f"evaluation-{record['extractor']['name']}-{record['count']}-{digest}.json"
 

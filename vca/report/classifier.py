@@ -57,12 +57,13 @@ class ClassifierEvaluation:
         selected = world.from_main(lambda: select_weights(run_dir.path, ALL, ALL, "trainer.eval_snapshots=true"))
         figures = []
         for step in dict.fromkeys(step for step, _ in selected):
-            for ema in state.emas:
+            emas = [ema for ema in state.emas if (step, ema.decay) in selected]
+            for ema in emas:
                 snapshot = snapshot_path(run_dir.snapshots, step, ema.decay)
                 with must_fit(snapshot):
                     ema.module.load_state_dict(load_snapshot(snapshot))
-            result = self.evaluate({str(ema.decay): ema.module for ema in state.emas})
-            for ema in state.emas:
+            result = self.evaluate({str(ema.decay): ema.module for ema in emas})
+            for ema in emas:
                 own = of_model(result, str(ema.decay))
                 sha256 = tensors_sha256(ema.module.state_dict())
                 figures.append(SnapshotFigure(step, ema.decay, own["top1"], sha256, own))

@@ -7,6 +7,7 @@ add a logger: a class with the methods of `Backend`, and one line in `LOGGERS`.
 import json
 import queue
 import threading
+import time
 import uuid
 import warnings
 from collections.abc import Callable, Sequence
@@ -201,7 +202,7 @@ class LoggerThread:
     Args:
         name: name of the logger, for messages.
         open_backend: opens the logger, called in the thread.
-        timeout: maximum time in seconds that `close` waits.
+        timeout: maximum time in seconds that `close_loggers` waits.
     """
 
     def __init__(self, name: str, open_backend: Callable[[], Backend], timeout: float) -> None:
@@ -211,7 +212,7 @@ class LoggerThread:
         self.thread.start()
 
     def work(self) -> None:
-        """Make the queued calls until `close`; the body of the thread."""
+        """Make the queued calls until None; the body of the thread."""
         try:
             backend = self.open_backend()
             while (call := self.queue.get()) is not None:
@@ -225,13 +226,17 @@ class LoggerThread:
         if self.thread.is_alive():
             self.queue.put(call)
 
-    def close(self) -> None:
-        """Wait at most `timeout` seconds for the logger to finish."""
-        print(f"waiting for {self.name} (at most {self.timeout:g} s)", flush=True)
-        self.queue.put(None)
-        self.thread.join(self.timeout)
-        if self.thread.is_alive():
-            text = f"{self.name} did not finish within {self.timeout:g} s; the metrics are in metrics.jsonl"
+
+def close_loggers(loggers: Sequence[LoggerThread]) -> None:
+    """Wait for all loggers at the same time, for each at most its `timeout`."""
+    start = time.monotonic()
+    for logger in loggers:
+        print(f"waiting for {logger.name} (at most {logger.timeout:g} s)", flush=True)
+        logger.queue.put(None)
+    for logger in loggers:
+        logger.thread.join(max(0.0, start + logger.timeout - time.monotonic()))
+        if logger.thread.is_alive():
+            text = f"{logger.name} did not finish within {logger.timeout:g} s; the metrics are in metrics.jsonl"
             warnings.warn(text, stacklevel=2)
 
 

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from vca.runtime.loggers import Backend, LoggerThread, table_of
+from vca.runtime.loggers import Backend, LoggerThread, close_loggers, table_of
 from vca.runtime.rundir import RunDirectory
 
 
@@ -85,8 +85,7 @@ class Reporter:
         """Close the progress bar and the loggers."""
         if self.bar is not None:
             self.bar.close()
-        for logger in self.loggers:
-            logger.close()
+        close_loggers(self.loggers)
 
 
 def is_evaluation(record: dict[str, Any]) -> bool:

@@ -35,8 +35,9 @@ class TrainerConfig:
             first one as `ema/...`, the others as `ema_<decay>/...`.
         log_every: interval of reports in steps; may change on resume.
         checkpoint_every: interval of checkpoints in steps; may change on resume.
-        snapshot_every: interval of snapshots in steps; 0 is never. A snapshot is written at the end too, and contains
-            the EMA weights of a decay as `snapshots/step_<step>_ema_<decay>.safetensors`. It is never deleted.
+        snapshot_every: interval of snapshots in steps; 0 is never; may change on resume. A snapshot is written at the
+            end too, and contains the EMA weights of a decay as `snapshots/step_<step>_ema_<decay>.safetensors`. It is
+            never deleted.
         eval_every: interval of evaluations in steps; 0 evaluates only at the end; may change on resume.
         profile: step from which the profiler of PyTorch records three steps; null is never. The run directory gets the
             trace, which Perfetto opens.

@@ -90,21 +90,28 @@ def load_run(
     Raises:
         ConfigError: if the run has no such weights, or they are of another model.
     """
-    found = read_run_weights(run, step, weights, world, ema)
-    with must_fit(found.file):
-        model.load_state_dict(found.tensors)
+    found, error = None, None
+    try:
+        found = read_run_weights(run, step, weights, world, ema)
+        with must_fit(found.file):
+            model.load_state_dict(found.tensors)
+    except Exception as problem:
+        error = problem
+    world.raise_first(error)
+    assert found is not None
     # Without several decays, origins are as in earlier versions, whose sample folders can be extended.
-    several = found.decay is not None and len(run_decays(run)) > 1
+    several = found.decay is not None and found.decays > 1
     origin = {"run": run.resolve().name, "weights": found.name, "step": found.step}
     return {**origin, "ema_decay": found.decay} if several else origin
 
 
 class RunWeights(NamedTuple):
-    """Weights of a run: tensors by name, step, EMA decay (None for raw weights), and the file that has them."""
+    """Weights of a run: tensors by name, step, EMA decay (None for raw weights), number of decays of the run, file."""
 
     tensors: dict[str, Tensor]
     step: int
     decay: float | None
+    decays: int
     file: Path
 
     @property
@@ -116,17 +123,17 @@ def read_run_weights(
     run: Path, step: int | None, weights: InitWeights, world: World, ema: float | None = None
 ) -> RunWeights:
     """Read weights of a run to the CPU; arguments and errors are those of `load_run`."""
-    folder, decays = run / "checkpoints", run_decays(run)
+    folder, decays = run / "checkpoints", world.from_main(lambda: run_decays(run))
     decay = choose_decay(run, decays, ema) if weights is InitWeights.ema else None
     if step is not None and decay is not None:
         snapshot = snapshot_path(run / "snapshots", step, decay)
-        if snapshot.is_file():  # first, since it is never deleted
-            return RunWeights(load_snapshot(snapshot), step, decay, snapshot)
+        if world.from_main(snapshot.is_file):  # first, since it is never deleted; the same file on every rank
+            return RunWeights(load_snapshot(snapshot), step, decay, len(decays), snapshot)
     saved = load_step(run, step) if step is not None else load_latest_for_all(folder, world, set_aside=False)
     if saved is None:
         raise ConfigError(f"run: {folder} contains no checkpoint; train the run first, or choose another run=...")
     tensors = saved["model"] if decay is None else ema_weights(saved, decay, decays)
-    return RunWeights(tensors, saved["step"], decay, checkpoint_path(folder, saved["step"]))
+    return RunWeights(tensors, saved["step"], decay, len(decays), checkpoint_path(folder, saved["step"]))
 
 
 def load_step(run: Path, step: int) -> dict[str, Any]:

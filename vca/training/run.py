@@ -118,6 +118,7 @@ class TrainingRun:
         self.clock = time.perf_counter()
         with catch_stop_signals() as self.stop, without_automatic_gc():
             try:
+                self.save_snapshots_if_due()  # of the checkpoint that the run resumes from, if their write failed
                 yield
                 self.finish_writing()
             finally:
@@ -327,14 +328,27 @@ class TrainingRun:
             self.writing = self.writer.submit(save_snapshots, self.run_dir.snapshots, self.state.step, weights)
         self.clock = time.perf_counter()
 
+    def save_snapshots_if_due(self) -> bool:
+        due = self.trainer.snapshot_every > 0 and self.due(self.trainer.snapshot_every)
+        if due:
+            self.save_snapshots()
+        return due
+
     def save_if_due(self) -> None:
         """Write the snapshots and the checkpoint of this step, if they are due.
 
-        Snapshots are written first, because a run that resumes from the checkpoint does not repeat this step.
+        Snapshots are written first. If that fails, the checkpoint is written before the error is raised, and the run
+        that resumes from it writes the snapshots.
         """
-        if self.trainer.snapshot_every and self.due(self.trainer.snapshot_every):
-            self.save_snapshots()
+        snapshots = self.save_snapshots_if_due()
         if self.due(self.trainer.checkpoint_every):
+            try:
+                if snapshots:
+                    self.finish_writing()
+            except Exception:
+                self.save()
+                self.finish_writing()  # before any rank exits, since torchrun then ends the others
+                raise
             self.save()
 
     def finish_writing(self) -> None:
@@ -343,8 +357,8 @@ class TrainingRun:
         Raises:
             RuntimeError: on every rank, if it cannot be written. The earlier ones are intact.
         """
-        self.world.from_main(lambda: self.writing and self.writing.result())
-        self.writing = None
+        writing, self.writing = self.writing, None
+        self.world.from_main(lambda: writing and writing.result())
 
     def exit_if_signalled(self) -> None:
         """Save a checkpoint and exit on every rank, after the same step, if any had a stop signal before this step.

@@ -1,12 +1,13 @@
 """Snapshots: the EMA weights of a run at some steps, which are never deleted.
 
 A snapshot is one safetensors file per decay, `step_00010000_ema_0.9999.safetensors`, with the parameters by name. Its
-metadata has step, decay and the sha256 of the tensors, which evaluation records contain too. A resumed run writes the
-snapshots of its steps again, with equal bytes if the run is deterministic.
+metadata has step, decay and the sha256 of the tensors, which evaluation records contain too. A resumed run that repeats
+a step keeps its snapshots.
 """
 
 import json
 import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -47,6 +48,8 @@ def list_snapshots(folder: Path) -> list[Snapshot]:
 def save_snapshots(folder: Path, step: int, emas: Mapping[float, dict[str, Tensor]]) -> None:
     """Write the EMA weights of each decay atomically; retry once on `OSError`.
 
+    An intact snapshot of this step and decay is kept, with a warning if its weights differ.
+
     Raises:
         OSError: if the second try fails.
     """
@@ -54,9 +57,23 @@ def save_snapshots(folder: Path, step: int, emas: Mapping[float, dict[str, Tenso
     for decay, weights in emas.items():
         tensors = {name: tensor.contiguous() for name, tensor in weights.items()}
         about = {"step": step, "decay": decay, "sha256": tensors_sha256(tensors)}
-        content = save(tensors, {"snapshot": json.dumps(about)})  # one entry: safetensors does not order several
         path = snapshot_path(folder, step, decay)
+        if (kept := recorded_sha256(path)) is not None:
+            if kept != about["sha256"]:
+                text = f"{path} differs from the weights of the repeated step {step}; the first snapshot is kept"
+                warnings.warn(text, stacklevel=2)
+            continue
+        content = save(tensors, {"snapshot": json.dumps(about)})  # one entry: safetensors does not order several
         retry_once(path, lambda path=path, content=content: write_bytes(path, content))  # type: ignore[misc]
+
+
+def recorded_sha256(path: Path) -> str | None:
+    """Return the sha256 in the metadata of a snapshot; None if the file is missing, truncated or has none."""
+    try:
+        with safe_open(path, "pt") as file:
+            return str(json.loads(file.metadata()["snapshot"])["sha256"])
+    except Exception:  # safetensors raises many kinds of errors on corrupt files
+        return None
 
 
 def load_snapshot(path: Path) -> dict[str, Tensor]:
@@ -99,11 +116,11 @@ def choose_decay(run: Path, decays: list[float], ema: float | None) -> float | N
 def select_weights(run: Path, step: Any, ema: Any, key: str = "step=all") -> list[tuple[Any, Any]]:
     """Return step and EMA decay of all weights that `step` and `ema` select; `all` is each snapshot and each decay.
 
-    `key` is what selects all snapshots, for messages. With several decays, a step of None is that of the newest
-    checkpoint.
+    `key` is what selects all snapshots, for messages; missing ones are skipped and printed. With several decays, a step
+    of None is that of the newest checkpoint.
 
     Raises:
-        ConfigError: if there are none, or a snapshot is missing.
+        ConfigError: if there are none.
     """
     folder = run / "snapshots"
     steps = [step]
@@ -116,7 +133,11 @@ def select_weights(run: Path, step: Any, ema: Any, key: str = "step=all") -> lis
     chosen: list[Any] = decays if ema == ALL else [choose_decay(run, decays, ema)]
     if step is None and len(chosen) > 1:
         steps = [int(path.stem[5:]) for path in list_checkpoints(run / "checkpoints")[-1:]] or [None]
-    for path in (snapshot_path(folder, number, decay) for number in steps for decay in chosen if step == ALL):
-        if not path.is_file():
-            raise ConfigError(f"{key}: {path} is missing; restore it, or select one step")
-    return [(number, decay) for number in steps for decay in chosen]
+    selected = [(number, decay) for number in steps for decay in chosen]
+    missing = [one for one in selected if step == ALL and not snapshot_path(folder, *one).is_file()]
+    names = ", ".join(snapshot_path(folder, *one).name for one in missing)
+    if missing and missing == selected:
+        raise ConfigError(f"{key}: {folder} lacks {names}; restore one, or select another decay")
+    if missing:
+        print(f"{key}: {folder} lacks {names}; skipped", flush=True)
+    return [one for one in selected if one not in missing]
