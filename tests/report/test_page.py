@@ -72,6 +72,14 @@ def test_page_of_two_runs_names_the_one_key_that_differs(tmp_path):
     assert rows == ["seed"]
 
 
+def test_page_of_both_trainers_compares_shared_keys(tmp_path):
+    """Keys of one trainer, such as the sampler, are not listed as null in the runs of the other."""
+    runs = [PageRun(tmp_path, name, to_dict(compose(name, ["name=run"]))) for name in ("train_cls", "train_gen")]
+    named = differences(runs)
+    assert named["model.name"] == ["deit_mini", "dit_mini"]
+    assert not [key for key in named if key.startswith(("sampler", "objective", "autoencoder", "model.embed_dim"))]
+
+
 def test_page_of_a_classifier(tmp_path, monkeypatch, capsys):
     """Through the script: every section, no URL, a size below the limit, escaped commands."""
     run = write_run(tmp_path / "run")

@@ -13,7 +13,7 @@ from vca.report.record_summary import RecordSummary, summarize_record
 from vca.report.sweep_table import COLUMNS, FinishedRun, final_value, flatten_config, read_finished_run, result_tables
 from vca.report.tables import TABLES, Cell, Measurement, gather, lines_of
 from vca.runtime.errors import ConfigError
-from vca.runtime.rundir import diff_configs
+from vca.runtime.rundir import config_lines, diff_configs
 
 NUMBER = re.compile(r"[\d,.]+( ± [\d.]+| %| M| G| GiB)?$")
 FREE_KEYS = ("name", "out_dir")  # where a run is stored
@@ -39,13 +39,17 @@ class Table(NamedTuple):
 def differences(runs: Sequence[PageRun]) -> dict[str, list[str]]:
     """Return the value in each run by config key, for the keys that differ.
 
-    Keys that follow from another difference are left out. Attention variants are compared by name.
+    Keys that follow from another difference are left out. Attention variants are compared by name. Between runs of both
+    trainers, only keys that every config has are compared.
     """
     configs = [run.config for run in runs if run.config]
     lines = [line for config in configs[1:] for line in diff_configs(configs[0], config, FREE_KEYS)]
     keys = sorted({line.partition(": ")[0] for line in lines})
     chosen = [key for key in keys if key not in DERIVED_KEYS and key.split(".")[0] not in DERIVED_GROUPS]
     chosen = chosen or keys
+    if len({"objective" in config for config in configs}) > 1:
+        shared = set.intersection(*({key for key, _ in config_lines(config)} for config in configs))
+        chosen = [key for key in chosen if key in shared]
     if len({run.get("attention.name") for run in runs if run.config}) > 1:
         chosen = ["attention", *(key for key in chosen if not key.startswith("attention"))]
     return {key: [format_value(key, run.get(key)) if run.config else "unknown" for run in runs] for key in chosen}
