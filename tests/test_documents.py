@@ -102,17 +102,20 @@ def test_documents_attention_benchmark_table():
 
 
 def test_documents_finetuning_table():
-    """Every accuracy in the table of docs/finetuning.md is the one in the log of its run."""
-    logs = ("finetuning-softmax", "finetuning-vca", "finetuning-scratch")
+    """Every accuracy and CPU time in the table of docs/results.md is the one in the log of its run."""
+    results, logs = ROOT / "benchmarks" / "results", ("softmax", "vca", "scratch")
     rows = re.findall(
-        r"(?m)^\| (\d+) \| [\d.]+ \|" + r" ([\d.]+) \([\d.]+\) \|" * 3 + "$",
-        (ROOT / "docs" / "finetuning.md").read_text(),
+        r"(?m)^\| (\d+) \| [\d.]+ \|" + r" ([\d.]+) \(([\d.]+)\) \|" * 3 + "$",
+        (ROOT / "docs" / "results.md").read_text(),
     )
     assert len(rows) == 9
-    for column, log in enumerate(logs, start=1):
-        lines = (ROOT / "benchmarks" / "results" / f"{log}.jsonl").read_text().splitlines()
+    seconds = json.loads((results / "finetuning-cpu-seconds.json").read_text())
+    for column, log in enumerate(logs):
+        lines = (results / f"finetuning-{log}.jsonl").read_text().splitlines()
         top1 = {record["step"]: record["val/top1"] for record in map(json.loads, lines) if "val/top1" in record}
-        assert [row[column] for row in rows] == [f"{top1[int(row[0])]:.1f}" for row in rows], log
+        for row in rows:
+            minutes = seconds[log][row[0]] / 60
+            assert row[1 + 2 * column : 3 + 2 * column] == (f"{top1[int(row[0])]:.1f}", f"{minutes:.1f}"), (log, row[0])
 
 
 @pytest.mark.process
