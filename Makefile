@@ -1,6 +1,6 @@
 # All targets create .venv on first use.
 # make demo   train and compare classifiers and generators on handwritten digits (six to eight minutes)
-# make check  style, types, and the tests that start no process (90 seconds on two cores)
+# make check  style, types, and the tests that start no process (two minutes on two cores)
 # make test   the same with all tests (minutes)
 
 PYTHON ?= python3
