@@ -1,4 +1,4 @@
-"""Count the memory that a training step needs on a device that this machine may lack.
+"""Count the memory of one step of a run on a device that need not be present.
 
 The step runs on fake tensors, which have no data, and the bytes of the storages in use are summed.
 """
@@ -27,7 +27,7 @@ Build = Callable[[Any, Any], Any]  # configs of model and attention -> network
 
 @dataclass(frozen=True)
 class StepMemory:
-    """Bytes that a training step uses on one device.
+    """Bytes that one step of a run uses on one device.
 
     Attributes:
         weights, gradients, optimizer, ema: of the network.
@@ -175,7 +175,7 @@ def simulate(config: Any, build: Build, micro: int, device: str) -> Simulation:
 
 
 class MemoryPlan:
-    """Counts the memory of a training step, for any micro-batch size.
+    """Counts the memory of one step of a run, for any micro-batch size.
 
     Args:
         config: config of `train_cls.py` or `train_gen.py`.

@@ -18,11 +18,11 @@ from vca.report.page_pictures import Picture, embed, map_sources, sample_sources
 from vca.report.page_plots import Style, bokeh_script, interactive, max_points, panels_of, static
 from vca.report.page_results import (
     Evaluations,
-    Table,
+    PageTable,
     by_value,
     config_groups,
     differences,
-    paper_tables,
+    paper_comparison,
     read_evaluations,
     results_by_config,
     results_by_run,
@@ -65,14 +65,14 @@ class Page:
     legend: list[tuple[Style, str]]
     differences: dict[str, list[str]]
     grouped: dict[str, dict[str, list[PageRun]]]
-    results: Table
-    by_config: list[Table]
-    paper: list[Table]
+    results: PageTable
+    by_config: list[PageTable]
+    paper: list[PageTable]
     paper_notes: list[str]
     evaluations: list[Evaluations]
     samples: list[Picture]
     maps: list[Picture]
-    cost: Table
+    cost: PageTable
     failures: list[tuple[str, list[str]]] = field(default_factory=list)
 
 
@@ -98,7 +98,7 @@ def build_page(
     styles, legend = styles_of(read)
     differing = differences(read)
     outside = {file.parent for file in records if not any(file.is_relative_to(run) for run in runs)}
-    tables, notes = paper_tables([*runs, *sorted(outside)])
+    tables, notes = paper_comparison([*runs, *sorted(outside)])
     page = Page(
         title=title_of(read, sweeps),
         runs=read,
@@ -170,7 +170,7 @@ def colors(count: int) -> list[str]:
     return [to_hex(colormaps["turbo"](number / (count - 1))) for number in range(count)]
 
 
-def cost_table(runs: Sequence[PageRun], count: Callable[[Any], Complexity] | None, problems: list[str]) -> Table:
+def cost_table(runs: Sequence[PageRun], count: Callable[[Any], Complexity] | None, problems: list[str]) -> PageTable:
     """Return parameters and MACs, counted from the config, and the recorded cost of each run."""
     counted: dict[str, Complexity | None] = {}
     rows = []
@@ -187,7 +187,7 @@ def cost_table(runs: Sequence[PageRun], count: Callable[[Any], Complexity] | Non
         rows.append({"parameters": "", "MACs": "", **size, **cost_of(run)})
     head = [name for name in rows[0] if any(row[name] for row in rows)]
     cells = [[run.label, *(row[name] for name in head)] for run, row in zip(runs, rows, strict=True)]
-    return Table(["run", *head], cells)
+    return PageTable(["run", *head], cells)
 
 
 def render(page: Page) -> str:

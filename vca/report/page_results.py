@@ -22,7 +22,7 @@ DERIVED_GROUPS = ("data_files", "inputs")
 DERIVED_KEYS = tuple(f"model.{key}" for key in ("img_size", "in_chans", "num_classes", "input_size", "in_channels"))
 
 
-class Table(NamedTuple):
+class PageTable(NamedTuple):
     """Cells as text; the first cell of a row is its name."""
 
     head: list[str]
@@ -88,7 +88,7 @@ def safe_flatten(run: PageRun) -> Any:
         return run.config
 
 
-def results_by_run(runs: Sequence[PageRun]) -> Table:
+def results_by_run(runs: Sequence[PageRun]) -> PageTable:
     """Return status and last values of each run, beside the paper's figure for its config."""
     columns = {name: rule for name, rule in COLUMNS.items() if any(run.values(rule[0]) for run in runs)}
     published = [paper_figure(run) for run in runs]
@@ -98,16 +98,16 @@ def results_by_run(runs: Sequence[PageRun]) -> Table:
         values = [(final_value(run.records, key), decimals) for key, decimals in columns.values()]
         cells = ["" if value is None else f"{value:.{decimals}f}" for value, decimals in values]
         rows.append([run.label, *cells, *([figure] if any(published) else []), run.status])
-    return Table(head, rows)
+    return PageTable(head, rows)
 
 
-def results_by_config(runs: Sequence[PageRun]) -> list[Table]:
+def results_by_config(runs: Sequence[PageRun]) -> list[PageTable]:
     """Return mean ± std over the seeds of each config, of the finished runs; nothing if no config has two seeds."""
     finished = [run for one in runs if isinstance(run := read_finished_run(one.path), FinishedRun)]
     tables = []
     for title, (head, *rows), _ in result_tables(finished):
         cells = [[cell.replace("+-", "±") for cell in row[:-1]] for row in rows]
-        tables.append(Table(["config", *head[1:-1]], cells, title))
+        tables.append(PageTable(["config", *head[1:-1]], cells, title))
     repeated = any(row[-1] != "1" for table in tables for row in table.rows)
     return tables if repeated else []
 
@@ -125,7 +125,7 @@ def paper_figure(run: PageRun) -> str:
     return ", ".join(f"{figure} ({', '.join(tables)})" for figure, tables in figures.items())
 
 
-def paper_tables(folders: Iterable[Path]) -> tuple[list[Table], list[str]]:
+def paper_comparison(folders: Iterable[Path]) -> tuple[list[PageTable], list[str]]:
     """Return the rows of the paper's tables that some runs and records measure, and why others are in none.
 
     A folder that cannot be read is a line; it does not affect the others.
@@ -155,7 +155,7 @@ def paper_tables(folders: Iterable[Path]) -> tuple[list[Table], list[str]]:
             if line[f"{column} measured"]
         ]
         if rows:
-            tables.append(Table(["row", "column", "paper", "ours", "seeds"], rows, table.title))
+            tables.append(PageTable(["row", "column", "paper", "ours", "seeds"], rows, table.title))
     return tables, notes
 
 
@@ -168,7 +168,7 @@ def with_std(line: dict[str, str], column: str) -> str:
 class Evaluations(NamedTuple):
     """Records with the same metrics: a row each, the settings that they share, and notes."""
 
-    table: Table
+    table: PageTable
     shared: dict[str, str]
     notes: list[str]
 
@@ -197,4 +197,4 @@ def beside(ones: list[RecordSummary]) -> Evaluations:
     ]
     common = {label: str(value) for label, value in shared.items() if label not in differing}
     notes = list(dict.fromkeys(note for one in ones for note in one.notes))
-    return Evaluations(Table(["record", *ones[0].metrics, *differing], rows), common, notes)
+    return Evaluations(PageTable(["record", *ones[0].metrics, *differing], rows), common, notes)

@@ -9,6 +9,7 @@ from typing import Any
 
 from vca.runtime.errors import ConfigError
 from vca.runtime.files import write_bytes, write_text
+from vca.runtime.loggers import Table
 
 
 @dataclass(frozen=True)
@@ -36,12 +37,11 @@ def decays_of(figures: Sequence[SnapshotFigure]) -> list[float]:
 
 def snapshot_table(metric: str, figures: Sequence[SnapshotFigure]) -> str:
     """Return Markdown with a row per step and a column per decay; `-` for a snapshot without a figure."""
-    values = {(figure.step, figure.ema_decay): f"{figure.value:.4g}" for figure in figures}
+    values = {(figure.step, figure.ema_decay): figure.value for figure in figures}
     decays = decays_of(figures)
-    lines = [["step", *(f"EMA {decay}" for decay in decays)], ["---"] * (len(decays) + 1)]
-    for step in sorted({figure.step for figure in figures}):
-        lines.append([str(step), *(values.get((step, decay), "-") for decay in decays)])
-    return "\n".join([metric, "", *(f"| {' | '.join(line)} |" for line in lines)])
+    steps = sorted({figure.step for figure in figures})
+    rows = [[step, *(values.get((step, decay), "-") for decay in decays)] for step in steps]
+    return f"{metric}\n\n{Table(['step', *(f'EMA {decay}' for decay in decays)], rows).markdown()}"
 
 
 def plot_snapshots(metric: str, figures: Sequence[SnapshotFigure], path: Path) -> None:
