@@ -52,9 +52,9 @@ def run(config: TrainClsConfig) -> dict[str, float]:
             check(micro_batch_size % 2 == 0, key, "even for Mixup and CutMix, which mix pairs", micro_batch_size)
 
         log_on_main(world, f"{config.name}: loading data={config.data.name}")
-        val_images, train_images = load_dataset(config.data, train=False), load_dataset(config.data, train=True)
+        val_images, train_images = (load_dataset(config.data, train, world) for train in (False, True))
         # Other files are an error when a run is resumed, but an evaluation may use them.
-        files = {} if trainer.eval_only else identify_files(world, train=train_images, val=val_images)
+        files = {} if trainer.eval_only else identify_files(train=train_images, val=val_images)
         record = {**to_dict(config), **files}
         run_dir.check(record)
 

@@ -58,11 +58,11 @@ def run(config: TrainGenConfig) -> dict[str, float]:
         check_sampler(objective, config.sampler, config.model.class_dropout_prob)
 
         log_on_main(world, f"{config.name}: loading data={config.data.name}")
-        dataset = load_dataset(config.data, train=True)
+        dataset = load_dataset(config.data, True, world)
         autoencoder = load_autoencoder(config.autoencoder, world.device)
         inputs, cache = generation_inputs(dataset, config.data, config.augment, autoencoder, config.seed)
         origin = {"autoencoder": autoencoder.identity(), "cache": cache}
-        record = {**to_dict(config), "inputs": origin, **identify_files(world, train=dataset)}
+        record = {**to_dict(config), "inputs": origin, **identify_files(train=dataset)}
         run_dir.check(record)
 
         seed_torch(config.seed, "model")

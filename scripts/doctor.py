@@ -36,9 +36,11 @@ import train_cls
 from models import build_model
 from vca.cli import command_line, exit_on_user_error
 from vca.config import DoctorConfig, TrainClsConfig, compose, register_schemas
-from vca.data import load_dataset
+from vca.data import identify_files, load_dataset
 from vca.data.config import DataConfig
-from vca.data.doctor import Examination, examine, examine_datasets
+from vca.data.doctor import Examination, examine, examine_datasets, examine_file
+from vca.data.indexing import scan_split
+from vca.data.scan import is_image
 from vca.runtime import distributed
 from vca.runtime.errors import ConfigError
 from vca.sweep.job import torchrun
@@ -82,19 +84,28 @@ def examine_data(data: DataConfig) -> tuple[list[str], Examination]:
         try:
             datasets[split] = load_dataset(data, train=split == "train")
         except ConfigError as error:
-            problems.append(str(error))
+            problems += problems_of(data, split) or [str(error)]
     if not problems:
+        try:
+            identify_files(**datasets)
+        except ConfigError as error:
+            problems = [str(error)]
         kinds = {"train": "training", "val": "evaluation"}
         counts = " and ".join(f"{len(dataset)} {kinds[split]}" for split, dataset in datasets.items())
         print(f"{data.name}: {counts} images")
-        return [], examine_datasets(datasets.values(), data.check_seconds)
-
-    from torchvision.datasets.folder import IMG_EXTENSIONS
-
+        return problems, examine_datasets(datasets.values(), data.check_seconds)
     folders = [Path(data.root or "") / split for split in ("train", "val")] if data.root else []
-    paths = (path for folder in folders for path in folder.rglob("*"))
-    files = [str(path) for path in paths if path.suffix.lower() in IMG_EXTENSIONS]
-    return list(dict.fromkeys(problems)), examine(files, data.check_seconds)
+    files = [str(path) for folder in folders for path in folder.rglob("*") if is_image(path.name)]
+    result = examine(len(files), lambda item: examine_file(files[item]), data.check_seconds)
+    return [problem for problem in dict.fromkeys(problems) if problem not in map(str, result.findings)], result
+
+
+def problems_of(data: DataConfig, split: str) -> list[str]:
+    """Return all problems of the files of a split, of which loading it reports the first."""
+    try:
+        return scan_split(data, split)[1].problems if data.name == "imagefolder" else []
+    except ConfigError:
+        return []
 
 
 def check_cluster(config: TrainClsConfig) -> None:
@@ -108,7 +119,7 @@ def check_cluster(config: TrainClsConfig) -> None:
         batch_bytes = -(-trainer.global_batch_size // world.size) * config.data.image_bytes
 
         def load() -> list[Any]:
-            return [load_dataset(config.data, train=train) for train in (True, False)]
+            return [load_dataset(config.data, train) for train in (True, False)]
 
         def ten_steps(folder: Path) -> dict[str, Tensor]:
             return train_ten_steps(folder, trainer.device.value, world.size)

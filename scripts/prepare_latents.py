@@ -1,4 +1,4 @@
-"""Encode an image folder to a latent cache, which runs then read instead of images.
+"""Encode images to a latent cache, which runs then read instead of images.
 
     python scripts/prepare_latents.py data.root=/data/imagenet out=/data/imagenet-latents
     torchrun --nproc_per_node=8 scripts/prepare_latents.py data.root=/data/imagenet out=/data/imagenet-latents
@@ -26,7 +26,7 @@ from vca.config import PrepareLatentsConfig, register_schemas
 from vca.data import load_dataset
 from vca.data.augment import AugmentConfig, Crop, Normalize, train_transform, worker_transform
 from vca.data.doctor import check_before_training
-from vca.data.imagefolder import files_identity
+from vca.data.imagefolder import IndexedImages
 from vca.data.latents import CROP, LatentCache, Manifest, file_is_made, save_array, shard_path
 from vca.data.loader import EvalImages
 from vca.generation.autoencoder import AUTOENCODERS, Autoencoder, load_autoencoder
@@ -46,13 +46,12 @@ def run(config: PrepareLatentsConfig) -> Manifest:
     timeout = 7 * distributed.COLLECTIVE_TIMEOUT_MINUTES  # ranks encode for days between two collectives
     with distributed.start(config.device.value, timeout, key="device") as world:
         check_ranks_agree(world, config)
-        images: Any = load_dataset(config.data, train=True)
-        check(hasattr(images, "samples"), "data", "an image folder", config.data.name)
+        images = load_dataset(config.data, True, world)
+        check(isinstance(images, IndexedImages), "data", "images in files", config.data.name)
         autoencoder = load_autoencoder(config.autoencoder, world.device)
-        files: Any = world.from_main(lambda: files_identity(images))
-        folder, manifest = Path(config.out), make_manifest(config, images, files["sha256"], autoencoder)
+        folder, manifest = Path(config.out), make_manifest(config, images, autoencoder)
         check_before_training(config.data, [images], config.workers, config.batch_size * config.data.image_bytes, world)
-        labels = np.array([label for _, label in images.samples], dtype=np.int64)
+        labels = images.labels.astype(np.int64)
         missing = world.from_main(lambda: open_cache(folder, manifest, labels))
         shards = missing[world.rank :: world.size]
         total = sum(len(manifest.rows(shard)) for shard in shards)
@@ -79,14 +78,14 @@ def open_cache(folder: Path, manifest: Manifest, labels: np.ndarray) -> list[int
     return missing
 
 
-def make_manifest(config: PrepareLatentsConfig, images: Any, files_sha256: str, autoencoder: Autoencoder) -> Manifest:
+def make_manifest(config: PrepareLatentsConfig, images: IndexedImages, autoencoder: Autoencoder) -> Manifest:
     """Build the manifest of the cache; a black image gives the shape of a latent."""
     size = config.data.img_size
     moments = encode(autoencoder, torch.zeros(1, 3, size, size), config.flips)
     return Manifest(
         images=len(images),
         classes=list(images.classes),
-        files_sha256=files_sha256,
+        files_sha256=images.index.meta.identity["sha256"],
         img_size=size,
         crop=CROP,
         autoencoder=autoencoder.identity(),

@@ -21,7 +21,7 @@ THIRD_PARTY = {
     "attention": {"torch", "triton"},  # triton in the kernels only
     "runtime": {"torch", "numpy", "PIL", "tqdm", "wandb"},  # the last four inside functions only
     "metrics": {"torch", "numpy", "scipy"},
-    "data": SCIENTIFIC,
+    "data": SCIENTIFIC | {"pyarrow"},
     "generation": {"torch", "numpy", "PIL", "torchdiffeq", "diffusers"},
     "training": SCIENTIFIC,
     "evaluation": SCIENTIFIC | {"torch_fidelity"},
@@ -41,6 +41,7 @@ ALLOWED["models"] = {"torch", "timm", "yaml", "vca.attention", "models"}
 LAZY = {
     "bokeh",
     "jinja2",
+    "pyarrow",
     "submitit",
     "torchdiffeq",
     "wandb",

@@ -19,7 +19,7 @@ from tests.support import write_png16
 from vca.config import compose
 from vca.data import load_dataset
 from vca.data.config import DataConfig
-from vca.data.doctor import examine, examine_image, image_files, shared_memory_note
+from vca.data.doctor import examine_datasets, examine_file, shared_memory_note
 from vca.runtime.distributed import World
 from vca.runtime.errors import ConfigError
 from vca.training import cluster_check
@@ -170,27 +170,26 @@ def test_examine_time_limit_leaves_files_unread(tmp_path):
     """The summary counts the files that were not read."""
     write_image_folder(tmp_path)
     config = compose("train_cls", ["data=imagefolder", f"data.root={tmp_path}", "data.num_classes=2"])
-    files = image_files([load_dataset(config.data, True), object()])
-    assert len(files) == 8
-    assert str(examine(files, seconds=0)).startswith("read 0 of 8 images")
+    examination = examine_datasets([load_dataset(config.data, True), object()], seconds=0)
+    assert str(examination).startswith("read 0 of 8 images")
 
 
 def test_examine_image_valid_images_pass(tmp_path):
     for mode in ("RGB", "L", "P", "RGBA", "1"):
         path = tmp_path / f"{mode}.png"
         Image.new(mode, (40, 30)).save(path)
-        assert examine_image(os.fspath(path)) == []
+        assert examine_file(os.fspath(path)) == []
     for size in ((6, 6), (7, 100)):
         Image.new("RGB", size).save(tmp_path / "small.jpg")
-        assert examine_image(os.fspath(tmp_path / "small.jpg")) == []
+        assert examine_file(os.fspath(tmp_path / "small.jpg")) == []
     Image.fromarray(np.full((30, 30), 200, dtype=np.uint16)).save(tmp_path / "eight_of_sixteen.png")
-    assert examine_image(os.fspath(tmp_path / "eight_of_sixteen.png")) == []
+    assert examine_file(os.fspath(tmp_path / "eight_of_sixteen.png")) == []
 
 
 def test_examine_image_decompression_bomb_refused(tmp_path):
     """PIL raises its own error."""
     Image.new("1", (20_000, 10_000)).save(tmp_path / "huge.png")
-    (finding,) = examine_image(os.fspath(tmp_path / "huge.png"))
+    (finding,) = examine_file(os.fspath(tmp_path / "huge.png"))
     assert finding.fatal
     assert "decompression bomb" in finding.problem
 

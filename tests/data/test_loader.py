@@ -298,7 +298,7 @@ def test_load_imagefolder_16_bit_rgb_refused_when_read(tmp_path, workers):
     write_png16(tmp_path / "train" / "cat" / "deep.png")
     _, images = digits("data=imagefolder", f"data.root={tmp_path}", "data.num_classes=2")
     assert images[0][0].mode == "RGB"
-    number = next(index for index, (path, _) in enumerate(images.samples) if path.endswith("deep.png"))
+    number = next(index for index in range(len(images)) if images.index.source(index).endswith("deep.png"))
     problem = "has 16 bits per channel, which would be truncated; convert it to 8 bits"
     with pytest.raises(ImageError, match=rf"cat/deep.png cannot be read \({problem}\)"):
         list(eval_loader(images, lambda image: torch.zeros(1), world(), 4, workers))

@@ -54,6 +54,8 @@ class TrainConfig:
             check_path(key, getattr(self, key))
         check(0 <= self.seed < 2**63, "seed", ">= 0 and below 2^63", self.seed)
         check_loggers(self.logger)
+        if self.data.name == "imagefolder" and self.data.index is None:
+            self.data = replace(self.data, index=f"{self.out_dir}/data_index")
         optim, trainer = self.optim, self.trainer
         if trainer.steps is None and optim.cooldown_epochs:
             length, rule = optim.warmup_epochs + optim.cooldown_epochs, "optim.warmup_epochs + optim.cooldown_epochs"

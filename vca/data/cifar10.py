@@ -5,10 +5,11 @@ from pathlib import Path
 from torch.utils.data import Dataset
 
 from vca.data.config import DataConfig
+from vca.runtime.distributed import ONE, World
 from vca.runtime.errors import ConfigError, check
 
 
-def load_cifar10(config: DataConfig, train: bool) -> Dataset:
+def load_cifar10(config: DataConfig, train: bool, world: World = ONE) -> Dataset:
     """Load the 50,000 training or 10,000 test images as `(PIL image, label)`.
 
     Raises:

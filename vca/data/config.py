@@ -12,6 +12,12 @@ class DataConfig:
     Attributes:
         name: the key in `vca.data.DATASETS`.
         root: local folder; null for `digits`.
+        format: `folder`, `zip`, `tar`, `webdataset`, `parquet`, `arrow`, or `auto` to find out (docs/data.md).
+        train, val: files of a split: a path, `*` pattern or range `{000..123}`, relative to `root`; null finds them
+            in `root` by their names.
+        classes: file with the class names, one a line, in the order of the labels; null sorts the names.
+        labels: file with lines `image class` for images without class folders, or ImageNet's development kit.
+        index: folder for the index of the images if it cannot be beside them; null is `out_dir/data_index`.
         img_size: side of training and evaluation images, in pixels.
         in_chans, num_classes: number of image channels (`in_chans`) and of classes (`num_classes`).
         mean, std: mean and standard deviation that normalise pixels in [0, 1], one number per channel.
@@ -22,6 +28,12 @@ class DataConfig:
 
     name: str = "digits"
     root: str | None = None
+    format: str = "auto"
+    train: str | None = None
+    val: str | None = None
+    classes: str | None = None
+    labels: str | None = None
+    index: str | None = None
     img_size: int = 224
     in_chans: int = 3
     num_classes: int = 1000
@@ -37,6 +49,8 @@ class DataConfig:
         return self.in_chans * self.img_size**2
 
     def __post_init__(self) -> None:
+        forms = ("auto", "folder", "zip", "tar", "webdataset", "parquet", "arrow")
+        check(self.format in forms, "data.format", f"one of {', '.join(forms)}", self.format)
         check(self.img_size >= 1, "data.img_size", ">= 1", self.img_size)
         check(self.in_chans in (1, 3), "data.in_chans", "1 or 3", self.in_chans)
         check(self.num_classes >= 2, "data.num_classes", ">= 2", self.num_classes)

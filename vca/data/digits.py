@@ -5,6 +5,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 from vca.data.config import DataConfig
+from vca.runtime.distributed import ONE, World
 from vca.runtime.errors import check
 
 
@@ -28,7 +29,7 @@ class Digits(Dataset):
         return Image.fromarray(self.images[index]), self.labels[index]
 
 
-def load_digits_images(config: DataConfig, train: bool) -> Dataset:
+def load_digits_images(config: DataConfig, train: bool, world: World = ONE) -> Dataset:
     """Load the 1,438 training or the 359 held-out digits."""
     check(config.in_chans == 1, "data.in_chans", "1 for digits", config.in_chans)
     check(config.num_classes == 10, "data.num_classes", "10 for digits", config.num_classes)

@@ -4,19 +4,22 @@ Images, or the files of a latent cache, are read in random order within a time l
 set of millions by a sample. A file that would stop or spoil a run is an error; a harmless one is a note.
 """
 
+import io
 import os
-import random
 import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
+import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from vca.data.config import DataConfig
+from vca.data.decode import is_16_bit_color
+from vca.data.imagefolder import IndexedImages
 from vca.data.latents import RERUN, LatentCache, file_is_made
 from vca.runtime.distributed import World
 from vca.runtime.errors import ConfigError
@@ -60,42 +63,40 @@ class Examination:
         )
 
 
-def image_files(datasets: Iterable[Any]) -> list[str]:
-    """List the files of data sets with `samples`, such as torchvision's `ImageFolder`."""
-    return [path for dataset in datasets for path, _ in getattr(dataset, "samples", ())]
-
-
 def examine(
-    paths: Iterable[str],
-    seconds: float,
-    examine_file: Callable[[str], list[Finding]] | None = None,
-    unit: str = "images",
+    count: int, examine_item: Callable[[int], list[Finding]], seconds: float, unit: str = "images"
 ) -> Examination:
-    """Check files in random order by `examine_file`, by default `examine_image`; read none after `seconds`."""
-    paths = list(paths)
-    random.Random(0).shuffle(paths)
+    """Check the items `0 .. count` in random order; check none after `seconds`."""
     start, findings, checked = time.perf_counter(), [], 0
-    for path in paths:
+    for item in np.random.default_rng(0).permutation(count):
         if time.perf_counter() - start >= seconds:
             break
-        findings += (examine_file or examine_image)(path)
+        findings += examine_item(int(item))
         checked += 1
-    return Examination(findings, checked, len(paths), time.perf_counter() - start, unit)
+    return Examination(findings, checked, count, time.perf_counter() - start, unit)
 
 
 def examine_datasets(datasets: Iterable[Any], seconds: float) -> Examination:
-    """Check the image files of data sets, or the sha256 of a latent cache's files, for up to `seconds`."""
+    """Check the images of data sets, or the sha256 of a latent cache's files, for up to `seconds`."""
     datasets = list(datasets)
-    cache = datasets[0]
-    if not isinstance(cache, LatentCache):
-        return examine(image_files(datasets), seconds)
+    if isinstance(cache := datasets[0], LatentCache):
+        shards = [cache.folder / name for name in cache.manifest.names[1:]]
 
-    def examine_shard(path: str) -> list[Finding]:
-        intact = file_is_made(Path(path), cache.manifest.files[Path(path).name])
-        return [] if intact else [Finding(path, "does not match its sha256 in the manifest", RERUN, True)]
+        def examine_shard(item: int) -> list[Finding]:
+            path = shards[item]
+            intact = file_is_made(path, cache.manifest.files[path.name])
+            return [] if intact else [Finding(str(path), "does not match its sha256 in the manifest", RERUN, True)]
 
-    shards = [str(cache.folder / name) for name in cache.manifest.names[1:]]
-    return examine(shards, seconds, examine_shard, "files of latents")
+        return examine(len(shards), examine_shard, seconds, "files of latents")
+    indexes = [dataset.index for dataset in datasets if isinstance(dataset, IndexedImages)]
+    ends = np.cumsum([0, *map(len, indexes)])
+
+    def examine_indexed(item: int) -> list[Finding]:
+        split = int(np.searchsorted(ends, item, side="right")) - 1
+        index, number = indexes[split], item - int(ends[split])
+        return examine_image(index.source(number), lambda: index.read(number))
+
+    return examine(int(ends[-1]), examine_indexed, seconds)
 
 
 def check_before_training(
@@ -109,7 +110,7 @@ def check_before_training(
         ConfigError: on every rank, if a file is unusable.
     """
     datasets = list(datasets)
-    if world.is_main and data.check_seconds and (image_files(datasets) or isinstance(datasets[0], LatentCache)):
+    if world.is_main and data.check_seconds and isinstance(datasets[0], (IndexedImages, LatentCache)):
         print(f"data: checking files for up to {data.check_seconds:g} s", flush=True)
     result = world.broadcast(examine_datasets(datasets, data.check_seconds) if world.is_main else None)
     if result.errors:
@@ -135,25 +136,28 @@ def shared_memory_note(workers: int, batch_bytes: int, folder: str = "/dev/shm")
     )
 
 
-def examine_image(path: str) -> list[Finding]:
+def examine_file(path: str) -> list[Finding]:
     """Decode an image file and return its findings."""
+    return examine_image(path, Path(path).read_bytes)
+
+
+def examine_image(path: str, read: Callable[[], bytes]) -> list[Finding]:
+    """Decode the image that `read` returns; `path` names it in the findings."""
     try:
-        file = Path(path)
-        if not file.exists():
-            return [
-                Finding(path, "is a dangling link" if file.is_symlink() else "is missing", "restore or remove it", True)
-            ]
-        if file.stat().st_size == 0:
+        if not (content := read()):
             return [Finding(path, "is empty", "copy it again", True)]
+        deep = is_16_bit_color(content)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            with open(path, "rb") as content, Image.open(content) as image:
-                deep = is_16_bit_color(content)
+            with Image.open(io.BytesIO(content)) as image:
                 # Decodes the whole file at a reduced resolution.
                 image.draft("RGB", (max(1, image.width // 8), max(1, image.height // 8)))
                 image.load()
                 highest: Any = image.getextrema()[1] if image.mode in HIGH_DEPTH else 0
                 mode, exif_problem = image.mode, read_exif(image)
+    except FileNotFoundError:
+        problem = "is a dangling link" if Path(path).is_symlink() else "is missing"
+        return [Finding(path, problem, "restore or remove it", True)]
     except UnidentifiedImageError:
         return [Finding(path, "is not an image", "replace it or remove it", True)]
     except Exception as error:  # PIL raises many kinds of errors on corrupt files
@@ -182,15 +186,3 @@ def read_exif(image: Image.Image) -> str | None:
     except Exception as error:  # PIL does not wrap the errors of its parser
         return f"{type(error).__name__}: {error}"
     return None
-
-
-def is_16_bit_color(file: BinaryIO) -> bool:
-    """Whether a file is a colour PNG with 16 bits per channel, according to its header.
-
-    Pillow opens it as `RGB`, like one with 8 bits. Grey ones have a mode of their own.
-    """
-    position = file.tell()
-    file.seek(0)
-    header = file.read(26)
-    file.seek(position)
-    return header[:8] == b"\x89PNG\r\n\x1a\n" and header[24:25] == b"\x10" and header[25:26] != b"\0"

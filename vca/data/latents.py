@@ -26,6 +26,7 @@ from torch.utils.data import Dataset
 from vca.data.augment import AugmentConfig, Crop
 from vca.data.config import DataConfig
 from vca.runtime.digest import file_sha256
+from vca.runtime.distributed import ONE, World
 from vca.runtime.errors import ConfigError, check
 from vca.runtime.files import write_bytes, write_text
 from vca.runtime.rundir import diff_configs
@@ -298,7 +299,7 @@ class RandomVersion:
         return torch.from_numpy(np.array(versions[int(flipped)]))
 
 
-def load_latents(config: DataConfig, train: bool) -> LatentCache:
+def load_latents(config: DataConfig, train: bool, world: World = ONE) -> LatentCache:
     """Open the cache at `data.root`; it has no evaluation split.
 
     Raises:

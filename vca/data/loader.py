@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, Subset
 
 from vca.data.augment import AugmentConfig, Normalize, RandomErasing, train_transform, worker_transform
 from vca.data.config import DataConfig
+from vca.data.imagefolder import IndexedImages
 from vca.runtime.distributed import World
 from vca.runtime.errors import ImageError
 from vca.runtime.seeding import derive_seed, seed_everything
@@ -156,8 +157,7 @@ def read_image(images: Any, index: int) -> tuple[Any, int]:
     try:
         return images[index]
     except Exception as error:  # PIL raises many kinds of errors on corrupt files
-        files = getattr(images, "samples", None)
-        file = files[index][0] if files else f"image {index} of the data set"
+        file = images.index.source(index) if isinstance(images, IndexedImages) else f"image {index} of the data set"
         reason = " ".join(str(error).removeprefix(f"{file}: ").split()) or type(error).__name__
         raise ImageError(f"{file} cannot be read ({reason}); restore it, then rerun the command to resume") from error
 

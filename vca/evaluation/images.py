@@ -20,7 +20,8 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from vca.data.augment import AdmCrop
-from vca.data.doctor import is_16_bit_color
+from vca.data.decode import is_16_bit_color
+from vca.data.imagefolder import IndexedImages
 from vca.runtime.errors import ConfigError
 
 THREADS = min(8, os.cpu_count() or 1)  # decoding threads; PIL releases the GIL
@@ -96,7 +97,8 @@ class PngFolder(ImageSet):
         """Read the shape from the header, and check format and mode."""
         try:
             with open(file, "rb") as content, Image.open(content) as image:
-                deep = is_16_bit_color(content)
+                content.seek(0)
+                deep = is_16_bit_color(content.read(26))
                 kind, mode, (width, height) = image.format, image.mode, image.size
                 mode = f"{mode} with transparency" if "transparency" in image.info else mode
         except UnidentifiedImageError as error:
@@ -232,7 +234,7 @@ class DatasetImages(ImageSet):
         except ConfigError:
             raise
         except (OSError, SyntaxError, ValueError) as error:
-            file = getattr(self.dataset, "samples", {number: (f"number {number}",)})[number][0]
+            file = self.dataset.index.source(number) if isinstance(self.dataset, IndexedImages) else f"number {number}"
             raise ConfigError(f"{self.key}: {file} cannot be decoded ({error}); copy it again") from error
         return np.asarray(self.crop(image.convert(self.mode))).reshape(self.shape)
 

@@ -119,6 +119,9 @@ class World:
             dist.barrier()
 
 
+ONE = World(0, 0, 1, torch.device("cpu"))  # a single process without a process group
+
+
 def pick_device(name: str, local_rank: int, key: str = "trainer.device") -> torch.device:
     """Return the device for `cpu`, `cuda` or `auto` on this rank.
 

@@ -45,7 +45,13 @@ RESUME_IGNORED_KEYS = (
     "logger",
     "out_dir",
     "data.check_seconds",
+    "data.classes",  # names, sizes and labels of images are compared
+    "data.format",
+    "data.index",
+    "data.labels",
     "data.root",
+    "data.train",
+    "data.val",
     "data_files",  # compared separately
     "sampled_classes",
     "sampler",

@@ -10,7 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from vca.config.composition import compose
 from vca.config.hydra_errors import config_dir, options
-from vca.data.imagefolder import check_class_folders
+from vca.data.splits import check_class_folders
 from vca.report.sweep_table import FinishedRun, read_finished_run
 from vca.runtime.errors import ConfigError
 from vca.runtime.provenance import CODE
@@ -78,7 +78,7 @@ def plan(config: DictConfig, config_name: str) -> list[dict[str, Any]]:
         try:
             one = compose(config_name, [*job, *search_path(config_dir())])
             if one.data.name == "imagefolder" and Path(one.data.root or "", "train").is_dir():  # visible here
-                check_class_folders(one.data, train=True)
+                check_class_folders(one.data)
         except ConfigError as error:
             raise ConfigError(f"{error} (job {number}: {' '.join(job)})") from error
         if one.out_dir != config.out_dir:

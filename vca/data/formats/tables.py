@@ -1,0 +1,254 @@
+"""Parquet and Arrow files of the Hugging Face layout: columns `image: {bytes, path}` and `label`.
+
+An image that the file contains verbatim is read by its place in the file, without pyarrow: those of Arrow files and of
+parquet files whose images are not compressed. Of compressed parquet, a row group is decoded for each image.
+"""
+
+import json
+import mmap
+import struct
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from vca.data.scan import Entry, Scan
+from vca.runtime.errors import ConfigError
+
+IMAGE_COLUMNS, LABEL_COLUMNS = ("image", "img"), ("label", "labels")
+THREADS = 4  # files that are indexed at once
+PREFIX = 64  # bytes of an image that are searched for in a file
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Names of the columns, the path of the image bytes, and names of the classes."""
+
+    image: str
+    label: str
+    image_bytes: str
+    classes: list[str] | None
+
+
+@dataclass
+class Rows:
+    """Images of a file: rows, entries, and whether the entries are places in the file instead of rows."""
+
+    entries: list[Entry]
+    problems: list[str]
+    verbatim: bool
+    classes: list[str] | None = None
+
+
+def import_pyarrow() -> Any:
+    """Import pyarrow with its parquet reader."""
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise ConfigError("parquet and arrow files need pyarrow: pip install pyarrow") from error
+    return pyarrow
+
+
+def scan_parquet(paths: Sequence[Path], split: str) -> Scan:
+    """Index parquet files; the offset of an entry is its row if images of any file are compressed."""
+    return scan_tables(paths, index_parquet)
+
+
+def scan_arrow(paths: Sequence[Path], split: str) -> Scan:
+    """Index Arrow files, as `Dataset.save_to_disk` and the cache of `datasets` contain."""
+    return scan_tables(paths, index_arrow)
+
+
+def scan_tables(paths: Sequence[Path], index_file: Any) -> Scan:
+    scan = Scan("span", list(paths), watched=[*paths, *{path.parent for path in paths}])
+    import_pyarrow()
+    with ThreadPoolExecutor(THREADS) as threads:
+        files = list(threads.map(index_file, paths, range(len(paths))))
+    if not all(rows.verbatim for rows in files):
+        scan.access = "rows"
+        files = list(map(partial(index_parquet, verbatim=False), paths, range(len(paths))))
+    for path, rows in zip(paths, files, strict=True):
+        scan.entries += rows.entries
+        scan.problems += rows.problems
+        if rows.classes is not None and scan.classes not in (None, rows.classes):
+            scan.problems.append(f"{path}: has other class names than {paths[0]}; do not mix data sets")
+        scan.classes = scan.classes or rows.classes
+    return scan
+
+
+def index_parquet(path: Path, number: int, verbatim: bool = True) -> Rows:
+    """Index a parquet file. If `verbatim`, entries are places of images, which are not compressed."""
+    pa = import_pyarrow()
+    rows = Rows([], [], verbatim)
+    try:
+        file = pa.parquet.ParquetFile(path, memory_map=True)
+        columns = find_columns(file.schema_arrow)
+        chunk = next(k for k in range(file.metadata.num_columns) if column_path(file, k) == columns.image_bytes)
+        first = 0
+        with open(path, "rb") as content, mmap.mmap(content.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+            for group in range(file.num_row_groups):
+                metadata = file.metadata.row_group(group).column(chunk)
+                rows.verbatim = rows.verbatim and metadata.compression == "UNCOMPRESSED"
+                table = file.read_row_group(group, columns=[columns.image, columns.label], use_threads=False)
+                start = metadata.dictionary_page_offset or metadata.data_page_offset
+                places = Places(mapped, start, start + metadata.total_compressed_size)
+                for batch in table.to_batches():
+                    add_rows(rows, batch, columns, path, number, first, places.find if rows.verbatim else None)
+                    first += batch.num_rows
+        rows.classes = columns.classes
+    except (OSError, ValueError, pa.ArrowException) as error:
+        rows.problems.append(f"{path}: cannot be read as parquet ({one_line(error)}); copy it again")
+    return rows
+
+
+def index_arrow(path: Path, number: int) -> Rows:
+    """Index a file of Arrow's stream or file format; entries are places of images."""
+    pa = import_pyarrow()
+    rows, first = Rows([], [], verbatim=True), 0
+    try:
+        with pa.memory_map(str(path)) as mapped:
+            base, size = mapped.read_buffer(1).address, mapped.size()
+            mapped.seek(0)
+            stream = mapped.read(6) != b"ARROW1"
+            mapped.seek(0)
+            reader = pa.ipc.open_stream(mapped) if stream else pa.ipc.open_file(mapped)
+            columns = find_columns(reader.schema)
+            batches = reader if stream else map(reader.get_batch, range(reader.num_record_batches))
+            for batch in batches:
+                starts = places_in(image_array(batch, columns), base, size)
+                add_rows(rows, batch, columns, path, number, first, lambda row, _, starts=starts: int(starts[row]))
+                first += batch.num_rows
+        rows.classes = columns.classes
+    except (OSError, ValueError, pa.ArrowException) as error:
+        rows.problems.append(f"{path}: cannot be read as an Arrow file ({one_line(error)}); copy it again")
+    return rows
+
+
+def places_in(images: Any, base: int, size: int) -> np.ndarray:
+    """Return the offsets of the images of an Arrow array in a file that is mapped to the address `base`.
+
+    Raises:
+        ValueError: if the file does not contain them verbatim.
+    """
+    pa = import_pyarrow()
+    _, offsets, data = images.buffers()
+    if data is None or not base <= data.address <= base + size:
+        raise ValueError("it has compressed buffers; write it without compression")
+    kind = np.int64 if images.type == pa.large_binary() else np.int32
+    return np.frombuffer(offsets, kind)[images.offset :].astype(np.int64) + (data.address - base)
+
+
+class Places:
+    """Finds images, in their order, between `start` and `stop` of a memory-mapped file."""
+
+    def __init__(self, mapped: mmap.mmap, start: int, stop: int) -> None:
+        self.mapped, self.start, self.stop, self.position = mapped, start, stop, start
+
+    def find(self, row: int, value: Any) -> int | None:
+        """Return the offset of an image's bytes, a pyarrow buffer; None if they are encoded.
+
+        Parquet stores a value behind its length. Equal images may be stored once.
+        """
+        pattern = struct.pack("<I", value.size) + value.slice(0, min(PREFIX, value.size)).to_pybytes()
+        for start in (self.position, self.start):
+            while (found := self.mapped.find(pattern, start, self.stop)) >= 0:
+                offset = found + 4
+                if self.mapped[offset : offset + value.size] == value.to_pybytes():
+                    self.position = offset + value.size
+                    return offset
+                start = found + 1
+        return None
+
+
+def add_rows(rows: Rows, batch: Any, columns: Columns, path: Path, number: int, first: int, find: Any) -> None:
+    """Append the entries of a batch, whose first row is row `first` of the file.
+
+    `find` maps a row of the batch and its image, a buffer, to the offset of the image; None if entries are rows.
+    """
+    images, labels = image_array(batch, columns), batch.column(columns.label).to_pylist()
+    names = paths_of(batch, columns) or [None] * len(labels)
+    for row, (label, name) in enumerate(zip(labels, names, strict=True)):
+        image = images[row]
+        if not image.is_valid:
+            rows.problems.append(f"{path}: row {first + row} has no image bytes; embed the images in the file")
+        elif label is None or label == -1:
+            rows.problems.append(f"{path}: row {first + row} has no label; remove the row")
+        else:
+            value = image.as_buffer()
+            offset = find(row, value) if find is not None else first + row
+            rows.verbatim = rows.verbatim and offset is not None
+            name = name or f"{path.stem}/{first + row:08d}"
+            rows.entries.append(Entry(name, label, number, offset or 0, value.size, value.size))
+
+
+def find_columns(schema: Any) -> Columns:
+    """Find the columns of images and labels.
+
+    Raises:
+        ValueError: if they are missing or have another type.
+    """
+    pa = import_pyarrow()
+    image = next((name for name in IMAGE_COLUMNS if name in schema.names), None)
+    label = next((name for name in LABEL_COLUMNS if name in schema.names), None)
+    if image is None or label is None:
+        raise ValueError(f"must have columns image and label, got {', '.join(schema.names) or 'none'}")
+    kind, binary = schema.field(image).type, (pa.binary(), pa.large_binary())
+    in_struct = pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0
+    if kind not in binary and not (in_struct and kind.field("bytes").type in binary):
+        raise ValueError(f"column {image} must have the type {{bytes, path}}, got {kind}")
+    if not (pa.types.is_integer(schema.field(label).type) or pa.types.is_string(schema.field(label).type)):
+        raise ValueError(f"column {label} must have integers or strings, got {schema.field(label).type}")
+    described = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+    classes = described.get("info", {}).get("features", {}).get(label, {}).get("names")
+    return Columns(image, label, f"{image}.bytes" if in_struct else image, classes)
+
+
+def column_path(file: Any, index: int) -> str:
+    path: str = file.metadata.schema.column(index).path
+    return path
+
+
+def image_array(batch: Any, columns: Columns) -> Any:
+    """Return the array of image bytes of a batch."""
+    column = batch.column(columns.image)
+    return column if columns.image_bytes == columns.image else column.field("bytes")
+
+
+def paths_of(batch: Any, columns: Columns) -> list[str | None] | None:
+    """Return the paths that a batch stores beside its images, or None."""
+    column = batch.column(columns.image)
+    has_paths = columns.image_bytes != columns.image and column.type.get_field_index("path") >= 0
+    return column.field("path").to_pylist() if has_paths else None
+
+
+@lru_cache(maxsize=64)
+def open_parquet(path: str) -> tuple[Any, np.ndarray, str]:
+    """Open a parquet file; return it with the first row of each row group and the column of image bytes."""
+    file = import_pyarrow().parquet.ParquetFile(path, memory_map=True)
+    counts = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+    return file, np.cumsum([0, *counts]), find_columns(file.schema_arrow).image_bytes
+
+
+@lru_cache(maxsize=2)
+def read_group(path: str, group: int) -> Any:
+    """Decode the images of a row group of a parquet file to a column of bytes or of structs of bytes."""
+    file, _, column = open_parquet(path)
+    return file.read_row_group(group, columns=[column], use_threads=False).column(0)
+
+
+def read_row(path: str, row: int) -> bytes:
+    """Read the image of a row of a parquet file."""
+    _, firsts, column = open_parquet(path)
+    group = int(np.searchsorted(firsts, row, side="right")) - 1
+    value = read_group(path, group)[row - int(firsts[group])]
+    content: bytes = (value["bytes"] if "." in column else value).as_py()
+    return content
+
+
+def one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:200]

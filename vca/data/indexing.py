@@ -1,0 +1,191 @@
+"""Build the index of a split, or find the stored one."""
+
+import hashlib
+import json
+import os
+import platform
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+from vca.data.classes import number_classes, with_label_file
+from vca.data.config import DataConfig
+from vca.data.formats import FORMATS
+from vca.data.index import ROW, THREADS, VERSION, ImageIndex, Meta, digest, first_change, read_index, state_of, store
+from vca.data.scan import Scan
+from vca.data.splits import base_folder, check_class_folders, find_source
+from vca.runtime.distributed import ONE, World
+from vca.runtime.errors import ConfigError
+
+FOLDER = ".vca_index"
+SAMPLED_IMAGES = 64  # images of class folders whose size is compared at each start
+
+
+def open_index(config: DataConfig, split: str, world: World = ONE) -> ImageIndex:
+    """Open the index of a split; rank 0 builds it if there is none or the files changed, and every rank reads it.
+
+    Raises:
+        ConfigError: on every rank, if files are missing or unusable, or a rank has other images than rank 0.
+    """
+    opened: list[ImageIndex] = []
+
+    def open_or_build() -> Path | None:
+        opened.append(find_index(config, split, print) or build_index(config, split))
+        return opened[0].place
+
+    place, error = world.from_main(open_or_build), None
+    if not opened:
+        try:
+            stored = place is not None and place.exists()
+            opened.append(read_index(place, base_folder(config, split)) if stored else build_index(config, split))
+        except (ConfigError, OSError, ValueError) as problem:
+            error = ConfigError(f"rank {world.rank} on {platform.node()}: {problem}")
+    expected = world.broadcast(opened[0].meta.identity if world.is_main else None)
+    if error is None and opened[0].meta.identity != expected:
+        difference = f"{opened[0].meta.identity['files']} images, not the {expected['files']} of rank 0"
+        error = ConfigError(f"rank {world.rank} on {platform.node()} has other data ({difference}); copy it again")
+    world.raise_first(error)
+    index, count = opened[0], len(opened[0].meta.classes)
+    if count != config.num_classes:
+        raise ConfigError(
+            f"data.num_classes is {config.num_classes}, but {index.files[0]} has {count} classes; complete it or set "
+            f"data.num_classes={count}"
+        )
+    return index
+
+
+def find_index(config: DataConfig, split: str, log: Callable[[str], object]) -> ImageIndex | None:
+    """Return the stored index of a split if it describes the files; None if it must be built."""
+    for folder in index_folders(config, split):
+        try:
+            index = read_index(folder / f"{index_key(config, split)}.json", base_folder(config, split))
+        except (OSError, ValueError, TypeError, KeyError):  # there is none, or it is corrupt
+            continue
+        if change := first_change(index.base, index.meta.watched):
+            log(f"data: {change} since it was indexed; indexing {split} again")
+            return None
+        return index
+    return None
+
+
+def index_folders(config: DataConfig, split: str) -> list[Path]:
+    """Return the folders that may contain the index of a split, in order."""
+    folder = base_folder(config, split) / FOLDER
+    return [folder, *([Path(config.index)] if config.index is not None else [])]
+
+
+def index_key(config: DataConfig, split: str) -> str:
+    """Return the name of an index: the split, and a hash of the options that it depends on."""
+    files = [Path(path).expanduser() if path else None for path in (config.classes, config.labels)]
+    contents = [file.read_bytes() if file is not None and file.is_file() else str(file).encode() for file in files]
+    base = base_folder(config, split)
+    place = Path(config.root or "").name if base.absolute() != Path(config.root or "").absolute() else ""
+    options = [VERSION, config.format, place, getattr(config, split), *map(digest, contents)]
+    return f"{split}-{digest(json.dumps(options).encode())[:12]}"
+
+
+def writable_folder(config: DataConfig, split: str) -> Path | None:
+    """Return the first folder for the index that can be written; it is created before the state of others is taken."""
+    for folder in index_folders(config, split):
+        try:
+            folder.mkdir(parents=folder.name != FOLDER, exist_ok=True)
+        except OSError:
+            continue
+        if os.access(folder, os.W_OK):
+            return folder
+    return None
+
+
+def build_index(config: DataConfig, split: str) -> ImageIndex:
+    """Index the files of a split, and store the index in the first folder that can be written.
+
+    Raises:
+        ConfigError: if files are missing or unusable.
+    """
+    start, place = time.perf_counter(), writable_folder(config, split)
+    base = base_folder(config, split)
+    form, scan = scan_split(config, split)
+    if scan.problems:
+        more = f" ({len(scan.problems)} errors; scripts/doctor.py lists them)" if len(scan.problems) > 1 else ""
+        raise ConfigError(f"{scan.problems[0]}{more}")
+    index = pack(base, form, scan)
+    if place is not None:
+        index.place = store(index, place, index_key(config, split))
+    stored = index.place or "not stored, since no folder can be written; set data.index"
+    print(f"data: indexed {len(index)} images of {split} in {time.perf_counter() - start:.1f} s: {stored}", flush=True)
+    return index
+
+
+def scan_split(config: DataConfig, split: str) -> tuple[str, Scan]:
+    """Find the images of a split; return their format and the scan, with class names and integer labels.
+
+    Unusable files and members are problems of the scan.
+
+    Raises:
+        ConfigError: if there are no files, or a class or label file is invalid.
+    """
+    form, paths = find_source(config, split)
+    if form == "folder" and config.train is None and config.val is None:
+        check_class_folders(config)
+    try:
+        scan = FORMATS[form](paths, split)
+    except OSError as error:
+        raise ConfigError(f"data.{split}: {error}") from error
+    if any(entry.label is None for entry in scan.entries):
+        scan.entries = with_label_file(scan, config)
+    if not scan.entries:
+        scan.problems = scan.problems or [f"{paths[0]}: no images of {split} found"]
+        return form, scan
+    number_classes(scan, config)
+    check_classes(scan)
+    if form not in ("parquet", "arrow"):  # whose names are often not unique
+        counts = Counter(entry.name for entry in scan.entries)
+        twice = [name for name, count in counts.items() if count > 1]
+        scan.problems += [f"{scan.files[0]}: {name} exists twice; remove one" for name in twice]
+    return form, scan
+
+
+def check_classes(scan: Scan) -> None:
+    """Append a problem if a class has no image."""
+    place, classes = scan.files[0], scan.classes or []
+    if empty := sorted(set(range(len(classes))) - {entry.label for entry in scan.entries}):
+        names = ", ".join(classes[label] for label in empty[:3])
+        scan.problems.append(f"{place}: {len(empty)} classes have no image, such as {names}; complete it")
+
+
+def pack(base: Path, form: str, scan: Scan) -> ImageIndex:
+    """Make an index of the entries, in the order of `ImageFolder`: by label, folder and name."""
+    entries = sorted(scan.entries, key=lambda entry: (entry.label, *os.path.split(entry.name)))
+    encoded = [os.fsencode(entry.name) for entry in entries]
+    rows = np.empty(len(entries), ROW)
+    for key in ("file", "offset", "size", "label"):
+        rows[key] = [getattr(entry, key) for entry in entries]
+    rows["name_end"] = np.cumsum([len(name) for name in encoded])
+    names = np.frombuffer(b"".join(encoded), np.uint8)
+    listing = hashlib.sha256()
+    classes = scan.classes or []
+    for name, entry in zip(encoded, entries, strict=True):
+        listing.update(name + b"\0%d\0" % entry.content)
+        label = int(entry.label or 0)
+        if not entry.name.startswith(f"{classes[label]}/"):
+            listing.update(b"%d\0" % label)
+    if classes != sorted(classes):
+        listing.update("\0".join(classes).encode())
+    size = sum(entry.content for entry in entries)
+    identity = {"files": len(entries), "bytes": size, "sha256": listing.hexdigest()}
+    watched = list(scan.watched)
+    if scan.access == "file":
+        watched += [scan.files[0] / entry.name for entry in entries[:: max(1, len(entries) // SAMPLED_IMAGES)]]
+    with ThreadPoolExecutor(THREADS) as threads:
+        states = dict(zip(relative(watched, base), threads.map(state_of, watched), strict=True))
+    files, arrays = relative(scan.files, base), {"images": digest(rows), "names": digest(names)}
+    meta = Meta(form, scan.access, files, classes, identity, arrays, states)
+    return ImageIndex(base, meta, rows, names)
+
+
+def relative(paths: Sequence[Path], base: Path) -> list[str]:
+    return [os.path.relpath(path, base) for path in paths]

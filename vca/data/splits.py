@@ -1,0 +1,130 @@
+"""Find the files of a split from `data.root`, `data.train` and `data.val`."""
+
+import os
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+from vca.data.config import DataConfig
+from vca.data.formats import format_of
+from vca.data.scan import SPLITS
+from vca.runtime.errors import ConfigError
+
+# Files of a split in `data.root`, in this order; {} is a name of the split.
+PATTERNS = (
+    "{}",
+    "{}.zip",
+    "{}.tar",
+    "ILSVRC2012_img_{}.tar",
+    "*{}*.tar",
+    "*{}*.parquet",
+    "data/*{}*.parquet",
+    "*{}*.arrow",
+)
+BOTH = ("train", "val")
+ARCHIVES = ("*.tar", "*.parquet", "*.arrow")  # in the folder of a split
+NO_DATA = "data.root must be a folder with train/ and val/ class folders"
+OR_ARCHIVES = "; archives of a split are found by its name (docs/data.md)"
+COMPRESSED = (".tgz", ".gz", ".bz2", ".xz", ".zst")
+
+
+class Source(NamedTuple):
+    """Format and files of a split."""
+
+    form: str
+    paths: list[Path]
+
+
+def base_folder(config: DataConfig, split: str) -> Path:
+    """Return the folder that contains the files of a split, where its index is stored."""
+    given = getattr(config, split)
+    if given is None:
+        root = Path(config.root or "").expanduser()
+        return root.parent if root.is_file() else root
+    parts = Path(given).parts
+    first = next((index for index, part in enumerate(parts) if re.search(r"[*?\[{]", part)), len(parts) - 1)
+    return Path(config.root or "", *parts[:first]).expanduser()
+
+
+def find_source(config: DataConfig, split: str) -> Source:
+    """Find the files of a split and their format.
+
+    Raises:
+        ConfigError: if there are none, or they cannot be read at random.
+    """
+    given, key = getattr(config, split), f"data.{split}"
+    for name, place in ((key, given), ("data.root", config.root)):
+        if re.match(r"\w[\w+]+:", place or ""):
+            raise ConfigError(
+                f"{name} must be files of this machine, read in any order, got {place!r}; download them first"
+            )
+    if given is None:
+        if config.root is None:
+            raise ConfigError(f"{NO_DATA}, got None{OR_ARCHIVES}")
+        root = Path(config.root).expanduser()
+        paths = [root] if root.is_file() else in_root(root, split)
+        key = "data.root"
+        if not paths:
+            raise ConfigError(f"{NO_DATA}, got {config.root!r}{OR_ARCHIVES}")
+    else:
+        paths = expand(Path(config.root or "").expanduser(), given)
+        missing = [path for path in paths if not path.exists()] if paths else [Path(given)]
+        if missing:
+            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+            raise ConfigError(f"{key}={given}: {missing[0]}{more} does not exist")
+    if len(paths) == 1 and paths[0].is_dir():
+        paths = next((found for pattern in ARCHIVES if (found := sorted(paths[0].glob(pattern)))), paths)
+    for path in paths:
+        if path.suffix in COMPRESSED:
+            raise ConfigError(f"{key}: {path} is compressed and cannot be read at random; decompress it first")
+    form = format_of(paths[0]) if config.format == "auto" else config.format
+    if form is None:
+        raise ConfigError(f"{key}: {paths[0]} must be a folder, .zip, .tar, .parquet or .arrow")
+    return Source(form, paths)
+
+
+def in_root(root: Path, split: str) -> list[Path]:
+    """Return the files of a split in a folder, by their names."""
+    for pattern in PATTERNS:
+        for name in SPLITS[split]:
+            if found := sorted(root.glob(pattern.format(name))):
+                return found
+    return []
+
+
+def expand(root: Path, given: str) -> list[Path]:
+    """Expand `*`, `?` and a numeric range `{000..123}`; paths are relative to `root`."""
+    if numbers := re.search(r"\{(\d+)\.\.(\d+)\}", given):
+        first, last = numbers.groups()
+        names = [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
+        return [root / (given[: numbers.start()] + name + given[numbers.end() :]) for name in names]
+    path = root / given
+    if not re.search(r"[*?\[]", given):
+        return [path] if path.exists() else []
+    return sorted(Path(path.anchor or ".").glob(str(path.relative_to(path.anchor) if path.anchor else path)))
+
+
+def check_class_folders(config: DataConfig) -> None:
+    """Check the class folders in `train/` and `val/` of `data.root`, without looking at their images.
+
+    Raises:
+        ConfigError: if both splits exist and have different classes, or their number is not `data.num_classes`.
+    """
+    root = Path(config.root or "")
+    splits = [split for split in BOTH if (root / split).is_dir()]
+    classes = {split: {entry.name for entry in os.scandir(root / split) if entry.is_dir()} for split in splits}
+    if "train" not in classes or not all(classes.values()):  # archives, or images that need a label file
+        return
+    if odd := sorted(classes["train"] ^ classes[splits[-1]]):
+        present, absent = BOTH if odd[0] in classes["train"] else BOTH[::-1]
+        others = f" and {len(odd) - 1} more" if len(odd) > 1 else ""
+        raise ConfigError(
+            f"data.root={config.root}: class folder '{odd[0]}'{others} is in {present}/ but not in {absent}/; "
+            f"complete {absent}/ or remove it"
+        )
+    if len(classes["train"]) != config.num_classes:
+        count = len(classes["train"])
+        raise ConfigError(
+            f"data.num_classes is {config.num_classes}, but {root / 'train'} has {count} class folders; "
+            f"complete it or set data.num_classes={count}"
+        )
