@@ -106,8 +106,9 @@ def build_index(config: DataConfig, split: str) -> ImageIndex:
     Raises:
         ConfigError: if files are missing or unusable.
     """
-    start, place = time.perf_counter(), writable_folder(config, split)
-    base = base_folder(config, split)
+    start, base = time.perf_counter(), base_folder(config, split)
+    find_source(config, split)  # before a folder is created
+    place = writable_folder(config, split)
     form, scan = scan_split(config, split)
     if scan.problems:
         more = f" ({len(scan.problems)} errors; scripts/doctor.py lists them)" if len(scan.problems) > 1 else ""
