@@ -74,8 +74,9 @@ def find_index(config: DataConfig, split: str, log: Callable[[str], object]) -> 
 
 def index_folders(config: DataConfig, split: str) -> list[Path]:
     """Return the folders that may contain the index of a split, in order."""
-    folder = base_folder(config, split) / FOLDER
-    return [folder, *([Path(config.index)] if config.index is not None else [])]
+    base = base_folder(config, split)
+    cache = [Path(config.index, digest(os.fsencode(base.absolute()))[:12])] if config.index is not None else []
+    return [base / FOLDER, *cache]
 
 
 def index_key(config: DataConfig, split: str) -> str:
