@@ -113,13 +113,13 @@ def run(config: EvalFidConfig) -> dict[str, Any]:
         if world.is_main:
             print(f"opening samples {place} and reference {config.reference}", flush=True)
         check_ranks_agree(world, config)
-        source = open_source(config.reference, "reference", config.data, reference=True)
+        source = open_source(config.reference, "reference", config.data, reference=True, world=world)
         selected: list[tuple[Any, Any]] = [(config.step, config.ema)]
         if ALL in (config.step, config.ema):
             selected = world.from_main(lambda: select_weights(Path(str(config.run)), config.step, config.ema))
         samples: Any
         if config.samples is not None:
-            samples, made = open_samples(config.samples, config.data, config.count)
+            samples, made = open_samples(config.samples, config.data, config.count, world)
         else:
             first = replace(config, step=selected[0][0], ema=selected[0][1])
             samples, made = load_generated_images(first, GENERATORS, build_model, world, config.count or DEFAULT_COUNT)

@@ -30,7 +30,7 @@ from vca.data import load_dataset
 from vca.data.config import DataConfig
 from vca.evaluation.extractor import ClassifierConfig, Extractor, load_extractor
 from vca.evaluation.features import measure
-from vca.evaluation.images import DatasetImages, ImageSet, NpzImages, PngFolder
+from vca.evaluation.images import DatasetImages, ImageSet, NpzImages, open_png_folder
 from vca.generation.sample_folder import SampleFolder
 from vca.metrics.fid import frechet_distance
 from vca.runtime.distributed import World
@@ -152,7 +152,7 @@ def distances(extractor: Extractor, out: Path, count: int) -> dict[str, float]:
     for guidance in GUIDANCE:
         for name in GENERATION:
             folder = sample_path(out, name, guidance) / "images"
-            sets[f"{name}, {guidance_label(guidance)}"] = PngFolder(folder, "samples")
+            sets[f"{name}, {guidance_label(guidance)}"] = open_png_folder(folder, "samples")
     sets["noise"] = NpzImages(noise, "samples")
     reference = measure(
         DatasetImages(held_out, config.img_size, config.in_chans, "", ""), extractor, ONE, 100, 0, verbose=False

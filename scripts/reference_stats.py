@@ -37,7 +37,7 @@ def run(config: ReferenceStatsConfig) -> Any:
     with distributed.start(config.device.value, distributed.COLLECTIVE_TIMEOUT_MINUTES, key="device") as world:
         check_ranks_agree(world, config)
         extractor, out = load_extractor(config.extractor, world, rebuild), Path(config.out)
-        images = open_source(config.images, "images", config.data, reference=True)
+        images = open_source(config.images, "images", config.data, reference=True, world=world)
         if isinstance(images, StatisticsFile):
             raise ConfigError(f"images must be a set of images, got a file of statistics: {images.source}")
         world.from_main(lambda: check_writable(out))

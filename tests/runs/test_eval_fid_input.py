@@ -147,7 +147,10 @@ BAD_SAMPLES = {
     "transparency": (transparent, r"000003.png has mode L with transparency; save it as 8-bit RGB"),
     "no number": (lambda f: png(some(f), "\u00b2.png"), r"must be numbers or none, got 000000.png and \u00b2.png"),
     "compressed": (lambda f: damaged_zip(f), r"cannot be read as an npz \(.*\); copy it again"),
-    "nothing": (lambda f: f / "none", r"samples must be a folder of PNG files, an .npz, data:train or data:test, got"),
+    "nothing": (
+        lambda f: f / "none",
+        r"samples must be a folder or archive of PNG files, an .npz, data:train or data:test, got",
+    ),
     "one": (lambda f: some(f, 1), r"must contain at least 2 images, got 1"),
     "too few": (lambda f: some(f, 5), r"5 images for 8 features bias the distance upwards.*allow_few=true"),
     "wrong key": (lambda f: npz(f, images=PIXELS, labels=PIXELS), r"must contain an array 'arr_0', got images, labels"),
@@ -193,7 +196,7 @@ BAD_REFERENCES = {
     "flipped bit": (flipped, r"cannot be read as an npz \(Bad CRC-32 for file 'sigma.npy'\); copy it again"),
     "half of it": (lambda f: npz(f, about=np.array("{}"), **STATISTICS), r"file.npz is corrupt \('source'\)"),
     "nothing": (lambda f: npz(f, other=np.zeros(8)), r"reference: \S+ must contain an array 'arr_0', got other$"),
-    "not there": (lambda f: f / "stats.npz", r"reference must be a folder of PNG files, an .npz"),
+    "not there": (lambda f: f / "stats.npz", r"reference must be a folder or archive of PNG files, an .npz"),
     "damaged": (lambda f: npz(f, about=np.array("{"), **STATISTICS), r"file.npz is corrupt \(.*\); recreate it"),
     "another extractor": (
         lambda f: npz(f, about=np.array(json.dumps(OTHER)), **STATISTICS),

@@ -278,8 +278,8 @@ class EvalFidConfig(GeneratorConfig):
     """Config of `eval_fid.py`.
 
     Attributes:
-        samples: images to evaluate: a folder of `sample.py` or of PNG files, an .npz, `data:train` or `data:test`.
-            Instead, `run` or `checkpoint` generates them.
+        samples: images to evaluate: a folder of `sample.py`, a folder or archive of PNG files, an .npz, `data:train` or
+            `data:test`. Instead, `run` or `checkpoint` generates them.
         reference: reference images, as for `samples`, or an .npz of statistics.
         count: number of samples to generate, null is 50,000; with `samples`, the number that the set must have.
         features: number of random images of each set whose features are kept for KID, precision and recall.
@@ -325,7 +325,7 @@ class ReferenceStatsConfig:
 
     Attributes:
         out: the .npz file to write.
-        images: a folder of images, an .npz, `data:train` or `data:test`.
+        images: a folder or archive of PNG files, an .npz, `data:train` or `data:test`.
         data: data set of `data:train` and `data:test`, such as `data=digits`.
         features: number of random images whose features are kept for KID, precision and recall.
         batch_size: images per batch on each rank.

@@ -2,25 +2,27 @@
 
 Every set has the interface of `ImageSet`, as `vca.generation.pipeline.GeneratedImages` does:
 
-    PngFolder       a flat folder of PNG files, or `images/` of a `sample.py` folder
+    PngImages       PNG files in a flat folder, in `images/` of a `sample.py` folder, or in archives
     NpzImages       `arr_0` `(N, H, W, C)` uint8, the format of ADM's evaluator
     DatasetImages   a data set of the project with ADM's centre crop
 """
 
+import io
 import os
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from vca.data.augment import AdmCrop
 from vca.data.decode import is_16_bit_color
+from vca.data.formats import ACCESS, FORMATS
 from vca.data.imagefolder import IndexedImages
 from vca.runtime.errors import ConfigError
 
@@ -66,57 +68,95 @@ class ImageSet:
                 yield block, pixels
 
 
-class PngFolder(ImageSet):
-    """A flat folder of PNG files. If the names are numbers, they must be 0, 1, 2, ...
+class PngImages(ImageSet):
+    """PNG files of one size in a folder or in an archive. Their headers are checked before any is decoded.
+
+    Args:
+        source: path, as named by the user.
+        key: config key, for messages.
+        names: the file of each image, for messages.
+        open_image: opens the file of an image.
+
+    Raises:
+        ConfigError: if a file is not a PNG of 8 bits per channel and of the size of the first one.
+    """
+
+    def __init__(self, source: str, key: str, names: Sequence[str], open_image: Callable[[int], BinaryIO]) -> None:
+        self.source, self.key, self.names, self.open_image = source, key, names, open_image
+        self.count = len(names)
+        with ThreadPoolExecutor(THREADS) as threads:
+            shapes = list(threads.map(self.shape_of, range(self.count)))
+        self.shape = shapes[0]
+        for name, shape in zip(names, shapes, strict=True):
+            if shape != self.shape:
+                first = f"{format_shape(self.shape)} like {PurePosixPath(names[0]).name}"
+                raise ConfigError(f"{key}: {name} must be {first}, got {format_shape(shape)}")
+
+    def load(self, number: int) -> np.ndarray:
+        try:
+            with self.open_image(number) as content, Image.open(content) as image:
+                return np.asarray(image).reshape(self.shape)
+        except (OSError, SyntaxError, ValueError) as error:
+            raise ConfigError(f"{self.key}: {self.names[number]} cannot be decoded ({error}); recreate it") from error
+
+    def shape_of(self, number: int) -> tuple[int, int, int]:
+        """Read the shape from the header, and check format and mode."""
+        name = self.names[number]
+        try:
+            with self.open_image(number) as content:
+                deep = is_16_bit_color(content.read(26))
+                content.seek(0)
+                with Image.open(content) as image:
+                    kind, mode, (width, height) = image.format, image.mode, image.size
+                    mode = f"{mode} with transparency" if "transparency" in image.info else mode
+        except UnidentifiedImageError as error:
+            raise ConfigError(f"{self.key}: {name} is not an image; remove or recreate it") from error
+        except (OSError, SyntaxError, ValueError) as error:
+            raise ConfigError(f"{self.key}: {name} cannot be read ({error}); recreate it") from error
+        if kind != "PNG":
+            raise ConfigError(f"{self.key}: {name} must be a PNG file, got {kind} content; save images as PNG")
+        if mode not in MODES:
+            problem = REMEDIES.get(mode, f"has mode {mode}; save it as 8-bit RGB")
+            raise ConfigError(f"{self.key}: {name} {problem}")
+        if deep:
+            raise ConfigError(f"{self.key}: {name} has 16 bits per channel; save it as 8-bit RGB")
+        return height, width, MODES[mode]
+
+
+def open_png_folder(folder: Path, key: str) -> PngImages:
+    """Open a flat folder of PNG files. If the names are numbers, they must be 0, 1, 2, ...
 
     Raises:
         ConfigError: if the folder is empty or contains anything else, or a number is missing or duplicated.
     """
+    files = list_png(folder, key)
+    return PngImages(str(folder), key, [str(file) for file in files], lambda number: open(files[number], "rb"))
 
-    def __init__(self, folder: Path, key: str) -> None:
-        self.source, self.key = str(folder), key
-        self.files = list_png(folder, key)
-        self.count = len(self.files)
-        with ThreadPoolExecutor(THREADS) as threads:  # headers of all files before reading any
-            shapes = list(threads.map(self.shape_of, self.files))
-        self.shape = shapes[0]
-        for file, shape in zip(self.files, shapes, strict=True):
-            if shape != self.shape:
-                first = f"{format_shape(self.shape)} like {self.files[0].name}"
-                raise ConfigError(f"{key}: {file} must be {first}, got {format_shape(shape)}")
 
-    def load(self, number: int) -> np.ndarray:
-        file = self.files[number]
-        try:
-            with Image.open(file) as image:
-                return np.asarray(image).reshape(self.shape)
-        except (OSError, SyntaxError, ValueError) as error:
-            raise ConfigError(f"{self.key}: {file} cannot be decoded ({error}); recreate it") from error
+def open_png_archive(paths: Sequence[Path], form: str, source: str, key: str) -> PngImages:
+    """Open the PNG files in archives of a format of `vca.data.formats`, in the order of their names.
 
-    def shape_of(self, file: Path) -> tuple[int, int, int]:
-        """Read the shape from the header, and check format and mode."""
-        try:
-            with open(file, "rb") as content, Image.open(content) as image:
-                content.seek(0)
-                deep = is_16_bit_color(content.read(26))
-                kind, mode, (width, height) = image.format, image.mode, image.size
-                mode = f"{mode} with transparency" if "transparency" in image.info else mode
-        except UnidentifiedImageError as error:
-            raise ConfigError(f"{self.key}: {file} is not an image; remove or recreate it") from error
-        except (OSError, SyntaxError, ValueError) as error:
-            raise ConfigError(f"{self.key}: {file} cannot be read ({error}); recreate it") from error
-        if kind != "PNG":
-            raise ConfigError(f"{self.key}: {file} must be a PNG file, got {kind} content; save images as PNG")
-        if mode not in MODES:
-            problem = REMEDIES.get(mode, f"has mode {mode}; save it as 8-bit RGB")
-            raise ConfigError(f"{self.key}: {file} {problem}")
-        if deep:
-            raise ConfigError(f"{self.key}: {file} has 16 bits per channel; save it as 8-bit RGB")
-        return height, width, MODES[mode]
+    Raises:
+        ConfigError: if an archive is corrupt or contains no images.
+    """
+    try:
+        scan = FORMATS[form](paths, "val")
+    except OSError as error:
+        raise ConfigError(f"{key}: {error}") from error
+    if scan.problems or not scan.entries:
+        raise ConfigError(f"{key}: {(scan.problems or [f'{source} contains no images'])[0]}")
+    entries = sorted(scan.entries, key=lambda entry: entry.name)
+    files, read = [str(file) for file in scan.files], ACCESS[scan.access]
+
+    def open_image(number: int) -> BinaryIO:
+        name, _, file, offset, size, _ = entries[number]
+        return io.BytesIO(read(files[file], name, offset, size))
+
+    return PngImages(source, key, [f"{files[entry.file]}: {entry.name}" for entry in entries], open_image)
 
 
 def list_png(folder: Path, key: str) -> list[Path]:
-    """List the files of a folder in the order of their numbers or names; see `PngFolder`."""
+    """List the files of a folder in the order of their numbers or names; see `open_png_folder`."""
     try:
         files = sorted(Path(entry.path) for entry in os.scandir(folder))
     except OSError as error:

@@ -52,7 +52,7 @@ class OnlineFid:
     ) -> None:
         self.fid, self.extractor, self.pipeline, self.world = fid, extractor, pipeline, world
         self.samples = GeneratedImages(pipeline, sampler, "random", 0, Precision.fp32, fid.count, fid.batch_size)
-        reference = open_source(str(fid.reference), "fid.reference", data, reference=True)
+        reference = open_source(str(fid.reference), "fid.reference", data, reference=True, world=world)
         for warning in check_comparable(self.samples, reference, extractor, allow_few=True):
             if world.is_main:
                 print(f"fid: {warning}", flush=True)
