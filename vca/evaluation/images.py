@@ -89,7 +89,7 @@ class PngImages(ImageSet):
         self.shape = shapes[0]
         for name, shape in zip(names, shapes, strict=True):
             if shape != self.shape:
-                first = f"{format_shape(self.shape)} like {PurePosixPath(names[0].rpartition(": ")[2]).name}"
+                first = f"{format_shape(self.shape)} like {PurePosixPath(names[0].split(': ')[-1]).name}"
                 raise ConfigError(f"{key}: {name} must be {first}, got {format_shape(shape)}")
 
     def load(self, number: int) -> np.ndarray:

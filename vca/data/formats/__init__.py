@@ -42,7 +42,8 @@ def read_file(file: str, name: str, offset: int, size: int) -> bytes:
 
 def read_span(file: str, name: str, offset: int, size: int) -> bytes:
     """Read the bytes `offset .. offset + size` of a file, in one system call."""
-    content = os.pread(open_file(file).fileno(), size, offset)
+    opened = open_file(file)  # held until it is read: another thread may drop it from the cache
+    content = os.pread(opened.fileno(), size, offset)
     if len(content) < size:
         raise ValueError(f"{file} is truncated")
     return content
