@@ -14,7 +14,7 @@ import numpy as np
 
 from vca.data.classes import number_classes, with_label_file
 from vca.data.config import DataConfig
-from vca.data.formats import FORMATS
+from vca.data.formats import COSTLY, FORMATS
 from vca.data.index import ROW, THREADS, VERSION, ImageIndex, Meta, digest, first_change, read_index, state_of, store
 from vca.data.scan import Scan
 from vca.data.splits import base_folder, check_class_folders, find_source
@@ -55,6 +55,10 @@ def open_index(config: DataConfig, split: str, world: World = ONE) -> ImageIndex
             f"data.num_classes is {config.num_classes}, but {index.files[0]} has {count} classes; complete it or set "
             f"data.num_classes={count}"
         )
+    if index.meta.access in COSTLY and world.is_main:
+        size = COSTLY[index.meta.access](index.rows["size"], index.files[0])
+        remedy = "scripts/prepare_images.py makes a copy that is read faster"
+        print(f"data: reading an image of {split} decompresses {size / 1e6:.2g} MB; {remedy}", flush=True)
     return index
 
 

@@ -16,7 +16,7 @@ class Entry(NamedTuple):
         name: path relative to its class folders, name of the archive member, or path that a table stores.
         label: name of the class, integer label, or None if a label file must have it.
         file: index of its file in `Scan.files`.
-        offset, size: place in the file, in bytes; see `vca.data.formats.ACCESS`.
+        offset, size: place in the file, as `vca.data.formats.ACCESS` reads it; mostly in bytes.
         content: size of the image, in bytes.
     """
 

@@ -2,12 +2,15 @@
 
 import os
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import BinaryIO
 
+import numpy as np
+
 from vca.data.formats.folder import scan_folder
-from vca.data.formats.tables import read_row, scan_arrow, scan_parquet
+from vca.data.formats.pages import CODECS, blocks_of, output_bytes, read_blocks
+from vca.data.formats.tables import read_row, row_group_bytes, scan_arrow, scan_parquet
 from vca.data.formats.tar import holds_samples, scan_tar, scan_webdataset
 from vca.data.formats.zip import scan_zip, unpack
 from vca.data.scan import Scan
@@ -49,12 +52,25 @@ def read_span(file: str, name: str, offset: int, size: int) -> bytes:
     return content
 
 
+def read_compressed(file: str, name: str, offset: int, size: int, codec: str) -> bytes:
+    """Read an image of a compressed parquet file."""
+    return read_blocks(read_span(file, name, *blocks_of(offset, size)), offset, size, codec)
+
+
 # how an entry is read: (file, name, offset, size) -> bytes of the image
 ACCESS: dict[str, Callable[[str, str, int, int], bytes]] = {
     "file": read_file,
     "span": read_span,
     "zip": lambda file, name, offset, size: unpack(read_span(file, name, offset, size)),
+    **{codec: partial(read_compressed, codec=codec) for codec in CODECS},
     "rows": lambda file, name, offset, size: read_row(file, offset),
+}
+
+# access that reads more than the image -> mean bytes that are decompressed: (sizes of the entries, first file)
+COSTLY: dict[str, Callable[[np.ndarray, str], float]] = {
+    "zstd": lambda sizes, file: float(output_bytes(sizes).mean()),
+    "gzip": lambda sizes, file: float(output_bytes(sizes).mean()),
+    "rows": lambda sizes, file: row_group_bytes(file),
 }
 
 

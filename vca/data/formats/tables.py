@@ -1,7 +1,8 @@
 """Parquet and Arrow files of the Hugging Face layout: columns `image: {bytes, path}` and `label`.
 
 An image that the file contains verbatim is read by its place in the file, without pyarrow: those of Arrow files and of
-parquet files whose images are not compressed. Of compressed parquet, a row group is decoded for each image.
+parquet files whose images are not compressed. Of compressed ones, the blocks that contain the image are decompressed,
+see `pages.py`. A row group is decoded for each image if that is not possible.
 """
 
 import json
@@ -9,13 +10,14 @@ import mmap
 import struct
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from vca.data.formats.pages import CODECS, CompressedPlaces
 from vca.data.scan import Entry, Scan
 from vca.runtime.errors import ConfigError
 
@@ -36,11 +38,11 @@ class Columns:
 
 @dataclass
 class Rows:
-    """Images of a file: rows, entries, and whether the entries are places in the file instead of rows."""
+    """Images of a file: entries, problems, whether each image has a place for the access, and names of the classes."""
 
-    entries: list[Entry]
-    problems: list[str]
-    verbatim: bool
+    entries: list[Entry] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    placed: bool = True
     classes: list[str] | None = None
 
 
@@ -55,23 +57,26 @@ def import_pyarrow() -> Any:
 
 
 def scan_parquet(paths: Sequence[Path], split: str) -> Scan:
-    """Index parquet files; the offset of an entry is its row if images of any file are compressed."""
-    return scan_tables(paths, index_parquet)
+    """Index parquet files, for the quickest access that reads the images of all of them.
+
+    The offset of an entry for the access `rows` is the row of the image.
+    """
+    return scan_tables(paths, index_parquet, ("span", *CODECS, "rows"))
 
 
 def scan_arrow(paths: Sequence[Path], split: str) -> Scan:
     """Index Arrow files, as `Dataset.save_to_disk` and the cache of `datasets` contain."""
-    return scan_tables(paths, index_arrow)
+    return scan_tables(paths, index_arrow, ("span",))
 
 
-def scan_tables(paths: Sequence[Path], index_file: Any) -> Scan:
-    scan = Scan("span", list(paths), watched=[*paths, *{path.parent for path in paths}])
+def scan_tables(paths: Sequence[Path], index_file: Any, accesses: Sequence[str]) -> Scan:
+    scan = Scan(accesses[0], list(paths), watched=[*paths, *{path.parent for path in paths}])
     import_pyarrow()
-    with ThreadPoolExecutor(THREADS) as threads:
-        files = list(threads.map(index_file, paths, range(len(paths))))
-    if not all(rows.verbatim for rows in files):
-        scan.access = "rows"
-        files = list(map(partial(index_parquet, verbatim=False), paths, range(len(paths))))
+    for scan.access in accesses:
+        with ThreadPoolExecutor(THREADS) as threads:
+            files = list(threads.map(partial(index_file, access=scan.access), paths, range(len(paths))))
+        if all(rows.placed for rows in files):
+            break
     for path, rows in zip(paths, files, strict=True):
         scan.entries += rows.entries
         scan.problems += rows.problems
@@ -81,10 +86,10 @@ def scan_tables(paths: Sequence[Path], index_file: Any) -> Scan:
     return scan
 
 
-def index_parquet(path: Path, number: int, verbatim: bool = True) -> Rows:
-    """Index a parquet file. If `verbatim`, entries are places of images, which are not compressed."""
+def index_parquet(path: Path, number: int, access: str) -> Rows:
+    """Index a parquet file for an access; stop at the first row group that it cannot read."""
     pa = import_pyarrow()
-    rows = Rows([], [], verbatim)
+    rows = Rows()
     try:
         file = pa.parquet.ParquetFile(path, memory_map=True)
         columns = find_columns(file.schema_arrow)
@@ -93,12 +98,16 @@ def index_parquet(path: Path, number: int, verbatim: bool = True) -> Rows:
         with open(path, "rb") as content, mmap.mmap(content.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
             for group in range(file.num_row_groups):
                 metadata = file.metadata.row_group(group).column(chunk)
-                rows.verbatim = rows.verbatim and metadata.compression == "UNCOMPRESSED"
+                codec = metadata.compression.lower()
+                rows.placed = rows.placed and access in ("span" if codec == "uncompressed" else codec, "rows")
+                if not rows.placed:
+                    break
                 table = file.read_row_group(group, columns=[columns.image, columns.label], use_threads=False)
                 start = metadata.dictionary_page_offset or metadata.data_page_offset
-                places = Places(mapped, start, start + metadata.total_compressed_size)
+                stop = start + metadata.total_compressed_size
+                find = PLACES[access](mapped, start, stop).find if access in PLACES else None
                 for batch in table.to_batches():
-                    add_rows(rows, batch, columns, path, number, first, places.find if rows.verbatim else None)
+                    add_rows(rows, batch, columns, path, number, first, find)
                     first += batch.num_rows
         rows.classes = columns.classes
     except (OSError, ValueError, pa.ArrowException) as error:
@@ -106,10 +115,10 @@ def index_parquet(path: Path, number: int, verbatim: bool = True) -> Rows:
     return rows
 
 
-def index_arrow(path: Path, number: int) -> Rows:
+def index_arrow(path: Path, number: int, access: str) -> Rows:
     """Index a file of Arrow's stream or file format; entries are places of images."""
     pa = import_pyarrow()
-    rows, first = Rows([], [], verbatim=True), 0
+    rows, first = Rows(), 0
     try:
         with pa.memory_map(str(path)) as mapped:
             base, size = mapped.read_buffer(1).address, mapped.size()
@@ -121,7 +130,11 @@ def index_arrow(path: Path, number: int) -> Rows:
             batches = reader if stream else map(reader.get_batch, range(reader.num_record_batches))
             for batch in batches:
                 starts = places_in(image_array(batch, columns), base, size)
-                add_rows(rows, batch, columns, path, number, first, lambda row, _, starts=starts: int(starts[row]))
+
+                def find(row: int, value: Any, starts: np.ndarray = starts) -> tuple[int, int]:
+                    return int(starts[row]), value.size
+
+                add_rows(rows, batch, columns, path, number, first, find)
                 first += batch.num_rows
         rows.classes = columns.classes
     except (OSError, ValueError, pa.ArrowException) as error:
@@ -144,13 +157,13 @@ def places_in(images: Any, base: int, size: int) -> np.ndarray:
 
 
 class Places:
-    """Finds images, in their order, between `start` and `stop` of a memory-mapped file."""
+    """Finds images, in their order, between `start` and `stop` of bytes or of a memory-mapped file."""
 
-    def __init__(self, mapped: mmap.mmap, start: int, stop: int) -> None:
+    def __init__(self, mapped: mmap.mmap | bytes, start: int, stop: int) -> None:
         self.mapped, self.start, self.stop, self.position = mapped, start, stop, start
 
-    def find(self, row: int, value: Any) -> int | None:
-        """Return the offset of an image's bytes, a pyarrow buffer; None if they are encoded.
+    def find(self, row: int, value: Any) -> tuple[int, int] | None:
+        """Return offset and size of an image's bytes, a pyarrow buffer; None if they are encoded.
 
         Parquet stores a value behind its length. Equal images may be stored once.
         """
@@ -160,15 +173,22 @@ class Places:
                 offset = found + 4
                 if self.mapped[offset : offset + value.size] == value.to_pybytes():
                     self.position = offset + value.size
-                    return offset
+                    return offset, value.size
                 start = found + 1
         return None
+
+
+# access -> finds places of images in (file, start and end of a column chunk)
+PLACES: dict[str, Any] = {
+    "span": Places,
+    **{codec: partial(CompressedPlaces, codec=codec, search=Places) for codec in CODECS},
+}
 
 
 def add_rows(rows: Rows, batch: Any, columns: Columns, path: Path, number: int, first: int, find: Any) -> None:
     """Append the entries of a batch, whose first row is row `first` of the file.
 
-    `find` maps a row of the batch and its image, a buffer, to the offset of the image; None if entries are rows.
+    `find` maps a row of the batch and its image, a buffer, to its place `(offset, size)`; None if entries are rows.
     """
     images, labels = image_array(batch, columns), batch.column(columns.label).to_pylist()
     names = paths_of(batch, columns) or [None] * len(labels)
@@ -180,10 +200,12 @@ def add_rows(rows: Rows, batch: Any, columns: Columns, path: Path, number: int, 
             rows.problems.append(f"{path}: row {first + row} has no label; remove the row")
         else:
             value = image.as_buffer()
-            offset = find(row, value) if find is not None else first + row
-            rows.verbatim = rows.verbatim and offset is not None
+            place = find(row, value) if find is not None else (first + row, value.size)
+            if place is None:
+                rows.placed = False
+                return
             name = name or f"{path.stem}/{first + row:08d}"
-            rows.entries.append(Entry(name, label, number, offset or 0, value.size, value.size))
+            rows.entries.append(Entry(name, label, number, place[0], place[1], value.size))
 
 
 def find_columns(schema: Any) -> Columns:
@@ -232,6 +254,12 @@ def open_parquet(path: str) -> tuple[Any, np.ndarray, str]:
     file = import_pyarrow().parquet.ParquetFile(path, memory_map=True)
     counts = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
     return file, np.cumsum([0, *counts]), find_columns(file.schema_arrow).image_bytes
+
+
+def row_group_bytes(path: str) -> int:
+    """Return the decompressed size of the first row group of a parquet file."""
+    size: int = open_parquet(path)[0].metadata.row_group(0).total_byte_size
+    return size
 
 
 @lru_cache(maxsize=2)
