@@ -5,6 +5,7 @@
     python -m benchmarks loop                   overhead of the trainer over a bare loop on the same batches
     python -m benchmarks all --minutes 9        the three above; with --root also `data`
     python -m benchmarks data --root DIR        the ImageNet training pipeline compared with timm's loader
+    python -m benchmarks data --root DIR --forms     the same images as folders, zip, tars, parquet and Arrow files
     python -m benchmarks table1 --root DIR      the ten rows of Table 1: 20 steps, a kill, a resume
     python -m benchmarks inception --weights FILE    eval_fid.py compared with torch-fidelity's command
     python -m benchmarks evaluation --threads 2      eval_fid.py on 50,000 images: time and peak memory
@@ -29,10 +30,11 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.attention import benchmark_attention
 from benchmarks.commands import benchmark_evaluation, benchmark_inception, benchmark_table1
-from benchmarks.data import benchmark_data
+from benchmarks.data import benchmark_data, deit_recipe
 from benchmarks.loop import benchmark_loop
 from benchmarks.model import benchmark_model
 from benchmarks.plot import plot_attention
+from benchmarks.readers import benchmark_readers
 from benchmarks.timing import Budget
 from models.timm_registry import load_sizes
 
@@ -55,6 +57,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--size", type=int, help="model: largest image size in pixels (default 1024; on a CPU 256)")
     parser.add_argument("--root", type=Path, help="image folder with train/ and val/, for data and table1")
     parser.add_argument("--workers", type=int, default=0, help="data: loader workers (default 0: this process)")
+    parser.add_argument("--forms", action="store_true", help="data: compare the forms of images instead of loaders")
     parser.add_argument("--weights", type=Path, help="torch-fidelity's Inception weights, for inception")
     parser.add_argument("--json", type=Path, help="write the results to this file")
     options = parser.parse_args()
@@ -70,6 +73,13 @@ def parse() -> argparse.Namespace:
     return options
 
 
+def measure_data(options: argparse.Namespace, budget: Budget) -> list[dict]:
+    """Measure loaders, or with `--forms` the forms of images."""
+    if options.forms:
+        return benchmark_readers(options.root, *deit_recipe(options.root), budget)
+    return benchmark_data(options.root, budget, options.workers)
+
+
 def main() -> None:
     """Run the benchmarks; the JSON file is written after each of them."""
     options = parse()
@@ -81,7 +91,7 @@ def main() -> None:
         "attention": lambda budget: benchmark_attention(device, budget, options.tokens, options.levels),
         "model": lambda budget: benchmark_model(device, budget, options.size, options.models),
         "loop": lambda budget: benchmark_loop(device, budget),
-        "data": lambda budget: benchmark_data(options.root, budget, options.workers),
+        "data": lambda budget: measure_data(options, budget),
         "table1": lambda _: benchmark_table1(options.root, options.threads),
         "evaluation": lambda _: benchmark_evaluation(options.threads),
         "inception": lambda budget: benchmark_inception(options.weights.resolve(), budget, options.threads),

@@ -10,6 +10,18 @@ from benchmarks.timing import Budget, take_turns
 BATCH = 16
 
 
+def deit_recipe(root: Path) -> tuple[Any, Any]:
+    """Return the configs `data` and `augment` of DeiT's recipe for class folders, without repeated augmentation."""
+    import train_cls
+    from vca.config import compose
+
+    train_cls.register_configs()
+    classes = sum(entry.is_dir() for entry in (root / "train").iterdir())
+    options = ["data=imagefolder", f"data.root={root}", f"data.num_classes={classes}", "recipe=deit_original"]
+    config = compose("train_cls", [*options, "augment.aug_repeats=1"])
+    return config.data, config.augment
+
+
 def benchmark_data(root: Path, budget: Budget, workers: int = 0) -> list[dict]:
     """Measure images/s and bytes per image of three loaders, with the same images and the transforms of DeiT's recipe.
 
@@ -20,19 +32,12 @@ def benchmark_data(root: Path, budget: Budget, workers: int = 0) -> list[dict]:
     """
     from timm.data import ImageDataset, create_loader
 
-    import train_cls
-    from vca.config import compose
     from vca.data import load_dataset
     from vca.data.augment import timm_options
     from vca.data.loader import MicroBatches, TrainOrder, image_inputs, worker_batches
     from vca.runtime.distributed import World
 
-    train_cls.register_configs()
-    classes = sum(entry.is_dir() for entry in (root / "train").iterdir())
-    options = ["data=imagefolder", f"data.root={root}", f"data.num_classes={classes}", "recipe=deit_original"]
-    config = compose("train_cls", [*options, "augment.aug_repeats=1"])
-    data, augment = config.data, config.augment
-
+    data, augment = deit_recipe(root)
     images = load_dataset(data, train=True)
     world = World(0, 0, 1, torch.device("cpu"))
     shares = MicroBatches(TrainOrder(len(images), BATCH, 0), world, BATCH, 1, 0, 1_000_000)

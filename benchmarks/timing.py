@@ -45,14 +45,25 @@ def clock(function: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
+def cpu_clock(function: Callable[[], object], device: torch.device) -> float:
+    """Measure the CPU seconds of this process in a call, so that other processes on the machine matter less."""
+    start = time.process_time()
+    function()
+    return time.process_time() - start
+
+
 def take_turns(
     functions: Mapping[str, Callable[[], object]],
     baseline: str | None,
     budget: Budget,
     device: torch.device,
     warm: int = 2,
+    measure: Callable[[Callable[[], object], torch.device], float] = clock,
 ) -> dict[str, Timing]:
-    """Time functions in turn, in reversed order every other round; `baseline=None` uses the fastest."""
+    """Time functions in turn, in reversed order every other round; `baseline=None` uses the fastest.
+
+    `measure` returns the seconds of a call: `clock`, or `cpu_clock`.
+    """
     for function in functions.values():
         for _ in range(warm):
             function()
@@ -62,7 +73,7 @@ def take_turns(
         if turn >= 3 and time.perf_counter() > budget.end:
             break
         for name in names if turn % 2 else names[::-1]:
-            times[name].append(clock(functions[name], device))
+            times[name].append(measure(functions[name], device))
     medians = {name: statistics.median(seconds) for name, seconds in times.items()}
     base = times[baseline or min(medians, key=medians.__getitem__)]
 

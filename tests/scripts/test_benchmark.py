@@ -10,9 +10,11 @@ import torch
 import benchmarks.attention
 import benchmarks.loop
 import benchmarks.model
+import benchmarks.readers
 from benchmarks import __main__ as command_line
 from benchmarks.timing import Budget, compare, peak_bytes, saved_bytes, take_turns
 from models.dit import DiTConfig
+from tests.data.forms import photos
 
 CPU = torch.device("cpu")
 
@@ -48,6 +50,25 @@ def test_benchmark_all_writes_every_part(tmp_path, monkeypatch, capsys):
     models = [(row["model"], row["size"], row["name"]) for row in parts["model"]]
     assert models == [("deit_tiny", 224, "softmax"), ("deit_tiny", 224, "VCA eager")]
     assert len(parts["loop"]) == 2
+
+
+def test_benchmark_forms_measures_every_form(tmp_path, monkeypatch, capsys):
+    """Each form beside class folders and timm's reader; a missing package is named."""
+    monkeypatch.setattr(benchmarks.readers, "BATCH", 2)
+    monkeypatch.setattr(benchmarks.readers, "BATCHES", 1)
+    monkeypatch.setitem(sys.modules, "webdataset", None)
+    root = photos(tmp_path / "data")
+    command = ["benchmarks", "data", "--root", str(root), "--forms", "--rounds", "3", "--minutes", "0.001"]
+    monkeypatch.setattr(sys, "argv", [*command, "--json", str(tmp_path / "forms.json")])
+    command_line.main()
+    rows = json.loads((tmp_path / "forms.json").read_text())["rows"]
+    forms = ["class folders", *benchmarks.readers.FORMS]
+    assert [(row["form"], row["stage"]) for row in rows] == [(f, s) for f in forms for s in ("decode", "pipeline")]
+    assert all(0 < row["class folders"]["low"] <= row["class folders"]["ratio"] for row in rows[2:])
+    assert {"ReaderImageFolder"} < set(rows[0])
+    assert {"ReaderImageInTar"} < set(rows[6])
+    assert "WebDataset: ReaderWds is not measured: " in capsys.readouterr().out
+    assert not (root / ".vca_index").exists()
 
 
 @pytest.mark.parametrize(
