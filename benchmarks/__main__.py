@@ -5,7 +5,7 @@
     python -m benchmarks loop                   overhead of the trainer over a bare loop on the same batches
     python -m benchmarks all --minutes 9        the three above; with --root also `data`
     python -m benchmarks data --root DIR        the ImageNet training pipeline compared with timm's loader
-    python -m benchmarks data --root DIR --forms     the same images as folders, zip, tars, parquet and Arrow files
+    python -m benchmarks data --root DIR --forms     the same images in each form: folders, zip, ...
     python -m benchmarks table1 --root DIR      the ten rows of Table 1: 20 steps, a kill, a resume
     python -m benchmarks inception --weights FILE    eval_fid.py compared with torch-fidelity's command
     python -m benchmarks evaluation --threads 2      eval_fid.py on 50,000 images: time and peak memory

@@ -101,6 +101,18 @@ def test_documents_attention_benchmark_table():
     assert [line for line in printed if line not in text] == []
 
 
+def test_documents_forms_benchmark_table():
+    """The pipeline's ratios of each form in benchmarks/README.md are the stored results."""
+    rows = json.loads((ROOT / "benchmarks" / "results" / "cpu-forms.json").read_text())["rows"]
+    text = (ROOT / "benchmarks" / "README.md").read_text()
+    assert len(rows) == 18
+    for row in rows:
+        (line,) = re.findall(rf"(?m)^\| {row['form']} \| .*$", text)
+        others = {name: row[name] for name in row if name == "class folders" or row["stage"] == "pipeline"}
+        for ratio in (value for value in others.values() if isinstance(value, dict)):
+            assert "{ratio:.2f} ({low:.2f} to {high:.2f})".format(**ratio) in line
+
+
 def test_documents_finetuning_table():
     """Every accuracy and CPU time in the table of docs/results.md is the one in the log of its run."""
     results, logs = ROOT / "benchmarks" / "results", ("softmax", "vca", "scratch")
