@@ -24,7 +24,10 @@ def scan_zip(paths: Sequence[Path], split: str) -> Scan:
                     if info.filename in infos:
                         scan.problems.append(f"{path}: {info.filename} exists twice; zip the folder again")
                     infos[info.filename] = info
-        except (OSError, zipfile.BadZipFile) as error:
+        except NotImplementedError as error:
+            scan.problems.append(f"{path}: cannot be read ({error}); zip the folder with `zip -0 -r`")
+            continue
+        except (zipfile.BadZipFile, ValueError) as error:  # a ValueError is a name that cannot be decoded
             scan.problems.append(f"{path}: is not a zip or is truncated ({error}); copy it again")
             continue
         with open(path, "rb") as file:
