@@ -212,6 +212,11 @@ def with_column(name, values, kind=None):
     return change
 
 
+def sorted_rows(rows):
+    """Sort rows by label and name."""
+    return rows.take(pa.array(sorted(range(len(rows)), key=lambda row: rows.column("image")[row].as_py()["path"])))
+
+
 def without_bytes(images):
     return [images[0], {"bytes": None, "path": "elsewhere.jpg"}, *images[2:]]
 

@@ -1,6 +1,7 @@
 """Broken and wrong archives and tables: each gives its line when it is opened, or in the check before a run."""
 
 import gzip
+import os
 import re
 import tarfile
 import zipfile
@@ -28,9 +29,11 @@ from tests.data.damage import (
     other_data_set,
     overwrite,
     parquet_of,
+    patch,
     shard,
     shards,
     shuffled_classes,
+    sorted_rows,
     sparse,
     tar_of,
     truncated_class_tar,
@@ -45,8 +48,9 @@ from tests.data.forms import CLASSES, photos, table
 from vca.data import load_dataset
 from vca.data.config import DataConfig
 from vca.data.doctor import check_before_training
+from vca.data.loader import read_image
 from vca.runtime.distributed import ONE
-from vca.runtime.errors import ConfigError
+from vca.runtime.errors import ConfigError, ImageError
 
 NAME = f"{CLASSES[0]}/{CLASSES[0]}_0.JPEG"
 FIRST = f"train/{NAME}"
@@ -261,3 +265,49 @@ def test_broken_archive_gives_one_line(folder, tmp_path, kind):
         use(tmp_path, **given)
     assert "\n" not in str(refused.value)
     assert re.search(message, str(refused.value)), refused.value
+
+
+def corrupt_zip(root):
+    patch(root / "train.zip", corrupt_first_image)
+
+
+def shorten_tar(root):
+    patch(root / "train.tar", lambda content: content[:600])
+
+
+def corrupt_row_group(root):
+    patch(root / f"{ROWS}.parquet", lambda content: overwrite(content, 200, b"\0" * 500))
+
+
+# Damage after the start. kind -> (writer, damage, message about image 0)
+LATER = {
+    "zip": (zip_of(), corrupt_zip, rf"train.zip: {NAME} cannot be read \(bad CRC in the zip\); restore it, then rerun"),
+    "tar": (tar_of(), shorten_tar, rf"train.tar: {NAME} cannot be read \(.*is truncated\); restore it, then rerun"),
+    "parquet": (
+        parquet_of(sorted_rows, compression="snappy"),
+        corrupt_row_group,
+        rf"{ROWS}.parquet: .*_0.JPEG cannot be read \(Corrupt snappy compressed data.\); restore it, then rerun",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", LATER)
+def test_archive_damaged_during_run_names_member(folder, tmp_path, kind):
+    write, change, message = LATER[kind]
+    write(folder, tmp_path)
+    images = load_dataset(DataConfig("imagefolder", str(tmp_path), num_classes=3), train=True)
+    change(tmp_path)
+    with pytest.raises(ImageError, match=message) as stopped:
+        read_image(images, 0)
+    assert "\n" not in str(stopped.value)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read every file")
+@pytest.mark.parametrize("write", [zip_of(), tar_of(), parquet_of(), arrow_of()])
+def test_unreadable_archive_refused(folder, tmp_path, write):
+    write(folder, tmp_path)
+    (path,) = tmp_path.glob("train*")
+    path.chmod(0)
+    with pytest.raises(ConfigError, match=rf"{path}.*[Pp]ermission") as refused:
+        use(tmp_path)
+    assert "\n" not in str(refused.value)

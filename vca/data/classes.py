@@ -3,7 +3,7 @@
 import io
 import re
 import tarfile
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
@@ -33,7 +33,8 @@ def number_classes(scan: Scan, config: DataConfig) -> None:
         else:
             classes = list(dict.fromkeys(aliases.values()))
             numbers = by_class_file(labels, names, classes, aliases)
-        check_all_used(classes, numbers)
+        if not scan.problems:  # else it may be a consequence of them
+            check_all_used(classes, numbers)
     except ValueError as error:
         scan.problems.append(f"{scan.files[0]}: {error}")
         return
@@ -62,19 +63,31 @@ def label_names(scan: Scan, labels: Sequence[Label]) -> dict[Label, str]:
     Integers have the WordNet ids in the names of their images, or the names that the files have.
 
     Raises:
-        ValueError: if two labels have the same WordNet id.
+        ValueError: if images with the same WordNet id have different labels.
     """
     if any(isinstance(label, str) for label in labels):
         return {label: str(label) for label in labels}
-    found: dict[Label, set[str]] = defaultdict(set)
-    for entry in scan.entries:
-        found[entry.label or 0] |= set(WNID.findall(entry.name)) or {""}
-    if any(len(ids) > 1 or "" in ids for ids in found.values()):
-        return dict(enumerate(scan.classes or ()))
-    names = {label: min(ids) for label, ids in found.items()}
-    if pair := first_pair(names):
-        raise ValueError(f"the images of labels {pair[0]} and {pair[1]} are both {names[pair[0]]}; correct the labels")
-    return names
+    return wordnet_names(scan.entries) or dict(enumerate(scan.classes or ()))
+
+
+def wordnet_names(entries: Sequence[Entry]) -> dict[Label, str] | None:
+    """Return the WordNet id of each label, from the names of its images; None if not every label has exactly one.
+
+    Raises:
+        ValueError: if images with the same WordNet id have different labels.
+    """
+    found: dict[str, Label] = {}
+    every = True
+    for entry in entries:
+        ids, label = set(WNID.findall(entry.name)), entry.label or 0
+        every = every and len(ids) == 1
+        for wnid in ids if len(ids) == 1 else ():
+            if (other := found.setdefault(wnid, label)) != label:
+                raise ValueError(
+                    f"{entry.name} has label {label}, but other images of {wnid} have {other}; correct the labels"
+                )
+    names = {label: wnid for wnid, label in found.items()}
+    return names if every and len(names) == len(found) else None
 
 
 def class_order(labels: Sequence[Label], names: Mapping[Label, str], stored: Sequence[str]) -> list[str]:

@@ -123,6 +123,18 @@ def build_index(config: DataConfig, split: str) -> ImageIndex:
     return index
 
 
+def index_readable(config: DataConfig, split: str) -> ImageIndex:
+    """Index the readable images of a split with problems, in memory; all have label 0.
+
+    Raises:
+        ConfigError: if there are no files.
+    """
+    form, paths = find_source(config, split)
+    scan = FORMATS[form](paths, split)
+    scan.entries, scan.classes = [entry._replace(label=0) for entry in scan.entries], [""]
+    return pack(base_folder(config, split), form, scan)
+
+
 def scan_split(config: DataConfig, split: str) -> tuple[str, Scan]:
     """Find the images of a split; return their format and the scan, with class names and integer labels.
 

@@ -126,6 +126,7 @@ def index_arrow(path: Path, number: int) -> Rows:
             columns = find_columns(reader.schema)
             batches = reader if stream else map(reader.get_batch, range(reader.num_record_batches))
             for batch in batches:
+                batch.validate(full=True)  # invalid offsets would crash the process
                 starts = places_in(image_array(batch, columns), base, size)
                 add_rows(rows, batch, columns, path, number, first, lambda row, _, starts=starts: int(starts[row]))
                 first += batch.num_rows

@@ -112,15 +112,20 @@ def scan_webdataset(paths: Sequence[Path], split: str) -> Scan:
 def samples_of(file: BinaryIO, path: Path, problems: list[str]) -> dict[str, dict[str, Member]]:
     """Return the samples of a shard, `{name: {extension: member}}`; hidden files and names without a dot are none."""
     samples: dict[str, dict[str, Member]] = {}
-    for member in intact_members(file, str(path), problems):
-        folder, slash, base = member.name.rpartition("/")
-        key, dot, extension = base.partition(".")
-        if not key or not dot:
-            continue
-        sample = samples.setdefault(folder + slash + key, {})
-        if extension.lower() in sample:
-            problems.append(f"{path}: {member.name} exists twice; write the shard again")
-        sample[extension.lower()] = member
+    try:
+        for member in members(file):
+            folder, slash, base = member.name.rpartition("/")
+            key, dot, extension = base.partition(".")
+            if not key or not dot:
+                continue
+            sample = samples.setdefault(folder + slash + key, {})
+            if extension.lower() in sample:
+                problems.append(f"{path}: {member.name} exists twice; write the shard again")
+            sample[extension.lower()] = member
+    except ValueError as error:
+        problems.append(f"{path}: {error}")
+        if samples:
+            samples.popitem()  # may be incomplete
     return samples
 
 

@@ -27,7 +27,9 @@ def scan_zip(paths: Sequence[Path], split: str) -> Scan:
         except NotImplementedError as error:
             scan.problems.append(f"{path}: cannot be read ({error}); zip the folder with `zip -0 -r`")
             continue
-        except (zipfile.BadZipFile, ValueError) as error:  # a ValueError is a name that cannot be decoded
+        except (zipfile.BadZipFile, OSError, ValueError) as error:  # of a seek, or a name that cannot be decoded
+            if isinstance(error, OSError) and error.filename is not None:  # it cannot be opened
+                raise
             scan.problems.append(f"{path}: is not a zip or is truncated ({error}); copy it again")
             continue
         with open(path, "rb") as file:
