@@ -5,6 +5,7 @@ named `..._of` return a writer.
 """
 
 import gzip
+import io
 import json
 import tarfile
 import zipfile
@@ -55,6 +56,33 @@ def zip_of(change=None, compression=zipfile.ZIP_STORED, more=(), leave_out=""):
             patch(root / "train.zip", change)
 
     return write
+
+
+def streamed_zip(change):
+    """Return a function that writes a zip to a pipe: its sizes and CRCs are behind the members."""
+
+    def write(folder, root):
+        stream = Pipe()
+        with zipfile.ZipFile(stream, "w") as archive:
+            for name, content in members(folder):
+                archive.writestr(name, content)
+        (root / "train.zip").write_bytes(change(b"".join(stream.parts)))
+
+    return write
+
+
+class Pipe(io.RawIOBase):
+    """A stream without positions."""
+
+    def __init__(self):
+        self.parts = []
+
+    def writable(self):
+        return True
+
+    def write(self, part):
+        self.parts.append(bytes(part))
+        return len(part)
 
 
 def encrypted(content):

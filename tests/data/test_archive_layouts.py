@@ -7,6 +7,7 @@ import zipfile
 import pytest
 from PIL import Image
 
+from tests.data.damage import streamed_zip
 from tests.data.forms import CLASSES, add, photos
 from vca.data import load_dataset
 from vca.data.config import DataConfig
@@ -103,6 +104,11 @@ def test_kaggle_zip_equals_class_folders(folders, tmp_path):
     images, expected = load(tmp_path / "kaggle.zip", False, **given), load(folders, False)
     assert [one[1:] for one in contents(images)] == [one[1:] for one in contents(expected)]
     assert images.classes == list(CLASSES)
+
+
+def test_zip_written_to_pipe_equals_class_folders(folders, tmp_path):
+    streamed_zip(lambda content: content)(folders / "train", tmp_path)
+    assert contents(load(tmp_path)) == contents(load(folders))
 
 
 @pytest.mark.parametrize("form", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])

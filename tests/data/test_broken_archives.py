@@ -3,6 +3,7 @@
 import gzip
 import os
 import re
+import shutil
 import tarfile
 import zipfile
 
@@ -35,6 +36,7 @@ from tests.data.damage import (
     shuffled_classes,
     sorted_rows,
     sparse,
+    streamed_zip,
     tar_of,
     truncated_class_tar,
     unlabelled_shards,
@@ -71,6 +73,7 @@ BROKEN = {
     "zip: twice": (zip_of(more=[(FIRST, b"")]), rf"train.zip: {FIRST} exists twice; zip the folder again"),
     "zip: no header": (zip_of(without_first_header), rf"train.zip: {FIRST} has no header; copy it again"),
     "zip: bad CRC": (zip_of(corrupt_first_image), rf"train.zip: {NAME}: .*bad CRC.*; copy it again"),
+    "zip: bad CRC, streamed": (streamed_zip(corrupt_first_image), rf"train.zip: {NAME}: .*bad CRC.*; copy it again"),
     "zip: corrupt stream": (
         zip_of(corrupt_first_image, zipfile.ZIP_DEFLATED),
         rf"train.zip: {NAME}: .*corrupt in the zip .*; copy it again",
@@ -300,6 +303,17 @@ def test_archive_damaged_during_run_names_member(folder, tmp_path, kind):
     with pytest.raises(ImageError, match=message) as stopped:
         read_image(images, 0)
     assert "\n" not in str(stopped.value)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read every folder")
+def test_unreadable_folder_of_class_refused(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "train")
+    hidden = tmp_path / "train" / CLASSES[0] / "more"
+    hidden.mkdir(mode=0)
+    message = rf"data.train: {hidden} cannot be read \(Permission denied\); make it readable"
+    with pytest.raises(ConfigError, match=message):
+        use(tmp_path)
+    hidden.chmod(0o700)  # pytest removes it
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may read every file")

@@ -104,7 +104,14 @@ def label_file(kind):
 SOURCES = {"packed kit": packed_devkit, "unpacked kit": unpacked_devkit, **{kind: label_file(kind) for kind in LINES}}
 
 
-@pytest.mark.parametrize("write", [write_val_tar, write_flat_val])
+def write_tar_of_folder(root, validation):
+    """Write a tar of a folder of images."""
+    with tarfile.open(root / "val.tar", "w") as archive:
+        for name, _, content in validation:
+            add(archive, f"ILSVRC2012_img_val/{name}.JPEG", content)
+
+
+@pytest.mark.parametrize("write", [write_val_tar, write_flat_val, write_tar_of_folder])
 @pytest.mark.parametrize("source", SOURCES)
 def test_validation_labels_equal_class_folders(folders, validation, tmp_path, write, source):
     write(tmp_path, validation)

@@ -217,6 +217,15 @@ def with_label_file(scan: Scan, config: DataConfig) -> list[Entry]:
     return [entry for entry in labelled if entry.label is not None]
 
 
+def without_single_folder(entries: list[Entry]) -> list[Entry]:
+    """Return the entries without label if all are in one folder, which is that of an archive and not a class."""
+    labels = {entry.label for entry in entries}
+    folder = f"{min(labels)}/" if len(labels) == 1 and None not in labels else None  # type: ignore[type-var]
+    if folder is None or not all(entry.name.startswith(folder) for entry in entries):
+        return entries
+    return [entry._replace(name=entry.name.removeprefix(folder), label=None) for entry in entries]
+
+
 def with_label(entry: Entry, labels: Mapping[str, Label], access: str) -> Entry:
     """Return an entry with its label; outside of class folders, its name is that which class folders would have."""
     label = labels.get(PurePosixPath(entry.name).stem)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from vca.data.classes import number_classes, with_label_file
+from vca.data.classes import number_classes, with_label_file, without_single_folder
 from vca.data.config import DataConfig
 from vca.data.formats import FORMATS
 from vca.data.index import ROW, THREADS, VERSION, ImageIndex, Meta, digest, first_change, read_index, state_of, store
@@ -152,6 +152,8 @@ def scan_split(config: DataConfig, split: str) -> tuple[str, Scan]:
         raise ConfigError(
             f"data.{split}: {error.filename or paths[0]} cannot be read ({error.strerror or error}); make it readable"
         ) from error
+    if scan.access != "file":
+        scan.entries = without_single_folder(scan.entries)
     if any(entry.label is None for entry in scan.entries):
         scan.entries = with_label_file(scan, config)
     if not scan.entries:
