@@ -219,11 +219,10 @@ def with_label_file(scan: Scan, config: DataConfig) -> list[Entry]:
 
 def without_single_folder(entries: list[Entry]) -> list[Entry]:
     """Return the entries without label if all are in one folder, which is that of an archive and not a class."""
-    labels = {entry.label for entry in entries}
-    folder = f"{min(labels)}/" if len(labels) == 1 and None not in labels else None  # type: ignore[type-var]
-    if folder is None or not all(entry.name.startswith(folder) for entry in entries):
+    only = entries[0].label if entries else None
+    if only is None or not all(entry.label == only and entry.name.startswith(f"{only}/") for entry in entries):
         return entries
-    return [entry._replace(name=entry.name.removeprefix(folder), label=None) for entry in entries]
+    return [entry._replace(name=entry.name.removeprefix(f"{only}/"), label=None) for entry in entries]
 
 
 def with_label(entry: Entry, labels: Mapping[str, Label], access: str) -> Entry:

@@ -62,9 +62,8 @@ def member_problem(info: zipfile.ZipInfo, header: bytes) -> str | None:
 
 def member_size(info: zipfile.ZipInfo, header: bytes) -> int:
     """Return the size of a member with its local header and, if it was written to a pipe, the CRC behind it."""
-    return (
-        HEADER.size + sum(HEADER.unpack(header)[-2:]) + info.compress_size + (TAIL if info.flag_bits & STREAMED else 0)
-    )
+    _, _, flags, *_, name, extra = HEADER.unpack(header)
+    return HEADER.size + name + extra + info.compress_size + (TAIL if flags & STREAMED else 0)
 
 
 def unpack(member: bytes) -> bytes:
