@@ -7,6 +7,7 @@ named `..._of` return a writer.
 import gzip
 import io
 import json
+import struct
 import tarfile
 import zipfile
 from pathlib import Path
@@ -272,6 +273,11 @@ def arrow_of(change=lambda rows: rows, damage=None, **options):
             patch(path, damage)
 
     return write
+
+
+def corrupt_offsets(content):
+    """Overwrite the end of the first path, which has 16 characters, in the offsets of the column."""
+    return overwrite(content, content.index(struct.pack("<3i", 0, 16, 32)) + 4, struct.pack("<i", 2**31 - 1))
 
 
 # Paths and options without files.

@@ -17,6 +17,7 @@ from tests.data.damage import (
     corrupt_first_image,
     corrupt_header,
     corrupt_jpeg,
+    corrupt_offsets,
     dangling,
     encrypted,
     future_version,
@@ -210,10 +211,14 @@ BROKEN = {
         rf"{ROWS}.parquet: .*.JPEG: is not an image; replace it",
     ),
     "parquet: corrupt page": (
-        parquet_of(damage=lambda content: overwrite(content, 200, b"\0" * 500), compression="snappy"),
-        rf"{ROWS}.parquet: cannot be read as parquet .*; copy it again",
+        parquet_of(damage=lambda content: overwrite(content, len(content) // 2, b"\0" * 500), compression="snappy"),
+        rf"{ROWS}.parquet: cannot be read as parquet from row [2468] on \(.*\); copy it again",
     ),
     "arrow: truncated": (arrow_of(damage=half), rf"{ROWS}.arrow: cannot be read as an Arrow file .*; copy it again"),
+    "arrow: corrupt offsets": (
+        arrow_of(damage=corrupt_offsets),
+        rf"{ROWS}.arrow: cannot be read as an Arrow file .*; copy it again",
+    ),
     "arrow: compressed": (
         arrow_of(compression="zstd"),
         rf"{ROWS}.arrow: has compressed buffers; write it without compression",

@@ -205,9 +205,10 @@ def with_label_file(scan: Scan, config: DataConfig) -> list[Entry]:
     path = Path(config.labels).expanduser() if config.labels else find_devkit(scan)
     if path is None:
         file, is_folder = scan.files[0], scan.access == "file"
-        place = f"data.root={config.root}: {file.name}/" if is_folder else f"{file}:"
-        remedy = f"sort them into {file.name}/<class>/" if is_folder else "sort them into class folders"
-        problem = f"has {len(unlabelled)} files and no class folders; {remedy} or set data.labels=FILE"
+        place = f"data.root={config.root}: {file.name}/" if is_folder and config.root else f"{file}:"
+        folders = f"{file.name}/<class>/" if is_folder else "class folders"
+        count = len(unlabelled)
+        problem = f"has {count} files and no class folders; sort them into {folders} or set data.labels=FILE"
         scan.problems.append(f"{place} {problem}")
         return [entry for entry in scan.entries if entry.label is not None]
     labels = read_label_file(path)

@@ -88,14 +88,14 @@ def scan_tables(paths: Sequence[Path], index_file: Any) -> Scan:
 def index_parquet(path: Path, number: int, verbatim: bool = True) -> Rows:
     """Index a parquet file. If `verbatim`, entries are places of images, which are not compressed."""
     pa = import_pyarrow()
-    rows = Rows([], [], verbatim)
+    rows, first, place = Rows([], [], verbatim), 0, ""
     try:
         file = pa.parquet.ParquetFile(path, memory_map=True)
         columns = find_columns(file.schema_arrow)
         chunk = next(k for k in range(file.metadata.num_columns) if column_path(file, k) == columns.image_bytes)
-        first = 0
         with open(path, "rb") as content, mmap.mmap(content.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
             for group in range(file.num_row_groups):
+                place = f" from row {first} on"
                 metadata = file.metadata.row_group(group).column(chunk)
                 rows.verbatim = rows.verbatim and metadata.compression == "UNCOMPRESSED"
                 table = file.read_row_group(group, columns=[columns.image, columns.label], use_threads=False)
@@ -108,7 +108,7 @@ def index_parquet(path: Path, number: int, verbatim: bool = True) -> Rows:
     except ContentError as error:
         rows.problems.append(f"{path}: {error}")
     except (OSError, ValueError, pa.ArrowException) as error:
-        rows.problems.append(f"{path}: cannot be read as parquet ({one_line(error)}); copy it again")
+        rows.problems.append(f"{path}: cannot be read as parquet{place} ({one_line(error)}); copy it again")
     return rows
 
 
