@@ -297,3 +297,11 @@ def test_integers_without_names_accepted(folders, tmp_path):
     images = splits(folders, **given)
     identify_files(**images)
     assert labelled(images["val"]) == labelled(load(folders))
+
+
+def test_class_names_of_shards_changed_noticed(folders, tmp_path, capsys):
+    write_webdataset(folders / "train", tmp_path / "train")
+    load(tmp_path, True)
+    (tmp_path / "classes.txt").write_text("cat\ndog\nbird\n")
+    load(tmp_path, True)
+    assert f"data: {tmp_path}/classes.txt changed" in capsys.readouterr().out

@@ -105,7 +105,9 @@ def scan_webdataset(paths: Sequence[Path], split: str) -> Scan:
                 except ValueError as error:
                     scan.problems.append(f"{path}: sample {key} {error}; write the shard again")
     names = paths[0].parent / "classes.txt"
-    scan.classes = names.read_text(errors="replace").splitlines() if names.is_file() else None
+    if names.is_file():
+        scan.classes = names.read_text(errors="replace").splitlines()
+        scan.watched.append(names)
     return scan
 
 
