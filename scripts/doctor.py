@@ -7,8 +7,8 @@
     python scripts/doctor.py --cluster experiment=table1/deit_tiny_vca data.root=/data/imagenet out_dir=/scratch/runs
     python scripts/doctor.py --cluster -m cluster=slurm cluster.nodes=2 cluster.partition=gpu ...      SLURM nodes
 
-For a data set, it prints a line for each problem, with the file and the fix. Every run makes the same check at its
-start, for `data.check_seconds`.
+For a data set, it prints a line for each problem, with the file, or the archive and its member, and the fix. Every run
+makes the same check at its start, for `data.check_seconds`.
 
 With `--cluster`, it takes the overrides of `train_cls.py` and prints a line for each check (about 30 s): ranks and
 devices, rendezvous, all-reduce, bandwidth, stragglers, bf16, data, disk, exact resume of a run of ten steps.
@@ -38,9 +38,9 @@ from vca.cli import command_line, exit_on_user_error
 from vca.config import DoctorConfig, TrainClsConfig, compose, register_schemas
 from vca.data import identify_files, load_dataset
 from vca.data.config import DataConfig
-from vca.data.doctor import Examination, examine, examine_datasets, examine_file
-from vca.data.indexing import scan_split
-from vca.data.scan import is_image
+from vca.data.doctor import Examination, examine_datasets
+from vca.data.imagefolder import IndexedImages
+from vca.data.indexing import index_readable, scan_split
 from vca.runtime import distributed
 from vca.runtime.errors import ConfigError
 from vca.sweep.job import torchrun
@@ -74,17 +74,17 @@ def run(config: DoctorConfig) -> None:
 
 
 def examine_data(data: DataConfig) -> tuple[list[str], Examination]:
-    """Return the problems of the folders and the examination of the files.
+    """Return the problems of the splits and the examination of their readable images.
 
-    If the folders are not a valid data set, all images below them are examined. A latent cache has no evaluation
-    split.
+    A latent cache has no evaluation split.
     """
-    datasets, problems = {}, []
+    datasets, problems, readable = {}, [], []
     for split in ("train",) if data.name == "latents" else ("train", "val"):
         try:
             datasets[split] = load_dataset(data, train=split == "train")
         except ConfigError as error:
             problems += problems_of(data, split) or [str(error)]
+            readable += readable_images(data, split)
     if not problems:
         try:
             identify_files(**datasets)
@@ -93,11 +93,7 @@ def examine_data(data: DataConfig) -> tuple[list[str], Examination]:
         kinds = {"train": "training", "val": "evaluation"}
         counts = " and ".join(f"{len(dataset)} {kinds[split]}" for split, dataset in datasets.items())
         print(f"{data.name}: {counts} images")
-        return problems, examine_datasets(datasets.values(), data.check_seconds)
-    folders = [Path(data.root or "") / split for split in ("train", "val")] if data.root else []
-    files = [str(path) for folder in folders for path in folder.rglob("*") if is_image(path.name)]
-    result = examine(len(files), lambda item: examine_file(files[item]), data.check_seconds)
-    return [problem for problem in dict.fromkeys(problems) if problem not in map(str, result.findings)], result
+    return list(dict.fromkeys(problems)), examine_datasets([*datasets.values(), *readable], data.check_seconds)
 
 
 def problems_of(data: DataConfig, split: str) -> list[str]:
@@ -105,6 +101,14 @@ def problems_of(data: DataConfig, split: str) -> list[str]:
     try:
         return scan_split(data, split)[1].problems if data.name == "imagefolder" else []
     except ConfigError:
+        return []
+
+
+def readable_images(data: DataConfig, split: str) -> list[IndexedImages]:
+    """Return the readable images of a split that cannot be loaded; [] if it has no files."""
+    try:
+        return [IndexedImages(index_readable(data, split))] if data.name == "imagefolder" else []
+    except (ConfigError, OSError):
         return []
 
 

@@ -5,7 +5,9 @@ import platform
 import re
 import shutil
 import sys
+import tarfile
 import time
+import zipfile
 
 import numpy as np
 import pytest
@@ -13,10 +15,12 @@ import torch
 from PIL import Image
 
 import train_cls
+from scripts import doctor as scripts_doctor
+from tests.data.forms import CLASSES, add, photos, write_webdataset, write_zip
 from tests.data.test_loader import write_image_folder
 from tests.processes import run_command, run_script
 from tests.support import write_png16
-from vca.config import compose
+from vca.config import DoctorConfig, compose
 from vca.data import load_dataset
 from vca.data.config import DataConfig
 from vca.data.doctor import examine_datasets, examine_file, shared_memory_note
@@ -164,6 +168,75 @@ def test_doctor_reports_folder_and_file_errors(tmp_path):
     nowhere = doctor(tmp_path / "nowhere")
     assert nowhere.returncode == 2
     assert "must be a folder with train/ and val/" in nowhere.stdout
+
+
+def lines_of(root, capsys, **options):
+    """Run the data check in this process; return the lines that it prints, the last being the error."""
+    with pytest.raises(ConfigError) as refused:
+        scripts_doctor.run(DoctorConfig(DataConfig("imagefolder", str(root), **{"num_classes": 3} | options)))
+    return [*capsys.readouterr().out.splitlines(), str(refused.value)]
+
+
+def damaged_zip(folders, root):
+    """Write an intact zip of training images, and one with three broken members of validation images."""
+    write_zip(folders / "train", root / "train.zip")
+    write_zip(folders / "val", root / "val.zip")
+    with zipfile.ZipFile(root / "val.zip", "a") as archive:
+        archive.writestr(f"val/{CLASSES[0]}/empty.JPEG", b"")
+        twice = f"val/{CLASSES[0]}/{CLASSES[0]}_0.JPEG"
+        archive.writestr(twice, archive.read(twice))
+        archive.writestr(f"val/{CLASSES[0]}/bzip2.JPEG", b"packed", zipfile.ZIP_BZIP2)
+
+
+def damaged_shards(folders, root):
+    """Write intact training shards, and a validation shard without a label, that is truncated."""
+    write_webdataset(folders / "train", root / "train")
+    with tarfile.open(root / "val-000000.tar", "w") as archive:
+        for name in ("a", "b", "c"):
+            add(archive, f"{name}.jpg", (folders / "val" / CLASSES[0] / f"{CLASSES[0]}_0.JPEG").read_bytes())
+            if name != "b":
+                add(archive, f"{name}.cls", b"0")
+    content = (root / "val-000000.tar").read_bytes()
+    (root / "val-000000.tar").write_bytes(content[: content.index(b"c.cls") + 100])
+
+
+def wrong_class_count(folders, root):
+    for split in ("train", "val"):
+        write_zip(folders / split, root / f"{split}.zip")
+    return {"num_classes": 4}
+
+
+# Damaged archives. kind -> (writer, messages, images that are read)
+DAMAGED = {
+    "zip": (
+        damaged_zip,
+        ["_0.JPEG exists twice; zip", "bzip2.JPEG has compression method 12", "empty.JPEG: is empty; copy it again"],
+        13,
+    ),
+    "shards": (
+        damaged_shards,
+        ["sample b has no label, an integer in .cls", "val-000000.tar: .*truncated.*; copy it again"],
+        7,
+    ),
+    "class count": (wrong_class_count, [f"data.num_classes is 4, but .*{s}.zip has 3" for s in ("train", "val")], 12),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+@pytest.mark.parametrize("kind", DAMAGED)
+def test_doctor_lists_every_problem_of_archives(tmp_path, capsys, kind):
+    """One line for each problem; all readable images are examined."""
+    write, messages, images = DAMAGED[kind]
+    root = tmp_path / "data"
+    root.mkdir()
+    options = write(photos(tmp_path / "photos", per_class=2), root) or {}
+    lines = lines_of(root, capsys, **options)
+    errors = [line for line in lines if line.startswith("error: ")]
+    assert len(errors) == len(messages), lines
+    for message in messages:
+        assert any(re.search(message, line) for line in errors), (message, lines)
+    assert any(line.startswith(f"read all {images} images") for line in lines), lines
+    assert lines[-1] == f"data.root={root}: {len(messages)} errors"
 
 
 def test_examine_time_limit_leaves_files_unread(tmp_path):

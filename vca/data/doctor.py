@@ -79,7 +79,7 @@ def examine(
 def examine_datasets(datasets: Iterable[Any], seconds: float) -> Examination:
     """Check the images of data sets, or the sha256 of a latent cache's files, for up to `seconds`."""
     datasets = list(datasets)
-    if isinstance(cache := datasets[0], LatentCache):
+    if datasets and isinstance(cache := datasets[0], LatentCache):
         shards = [cache.folder / name for name in cache.manifest.names[1:]]
 
         def examine_shard(item: int) -> list[Finding]:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from vca.data.classes import number_classes, with_label_file
+from vca.data.classes import number_classes, with_label_file, without_single_folder
 from vca.data.config import DataConfig
 from vca.data.formats import COSTLY, FORMATS
 from vca.data.index import ROW, THREADS, VERSION, ImageIndex, Meta, digest, first_change, read_index, state_of, store
@@ -49,11 +49,12 @@ def open_index(config: DataConfig, split: str, world: World = ONE) -> ImageIndex
         difference = f"{opened[0].meta.identity['files']} images, not the {expected['files']} of rank 0"
         error = ConfigError(f"rank {world.rank} on {platform.node()} has other data ({difference}); copy it again")
     world.raise_first(error)
-    index, count = opened[0], len(opened[0].meta.classes)
-    if count != config.num_classes:
+    index, classes = opened[0], opened[0].meta.classes
+    if len(classes) != config.num_classes:
+        names = f"{', '.join(classes[:3])}{', ...' if len(classes) > 3 else ''}"
         raise ConfigError(
-            f"data.num_classes is {config.num_classes}, but {index.files[0]} has {count} classes; complete it or set "
-            f"data.num_classes={count}"
+            f"data.num_classes is {config.num_classes}, but {index.files[0]} has {len(classes)} classes ({names}); "
+            f"complete it or set data.num_classes={len(classes)}"
         )
     if index.meta.access in COSTLY and world.is_main:
         size = COSTLY[index.meta.access](index.rows["size"], index.files[0])
@@ -126,6 +127,18 @@ def build_index(config: DataConfig, split: str) -> ImageIndex:
     return index
 
 
+def index_readable(config: DataConfig, split: str) -> ImageIndex:
+    """Index the readable images of a split with problems, in memory; all have label 0.
+
+    Raises:
+        ConfigError: if there are no files.
+    """
+    form, paths = find_source(config, split)
+    scan = FORMATS[form](paths, split)
+    scan.entries, scan.classes = [entry._replace(label=0) for entry in scan.entries], [""]
+    return pack(base_folder(config, split), form, scan)
+
+
 def scan_split(config: DataConfig, split: str) -> tuple[str, Scan]:
     """Find the images of a split; return their format and the scan, with class names and integer labels.
 
@@ -140,27 +153,22 @@ def scan_split(config: DataConfig, split: str) -> tuple[str, Scan]:
     try:
         scan = FORMATS[form](paths, split)
     except OSError as error:
-        raise ConfigError(f"data.{split}: {error}") from error
+        raise ConfigError(
+            f"data.{split}: {error.filename or paths[0]} cannot be read ({error.strerror or error}); make it readable"
+        ) from error
+    if scan.access != "file":
+        scan.entries = without_single_folder(scan.entries)
     if any(entry.label is None for entry in scan.entries):
         scan.entries = with_label_file(scan, config)
     if not scan.entries:
         scan.problems = scan.problems or [f"{paths[0]}: no images of {split} found"]
         return form, scan
     number_classes(scan, config)
-    check_classes(scan)
     if form not in ("parquet", "arrow"):  # whose names are often not unique
         counts = Counter(entry.name for entry in scan.entries)
         twice = [name for name, count in counts.items() if count > 1]
         scan.problems += [f"{scan.files[0]}: {name} exists twice; remove one" for name in twice]
     return form, scan
-
-
-def check_classes(scan: Scan) -> None:
-    """Append a problem if a class has no image."""
-    place, classes = scan.files[0], scan.classes or []
-    if empty := sorted(set(range(len(classes))) - {entry.label for entry in scan.entries}):
-        names = ", ".join(classes[label] for label in empty[:3])
-        scan.problems.append(f"{place}: {len(empty)} classes have no image, such as {names}; complete it")
 
 
 def pack(base: Path, form: str, scan: Scan) -> ImageIndex:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import NamedTuple
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # as torchvision's ImageFolder
@@ -50,8 +50,13 @@ class Scan:
 
 
 def is_image(name: str) -> bool:
-    """Whether a file name has the extension of an image."""
-    return name.lower().endswith(EXTENSIONS)
+    """Whether a file name has the extension of an image, and is not a file of macOS."""
+    return name.lower().endswith(EXTENSIONS) and not is_apple_double(name)
+
+
+def is_apple_double(name: str) -> bool:
+    """Whether a file has attributes that macOS stores beside another, in `._NAME` or `__MACOSX/`."""
+    return ("._" in name and name.rpartition("/")[2].startswith("._")) or "__MACOSX" in name
 
 
 def by_class_folder(names: Sequence[str], split: str) -> dict[str, tuple[str, str | None]]:
@@ -60,13 +65,36 @@ def by_class_folder(names: Sequence[str], split: str) -> dict[str, tuple[str, st
     Folders above the class folders are removed. If they include folders of splits, such as `train/` and `val/`, members
     of the other splits are left out. The class of an image outside of class folders is None.
     """
-    parts = {name: PurePosixPath(name).parts for name in names if is_image(name) and "__MACOSX" not in name}
-    while parts:
-        tops = {path[0] for path in parts.values()}
-        if own := tops & set(SPLITS[split]):
-            parts = {name: path[1:] for name, path in parts.items() if path[0] in own and len(path) > 1}
+    parts = {name: parts_of(name) for name in names if is_image(name)}
+    while folders := {path[0] for path in parts.values() if len(path) > 1}:
+        if is_split_level(list(parts.values()), folders):
+            parts = {name: path[1:] for name, path in parts.items() if path[0] in SPLITS[split] and len(path) > 1}
             break
-        if len(tops) > 1 or any(len(path) < 3 for path in parts.values()):
+        if len(folders) > 1 or any(len(path) == 2 for path in parts.values()):
             break
-        parts = {name: path[1:] for name, path in parts.items()}
+        parts = {name: path[1:] for name, path in parts.items() if len(path) > 1}
+    if any(len(path) > 1 for path in parts.values()):  # images beside class folders are no images of `ImageFolder`
+        parts = {name: path for name, path in parts.items() if len(path) > 1}
     return {name: ("/".join(path), path[0] if len(path) > 1 else None) for name, path in parts.items()}
+
+
+def parts_of(name: str) -> tuple[str, ...]:
+    """Return the folders and the file of a member, like the slower `PurePosixPath.parts`."""
+    return tuple(part for part in name.split("/") if part not in ("", "."))
+
+
+def is_split_level(paths: Sequence[tuple[str, ...]], folders: set[str]) -> bool:
+    """Whether folders are those of splits, and not classes of which one is called `train`."""
+    named = folders & {name for names in SPLITS.values() for name in names}
+    deeper = any(len(path) > 2 for path in paths if path[0] in named)
+    return bool(named) and (deeper or folders <= named | {"test"})
+
+
+def and_more(items: Sequence[object]) -> str:
+    """Return the number of items after the first, for messages."""
+    return f" and {len(items) - 1} more" if len(items) > 1 else ""
+
+
+def one_line(error: Exception) -> str:
+    """Return the message of an error in one line of at most 200 characters, for messages."""
+    return " ".join(str(error).split())[:200] or type(error).__name__

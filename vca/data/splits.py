@@ -2,12 +2,14 @@
 
 import os
 import re
+from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from vca.data.config import DataConfig
 from vca.data.formats import format_of
-from vca.data.scan import SPLITS
+from vca.data.scan import SPLITS, and_more
 from vca.runtime.errors import ConfigError
 
 # Files of a split in `data.root`, in this order; {} is a name of the split.
@@ -26,6 +28,7 @@ ARCHIVES = ("*.tar", "*.parquet", "*.arrow")  # in the folder of a split
 NO_DATA = "data.root must be a folder with train/ and val/ class folders"
 OR_ARCHIVES = "; archives of a split are found by its name (docs/data.md)"
 COMPRESSED = (".tgz", ".gz", ".bz2", ".xz", ".zst")
+REMOTE = r"\w[\w+.-]*://|pipe:"
 
 
 class Source(NamedTuple):
@@ -54,7 +57,7 @@ def find_source(config: DataConfig, split: str) -> Source:
     """
     given, key = getattr(config, split), f"data.{split}"
     for name, place in ((key, given), ("data.root", config.root)):
-        if re.match(r"\w[\w+]+:", place or ""):
+        if re.match(REMOTE, place or ""):
             raise ConfigError(
                 f"{name} must be files of this machine, read in any order, got {place!r}; download them first"
             )
@@ -68,19 +71,57 @@ def find_source(config: DataConfig, split: str) -> Source:
             raise ConfigError(f"{NO_DATA}, got {config.root!r}{OR_ARCHIVES}")
     else:
         paths = expand(Path(config.root or "").expanduser(), given)
-        missing = [path for path in paths if not path.exists()] if paths else [Path(given)]
+        missing = [path for path in paths if not path.exists()] if paths else [Path(config.root or "", given)]
         if missing:
-            more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-            raise ConfigError(f"{key}={given}: {missing[0]}{more} does not exist")
+            raise ConfigError(f"{key}={given}: {missing[0]}{and_more(missing)} does not exist")
+    all_files = given is None or paths[0].is_dir()
     if len(paths) == 1 and paths[0].is_dir():
         paths = next((found for pattern in ARCHIVES if (found := sorted(paths[0].glob(pattern)))), paths)
+    form = check_form(paths, config.format, key)
+    if all_files and form in ("webdataset", "parquet", "arrow"):
+        check_complete(paths, key)
+    return Source(form, paths)
+
+
+def check_form(paths: Sequence[Path], chosen: str, key: str) -> str:
+    """Return the format of files, `chosen` unless it is auto; `key` is the option that names them.
+
+    Raises:
+        ConfigError: if they have no format, another than the chosen one, or are of several formats.
+    """
     for path in paths:
-        if path.suffix in COMPRESSED:
+        if path.suffix.lower() in COMPRESSED:
             raise ConfigError(f"{key}: {path} is compressed and cannot be read at random; decompress it first")
-    form = format_of(paths[0]) if config.format == "auto" else config.format
+        if not path.exists():
+            raise ConfigError(f"{key}: {path} does not exist (a dangling link); restore it")
+        if path.suffix.lower() != paths[0].suffix.lower() or (path.is_dir() and len(paths) > 1):
+            raise ConfigError(f"{key} must be files of one format, got {paths[0]} and {path}; choose one")
+    try:
+        found = format_of(paths[0])
+    except OSError as error:
+        raise ConfigError(f"{key}: {paths[0]} cannot be read ({error.strerror}); make it readable") from error
+    form = found if chosen == "auto" else chosen
     if form is None:
         raise ConfigError(f"{key}: {paths[0]} must be a folder, .zip, .tar, .parquet or .arrow")
-    return Source(form, paths)
+    if found not in (None, form) and {found, form} != {"tar", "webdataset"}:
+        raise ConfigError(f"data.format={chosen}, but {paths[0]} is a {found}; set data.format=auto")
+    return form
+
+
+def check_complete(paths: Sequence[Path], key: str) -> None:
+    """Raise `ConfigError` if a file of `NAME-00000-of-00010` is missing, or of `NAME-000000` between others."""
+    found: dict[tuple[str, int], set[str]] = defaultdict(set)
+    for path in paths:
+        if parts := re.fullmatch(r"(.*?)(\d+)(?:-of-(\d+))?(?:-[0-9a-f]{16})?", path.stem):
+            found[parts[1], int(parts[3] or 0)].add(parts[2])
+    for (prefix, total), numbers in found.items():
+        first, last = min(map(int, numbers)), max(map(int, numbers))
+        expected = range(total) if total else range(first, last + 1) if first < 2 else ()
+        if missing := sorted(set(expected) - set(map(int, numbers))):
+            name = prefix + str(missing[0]).zfill(len(min(numbers))) + (f"-of-{total:05d}" if total else "")
+            file = paths[0].with_name(name + paths[0].suffix)
+            remedy = "copy it, or choose files with data.train and data.val"
+            raise ConfigError(f"{key}: {file}{and_more(missing)} is missing; {remedy}")
 
 
 def in_root(root: Path, split: str) -> list[Path]:
@@ -89,6 +130,9 @@ def in_root(root: Path, split: str) -> list[Path]:
         for name in SPLITS[split]:
             if found := sorted(root.glob(pattern.format(name))):
                 return found
+    for name in SPLITS[split]:  # refused, but not as missing
+        if found := [path for path in sorted(root.glob(f"*{name}*.t*")) if path.suffix in COMPRESSED]:
+            return found
     return []
 
 

@@ -32,9 +32,10 @@ def format_of(path: Path) -> str | None:
     """Return the format of a file or of a folder of class folders; None for other files."""
     if path.is_dir():
         return "folder"
-    if path.suffix == ".tar":
+    suffix = path.suffix.lower()
+    if suffix == ".tar":
         return "webdataset" if holds_samples(path) else "tar"
-    return path.suffix.removeprefix(".") if path.suffix in (".zip", ".parquet", ".arrow") else None
+    return suffix.removeprefix(".") if suffix in (".zip", ".parquet", ".arrow") else None
 
 
 def read_file(file: str, name: str, offset: int, size: int) -> bytes:

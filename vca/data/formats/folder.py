@@ -38,12 +38,16 @@ def scan_folder(paths: Sequence[Path], split: str) -> Scan:
 def scan_class(folder: Path, name: str) -> tuple[list[Path], list[Entry], list[str]]:
     """Return the folders, images and problems of a class folder."""
     folders, entries, problems = [], [], []
-    for root, _, _ in os.walk(folder / name, followlinks=True):
+    for root, _, _ in os.walk(folder / name, onerror=raise_error, followlinks=True):
         folders.append(Path(root))
         found = files_of(folder, os.path.relpath(root, folder), name)
         entries += found[1]
         problems += found[2]
     return folders, entries, problems
+
+
+def raise_error(error: OSError) -> None:
+    raise error
 
 
 def files_of(folder: Path, below: str, label: str | None) -> tuple[list[Path], list[Entry], list[str]]:

@@ -18,12 +18,16 @@ from typing import Any
 import numpy as np
 
 from vca.data.formats.pages import CODECS, CompressedPlaces
-from vca.data.scan import Entry, Scan
+from vca.data.scan import Entry, Scan, one_line
 from vca.runtime.errors import ConfigError
 
 IMAGE_COLUMNS, LABEL_COLUMNS = ("image", "img"), ("label", "labels")
 THREADS = 4  # files that are indexed at once
 PREFIX = 64  # bytes of an image that are searched for in a file
+
+
+class ContentError(ValueError):
+    """A table has other contents than images and labels; the message has the remedy."""
 
 
 @dataclass(frozen=True)
@@ -89,14 +93,14 @@ def scan_tables(paths: Sequence[Path], index_file: Any, accesses: Sequence[str])
 def index_parquet(path: Path, number: int, access: str) -> Rows:
     """Index a parquet file for an access; stop at the first row group that it cannot read."""
     pa = import_pyarrow()
-    rows = Rows()
+    rows, first, place = Rows(), 0, ""
     try:
         file = pa.parquet.ParquetFile(path, memory_map=True)
         columns = find_columns(file.schema_arrow)
         chunk = next(k for k in range(file.metadata.num_columns) if column_path(file, k) == columns.image_bytes)
-        first = 0
         with open(path, "rb") as content, mmap.mmap(content.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
             for group in range(file.num_row_groups):
+                place = f" from row {first} on"
                 metadata = file.metadata.row_group(group).column(chunk)
                 codec = metadata.compression.lower()
                 rows.placed = rows.placed and access in ("span" if codec == "uncompressed" else codec, "rows")
@@ -110,8 +114,10 @@ def index_parquet(path: Path, number: int, access: str) -> Rows:
                     add_rows(rows, batch, columns, path, number, first, find)
                     first += batch.num_rows
         rows.classes = columns.classes
+    except ContentError as error:
+        rows.problems.append(f"{path}: {error}")
     except (OSError, ValueError, pa.ArrowException) as error:
-        rows.problems.append(f"{path}: cannot be read as parquet ({one_line(error)}); copy it again")
+        rows.problems.append(f"{path}: cannot be read as parquet{place} ({one_line(error)}); copy it again")
     return rows
 
 
@@ -129,6 +135,7 @@ def index_arrow(path: Path, number: int, access: str) -> Rows:
             columns = find_columns(reader.schema)
             batches = reader if stream else map(reader.get_batch, range(reader.num_record_batches))
             for batch in batches:
+                batch.validate(full=True)  # invalid offsets would crash the process
                 starts = places_in(image_array(batch, columns), base, size)
 
                 def find(row: int, value: Any, starts: np.ndarray = starts) -> tuple[int, int]:
@@ -137,6 +144,8 @@ def index_arrow(path: Path, number: int, access: str) -> Rows:
                 add_rows(rows, batch, columns, path, number, first, find)
                 first += batch.num_rows
         rows.classes = columns.classes
+    except ContentError as error:
+        rows.problems.append(f"{path}: {error}")
     except (OSError, ValueError, pa.ArrowException) as error:
         rows.problems.append(f"{path}: cannot be read as an Arrow file ({one_line(error)}); copy it again")
     return rows
@@ -146,12 +155,14 @@ def places_in(images: Any, base: int, size: int) -> np.ndarray:
     """Return the offsets of the images of an Arrow array in a file that is mapped to the address `base`.
 
     Raises:
-        ValueError: if the file does not contain them verbatim.
+        ContentError: if the file does not contain them verbatim.
     """
     pa = import_pyarrow()
     _, offsets, data = images.buffers()
-    if data is None or not base <= data.address <= base + size:
-        raise ValueError("it has compressed buffers; write it without compression")
+    if data is None or not data.size:  # all are null or empty
+        return np.zeros(len(images), np.int64)
+    if not base <= data.address <= base + size:
+        raise ContentError("has compressed buffers; write it without compression")
     kind = np.int64 if images.type == pa.large_binary() else np.int32
     return np.frombuffer(offsets, kind)[images.offset :].astype(np.int64) + (data.address - base)
 
@@ -196,8 +207,8 @@ def add_rows(rows: Rows, batch: Any, columns: Columns, path: Path, number: int, 
         image = images[row]
         if not image.is_valid:
             rows.problems.append(f"{path}: row {first + row} has no image bytes; embed the images in the file")
-        elif label is None or label == -1:
-            rows.problems.append(f"{path}: row {first + row} has no label; remove the row")
+        elif label is None or (isinstance(label, int) and label < 0):
+            rows.problems.append(f"{path}: row {first + row} has no label, got {label}; remove the row")
         else:
             value = image.as_buffer()
             place = find(row, value) if find is not None else (first + row, value.size)
@@ -212,19 +223,19 @@ def find_columns(schema: Any) -> Columns:
     """Find the columns of images and labels.
 
     Raises:
-        ValueError: if they are missing or have another type.
+        ContentError: if they are missing or have another type.
     """
     pa = import_pyarrow()
     image = next((name for name in IMAGE_COLUMNS if name in schema.names), None)
     label = next((name for name in LABEL_COLUMNS if name in schema.names), None)
     if image is None or label is None:
-        raise ValueError(f"must have columns image and label, got {', '.join(schema.names) or 'none'}")
+        raise ContentError(f"must have columns image and label, got {', '.join(schema.names) or 'none'}; rename them")
     kind, binary = schema.field(image).type, (pa.binary(), pa.large_binary())
     in_struct = pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0
     if kind not in binary and not (in_struct and kind.field("bytes").type in binary):
-        raise ValueError(f"column {image} must have the type {{bytes, path}}, got {kind}")
+        raise ContentError(f"column {image} must have the type {{bytes, path}}, got {kind}; write it with datasets")
     if not (pa.types.is_integer(schema.field(label).type) or pa.types.is_string(schema.field(label).type)):
-        raise ValueError(f"column {label} must have integers or strings, got {schema.field(label).type}")
+        raise ContentError(f"column {label} must have integers or strings, got {schema.field(label).type}; convert it")
     described = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
     classes = described.get("info", {}).get("features", {}).get(label, {}).get("names")
     return Columns(image, label, f"{image}.bytes" if in_struct else image, classes)
@@ -276,7 +287,3 @@ def read_row(path: str, row: int) -> bytes:
     value = read_group(path, group)[row - int(firsts[group])]
     content: bytes = (value["bytes"] if "." in column else value).as_py()
     return content
-
-
-def one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]

@@ -11,6 +11,7 @@ from vca.data.scan import Entry, Scan, by_class_folder
 
 HEADER = struct.Struct("<4s5H3L2H")  # signature, version, flags, method, time, date, crc, sizes, name, extra
 SIGNATURE = b"PK\3\4"
+STREAMED, TAIL = 8, 8  # flag of members whose CRC is behind them; bytes of an optional signature and the CRC
 
 
 def scan_zip(paths: Sequence[Path], split: str) -> Scan:
@@ -24,7 +25,12 @@ def scan_zip(paths: Sequence[Path], split: str) -> Scan:
                     if info.filename in infos:
                         scan.problems.append(f"{path}: {info.filename} exists twice; zip the folder again")
                     infos[info.filename] = info
-        except (OSError, zipfile.BadZipFile) as error:
+        except NotImplementedError as error:
+            scan.problems.append(f"{path}: cannot be read ({error}); zip the folder with `zip -0 -r`")
+            continue
+        except (zipfile.BadZipFile, OSError, ValueError) as error:  # of a seek, or a name that cannot be decoded
+            if isinstance(error, OSError) and error.filename is not None:  # it cannot be opened
+                raise
             scan.problems.append(f"{path}: is not a zip or is truncated ({error}); copy it again")
             continue
         with open(path, "rb") as file:
@@ -33,7 +39,7 @@ def scan_zip(paths: Sequence[Path], split: str) -> Scan:
                 info = infos[name]
                 header = os.pread(file.fileno(), HEADER.size, info.header_offset)
                 problem = member_problem(info, header)
-                size = HEADER.size + sum(HEADER.unpack(header)[-2:]) + info.compress_size if not problem else 0
+                size = member_size(info, header) if not problem else 0
                 if problem is None and info.header_offset + size > length:
                     problem = "is truncated; copy it again"
                 if problem is not None:
@@ -54,6 +60,12 @@ def member_problem(info: zipfile.ZipInfo, header: bytes) -> str | None:
     return None
 
 
+def member_size(info: zipfile.ZipInfo, header: bytes) -> int:
+    """Return the size of a member with its local header and, if it was written to a pipe, the CRC behind it."""
+    _, _, flags, *_, name, extra = HEADER.unpack(header)
+    return HEADER.size + name + extra + info.compress_size + (TAIL if flags & STREAMED else 0)
+
+
 def unpack(member: bytes) -> bytes:
     """Decode a member with its local header.
 
@@ -64,10 +76,14 @@ def unpack(member: bytes) -> bytes:
     content = member[HEADER.size + name + extra :]
     if signature != SIGNATURE:
         raise ValueError("no header in the zip; the zip changed")
+    known = {crc}
+    if flags & STREAMED:
+        content, tail = content[:-TAIL], content[-TAIL:]
+        known |= {int.from_bytes(tail[:4], "little"), int.from_bytes(tail[4:], "little")}
     try:
         content = content if method == zipfile.ZIP_STORED else zlib.decompress(content, -zlib.MAX_WBITS)
     except zlib.error as error:
         raise ValueError(f"corrupt in the zip ({error})") from error
-    if not flags & 8 and zlib.crc32(content) != crc:  # with flag 8, the CRC is behind the content
+    if zlib.crc32(content) not in known:
         raise ValueError("bad CRC in the zip")
     return content
