@@ -1,14 +1,18 @@
-"""Atomic file writes (a kill leaves the old file or the new one) and safe reading of tensors."""
+"""Atomic file writes (a kill leaves the old file or the new one), locks, and safe reading of tensors."""
 
 import errno
+import fcntl
 import os
 import re
 import shutil
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
+
+from vca.runtime.errors import ConfigError
 
 
 class UnreadableError(RuntimeError):
@@ -24,18 +28,31 @@ def write_bytes(path: Path, content: bytes | memoryview, sync: bool = True) -> N
         OSError: if the write fails; the message has the needed and the free space. The old file is unchanged and the
             temporary file is removed.
     """
+    with open_atomic(path, sync, len(content)) as file:
+        file.write(content)
+
+
+@contextmanager
+def open_atomic(path: Path, sync: bool = True, size: int | None = None) -> Iterator[BinaryIO]:
+    """Open a new file that replaces `path` when the context ends without an error, as `write_bytes`.
+
+    Raises:
+        OSError: if the write fails; the message has the free space, and `size` if it is given.
+    """
     temporary = path.with_suffix(".tmp")
     try:
         with open(temporary, "wb") as file:
-            file.write(content)
+            yield file
             if sync:
                 file.flush()
                 os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as error:
+    except BaseException as error:
         with suppress(OSError):
             temporary.unlink()
-        raise OSError(error.errno, f"{error.strerror}, {space(len(content), path.parent)}", str(path)) from error
+        if isinstance(error, OSError):
+            raise OSError(error.errno, f"{error.strerror}, {space(size, path.parent)}", str(path)) from error
+        raise
     if not sync:
         return
     folder = os.open(path.parent, os.O_RDONLY)
@@ -43,6 +60,22 @@ def write_bytes(path: Path, content: bytes | memoryview, sync: bool = True) -> N
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def lock_folder(folder: Path) -> BinaryIO:
+    """Lock a folder while the returned file is open; processes that this one starts do not hold the lock.
+
+    Raises:
+        ConfigError: if another process holds the lock. File systems without locks are not protected.
+    """
+    file = open(folder / "lock", "wb")  # noqa: SIM115 - the lock lasts while the file is open
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EAGAIN, errno.EACCES):
+            file.close()
+            raise ConfigError(f"{folder} is in use by another process; wait for it or stop it") from error
+    return file
 
 
 def append_line(path: Path, line: str) -> None:
@@ -62,13 +95,13 @@ def append_line(path: Path, line: str) -> None:
         raise OSError(error.errno, f"{error.strerror}, {space(len(content), path.parent)}", str(path)) from error
 
 
-def space(needed: int, folder: Path) -> str:
-    """Format the needed and the free space, such as `12.3 MB needed, 4.0 MB free`."""
+def space(needed: int | None, folder: Path) -> str:
+    """Format the needed space, if it is known, and the free space, such as `12.3 MB needed, 4.0 MB free`."""
     try:
         free = f"{shutil.disk_usage(folder).free / 1e6:.1f} MB"
     except OSError:
         free = "unknown space"
-    return f"{needed / 1e6:.1f} MB needed, {free} free"
+    return f"{free} free" if needed is None else f"{needed / 1e6:.1f} MB needed, {free} free"
 
 
 def write_text(path: Path, text: str) -> None:

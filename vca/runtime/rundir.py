@@ -10,8 +10,6 @@ snapshots/        see vca.training.snapshots
 """
 
 import dataclasses
-import errno
-import fcntl
 import itertools
 import json
 import os
@@ -30,7 +28,7 @@ import torch
 from vca.runtime.devices import device_name, processor_name
 from vca.runtime.distributed import World
 from vca.runtime.errors import ConfigError
-from vca.runtime.files import append_line, write_bytes, write_text
+from vca.runtime.files import append_line, lock_folder, write_bytes, write_text
 from vca.runtime.provenance import code_sha256, provenance
 from vca.runtime.renamed import with_new_names
 
@@ -142,12 +140,7 @@ class RunDirectory:
         Raises:
             ConfigError: if another process holds the lock. File systems without locks are not protected.
         """
-        self.locked = open(self.path / "lock", "w")  # noqa: SIM115 - the lock lasts while the file is open
-        try:
-            fcntl.lockf(self.locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EAGAIN, errno.EACCES):
-                raise ConfigError(f"{self.path} is in use by another process; wait for it or stop it") from error
+        self.locked = lock_folder(self.path)
 
     def device_hours(self) -> float:
         """Return the device-hours of all starts, up to the last record of each, also of steps that were repeated."""
