@@ -60,14 +60,18 @@ def sorted_labels(scan: Scan) -> list[Label]:
 def label_names(scan: Scan, labels: Sequence[Label]) -> dict[Label, str]:
     """Return the names of the labels; {} for integers without names.
 
-    Integers have the WordNet ids in the names of their images, or the names that the files have.
+    Integers have the WordNet ids in the names of their images, or the names that the files have. The latter come first
+    if they are the names of the images' folders.
 
     Raises:
         ValueError: if images with the same WordNet id have different labels.
     """
     if any(isinstance(label, str) for label in labels):
         return {label: str(label) for label in labels}
-    return wordnet_names(scan.entries) or dict(enumerate(scan.classes or ()))
+    stored: dict[Label, str] = dict(enumerate(scan.classes or ()))
+    if all(entry.name.startswith(f"{stored.get(entry.label or 0)}/") for entry in scan.entries):
+        return stored
+    return wordnet_names(scan.entries) or stored
 
 
 def wordnet_names(entries: Sequence[Entry]) -> dict[Label, str] | None:
