@@ -17,6 +17,7 @@ from models import CLASSIFIERS, GENERATORS
 from vca.attention import ATTENTIONS
 from vca.config import (
     EvalFidConfig,
+    PrepareImagesConfig,
     PrepareLatentsConfig,
     ReferenceStatsConfig,
     SampleConfig,
@@ -35,6 +36,7 @@ SCRIPTS: dict[str, type] = {
     "train_gen": TrainGenConfig,
     "sample": SampleConfig,
     "eval_fid": EvalFidConfig,
+    "prepare_images": PrepareImagesConfig,
     "prepare_latents": PrepareLatentsConfig,
     "reference_stats": ReferenceStatsConfig,
 }

@@ -21,12 +21,12 @@ import eval_fid
 import sample
 import train_cls
 import train_gen
-from scripts import doctor, prepare_latents, reference_stats
+from scripts import doctor, prepare_images, prepare_latents, reference_stats
 from tests import processes
 from tests.support import DRAWN, EXTRACTOR, SMALL_DIT, TINY
 from vca.config import compose
 
-for script in (train_cls, train_gen, sample, eval_fid, prepare_latents, reference_stats, doctor):
+for script in (train_cls, train_gen, sample, eval_fid, prepare_images, prepare_latents, reference_stats, doctor):
     script.register_configs()
 
 

@@ -5,6 +5,7 @@ from vca.config.pipeline import generator_groups, load_generated_images
 from vca.config.schema import (
     DoctorConfig,
     EvalFidConfig,
+    PrepareImagesConfig,
     PrepareLatentsConfig,
     ReferenceStatsConfig,
     SampleConfig,
@@ -15,6 +16,7 @@ from vca.config.schema import (
 __all__ = [
     "DoctorConfig",
     "EvalFidConfig",
+    "PrepareImagesConfig",
     "PrepareLatentsConfig",
     "ReferenceStatsConfig",
     "SampleConfig",

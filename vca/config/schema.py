@@ -175,6 +175,42 @@ class PrepareLatentsConfig:
         check(self.workers >= 0, "workers", ">= 0", self.workers)
 
 
+class ShardForm(Enum):
+    """Form of prepared images: WebDataset tars, or parquet files of the Hugging Face layout."""
+
+    tar = "tar"
+    parquet = "parquet"
+
+
+@dataclass
+class PrepareImagesConfig:
+    """Config of `scripts/prepare_images.py`.
+
+    Attributes:
+        out: folder of the shards, the `data.root` of runs on them.
+        form: `tar` (WebDataset shards) or `parquet` (Hugging Face layout).
+        images_per_shard: images per file.
+        max_side: largest shorter side, in pixels; larger images are resized. Null copies all images byte for byte.
+        quality: JPEG quality of resized images.
+        workers: processes, each of which writes one shard at a time; 0 uses the main process.
+    """
+
+    out: str = MISSING
+    data: ImageDataConfig = field(default_factory=ImageDataConfig)
+    form: ShardForm = ShardForm.tar
+    images_per_shard: int = 4096
+    max_side: int | None = None
+    quality: int = 95
+    workers: int = 4
+
+    def __post_init__(self) -> None:
+        check_path("out", self.out)
+        check(self.images_per_shard >= 1, "images_per_shard", ">= 1", self.images_per_shard)
+        check(self.max_side is None or self.max_side >= 1, "max_side", ">= 1 or null", self.max_side)
+        check(1 <= self.quality <= 95, "quality", "from 1 to 95", self.quality)
+        check(self.workers >= 0, "workers", ">= 0", self.workers)
+
+
 @dataclass
 class GeneratorConfig:
     """A trained generator and its sampling settings, shared by `sample.py` and `eval_fid.py`.

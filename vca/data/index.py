@@ -40,7 +40,7 @@ class Meta:
         files: paths of the files, relative to the folder of the data.
         classes: class names in the order of their labels.
         identity: number of images, total bytes, and a sha256 over names, sizes and labels in the order of the index;
-            equal for each format of the same images with the same names.
+            equal for each format of the same images with the same names. A resized copy has `prepared` in addition.
         arrays: sha256 of the array files.
         watched: state of the files and folders, see `state_of`.
     """

@@ -16,6 +16,7 @@ from vca.data.classes import number_classes, with_label_file, without_single_fol
 from vca.data.config import DataConfig
 from vca.data.formats import COSTLY, FORMATS
 from vca.data.index import ROW, THREADS, VERSION, ImageIndex, Meta, digest, first_change, read_index, state_of, store
+from vca.data.prepared import manifest_of
 from vca.data.scan import Scan
 from vca.data.splits import base_folder, check_class_folders, find_source
 from vca.runtime.distributed import ONE, World
@@ -148,6 +149,7 @@ def scan_split(config: DataConfig, split: str) -> tuple[str, Scan]:
         ConfigError: if there are no files, or a class or label file is invalid.
     """
     form, paths = find_source(config, split)
+    prepared = manifest_of(paths)
     if form == "folder" and config.train is None and config.val is None:
         check_class_folders(config)
     try:
@@ -158,6 +160,7 @@ def scan_split(config: DataConfig, split: str) -> tuple[str, Scan]:
         ) from error
     if scan.access != "file":
         scan.entries = without_single_folder(scan.entries)
+    scan.change = prepared.change if prepared is not None else None
     if any(entry.label is None for entry in scan.entries):
         scan.entries = with_label_file(scan, config)
     if not scan.entries:
@@ -191,6 +194,7 @@ def pack(base: Path, form: str, scan: Scan) -> ImageIndex:
         listing.update("\0".join(classes).encode())
     size = sum(entry.content for entry in entries)
     identity = {"files": len(entries), "bytes": size, "sha256": listing.hexdigest()}
+    identity |= {"prepared": scan.change} if scan.change is not None else {}
     watched = list(scan.watched)
     if scan.access == "file":
         watched += [scan.files[0] / entry.name for entry in entries[:: max(1, len(entries) // SAMPLED_IMAGES)]]

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # as torchvision's ImageFolder
 SPLITS = {"train": ("train", "training"), "val": ("val", "validation", "valid")}  # split -> names in files and folders
@@ -39,6 +39,7 @@ class Scan:
         watched: files and folders that change if images are added, removed or replaced.
         classes: names of integer labels, if the files have them.
         problems: one line per unusable file, member or row.
+        change: how prepared images differ from their source, see `vca.data.prepared.Manifest.change`.
     """
 
     access: str
@@ -47,6 +48,7 @@ class Scan:
     watched: list[Path] = field(default_factory=list)
     classes: list[str] | None = None
     problems: list[str] = field(default_factory=list)
+    change: dict[str, Any] | None = None
 
 
 def is_image(name: str) -> bool:

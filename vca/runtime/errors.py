@@ -61,6 +61,8 @@ def known_cause(error: Exception) -> str | None:
         reason = re.search(r"signal: (\w+)", text)
         how = f"by {reason[1]}" if reason else "by another process"
         return f"a loader worker was killed {how}, probably out of memory; rerun the command to resume"
+    if type(error).__name__ == "BrokenProcessPool":
+        return "a worker process was killed, probably out of memory; rerun the command to resume"
     # torch's DistNetworkError, DistStoreError and so on are RuntimeErrors; gloo and NCCL also raise bare ones.
     if type(error).__name__.startswith("Dist") or re.search("gloo|by peer|pair closure|NCCL", text):
         what = "timed out" if re.search("[Tt]imed out|timeout", text) else "exited or is unreachable"
