@@ -272,7 +272,7 @@ def test_prepare_images_full_disk_one_line(folders, tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (8192, hard))
     try:
-        with pytest.raises(OSError, match=r"File too large, [\d.]+ MB free") as error:
+        with pytest.raises(OSError, match="File too large") as error:
             prepare(folders, tmp_path / "out")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

@@ -114,8 +114,8 @@ def read_manifest(folder: Path) -> Manifest | None:
     """
     file = folder / "manifest.json"
     try:
-        content = json.loads(file.read_bytes())
-        return Manifest(**content) if "images_per_shard" in content else None
+        content = file.read_bytes()
+        return Manifest(**json.loads(content)) if b'"images_per_shard"' in content else None
     except FileNotFoundError:
         return None
     except (OSError, TypeError, ValueError) as error:

@@ -37,7 +37,7 @@ def open_atomic(path: Path, sync: bool = True, size: int | None = None) -> Itera
     """Open a new file that replaces `path` when the context ends without an error, as `write_bytes`.
 
     Raises:
-        OSError: if the write fails; the message has the free space, and `size` if it is given.
+        OSError: if the write fails; the message has the free space if `size` is given.
     """
     temporary = path.with_suffix(".tmp")
     try:
@@ -51,7 +51,8 @@ def open_atomic(path: Path, sync: bool = True, size: int | None = None) -> Itera
         with suppress(OSError):
             temporary.unlink()
         if isinstance(error, OSError):
-            raise OSError(error.errno, f"{error.strerror}, {space(size, path.parent)}", str(path)) from error
+            more = f", {space(size, path.parent)}" if size is not None else ""
+            raise OSError(error.errno, f"{error.strerror}{more}", str(path)) from error
         raise
     if not sync:
         return
@@ -95,13 +96,13 @@ def append_line(path: Path, line: str) -> None:
         raise OSError(error.errno, f"{error.strerror}, {space(len(content), path.parent)}", str(path)) from error
 
 
-def space(needed: int | None, folder: Path) -> str:
-    """Format the needed space, if it is known, and the free space, such as `12.3 MB needed, 4.0 MB free`."""
+def space(needed: int, folder: Path) -> str:
+    """Format the needed and the free space, such as `12.3 MB needed, 4.0 MB free`."""
     try:
         free = f"{shutil.disk_usage(folder).free / 1e6:.1f} MB"
     except OSError:
         free = "unknown space"
-    return f"{free} free" if needed is None else f"{needed / 1e6:.1f} MB needed, {free} free"
+    return f"{needed / 1e6:.1f} MB needed, {free} free"
 
 
 def write_text(path: Path, text: str) -> None:
