@@ -1,5 +1,7 @@
 """Every form of the same images has the same images, labels, classes and order."""
 
+import zipfile
+
 import numpy as np
 import pytest
 from torchvision.datasets import ImageFolder
@@ -7,6 +9,7 @@ from torchvision.datasets import ImageFolder
 from tests.data.forms import CLASSES, WRITERS, photos, write_form
 from vca.data import load_dataset
 from vca.data.config import DataConfig
+from vca.runtime.errors import ConfigError
 
 
 def load(root, train=True, **options):
@@ -36,3 +39,27 @@ def test_form_equals_class_folders(folders, tmp_path, form):
         for index in range(len(expected)):
             assert images.index.read(index) == expected.index.read(index)
         assert np.array_equal(images[3][0], expected[3][0])
+
+
+def write_zip(file, names):
+    with zipfile.ZipFile(file, "w") as archive:
+        for name in names:
+            archive.writestr(name, "content")
+    return file
+
+
+@pytest.mark.parametrize("other", ["", "test/ant/3.jpg"])
+def test_archive_of_the_training_split_has_no_evaluation_split(tmp_path, other):
+    """It would be evaluated on its training images, or on classes called train and test."""
+    file = write_zip(tmp_path / "data.zip", filter(None, ["train/ant/1.jpg", "train/bee/2.jpg", other]))
+    assert load(file, num_classes=2).classes == ["ant", "bee"]
+    with pytest.raises(ConfigError, match=f"{file}: no images of val found"):
+        load(file, train=False, num_classes=2)
+
+
+def test_archive_class_called_train(tmp_path):
+    """It is a class beside other classes, and a split if it contains classes."""
+    file = write_zip(tmp_path / "data.zip", ["train/1.jpg", "tram/2.jpg"])
+    assert load(file, num_classes=2).classes == ["train", "tram"]
+    file = write_zip(tmp_path / "both.zip", ["train/train/1.jpg", "train/tram/2.jpg", "val/3.jpg", "doc/4.jpg"])
+    assert load(file, num_classes=2).classes == ["train", "tram"]
