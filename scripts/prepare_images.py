@@ -27,6 +27,7 @@ from vca.data import identify_files, load_dataset
 from vca.data.config import DataConfig
 from vca.data.imagefolder import IndexedImages
 from vca.data.index import ImageIndex
+from vca.data.indexing import scan_split
 from vca.data.prepared import Manifest
 from vca.data.shards import encoder_version, sample_keys, shard_order, write_shard
 from vca.data.splits import in_root
@@ -57,14 +58,19 @@ def open_splits(data: DataConfig) -> dict[str, ImageIndex]:
     """Open the training split and, if there is one, the evaluation split."""
     images = {"train": load_dataset(data, True)}
     check(isinstance(images["train"], IndexedImages), "data", "images in files", data.name)
-    root = Path(data.root or "")
-    if data.val is not None or (data.root is not None and (root.is_file() or in_root(root, "val"))):
+    if has_val(data):
         images["val"] = load_dataset(data, False)
         identify_files(**images)  # raises an error if the classes differ
-    indexes = {split: one.index for split, one in images.items()}
-    if root.is_file() and data.val is None and indexes["train"].meta.identity == indexes["val"].meta.identity:
-        del indexes["val"]  # an archive without folders of splits
-    return indexes
+    return {split: one.index for split, one in images.items()}
+
+
+def has_val(data: DataConfig) -> bool:
+    """Whether there is an evaluation split; an archive without folders of splits has only a training split."""
+    root = Path(data.root or "")
+    if data.val is not None or not root.is_file():
+        return data.val is not None or bool(data.root and in_root(root, "val"))
+    train, val = (scan_split(data, split)[1].entries for split in ("train", "val"))
+    return bool(val) and val != train
 
 
 def make_manifest(config: PrepareImagesConfig, index: ImageIndex) -> Manifest:

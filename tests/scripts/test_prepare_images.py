@@ -169,6 +169,17 @@ def test_prepared_images_keep_names_of_class_folders(tmp_path):
     assert load(tmp_path / "out").classes == ["a_dog", "b_fish", "c_radio"]
 
 
+@pytest.mark.parametrize("splits", [(), ("train",), ("train", "val")])
+def test_prepare_images_splits_of_an_archive(folders, tmp_path, splits):
+    """An archive without folders of splits is a training split."""
+    parent = tmp_path / "tree"
+    for split in splits or ("train",):
+        shutil.copytree(folders / split, parent / split)
+    root = parent if splits else parent / "train"
+    file = shutil.make_archive(str(tmp_path / "data"), "zip", root)
+    assert tuple(prepare(file, tmp_path / "out")) == (splits or ("train",))
+
+
 @pytest.mark.process
 @pytest.mark.parametrize("form", FORMS)
 def test_prepare_images_after_kill_is_exact(folders, tmp_path, form):
