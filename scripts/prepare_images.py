@@ -7,8 +7,9 @@ The source may have any form that a run reads; `out/train` and, if the source ha
 train on them: `data.root=OUT`. Images are shuffled with a fixed seed, for tools that stream shards and shuffle only a
 buffer; runs of this project read images in any order. Rerunning the command resumes, with any number of workers.
 
-Without `max_side` all images are copied byte for byte. With it, images whose shorter side is larger are resized. The
-config of a run on such a copy says so (`data_files.train.prepared`), since it is another data set.
+Without `max_side` all images are copied byte for byte. Parquet files also keep their names, so that a run on class
+folders can be resumed on the copy; tars name JPEG files `.jpg`. With `max_side`, images whose shorter side is larger
+are resized. The config of a run on them says so (`data_files.train.prepared`), since it is another data set.
 """
 
 import multiprocessing
@@ -66,7 +67,7 @@ def open_splits(data: DataConfig) -> dict[str, ImageIndex]:
 
 def has_val(data: DataConfig) -> bool:
     """Whether there is an evaluation split; an archive without folders of splits has only a training split."""
-    root = Path(data.root or "")
+    root = Path(data.root or "").expanduser()
     if data.val is not None or not root.is_file():
         return data.val is not None or bool(data.root and in_root(root, "val"))
     train, val = (scan_split(data, split)[1].entries for split in ("train", "val"))
@@ -94,7 +95,7 @@ def prepare(config: PrepareImagesConfig, split: str, index: ImageIndex, manifest
     folder, names = Path(config.out, split), manifest.names(split)
     if manifest.form == "tar" and not (folder / "classes.txt").exists():
         write_text(folder / "classes.txt", "".join(f"{name}\n" for name in manifest.classes))
-    keys = sample_keys(index)
+    keys = sample_keys(index, manifest.form)
     images = [(number, keys[number]) for number in shard_order(index).tolist()]
     size = manifest.images_per_shard
     parts = [images[start : start + size] for start in range(0, len(images), size)]

@@ -220,6 +220,7 @@ WRONG_PATHS = [
     ("train_gen", "name", LONG, r"name must be a path of names of at most 200 bytes, got '202 bytes in"),
     ("sample", "out", "a\rb", r"out must be without control characters, got 'a\\rb'"),
     ("prepare_latents", "out", LONG, r"out must be a path of names of at most 200 bytes, got '202 bytes in"),
+    ("prepare_images", "out", LONG, r"out must be a path of names of at most 200 bytes, got '202 bytes in"),
     ("eval_fid", "out", LONG, r"out must be a path of names of at most 200 bytes, got '202 bytes in"),
     ("reference_stats", "out", "a\0.npz", r"out must be without control characters, got 'a\\x00.npz'"),
 ]

@@ -29,11 +29,10 @@ ROWS = 100  # images in a row group of a parquet file; readers that decode row g
 
 
 class Sample(NamedTuple):
-    """An image of a shard: its name `class/stem` without extension, the file, its extension, its label."""
+    """An image of a shard: its name `class/stem.jpg`, the file, its label."""
 
-    key: str
+    name: str
     content: bytes
-    suffix: str
     label: int
 
 
@@ -42,24 +41,30 @@ def encoder_version() -> str:
     return f"Pillow {PIL.__version__}, libjpeg {features.version('libjpeg_turbo') or features.version('jpg')}"
 
 
-def sample_keys(index: ImageIndex) -> list[str]:
-    """Return a unique name `class/stem` for each image, without extension.
+def sample_keys(index: ImageIndex, form: str) -> list[str]:
+    """Return a unique name `class/stem` for each image: without extension in tars, as in the source in parquet files.
 
-    Dots become hyphens, since WebDataset ends a name at the first dot of the file name. Images with equal names get
-    numbers.
+    In tars dots become hyphens, since WebDataset ends a name at the first dot of the file name. Images with equal names
+    get numbers.
     """
     keys: dict[str, None] = {}
     for number, label in enumerate(index.rows["label"].tolist()):
         folder, name = f"{index.meta.classes[label]}/", index.name(number)
         name = os.path.normpath("/" + name.lstrip("/"))[1:].encode(errors="replace").decode()  # without .. and bytes
-        name = os.path.splitext(name)[0] if is_image(name) else name  # noqa: PTH122, a string is faster
-        above, slash, stem = (name if name.startswith(folder) else folder + name).rpartition("/")
-        key = base = above + slash + stem.replace(".", "-")
-        copies = itertools.count(1)
+        stem, suffix = split_suffix(name if name.startswith(folder) else folder + name)
+        if form == "tar":
+            above, slash, stem = stem.rpartition("/")
+            stem, suffix = above + slash + stem.replace(".", "-"), ""
+        key, copies = stem + suffix, itertools.count(1)
         while key in keys:
-            key = f"{base}-{next(copies)}"
+            key = f"{stem}-{next(copies)}{suffix}"
         keys[key] = None
     return list(keys)
+
+
+def split_suffix(name: str) -> tuple[str, str]:
+    """Split the extension of an image from a name; it is empty if the name has none."""
+    return os.path.splitext(name) if is_image(name) else (name, "")  # noqa: PTH122 - a string is faster
 
 
 def shard_order(index: ImageIndex) -> np.ndarray:
@@ -99,7 +104,8 @@ def write_shard(
         for number, key in images:
             content, suffix, changed = prepare_image(index, number, manifest.max_side, manifest.quality)
             resized += changed
-            yield Sample(key, content, suffix, int(index.rows[number]["label"]))
+            stem, given = split_suffix(key)
+            yield Sample(stem + (given if given and not changed else suffix), content, int(index.rows[number]["label"]))
 
     with open_atomic(path) as file:
         (write_tar if manifest.form == "tar" else write_parquet)(file, samples(), manifest.classes)
@@ -141,9 +147,9 @@ def prepare_image(index: ImageIndex, number: int, max_side: int | None, quality:
 def write_tar(file: BinaryIO, samples: Iterator[Sample], classes: list[str]) -> None:
     """Write a WebDataset shard: `KEY.jpg` and `KEY.cls` of each sample."""
     with tarfile.open(fileobj=file, mode="w") as archive:
-        for key, content, suffix, label in samples:
-            for name, part in ((key + suffix, content), (f"{key}.cls", b"%d" % label)):
-                info = tarfile.TarInfo(name)
+        for name, content, label in samples:
+            for member, part in ((name, content), (f"{split_suffix(name)[0]}.cls", b"%d" % label)):
+                info = tarfile.TarInfo(member)
                 info.size = len(part)
                 archive.addfile(info, io.BytesIO(part))
             archive.members = []  # type: ignore[attr-defined]  # else it grows
@@ -161,6 +167,6 @@ def write_parquet(file: BinaryIO, samples: Iterator[Sample], classes: list[str])
     schema = pa.schema([("image", image), ("label", pa.int64())], metadata)
     with pa.parquet.ParquetWriter(file, schema, compression="none", use_dictionary=False) as writer:
         while rows := list(itertools.islice(samples, ROWS)):
-            images = [{"bytes": content, "path": key + suffix} for key, content, suffix, _ in rows]
+            images = [{"bytes": row.content, "path": row.name} for row in rows]
             columns = {"image": pa.array(images, image), "label": pa.array([row.label for row in rows], pa.int64())}
             writer.write_table(pa.table(columns, schema=schema))
