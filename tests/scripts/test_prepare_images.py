@@ -12,6 +12,7 @@ from PIL import Image
 
 import train_cls
 from scripts import prepare_images
+from scripts.export import export
 from tests.data.forms import CLASSES, photos, write_form
 from tests.processes import run_script
 from tests.support import start_and_kill, write_png16
@@ -331,6 +332,12 @@ def test_run_on_resized_images_records_it(folders, tmp_path):
     source = {split: load(folders, split == "train").index.meta.identity for split in ("train", "val")}
     assert "prepared" not in go("copied", tmp_path / "copied")["train"]
     recorded = go("resized", tmp_path / "resized")
+    for name, copies in (("copied", 0), ("resized", 2)):
+        export(tmp_path / "runs" / name, None, tmp_path / "export" / name)
+        lines = (tmp_path / "export" / name / "README.md").read_text().splitlines()
+        assert sum(line.startswith(("- train files: 12, ", "- val files: 12, ")) for line in lines) == 2
+        of = [f"JPEG quality 95, of files with sha256 `{one['sha256']}`)" for one in source.values()]
+        assert sum(line.endswith(tuple(of)) for line in lines) == copies
     for split in ("train", "val"):
         assert recorded[split]["prepared"] == {"max_side": 16, "quality": 95, "source": source[split]}
     with pytest.raises(
