@@ -143,7 +143,7 @@ def test_prepared_images_of_a_table_have_unique_names_and_class_folders(folders,
     images = [{**row, "path": name} for row, name in zip(table["image"].to_pylist(), names, strict=True)]
     table = table.set_column(0, table.schema.field("image"), [images])
     (tmp_path / "table").mkdir()
-    pq.write_table(table, tmp_path / "table" / "train.parquet", row_group_size=2)
+    pq.write_table(table, tmp_path / "table" / "train.parquet", row_group_size=2, compression="brotli")
     source = load(tmp_path / "table")
     assert source.index.meta.access == "rows"
     prepare(tmp_path / "table", tmp_path / "tar")
@@ -194,7 +194,8 @@ def test_prepare_images_after_kill_is_exact(folders, tmp_path, form):
     start_and_kill(lambda: len(list(broken.glob("train/train-*.json"))) >= 2, *command, "workers=1")
     shards = sorted((broken / "train").glob(f"*.{form}"))
     assert 2 <= len(shards) < 12
-    with pytest.raises(ConfigError, match=rf"{broken}/train is not complete; rerun scripts/prepare_images.py"):
+    refusal = "is not complete; rerun scripts/prepare_images.py" if form == "tar" else ".* is missing; copy it"
+    with pytest.raises(ConfigError, match=f"{broken}/train.?{refusal}"):
         load(broken)
     kept, cut = (path.with_suffix(f".{form}") for path in sorted((broken / "train").glob("train-*.json"))[:2])
     cut.write_bytes(cut.read_bytes()[:-1] + b"x")
