@@ -11,6 +11,7 @@ from vca.config import compose
 from vca.runtime.errors import ConfigError
 from vca.training.checkpoint import list_checkpoints, load_latest
 
+pytestmark = pytest.mark.process
 SIZED = ("data=imagefolder", f"data.num_classes={len(CLASSES)}", "data.img_size=16")
 CLASSIFIER = (
     *TINY,
@@ -88,7 +89,6 @@ def whole(root, tmp_path_factory):
     return out / "run"
 
 
-@pytest.mark.process
 @pytest.mark.parametrize("form", ["class tars", "snappy parquet"])
 def test_resume_after_kill_equals_class_folders(root, whole, tmp_path, form):
     command = ("train_cls.py", *LONG, f"data.root={root}/{form}", f"out_dir={tmp_path}", "name=run")
