@@ -109,6 +109,7 @@ WRITERS: dict[str, tuple[Callable[[Path, Path], None], str]] = {
     "snappy parquet": (lambda folder, out: write_parquet(folder, out, "snappy"), "{}"),
     "arrow": (write_arrow, "{}"),
 }
+ARCHIVES = ("zip", "class tars", "webdataset", "parquet", "arrow")  # one of each format
 
 
 def write_form(form: str, folders: Path, out: Path) -> Path:

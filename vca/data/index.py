@@ -22,12 +22,10 @@ from typing import Any
 import numpy as np
 
 from vca.data.formats import ACCESS
-from vca.data.scan import is_image
+from vca.data.scan import THREADS, state_of
 from vca.runtime.files import write_bytes, write_text
 
 VERSION = 1
-THREADS = 16  # hide the latency of a network file system
-SAMPLE, SAMPLES = 4096, 3  # bytes and number of the parts of an archive that are compared
 ROW = np.dtype([("file", "<u4"), ("offset", "<i8"), ("size", "<i8"), ("label", "<i4"), ("name_end", "<i8")])
 
 
@@ -42,7 +40,7 @@ class Meta:
         identity: number of images, total bytes, and a sha256 over names, sizes and labels in the order of the index;
             equal for each format of the same images with the same names. A resized copy has `prepared` in addition.
         arrays: sha256 of the array files.
-        watched: state of the files and folders, see `state_of`.
+        watched: state of the files and folders before they were read, see `state_of`.
     """
 
     format: str
@@ -84,22 +82,39 @@ class ImageIndex:
         return f"{file}/{self.name(index)}" if self.meta.access == "file" else f"{file}: {self.name(index)}"
 
     def read(self, index: int) -> bytes:
-        """Read the file of an image."""
+        """Read the file of an image.
+
+        Raises:
+            OSError, ValueError: if it cannot be read or changed.
+        """
         file, offset, size, _, _ = self.rows[index].item()
-        name = self.name(index) if self.meta.access == "file" else ""
-        return self.read_entry(self.files[file], name, offset, size)
+        if self.meta.access != "file":
+            return self.read_entry(self.files[file], "", offset, size)
+        content = self.read_entry(self.files[file], self.name(index), offset, size)
+        if len(content) != size:
+            raise ValueError(
+                f"its size changed from {size} to {len(content)} bytes since {self.place or 'its index'} was written; "
+                f"delete the index to use the new images"
+            )
+        return content
 
 
 def read_index(path: Path, base: Path) -> ImageIndex:
     """Read the stored index of files in `base`; its arrays are memory-mapped.
 
     Raises:
-        OSError, ValueError, TypeError, KeyError: if there is none, it is corrupt, or it has another version.
+        OSError, ValueError: if there is none, it is corrupt, or it has another version.
     """
-    meta = Meta(**json.loads(path.read_text()))
-    files = array_paths(path.parent, path.stem, meta)
-    rows, names = (np.load(files[name], mmap_mode="r", allow_pickle=False) for name in ("images", "names"))
-    if meta.version != VERSION or {"images": digest(rows), "names": digest(names)} != meta.arrays or rows.dtype != ROW:
+    try:
+        stored = json.loads(path.read_text())
+        meta = Meta(**stored["meta"])
+        files = array_paths(path.parent, path.stem, meta)
+        rows, names = (np.load(files[name], mmap_mode="r", allow_pickle=False) for name in ("images", "names"))
+        found = [meta.version, digest_json(stored["meta"]), digest(rows), digest(names), rows.dtype]
+        intact = found == [VERSION, stored["sha256"], meta.arrays["images"], meta.arrays["names"], ROW]
+    except (TypeError, KeyError, AttributeError, EOFError) as error:  # of another content than `store` writes
+        raise ValueError(f"{path} is corrupt ({error})") from error
+    if not intact:
         raise ValueError(f"{path} is corrupt or has another version")
     return ImageIndex(base, meta, rows, names, path)
 
@@ -115,7 +130,8 @@ def store(index: ImageIndex, folder: Path, key: str) -> Path | None:
             write_bytes(temporary, content.getbuffer())
             os.replace(temporary, array)
         path, temporary = folder / f"{key}.json", folder / f"{key}-{own}.json"
-        write_text(temporary, json.dumps(asdict(index.meta)) + "\n")
+        meta = asdict(index.meta)
+        write_text(temporary, json.dumps({"meta": meta, "sha256": digest_json(meta)}) + "\n")
         os.replace(temporary, path)
     except OSError:
         return None
@@ -124,22 +140,6 @@ def store(index: ImageIndex, folder: Path, key: str) -> Path | None:
 
 def array_paths(folder: Path, key: str, meta: Meta) -> dict[str, Path]:
     return {name: folder / f"{key}-{sha256[:12]}.{name}.npy" for name, sha256 in meta.arrays.items()}
-
-
-def state_of(path: Path) -> list:
-    """Return what changes if a file or folder does.
-
-    Time of a folder; size of an image; size, time and hash of some parts of an archive.
-    """
-    status = path.stat()
-    if path.is_dir():
-        return ["folder", status.st_mtime_ns]
-    if is_image(path.name):
-        return ["image", status.st_size]
-    with open(path, "rb") as file:
-        places = [status.st_size * part // SAMPLES for part in range(SAMPLES)] + [max(0, status.st_size - SAMPLE)]
-        parts = [os.pread(file.fileno(), SAMPLE, place) for place in places]
-    return ["archive", status.st_size, status.st_mtime_ns, digest(b"".join(parts))]
 
 
 def first_change(base: Path, watched: dict[str, list]) -> str | None:
@@ -165,3 +165,7 @@ def first_change(base: Path, watched: dict[str, list]) -> str | None:
 
 def digest(content: Any) -> str:
     return hashlib.sha256(content).hexdigest()
+
+
+def digest_json(content: Any) -> str:
+    return digest(json.dumps(content).encode())

@@ -7,7 +7,6 @@ import platform
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,7 @@ import numpy as np
 from vca.data.classes import number_classes, with_label_file, without_single_folder
 from vca.data.config import DataConfig
 from vca.data.formats import COSTLY, FORMATS
-from vca.data.index import ROW, THREADS, VERSION, ImageIndex, Meta, digest, first_change, read_index, state_of, store
+from vca.data.index import ROW, VERSION, ImageIndex, Meta, digest, first_change, read_index, store
 from vca.data.prepared import manifest_of
 from vca.data.scan import Scan
 from vca.data.splits import base_folder, check_class_folders, find_source
@@ -27,30 +26,39 @@ SAMPLED_IMAGES = 64  # images of class folders whose size is compared at each st
 
 
 def open_index(config: DataConfig, split: str, world: World = ONE) -> ImageIndex:
-    """Open the index of a split; rank 0 builds it if there is none or the files changed, and every rank reads it.
+    """Open the index of a split; every rank reads it.
+
+    Rank 0 builds it if there is none or the files changed. So does the first rank of another node, if it has its own
+    copy of the files.
 
     Raises:
         ConfigError: on every rank, if files are missing or unusable, or a rank has other images than rank 0.
     """
     opened: list[ImageIndex] = []
 
-    def open_or_build() -> Path | None:
+    def open_checked() -> Path | None:
         opened.append(find_index(config, split, print) or build_index(config, split))
         return opened[0].place
 
-    place, error = world.from_main(open_or_build), None
-    if not opened:
+    place, error = world.from_main(open_checked), None
+    for first_of_node in (True, False):  # a node may have its own copy of the data
         try:
-            stored = place is not None and place.exists()
-            opened.append(read_index(place, base_folder(config, split)) if stored else build_index(config, split))
+            if not opened and first_of_node == (world.local_rank == 0):
+                stored = place is not None and place.exists()
+                if stored and not first_of_node:
+                    opened.append(read_index(place, base_folder(config, split)))
+                else:
+                    open_checked()
         except (ConfigError, OSError, ValueError) as problem:
             error = ConfigError(f"rank {world.rank} on {platform.node()}: {problem}")
-    expected = world.broadcast(opened[0].meta.identity if world.is_main else None)
-    if error is None and opened[0].meta.identity != expected:
-        difference = f"{opened[0].meta.identity['files']} images, not the {expected['files']} of rank 0"
+        world.raise_first(error)
+    index = opened[0]
+    expected = world.broadcast(index.meta.identity)
+    if index.meta.identity != expected:
+        difference = f"{index.meta.identity['files']} images, not the {expected['files']} of rank 0"
         error = ConfigError(f"rank {world.rank} on {platform.node()} has other data ({difference}); copy it again")
     world.raise_first(error)
-    index, classes = opened[0], opened[0].meta.classes
+    classes = index.meta.classes
     if len(classes) != config.num_classes:
         names = f"{', '.join(classes[:3])}{', ...' if len(classes) > 3 else ''}"
         raise ConfigError(
@@ -66,15 +74,17 @@ def open_index(config: DataConfig, split: str, world: World = ONE) -> ImageIndex
 
 def find_index(config: DataConfig, split: str, log: Callable[[str], object]) -> ImageIndex | None:
     """Return the stored index of a split if it describes the files; None if it must be built."""
+    changes = []
     for folder in index_folders(config, split):
         try:
             index = read_index(folder / f"{index_key(config, split)}.json", base_folder(config, split))
-        except (OSError, ValueError, TypeError, KeyError):  # there is none, or it is corrupt
+        except (OSError, ValueError):  # there is none, or it is corrupt
             continue
-        if change := first_change(index.base, index.meta.watched):
-            log(f"data: {change} since it was indexed; indexing {split} again")
-            return None
-        return index
+        if (change := first_change(index.base, index.meta.watched)) is None:
+            return index
+        changes.append(change)
+    if changes:
+        log(f"data: {changes[0]} since it was indexed; indexing {split} again")
     return None
 
 
@@ -195,11 +205,11 @@ def pack(base: Path, form: str, scan: Scan) -> ImageIndex:
     size = sum(entry.content for entry in entries)
     identity = {"files": len(entries), "bytes": size, "sha256": listing.hexdigest()}
     identity |= {"prepared": scan.change} if scan.change is not None else {}
-    watched = list(scan.watched)
+    states = dict(zip(relative([*scan.states], base), scan.states.values(), strict=True))
     if scan.access == "file":
-        watched += [scan.files[0] / entry.name for entry in entries[:: max(1, len(entries) // SAMPLED_IMAGES)]]
-    with ThreadPoolExecutor(THREADS) as threads:
-        states = dict(zip(relative(watched, base), threads.map(state_of, watched), strict=True))
+        sampled = entries[:: max(1, len(entries) // SAMPLED_IMAGES)]
+        folder = os.path.relpath(scan.files[0], base)
+        states |= {f"{folder}/{entry.name}": ["image", entry.size] for entry in sampled}
     files, arrays = relative(scan.files, base), {"images": digest(rows), "names": digest(names)}
     meta = Meta(form, scan.access, files, classes, identity, arrays, states)
     return ImageIndex(base, meta, rows, names)

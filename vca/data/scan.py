@@ -1,12 +1,19 @@
 """The images that a format finds in its files: what every file of `vca/data/formats` returns."""
 
+import hashlib
+import os
+import stat
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import InitVar, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")  # as torchvision's ImageFolder
 SPLITS = {"train": ("train", "training"), "val": ("val", "validation", "valid")}  # split -> names in files and folders
+
+THREADS = 16  # hide the latency of a network file system
+SAMPLE, SAMPLES = 4096, 3  # bytes and number of the parts of an archive that are compared
 
 
 class Entry(NamedTuple):
@@ -37,6 +44,7 @@ class Scan:
         files: archives that contain the images; for class folders the folder of the split.
         entries: the images, in any order.
         watched: files and folders that change if images are added, removed or replaced.
+        states: state of the watched files and folders before they are read, see `state_of`.
         classes: names of integer labels, if the files have them.
         problems: one line per unusable file, member or row.
         change: how prepared images differ from their source, see `vca.data.prepared.Manifest.change`.
@@ -45,10 +53,33 @@ class Scan:
     access: str
     files: list[Path]
     entries: list[Entry] = field(default_factory=list)
-    watched: list[Path] = field(default_factory=list)
+    watched: InitVar[Sequence[Path]] = ()
     classes: list[str] | None = None
     problems: list[str] = field(default_factory=list)
     change: dict[str, Any] | None = None
+    states: dict[Path, list] = field(init=False)
+
+    def __post_init__(self, watched: Sequence[Path]) -> None:
+        self.states = {}
+        if watched:
+            with ThreadPoolExecutor(THREADS) as threads:
+                self.states = dict(zip(watched, threads.map(state_of, watched), strict=True))
+
+
+def state_of(path: Path) -> list:
+    """Return what changes if a file or folder does.
+
+    Time of a folder; size of an image; size, time and hash of some parts of an archive.
+    """
+    status = path.stat()
+    if stat.S_ISDIR(status.st_mode):
+        return ["folder", status.st_mtime_ns]
+    if is_image(path.name):
+        return ["image", status.st_size]
+    with open(path, "rb", buffering=0) as file:
+        places = [status.st_size * part // SAMPLES for part in range(SAMPLES)] + [max(0, status.st_size - SAMPLE)]
+        parts = [os.pread(file.fileno(), SAMPLE, place) for place in places]
+    return ["archive", status.st_size, status.st_mtime_ns, hashlib.sha256(b"".join(parts)).hexdigest()]
 
 
 def is_image(name: str) -> bool:

@@ -7,7 +7,7 @@ from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, NamedTuple
 
-from vca.data.scan import Entry, Scan, by_class_folder, is_apple_double, is_image
+from vca.data.scan import Entry, Scan, by_class_folder, is_apple_double, is_image, state_of
 
 BLOCK = 512  # bytes of a tar header
 COPY = "copy it again"
@@ -106,8 +106,8 @@ def scan_webdataset(paths: Sequence[Path], split: str) -> Scan:
                     scan.problems.append(f"{path}: sample {key} {error}; write the shard again")
     names = paths[0].parent / "classes.txt"
     if names.is_file():
+        scan.states[names] = state_of(names)
         scan.classes = names.read_text(errors="replace").splitlines()
-        scan.watched.append(names)
     return scan
 
 
