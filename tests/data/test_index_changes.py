@@ -149,7 +149,7 @@ def test_new_shard_is_indexed(copy, capsys):
     root = copy("webdataset")
     load(root)
     capsys.readouterr()
-    shutil.copy(root / "shards-train-000000.tar", root / "shards-train-000009.tar")
+    shutil.copy(root / "shards-train-000000.tar", root / "shards-train-000003.tar")
     with pytest.raises(ConfigError, match="exists twice"):
         load(root)
     assert f"data: {root} changed since it was indexed" in capsys.readouterr().out
