@@ -17,7 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from torch.distributed import TCPStore
+from torch.distributed import TCPStore, run
 
 ROOT = Path(__file__).parents[1]
 SERVER = multiprocessing.get_context("forkserver")
@@ -221,6 +221,12 @@ def run_command(*command: str, cwd: Path = ROOT, timeout: float = 300.0, **env: 
     check_allowed()
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.run(command, env=environment(**env), cwd=cwd, timeout=timeout, check=False, **pipes)
+
+
+def forked_torchrun(*arguments: str, ranks: int, restarts: int = 0) -> Launch:
+    """Start a real torchrun whose agent and ranks are forks, which import nothing; all have one session."""
+    fork = ["--run-path", "--start-method=fork"]
+    return Launch(run.__file__, *torchrun(ranks, restarts)[3:], *fork, *arguments)
 
 
 def torchrun(ranks: int, restarts: int = 0) -> list[str]:
