@@ -225,8 +225,8 @@ def run_command(*command: str, cwd: Path = ROOT, timeout: float = 300.0, **env: 
 
 def forked_torchrun(*arguments: str, ranks: int, restarts: int = 0) -> Launch:
     """Start a real torchrun whose agent and ranks are forks, which import nothing; all have one session."""
-    fork = ["--run-path", "--start-method=fork"]
-    return Launch(run.__file__, *torchrun(ranks, restarts)[3:], *fork, *arguments)
+    fork = ("--run-path", "--start-method=fork", f"--nproc_per_node={ranks}", f"--max_restarts={restarts}")
+    return Launch(run.__file__, *fork, *arguments)
 
 
 def torchrun(ranks: int, restarts: int = 0) -> list[str]:

@@ -298,7 +298,7 @@ def test_resume_after_lost_rank_is_exact(tmp_path, name):
     whole = run_script("train_cls.py", *options, "name=whole", ranks=3)
     assert whole.returncode == 0, whole.stderr[-3000:]
     folder = tmp_path / "broken"
-    launch = forked_torchrun(str(ROOT / "train_cls.py"), *options, "name=broken", ranks=3, restarts=1)
+    launch = forked_torchrun("--standalone", str(ROOT / "train_cls.py"), *options, "name=broken", ranks=3, restarts=1)
     launch.wait_until(lambda: last_step(folder) >= 30)
     first, lost, last = rank_processes(launch.processes[0].pid)
     others = first + last
