@@ -5,7 +5,6 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -281,10 +280,11 @@ def test_signal_seconds_bounds_time_to_save(tmp_path, save_seconds, saves):
     command = [*torchrun(1), str(tmp_path / "rank.py"), str(tmp_path)]
     call = f"run_torchrun({command}, Path('{tmp_path}/log'), {save_seconds}, False)"
     code = f"from pathlib import Path; from vca.sweep.job import *; {call}"
-    process = subprocess.Popen([sys.executable, "-c", code], env=environment(), cwd=ROOT)
-    wait_for(lambda: (tmp_path / "started").exists(), process)
-    process.terminate()
-    assert process.wait(90) == 75
+    (tmp_path / "job.py").write_text(code)
+    launch = Launch(tmp_path / "job.py")
+    launch.wait_until(lambda: (tmp_path / "started").exists())
+    launch.signal(signal.SIGTERM)
+    assert launch.wait(90) == 75
     assert (tmp_path / "saved").exists() == saves, (tmp_path / "log").read_text()[-3000:]
 
 
