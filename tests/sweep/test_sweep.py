@@ -30,6 +30,7 @@ from vca.sweep.slurm import wait_for_jobs
 from vca.sweep.summary import failure_reason, report
 from vca.training.checkpoint import list_checkpoints
 
+ON_DIT = ("stages", "contrast_grid")  # one that selects attention files, one that sets a key
 ATTENTION_FILES = sorted(path.stem for path in (CONFIGS / "attention").glob("*.yaml"))
 
 
@@ -187,9 +188,11 @@ def test_sweep_wrong_input_refused_before_start(tmp_path, overrides, line):
 
 
 @pytest.mark.process
-@pytest.mark.parametrize("script", ["train_cls", "train_gen"])
-@pytest.mark.parametrize("name", ablations())
+@pytest.mark.parametrize(
+    ("name", "script"), [*((name, "train_cls") for name in ablations()), *((name, "train_gen") for name in ON_DIT)]
+)
 def test_ablation_jobs_are_distinct_runs(name, script):
+    """`test_complexity_rows_build` also builds every row as a DiT."""
     GlobalHydra.instance().clear()
     with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
         config = hydra.compose(script, [f"ablation={name}"], return_hydra_config=True)
