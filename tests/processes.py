@@ -229,7 +229,6 @@ def forked_torchrun(*arguments: str, ranks: int, restarts: int = 0) -> Launch:
     return Launch(run.__file__, *fork, *arguments)
 
 
-def torchrun(ranks: int, restarts: int = 0) -> list[str]:
+def torchrun(ranks: int) -> list[str]:
     """Return a torchrun command that uses a free port of this machine."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    return [*command, f"--max_restarts={restarts}"]
+    return [sys.executable, run.__file__, "--standalone", f"--nproc_per_node={ranks}"]

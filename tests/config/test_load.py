@@ -5,7 +5,6 @@ import re
 import sys
 
 import pytest
-from torch.distributed import run
 
 import train_cls
 import train_gen
@@ -331,7 +330,7 @@ def test_command_line_error_printed_once_under_torchrun():
         if ranks == 1:
             done = run_command(sys.executable, "train_cls.py", "model.dpeth=3")
         else:
-            done = run_script(run.__file__, *torchrun(ranks)[3:], "train_cls.py", "model.dpeth=3")
+            done = run_script(*torchrun(ranks)[1:], "train_cls.py", "model.dpeth=3")
         assert done.returncode != 0
         said = [line for line in done.stderr.splitlines() if line.startswith("config error:")]
         assert said == ["config error: unknown key 'model.dpeth'; did you mean 'model.depth'?"], done.stderr

@@ -166,9 +166,9 @@ def test_prepare_latents_after_15_kills_is_exact(tmp_path, ranks):
     storm_of_files(tmp_path, "scripts/prepare_latents.py", options, kills=15, seed=ranks, ranks=ranks)
 
 
-def start_torchrun(*arguments, ranks, restarts=0, script=ROOT / "train_cls.py"):
+def start_torchrun(*arguments, ranks):
     """A real torchrun in a session of its own, whose ranks have sessions of their own; its output goes to a pipe."""
-    command = [*torchrun(ranks, restarts), str(script), *arguments]
+    command = [*torchrun(ranks), str(ROOT / "train_cls.py"), *arguments]
     pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     return subprocess.Popen(command, env=environment(), cwd=ROOT, **pipe)
 

@@ -6,7 +6,6 @@ import socket
 
 import pytest
 import torch
-from torch.distributed import run
 
 from tests.processes import ROOT, forked_torchrun, run_script, torchrun
 from tests.support import TINY, metrics
@@ -193,7 +192,7 @@ def test_ranks_with_other_config_or_code_refused(tmp_path, more, edited, differs
     script = tmp_path / "other_rank.py"
     script.write_text(OTHER_RANK.replace("ROOT", str(ROOT)))
     options = [f"out_dir={tmp_path}/out", "name=run", *TINY, "trainer.steps=3"]
-    done = run_script(run.__file__, *torchrun(2)[3:], str(script), f"{code} {more}", *options)
+    done = run_script(*torchrun(2)[1:], str(script), f"{code} {more}", *options)
     assert done.returncode != 0
     lines = [line for line in done.stderr.splitlines() if line.startswith("config error:")]
     assert len(lines) == 1, done.stderr[-3000:]
