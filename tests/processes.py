@@ -223,10 +223,9 @@ def run_command(*command: str, cwd: Path = ROOT, timeout: float = 300.0, **env: 
     return subprocess.run(command, env=environment(**env), cwd=cwd, timeout=timeout, check=False, **pipes)
 
 
-def forked_torchrun(*arguments: str, ranks: int, restarts: int = 0) -> Launch:
+def forked_torchrun(*arguments: str, ranks: int) -> Launch:
     """Start a real torchrun whose agent and ranks are forks, which import nothing; all have one session."""
-    fork = ("--run-path", "--start-method=fork", f"--nproc_per_node={ranks}", f"--max_restarts={restarts}")
-    return Launch(run.__file__, *fork, *arguments)
+    return Launch(run.__file__, "--run-path", "--start-method=fork", f"--nproc_per_node={ranks}", *arguments)
 
 
 def torchrun(ranks: int) -> list[str]:

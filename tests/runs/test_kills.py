@@ -15,7 +15,7 @@ from torch.distributed.launcher import api
 from tests.data.test_latents import QUICK
 from tests.data.test_latents import options as latent_options
 from tests.data.test_loader import write_image_folder
-from tests.processes import ROOT, Launch, environment, forked_torchrun, process_table, run_script, torchrun
+from tests.processes import ROOT, Launch, environment, in_session, process_table, run_script, torchrun
 from tests.support import SMALL_DIT, TINY, assert_same, last_step, untimed
 from vca.training.checkpoint import list_checkpoints, load_latest
 
@@ -166,20 +166,19 @@ def test_prepare_latents_after_15_kills_is_exact(tmp_path, ranks):
     storm_of_files(tmp_path, "scripts/prepare_latents.py", options, kills=15, seed=ranks, ranks=ranks)
 
 
-def start_torchrun(*arguments, ranks):
+def start_torchrun(*arguments, ranks, restarts=0):
     """A real torchrun in a session of its own, whose ranks have sessions of their own; its output goes to a pipe."""
-    command = [*torchrun(ranks), str(ROOT / "train_cls.py"), *arguments]
+    command = [*torchrun(ranks), f"--max_restarts={restarts}", str(ROOT / "train_cls.py"), *arguments]
     pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     return subprocess.Popen(command, env=environment(), cwd=ROOT, **pipe)
 
 
-def rank_processes(agent):
-    """Ids of each rank that a forked torchrun started, followed by those of its loader workers."""
-    children = {}
-    for process in process_table():
-        children.setdefault(process.parent, []).append(process.pid)
-    ranks = sorted(children[agent])  # started in the order of their ranks
-    return [[pid, *children.get(pid, [])] for pid in ranks]
+def rank_processes(process, rank):
+    """Ids of a rank that torchrun started, and of its loader workers."""
+    children = [child.pid for child in process_table() if child.parent == process.pid]
+    said = f"RANK={rank}".encode()
+    (leader,) = (pid for pid in children if said in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"))
+    return in_session(leader)
 
 
 def wait_for(ready, process):
@@ -298,19 +297,18 @@ def test_resume_after_lost_rank_is_exact(tmp_path, name):
     whole = run_script("train_cls.py", *options, "name=whole", ranks=3)
     assert whole.returncode == 0, whole.stderr[-3000:]
     folder = tmp_path / "broken"
-    launch = forked_torchrun("--standalone", str(ROOT / "train_cls.py"), *options, "name=broken", ranks=3, restarts=1)
-    launch.wait_until(lambda: last_step(folder) >= 30)
-    first, lost, last = rank_processes(launch.processes[0].pid)
-    others = first + last
-    assert len(others) == 6  # with two loader workers each
-    for pid in lost:
+    process = start_torchrun(*options, "name=broken", ranks=3, restarts=1)
+    wait_for(lambda: last_step(folder) >= 30, process)
+    others = rank_processes(process, 0) + rank_processes(process, 2)
+    for pid in rank_processes(process, 1):
         os.kill(pid, getattr(signal, name))
-    since = time.monotonic()
+    lost = time.monotonic()
     while any(Path(f"/proc/{pid}").exists() for pid in others):
         # torchrun gives the one that hangs half a minute
-        assert time.monotonic() < since + (15 if name == "SIGKILL" else limit + 45)
+        assert time.monotonic() < lost + (15 if name == "SIGKILL" else limit + 45)
         time.sleep(0.05)
-    assert launch.wait(120) == 0, launch.stderr[-3000:]
+    said = process.communicate(timeout=120)[0]
+    assert process.returncode == 0, said[-3000:]
     assert len((folder / "launches.jsonl").read_text().splitlines()) == 2
     one, other = (load_latest(path / "checkpoints") for path in (tmp_path / "whole", folder))
     assert one["step"] == 60
