@@ -85,8 +85,8 @@ FAULTS = {
     ),
     "lr": Fault(
         "vca/training/step.py",
-        "learning_rate(self.optim, step, ",
-        "learning_rate(self.optim, step + 1, ",
+        "learning_rate(self.optim, self.step, ",
+        "learning_rate(self.optim, self.step + 1, ",
         "tests/training",
     ),
     "prefix": Fault(

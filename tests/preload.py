@@ -1,6 +1,7 @@
 """Imports the packages that runs use; `tests.processes` forks from a process that has imported this module."""
 # ruff: noqa: F401
 
+import gc
 import importlib
 import pkgutil
 
@@ -23,3 +24,5 @@ import vca
 for package in (models, vca):
     for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
         importlib.import_module(module.name)
+
+gc.freeze()  # so that a fork neither traverses nor copies the imported objects; 0.5 s per run

@@ -17,7 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from torch.distributed import TCPStore
+from torch.distributed import TCPStore, run
 
 ROOT = Path(__file__).parents[1]
 SERVER = multiprocessing.get_context("forkserver")
@@ -223,7 +223,11 @@ def run_command(*command: str, cwd: Path = ROOT, timeout: float = 300.0, **env: 
     return subprocess.run(command, env=environment(**env), cwd=cwd, timeout=timeout, check=False, **pipes)
 
 
-def torchrun(ranks: int, restarts: int = 0) -> list[str]:
+def forked_torchrun(*arguments: str, ranks: int) -> Launch:
+    """Start a real torchrun whose agent and ranks are forks, which import nothing; all have one session."""
+    return Launch(run.__file__, "--run-path", "--start-method=fork", f"--nproc_per_node={ranks}", *arguments)
+
+
+def torchrun(ranks: int) -> list[str]:
     """Return a torchrun command that uses a free port of this machine."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    return [*command, f"--max_restarts={restarts}"]
+    return [sys.executable, run.__file__, "--standalone", f"--nproc_per_node={ranks}"]

@@ -4,7 +4,6 @@ import json
 import re
 import shlex
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +12,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 
 from benchmarks.attention import relative_to_mhsa
 from scripts.complexity import complexity_of
-from tests.processes import ROOT, environment
+from tests.processes import ROOT, run_script
 from vca.config import compose
 from vca.config.composition import CONFIGS
 from vca.sweep.plan import search_path
@@ -154,10 +153,11 @@ def test_documents_length_and_links(path):
 
 @pytest.mark.process
 @pytest.mark.parametrize("name", ["README.md", "docs/attention.md"])
-def test_documents_snippets_run(name):
+def test_documents_snippets_run(name, tmp_path):
     """The Python blocks of a document, one after the other."""
     code = "\n".join(re.findall(r"(?s)```python\n(.*?)```", (ROOT / name).read_text()))
-    done = subprocess.run([sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=False)
+    (tmp_path / "snippets.py").write_text(code)
+    done = run_script(tmp_path / "snippets.py")
     assert done.returncode == 0, done.stderr[-3000:]
 
 

@@ -138,8 +138,10 @@ with torch.device("meta"):
     for name in {list(expected)}:
         network = timm.create_model(name, attention={{"name": "sharp", "gain": 2.0}}, num_classes=3)
         print(name, [type(m).__name__ for m in network.modules()].count("SharpAttention"))
+
+from scripts.complexity import complexity_of
+print("params", complexity_of("flat_one", "sharp").params)
 """
     found = dict(line.split() for line in python(extended, "-c", code).splitlines())
+    assert int(found.pop("params")) > 0
     assert found == {name: str(layers) for name, layers in expected.items()}
-    code = "from scripts.complexity import complexity_of; print(complexity_of('flat_one', 'sharp').params)"
-    assert int(python(extended, "-c", code)) > 0

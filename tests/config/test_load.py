@@ -328,8 +328,10 @@ def test_config_model_of_other_script_refused():
 def test_command_line_error_printed_once_under_torchrun():
     """A real process prints one line, also under torchrun."""
     for ranks in (1, 2):
-        python = [sys.executable] if ranks == 1 else torchrun(ranks)
-        done = run_command(*python, "train_cls.py", "model.dpeth=3")
+        if ranks == 1:
+            done = run_command(sys.executable, "train_cls.py", "model.dpeth=3")
+        else:
+            done = run_script(*torchrun(ranks)[1:], "train_cls.py", "model.dpeth=3")
         assert done.returncode != 0
         said = [line for line in done.stderr.splitlines() if line.startswith("config error:")]
         assert said == ["config error: unknown key 'model.dpeth'; did you mean 'model.depth'?"], done.stderr

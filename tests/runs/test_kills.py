@@ -5,7 +5,6 @@ import os
 import random
 import signal
 import subprocess
-import sys
 import time
 from contextlib import suppress
 from pathlib import Path
@@ -167,9 +166,9 @@ def test_prepare_latents_after_15_kills_is_exact(tmp_path, ranks):
     storm_of_files(tmp_path, "scripts/prepare_latents.py", options, kills=15, seed=ranks, ranks=ranks)
 
 
-def start_torchrun(*arguments, ranks, restarts=0, script=ROOT / "train_cls.py"):
+def start_torchrun(*arguments, ranks, restarts=0):
     """A real torchrun in a session of its own, whose ranks have sessions of their own; its output goes to a pipe."""
-    command = [*torchrun(ranks, restarts), str(script), *arguments]
+    command = [*torchrun(ranks), f"--max_restarts={restarts}", str(ROOT / "train_cls.py"), *arguments]
     pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     return subprocess.Popen(command, env=environment(), cwd=ROOT, **pipe)
 
@@ -280,10 +279,11 @@ def test_signal_seconds_bounds_time_to_save(tmp_path, save_seconds, saves):
     command = [*torchrun(1), str(tmp_path / "rank.py"), str(tmp_path)]
     call = f"run_torchrun({command}, Path('{tmp_path}/log'), {save_seconds}, False)"
     code = f"from pathlib import Path; from vca.sweep.job import *; {call}"
-    process = subprocess.Popen([sys.executable, "-c", code], env=environment(), cwd=ROOT)
-    wait_for(lambda: (tmp_path / "started").exists(), process)
-    process.terminate()
-    assert process.wait(90) == 75
+    (tmp_path / "job.py").write_text(code)
+    launch = Launch(tmp_path / "job.py")
+    launch.wait_until(lambda: (tmp_path / "started").exists())
+    launch.signal(signal.SIGTERM)
+    assert launch.wait(90) == 75
     assert (tmp_path / "saved").exists() == saves, (tmp_path / "log").read_text()[-3000:]
 
 

@@ -19,7 +19,7 @@ import torch
 import train_cls
 import vca.report.classifier
 from models import build_model
-from tests.processes import ROOT, environment, run_script
+from tests.processes import ROOT, Launch, run_script
 from tests.support import TINY, assert_same, metrics, untimed
 from vca.config import compose
 from vca.data import images_identity, load_dataset
@@ -272,29 +272,32 @@ def test_compile_longer_than_timeout_on_one_rank(tmp_path):
     assert metrics(tmp_path / "run")[-1]["step"] == 6
 
 
+# A run whose stderr is a terminal.
+ON_TERMINAL = """
+import os, runpy
+os.dup2(os.open("{terminal}", os.O_WRONLY | os.O_NOCTTY), 2)
+runpy.run_path("{script}", run_name="__main__")
+"""
+
+
 def test_progress_bar_on_terminal_only(tmp_path):
     """A progress bar on a terminal, lines in a file."""
     main, second = pty.openpty()
     termios.tcsetwinsize(second, (24, 120))
-    command = [sys.executable, "train_cls.py", f"out_dir={tmp_path}", "name=run", *SHORT, "trainer.log_every=3"]
-    process = subprocess.Popen(command, env=environment(), cwd=ROOT, stdout=subprocess.PIPE, stderr=second, text=True)
-    os.close(second)
-    shown = b""
-    while True:
-        ready, _, _ = select.select([main], [], [], 120)
-        try:
-            chunk = os.read(main, 4096) if ready else b""
-        except OSError:  # the other end is closed
-            break
-        if not chunk:
-            break
-        shown += chunk
-    out, _ = process.communicate(timeout=60)
+    script = tmp_path / "on_terminal.py"
+    script.write_text(ON_TERMINAL.format(terminal=os.ttyname(second), script=ROOT / "train_cls.py"))
+    launch = Launch(script, f"out_dir={tmp_path}", "name=run", *SHORT, "trainer.log_every=3")
+    shown, ended = b"", False
+    while not ended:
+        ended = launch.returncode is not None  # before the last read
+        while select.select([main], [], [], 0.05)[0]:
+            shown += os.read(main, 4096)
     os.close(main)
-    assert process.returncode == 0, shown.decode()
+    os.close(second)
+    assert launch.returncode == 0, shown.decode()
     assert "img/s" in shown.decode()
     assert "100%" in shown.decode()
-    assert "step 6/6" in out
+    assert "step 6/6" in launch.stdout
     quiet = run_script("train_cls.py", f"out_dir={tmp_path}", "name=quiet", *SHORT)
     assert "img/s" not in quiet.stderr
     assert "images_per_second" in quiet.stdout

@@ -3,13 +3,11 @@
 import json
 import shutil
 import socket
-import subprocess
-import sys
 
 import pytest
 import torch
 
-from tests.processes import ROOT, environment, run_command, run_script, torchrun
+from tests.processes import ROOT, forked_torchrun, run_script, torchrun
 from tests.support import TINY, metrics
 
 pytestmark = pytest.mark.process
@@ -86,17 +84,11 @@ def test_evaluation_independent_of_world_size(worlds):
 
 
 def by_two_torchruns(*command):
-    """Run a command on two nodes with one rank each, started by two torchrun agents on this machine."""
-    where = [f"--master_port={free_port()}", "--master_addr=127.0.0.1"]
-    agent = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", *where]
-    pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    agents = [
-        subprocess.Popen([*agent, f"--node_rank={node}", *command], env=environment(), cwd=ROOT, **pipe)
-        for node in range(2)
-    ]
-    for process in agents:
-        said, _ = process.communicate(timeout=300)
-        assert process.returncode == 0, said[-3000:]
+    """Run a script on two nodes with one rank each, started by two torchrun agents on this machine."""
+    where = ("--nnodes=2", f"--master_port={free_port()}", "--master_addr=127.0.0.1")
+    agents = [forked_torchrun(*where, f"--node_rank={node}", *command, ranks=1) for node in range(2)]
+    for agent in agents:
+        assert agent.wait() == 0, agent.stderr[-3000:]
 
 
 @pytest.mark.parametrize(("how", "ranks"), [("one node", 2), ("two nodes", 4), ("two torchruns", 2)])
@@ -104,7 +96,7 @@ def test_run_directory_shared_by_all_ranks(tmp_path, how, ranks):
     """All ranks share one directory, write nothing else, and log each step once."""
     options = [f"out_dir={tmp_path}/out", "name=run", *TINY, "trainer.steps=3"]
     if how == "two torchruns":
-        by_two_torchruns("train_cls.py", *options)
+        by_two_torchruns(str(ROOT / "train_cls.py"), *options)
     else:
         done = run_script("train_cls.py", *options, ranks=ranks, nodes=1 + (how == "two nodes"))
         assert done.returncode == 0, done.stderr[-3000:]
@@ -200,7 +192,7 @@ def test_ranks_with_other_config_or_code_refused(tmp_path, more, edited, differs
     script = tmp_path / "other_rank.py"
     script.write_text(OTHER_RANK.replace("ROOT", str(ROOT)))
     options = [f"out_dir={tmp_path}/out", "name=run", *TINY, "trainer.steps=3"]
-    done = run_command(*torchrun(2), str(script), f"{code} {more}", *options)
+    done = run_script(*torchrun(2)[1:], str(script), f"{code} {more}", *options)
     assert done.returncode != 0
     lines = [line for line in done.stderr.splitlines() if line.startswith("config error:")]
     assert len(lines) == 1, done.stderr[-3000:]

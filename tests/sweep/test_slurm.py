@@ -33,7 +33,7 @@ pytestmark = [
 ]
 
 # Only a signal saves a checkpoint before the end.
-LONG = (*TINY, "trainer.steps=240", "trainer.checkpoint_every=1000", "trainer.eval_every=90")
+LONG = (*TINY, "trainer.steps=180", "trainer.checkpoint_every=1000", "trainer.eval_every=90")
 CLUSTER = (
     "cluster=slurm",
     "cluster.nodes=2",
@@ -105,17 +105,17 @@ def test_slurm_requeue_mid_epoch_resume_is_exact(tmp_path, slurm):
     starts = launches(folder)
     assert [start["slurm_restarts"] for start in starts] == [0, 1, 2]
     assert len({start["slurm_job_id"] for start in starts}) == 1
-    assert 20 <= starts[1]["first_step"] < starts[2]["first_step"] < 240
+    assert 20 <= starts[1]["first_step"] < starts[2]["first_step"] < 180
     (sweep,) = (tmp_path / "sweeps").iterdir()
     log = (sweep / "logs" / "broken.log").read_text() + (sweep / "logs" / "broken.node1.log").read_text()
     for start in starts[1:]:
-        assert f"checkpoint saved at step {start['first_step']} of 240" in log
+        assert f"checkpoint saved at step {start['first_step']} of 180" in log
     end = json.loads((sweep / "ends" / "0.json").read_text())
     assert (end["exit_code"], end["restarts"]) == (0, 2)
     assert "| vca |" in said
 
     one, other = (load_latest(tmp_path / name / "checkpoints") for name in ("whole", "broken"))
-    assert one["step"] == 240
+    assert one["step"] == 180
     assert_same(one, other)
     assert untimed(tmp_path / "whole") == untimed(folder)
 

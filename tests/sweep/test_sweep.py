@@ -5,10 +5,10 @@ import os
 import re
 import signal
 import subprocess
-import sys
-import time
 from contextlib import contextmanager
+from pathlib import Path
 from secrets import token_hex
+from typing import NamedTuple
 
 import hydra
 import pytest
@@ -17,8 +17,8 @@ from hydra.types import RunMode
 
 import train_cls
 import train_gen
-from tests.processes import ROOT, environment, run_command, run_script
-from tests.support import SMALL_DIT, TINY, metrics
+from tests.processes import ROOT, Launch, run_script
+from tests.support import SMALL_DIT, TINY, last_step, metrics
 from vca.attention import ATTENTIONS, variant_name
 from vca.config import compose
 from vca.config.composition import CONFIGS
@@ -30,57 +30,109 @@ from vca.sweep.slurm import wait_for_jobs
 from vca.sweep.summary import failure_reason, report
 from vca.training.checkpoint import list_checkpoints
 
+ON_DIT = ("stages", "contrast_grid")  # one that selects attention files, one that sets a key
 ATTENTION_FILES = sorted(path.stem for path in (CONFIGS / "attention").glob("*.yaml"))
 
 
+MINE = "# @package _global_\ntrainer:\n  steps: 3\n  global_batch_size: 60\n"  # an experiment
+MINE_ATTENTION = {
+    "my_a": "defaults: [vca_schema]\ncontrast_grid: [2, 3]\n",
+    "my_b": "defaults: [my_a]\ncontrast_grid: [3, 3]\n",
+}
+SHORT = [option for option in TINY if not option.startswith(("trainer.steps", "trainer.global_batch_size"))]
+OWN = ("--config-dir", "conf", *SHORT, "experiment=mine", "wandb.entity=${oc.env:TOKEN}")
+JOBS = [f"digits-deit_mini-vca-contrast_grid_{grid}-seed{seed}" for grid in ("2x3", "3x3") for seed in (0, 1)]
+FAILS = 2  # number of the job that fails
+
+
+class Sweep(NamedTuple):
+    """What the fixture `sweep` has run."""
+
+    work: Path  # the working directory, with the user's `conf`
+    out: Path
+    folder: Path  # of the sweep
+    token: str  # value of the environment variable TOKEN
+    exit_code: int
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture(scope="session")
+def sweep(artefact):
+    """A local sweep over two attention variants of the user's `--config-dir` and two seeds; one of the jobs fails."""
+
+    def build(folder):
+        work, out = folder / "work", folder / "out"
+        for name, text in {"experiment/mine": MINE, **{f"attention/{k}": v for k, v in MINE_ATTENTION.items()}}.items():
+            file = work / "conf" / f"{name}.yaml"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(text)
+        (out / JOBS[FAILS]).mkdir(parents=True)
+        (out / JOBS[FAILS] / "config.json").write_text("{}")  # of another run
+        token = token_hex()  # not written here, as a diff of this file is stored too
+        options = [*OWN, "wandb.project=of-${wandb.entity}", "attention=glob(my_*)", "seed=0,1", f"out_dir={out}"]
+        done = run_script("train_cls.py", "-m", *options, cwd=work, env={"TOKEN": token})
+        said = {"token": token, "exit_code": done.returncode, "stdout": done.stdout, "stderr": done.stderr}
+        (folder / "said.json").write_text(json.dumps(said))
+
+    folder = artefact("sweep", build)
+    (own,) = (folder / "out" / "sweeps").iterdir()
+    return Sweep(folder / "work", folder / "out", own, **json.loads((folder / "said.json").read_text()))
+
+
 @pytest.mark.process
-def test_sweep_failing_job_named_others_tabulated(tmp_path):
+def test_sweep_failing_job_named_others_tabulated(sweep):
     """The table has the other jobs, the failed one is reported with its reason, and the exit code is 1."""
-    out = tmp_path / "out"
-    names = [f"digits-deit_mini-vca-seed{seed}" for seed in range(3)]
-    (out / names[1]).mkdir(parents=True)
-    (out / names[1] / "config.json").write_text("{}")  # of another run
-    done = run_command(sys.executable, "train_cls.py", "-m", *TINY, "trainer.steps=3", "seed=0,1,2", f"out_dir={out}")
-    assert done.returncode == 1, done.stderr[-3000:]
-    (folder,) = (out / "sweeps").iterdir()
-
-    record = json.loads((folder / "jobs.json").read_text())
+    assert sweep.exit_code == 1, sweep.stderr[-3000:]
+    record = json.loads((sweep.folder / "jobs.json").read_text())
     assert "-m" in record["command"]
-    assert [job["number"] for job in record["jobs"]] == [0, 1, 2]
-    assert [job["name"] for job in record["jobs"]] == names
-    assert (folder / "code" / "train_cls.py").read_text() == (ROOT / "train_cls.py").read_text()
-    launch = json.loads((out / names[0] / "launches.jsonl").read_text())
-    assert launch["commit"] == record["commit"] == ((folder / "code" / "COMMIT").read_text().strip() or None)
-    assert str(folder / "code") in launch["command"]
+    assert [job["number"] for job in record["jobs"]] == [0, 1, 2, 3]
+    assert [job["name"] for job in record["jobs"]] == JOBS
+    code = sweep.folder / "code"
+    assert (code / "train_cls.py").read_text() == (ROOT / "train_cls.py").read_text()
+    launch = json.loads((sweep.out / JOBS[0] / "launches.jsonl").read_text())
+    assert launch["commit"] == record["commit"] == ((code / "COMMIT").read_text().strip() or None)
+    assert str(code) in launch["command"]
 
-    table = [line for line in done.stdout.splitlines() if line.startswith("| vca")]
-    assert len(table) == 1
-    assert table[0].endswith(f"| 2 | {names[0]} {names[2]} |")
+    table = [line for line in sweep.stdout.splitlines() if line.startswith("| vca")]
+    assert len(table) == 2
+    assert table[0].endswith(f"| 2 | {JOBS[0]} {JOBS[1]} |")
     assert " +- " in table[0]
-    failed = [line for line in done.stderr.splitlines() if line.startswith("failed: ")]
+    assert table[1].endswith(f"| 1 | {JOBS[3]} |")
+    failed = [line for line in sweep.stderr.splitlines() if line.startswith("failed: ")]
     assert len(failed) == 1
-    assert failed[0].startswith(f"failed: {names[1]}: exit code 1; config error: ")
-    assert "another config" in (folder / "logs" / f"{names[1]}.log").read_text()
-    ends = [json.loads((folder / "ends" / f"{number}.json").read_text())["exit_code"] for number in range(3)]
-    assert ends == [0, 1, 0]
-    assert metrics(out / names[2])[-1]["step"] == 3
+    assert failed[0].startswith(f"failed: {JOBS[FAILS]}: exit code 1; config error: ")
+    assert "another config" in (sweep.folder / "logs" / f"{JOBS[FAILS]}.log").read_text()
+    ends = [json.loads((sweep.folder / "ends" / f"{number}.json").read_text())["exit_code"] for number in range(4)]
+    assert ends == [0, 0, 1, 0]
+    assert metrics(sweep.out / JOBS[3])[-1]["step"] == 3
 
 
 @pytest.mark.process
-def test_secret_from_environment_stored_as_reference(tmp_path):
-    """No file of a sweep or its run contains the value, and the run resumes with another value."""
-    secret = token_hex()  # not written here, as a diff of this file is stored too
-    options = ["wandb.entity=${oc.env:TOKEN}", "wandb.project=of-${wandb.entity}", "trainer.steps=2"]
-    command = [sys.executable, "train_cls.py", "-m", *TINY, *options, "name=run", f"out_dir={tmp_path}/out"]
-    done = run_command(*command, TOKEN=secret)
-    assert done.returncode == 0, done.stderr[-3000:]
-    files = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+def test_secret_from_environment_stored_as_reference(sweep):
+    """No file of a sweep or its runs contains the value, and a run resumes with another value."""
+    files = [path for path in sweep.out.rglob("*") if path.is_file()]
     assert len(files) > 100  # with the copy of the code
-    assert [path for path in files if secret.encode() in path.read_bytes()] == []
-    config = json.loads((tmp_path / "out" / "run" / "config.json").read_text())
+    assert [path for path in files if sweep.token.encode() in path.read_bytes()] == []
+    config = json.loads((sweep.out / JOBS[1] / "config.json").read_text())
     assert (config["wandb"]["entity"], config["wandb"]["project"]) == ("${oc.env:TOKEN}", "of-${wandb.entity}")
-    again = run_script("train_cls.py", *command[3:], env={"TOKEN": "another"})
+    options = [*OWN, "wandb.project=of-${wandb.entity}", "attention=my_a", "seed=1", f"out_dir={sweep.out}"]
+    again = run_script("train_cls.py", *options, cwd=sweep.work, env={"TOKEN": "another"})
     assert again.returncode == 0, again.stderr[-3000:]
+
+
+@pytest.mark.process
+def test_sweep_config_dir_and_glob(sweep):
+    """Every job of a sweep uses the user's `--config-dir` as it was at the start; relative paths work."""
+    for name in (JOBS[0], JOBS[3]):
+        assert json.loads((sweep.out / name / "config.json").read_text())["trainer"]["steps"] == 3
+        assert metrics(sweep.out / name)[-1]["step"] == 3
+    assert (sweep.folder / "config_dir" / "experiment" / "mine.yaml").read_text() == MINE
+    launch = json.loads((sweep.out / JOBS[0] / "launches.jsonl").read_text())
+    assert f"--config-dir {sweep.folder}/config_dir" in launch["command"]
+    jobs = json.loads((sweep.folder / "jobs.json").read_text())["jobs"]
+    swept = [[one for one in job["overrides"] if one.startswith(("attention=", "seed="))] for job in jobs]
+    assert swept == [[f"attention={name}", f"seed={seed}"] for name in ("my_a", "my_b") for seed in (0, 1)]
 
 
 @pytest.mark.process
@@ -136,9 +188,11 @@ def test_sweep_wrong_input_refused_before_start(tmp_path, overrides, line):
 
 
 @pytest.mark.process
-@pytest.mark.parametrize("script", ["train_cls", "train_gen"])
-@pytest.mark.parametrize("name", ablations())
+@pytest.mark.parametrize(
+    ("name", "script"), [*((name, "train_cls") for name in ablations()), *((name, "train_gen") for name in ON_DIT)]
+)
 def test_ablation_jobs_are_distinct_runs(name, script):
+    """`test_complexity_rows_build` also builds every row as a DiT."""
     GlobalHydra.instance().clear()
     with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
         config = hydra.compose(script, [f"ablation={name}"], return_hydra_config=True)
@@ -160,10 +214,10 @@ def test_ablation_rows_match_tables_3_and_4():
 def test_attention_every_config_trains_20_steps(tmp_path, attention):
     """As classifier and generator, every loss is finite, and the last losses are lower than the first."""
     short = ("trainer.steps=20", f"attention={attention}", f"out_dir={tmp_path}", "trainer.eval_every=0")
-    short += ("trainer.log_every=1", "optim.lr=2e-3")
+    short += ("trainer.log_every=1", "optim.lr=2e-3", "trainer.global_batch_size=40")
     plain = ("augment.mixup=0", "augment.cutmix=0", "optim.warmup_epochs=0")
     train_cls.run(compose("train_cls", [*TINY, *short, *plain, "name=cls"]))
-    train_gen.run(compose("train_gen", [*SMALL_DIT, *short, "trainer.global_batch_size=60", "name=gen"]))
+    train_gen.run(compose("train_gen", [*SMALL_DIT, *short, "name=gen"]))
     for name in ("cls", "gen"):
         losses = [record["loss"] for record in metrics(tmp_path / name) if "loss" in record]
         assert len(losses) == 20
@@ -173,7 +227,8 @@ def test_attention_every_config_trains_20_steps(tmp_path, attention):
 @pytest.mark.process
 @pytest.mark.parametrize("contrast_grid", ["[1,1]", "[2,2]", "[4,4]", "[7,7]", "[8,8]"])
 def test_attention_every_contrast_grid_trains_20_steps(tmp_path, contrast_grid):
-    options = [*TINY, "trainer.steps=20", f"attention.contrast_grid={contrast_grid}", f"out_dir={tmp_path}"]
+    options = [*TINY, "trainer.steps=20", "trainer.global_batch_size=40", f"attention.contrast_grid={contrast_grid}"]
+    options += [f"out_dir={tmp_path}"]
     train_cls.run(compose("train_cls", [*options, "name=cls"]))
     assert metrics(tmp_path / "cls")[-1]["step"] == 20
     assert [f"attention.contrast_grid={contrast_grid}"] in [row[1:] for row in rows_of_ablation("contrast_grid")]
@@ -364,7 +419,7 @@ def test_sweep_refused_by_sbatch_reported(tmp_path):
         (tmp_path / name).chmod(0o755)
     options = ["cluster=slurm", "cluster.partition=nowhere", "seed=0,1", f"out_dir={tmp_path / 'out'}"]
     path = f"{tmp_path}:{os.environ['PATH']}"
-    done = run_command(sys.executable, "train_cls.py", "-m", *options, PATH=path)
+    done = run_script("train_cls.py", "-m", *options, env={"PATH": path})
     assert done.returncode == 1
     first, *failed = done.stderr.splitlines()
     assert first == error
@@ -373,35 +428,6 @@ def test_sweep_refused_by_sbatch_reported(tmp_path):
     ]
     assert done.stdout.startswith("2 job(s), 0 already finished, sweep folder ")
     assert done.stdout.splitlines()[1:] == ["no job finished"]
-
-
-MINE = "# @package _global_\ntrainer:\n  steps: 3\n"  # an experiment
-MINE_ATTENTION = "defaults: [vca_schema]\ncontrast_grid: [2, 3]\n"
-
-
-@pytest.mark.process
-def test_sweep_config_dir_and_glob(tmp_path):
-    """Every job of a sweep uses the user's `--config-dir` as it was at the start; relative paths work."""
-    for name, text in (("experiment/mine", MINE), ("attention/my_a", MINE_ATTENTION), ("attention/my_b", "")):
-        file = tmp_path / "work" / "conf" / f"{name}.yaml"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(text or "defaults: [my_a]\ncontrast_grid: [3, 3]\n")
-    options = ["--config-dir", "conf", *TINY, "experiment=mine", "trainer.global_batch_size=60", "attention=glob(my_*)"]
-    options = [option for option in options if not option.startswith("trainer.steps")]
-    command = [sys.executable, str(ROOT / "train_cls.py"), "-m", *options, f"out_dir={tmp_path / 'out'}"]
-    done = run_command(*command, cwd=tmp_path / "work")
-    assert done.returncode == 0, done.stderr[-3000:]
-    for name in ("vca-contrast_grid_2x3", "vca-contrast_grid_3x3"):
-        run = tmp_path / "out" / f"digits-deit_mini-{name}-seed0"
-        assert json.loads((run / "config.json").read_text())["trainer"]["steps"] == 3
-        assert metrics(run)[-1]["step"] == 3
-    (folder,) = (tmp_path / "out" / "sweeps").iterdir()
-    assert (folder / "config_dir" / "experiment" / "mine.yaml").read_text() == MINE
-    assert f"--config-dir {folder}/config_dir" in json.loads((run / "launches.jsonl").read_text())["command"]
-    assert [job["overrides"][-2] for job in json.loads((folder / "jobs.json").read_text())["jobs"]] == [
-        "attention=my_a",
-        "attention=my_b",
-    ]
 
 
 def test_wait_for_jobs_stops_when_slurm_job_cancelled(tmp_path, monkeypatch):
@@ -421,18 +447,13 @@ def test_wait_for_jobs_stops_when_slurm_job_cancelled(tmp_path, monkeypatch):
 @pytest.mark.process
 def test_sweep_ctrl_c_saves_checkpoints(tmp_path):
     """Ctrl-C ends a local sweep after the current step with a checkpoint."""
-    command = [sys.executable, str(ROOT / "train_cls.py"), "-m", *TINY, "trainer.steps=4000", "seed=0,1"]
-    pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    process = subprocess.Popen(
-        [*command, f"out_dir={tmp_path}"], env=environment(), cwd=ROOT, start_new_session=True, **pipe
-    )
+    options = ["-m", *TINY, "trainer.steps=4000", "seed=0,1", f"out_dir={tmp_path}"]
+    launch = Launch("train_cls.py", *options)
     run = tmp_path / "digits-deit_mini-vca-seed0"
-    while len(metrics(run)) < 3:
-        assert process.poll() is None, process.communicate()[1][-3000:]
-        time.sleep(0.1)
-    os.killpg(process.pid, signal.SIGINT)
-    said = process.communicate(timeout=60)
-    assert process.returncode == 1
-    assert "Traceback" not in said[1]
-    assert [line.split(":")[1].strip() for line in said[1].splitlines()] == [run.name, run.name.replace("0", "1")]
-    assert list_checkpoints(run / "checkpoints")[-1].name == f"step_{metrics(run)[-1]['step']:08d}.pt"
+    launch.wait_until(lambda: last_step(run) >= 3)
+    os.killpg(launch.processes[0].pid, signal.SIGINT)
+    assert launch.wait(60) == 1
+    assert "Traceback" not in launch.stderr
+    failed = [line.split(":")[1].strip() for line in launch.stderr.splitlines()]
+    assert failed == [run.name, run.name.replace("0", "1")]
+    assert list_checkpoints(run / "checkpoints")[-1].name == f"step_{last_step(run):08d}.pt"
