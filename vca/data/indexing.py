@@ -17,7 +17,7 @@ from vca.data.formats import COSTLY, FORMATS
 from vca.data.index import ROW, VERSION, ImageIndex, Meta, digest, first_change, read_index, store
 from vca.data.prepared import manifest_of
 from vca.data.scan import Scan
-from vca.data.splits import base_folder, check_class_folders, find_source
+from vca.data.splits import base_folder, check_class_folders, find_source, is_shared
 from vca.runtime.distributed import ONE, World
 from vca.runtime.errors import ConfigError
 
@@ -171,6 +171,8 @@ def scan_split(config: DataConfig, split: str) -> tuple[str, Scan]:
     if scan.access != "file":
         scan.entries = without_single_folder(scan.entries)
     scan.change = prepared.change if prepared is not None else None
+    if split == "val" and is_shared(config) and scan.entries and FORMATS[form](paths, "train").entries == scan.entries:
+        scan.problems.append(f"{paths[0]}: has no folders train/ and val/; set data.train and data.val")
     if any(entry.label is None for entry in scan.entries):
         scan.entries = with_label_file(scan, config)
     if not scan.entries:
