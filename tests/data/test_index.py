@@ -7,6 +7,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from tests.data.forms import ARCHIVES, CLASSES, photos
 from tests.processes import run_script
 from vca.data import load_dataset
 from vca.data.config import DataConfig
+from vca.data.formats import open_file
 from vca.data.index import read_index
 from vca.runtime.distributed import ONE, World
 from vca.runtime.errors import ConfigError
@@ -161,6 +163,24 @@ def test_pickled_images_share_the_index(copy):
     assert read_index(stored(root), root).meta == first.index.meta
 
 
+def rewrite_zip(root):
+    """Write the training images in reverse order, as a copy of another node may have them."""
+    with zipfile.ZipFile(root / "train.zip") as archive:
+        images = [(info, archive.read(info)) for info in archive.infolist()]
+    with zipfile.ZipFile(root / "train.zip", "w") as archive:
+        for info, content in reversed(images):
+            archive.writestr(info, content)
+
+
+def test_pickled_images_do_not_get_the_index_of_changed_files(copy):
+    root = copy("zip")
+    message = pickle.dumps(load(root))
+    rewrite_zip(root)
+    load(root)
+    with pytest.raises(ValueError, match="was written again, since the images changed; rerun the command"):
+        pickle.loads(message)
+
+
 def build(root, barrier, results):
     barrier.wait(30)
     results.put(contents(load(root)))
@@ -189,8 +209,10 @@ class OtherRank(World):
     identity: dict | None = None
     place: Path | None = None
 
+    arrays: dict | None = None
+
     def from_main(self, function):
-        return self.place
+        return self.place, self.arrays
 
     def broadcast(self, value):
         return self.identity
@@ -201,7 +223,9 @@ class OtherRank(World):
 
 
 def rank_1(main, local_rank, place):
-    return OtherRank(1, local_rank, 2, torch.device("cpu"), None, main.index.meta.identity, place)
+    return OtherRank(
+        1, local_rank, 2, torch.device("cpu"), None, main.index.meta.identity, place, main.index.meta.arrays
+    )
 
 
 @pytest.mark.parametrize("local_rank", [0, 1])
@@ -234,6 +258,20 @@ def test_rank_of_other_node_checks_its_files(copy, tmp_path):
         load(root, rank_1(main, 0, place))
     with pytest.raises(ConfigError, match=r"rank 1 on .*: data\.root must be a folder"):
         load(tmp_path / "missing", rank_1(main, 0, place))
+
+
+def test_rank_does_not_read_the_index_of_another_nodes_copy(copy, tmp_path):
+    """A node whose archive has another order stored its index in the shared `data.index` after rank 0 did."""
+    root, cache = copy("zip"), str(tmp_path / "cache")
+    (root / ".vca_index").touch()
+    main = load(root, index=cache)
+    place, expected = main.index.place, contents(main)
+    shutil.copytree(root, tmp_path / "kept")
+    rewrite_zip(root)
+    assert load(root, index=cache).index.place == place
+    shutil.copy2(tmp_path / "kept" / "train.zip", root / "train.zip")
+    open_file.cache_clear()
+    assert contents(load(root, rank_1(main, 1, place), index=cache)) == expected
 
 
 # Each rank loads data of its own folder, as nodes with local disks do.

@@ -7,6 +7,7 @@ import platform
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ import numpy as np
 from vca.data.classes import number_classes, with_label_file, without_single_folder
 from vca.data.config import DataConfig
 from vca.data.formats import COSTLY, FORMATS
-from vca.data.index import ROW, VERSION, ImageIndex, Meta, digest, first_change, read_index, store
+from vca.data.index import ROW, VERSION, ImageIndex, Meta, digest, first_change, read_index, read_same_index, store
 from vca.data.prepared import manifest_of
 from vca.data.scan import Scan
 from vca.data.splits import base_folder, check_class_folders, find_source, is_shared
@@ -36,18 +37,18 @@ def open_index(config: DataConfig, split: str, world: World = ONE) -> ImageIndex
     """
     opened: list[ImageIndex] = []
 
-    def open_checked() -> Path | None:
+    def open_checked() -> tuple[Path | None, dict[str, str]]:
         opened.append(find_index(config, split, print) or build_index(config, split))
-        return opened[0].place
+        return opened[0].place, opened[0].meta.arrays
 
-    place, error = world.from_main(open_checked), None
+    (place, arrays), error = world.from_main(open_checked), None
     for first_of_node in (True, False):  # a node may have its own copy of the data
         try:
             if not opened and first_of_node == (world.local_rank == 0):
-                stored = place is not None and place.exists()
-                if stored and not first_of_node:
-                    opened.append(read_index(place, base_folder(config, split)))
-                else:
+                with suppress(OSError, ValueError):  # not on this node, or of another node's copy
+                    if place is not None and not first_of_node:
+                        opened.append(read_same_index(place, base_folder(config, split), arrays))
+                if not opened:
                     open_checked()
         except (ConfigError, OSError, ValueError) as problem:
             error = ConfigError(f"rank {world.rank} on {platform.node()}: {problem}")

@@ -145,11 +145,8 @@ def named(root: Path, pattern: str, name: str) -> list[Path]:
 def is_shared(config: DataConfig) -> bool:
     """Whether both splits are found in the same files."""
     root = Path(config.root or "").expanduser()
-    return (
-        config.train is None
-        and config.val is None
-        and (root.is_file() or in_root(root, "train") == in_root(root, "val"))
-    )
+    found = config.train is None and config.val is None
+    return found and (root.is_file() or in_root(root, "train") == in_root(root, "val"))
 
 
 def expand(root: Path, given: str) -> list[Path]:
