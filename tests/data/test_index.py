@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -211,6 +212,9 @@ class OtherRank(World):
 
     arrays: dict | None = None
 
+    def wait_for_slowest(self):
+        return nullcontext()
+
     def from_main(self, function):
         return self.place, self.arrays
 
@@ -304,3 +308,27 @@ def test_ranks_with_different_data_refused_on_all(tmp_path):
             f"on rank {rank}: rank 1 on {platform.node()} has other data (12 images, not the 9 of rank 0)"
             in done.stderr
         )
+
+
+SLOW_START = """
+import sys, time
+from vca.data import load_dataset
+from vca.data.config import DataConfig
+from vca.data.formats import FORMATS, scan_folder
+from vca.runtime import distributed
+
+FORMATS["folder"] = lambda paths, split: (time.sleep(7), scan_folder(paths, split))[1]
+with distributed.start("cpu", timeout_minutes=5 / 60) as world:
+    images = load_dataset(DataConfig("imagefolder", sys.argv[1], num_classes=3), True, world)
+    print(f"rank {world.rank} has {len(images)} images")
+"""
+
+
+@pytest.mark.process
+def test_ranks_wait_for_an_index_longer_than_for_a_collective(copy, tmp_path):
+    script = tmp_path / "start.py"
+    script.write_text(SLOW_START)
+    done = run_script(script, str(copy()), ranks=2)
+    assert done.returncode == 0, done.stderr
+    for rank in (0, 1):
+        assert f"rank {rank} has 12 images" in done.stdout

@@ -41,7 +41,7 @@ def open_index(config: DataConfig, split: str, world: World = ONE) -> ImageIndex
         opened.append(find_index(config, split, print) or build_index(config, split))
         return opened[0].place, opened[0].meta.arrays
 
-    (place, arrays), error = world.from_main(open_checked), None
+    (place, arrays), error = world.from_main_slowly(open_checked), None
     for first_of_node in (True, False):  # a node may have its own copy of the data
         try:
             if not opened and first_of_node == (world.local_rank == 0):
