@@ -164,6 +164,15 @@ def test_pickled_images_share_the_index(copy):
     assert read_index(stored(root), root).meta == first.index.meta
 
 
+def test_index_of_a_root_in_the_home_folder(copy, monkeypatch, capsys):
+    root = copy()
+    load(root)
+    capsys.readouterr()
+    monkeypatch.setenv("HOME", str(root.parent))
+    assert len(load(f"~/{root.name}")) == 12
+    assert capsys.readouterr().out == ""
+
+
 def rewrite_zip(root):
     """Write the training images in reverse order, as a copy of another node may have them."""
     with zipfile.ZipFile(root / "train.zip") as archive:

@@ -151,7 +151,7 @@ def test_new_shard_is_indexed(copy, capsys):
     load(root)
     capsys.readouterr()
     shutil.copy(root / "shards-train-000000.tar", root / "shards-train-000003.tar")
-    with pytest.raises(ConfigError, match="exists twice"):
+    with pytest.raises(ConfigError, match=r"shards-train-000003\.tar: .* exists twice; remove or rename it"):
         load(root)
     assert f"data: {root} changed since it was indexed" in capsys.readouterr().out
 

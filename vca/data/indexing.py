@@ -5,7 +5,6 @@ import json
 import os
 import platform
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -17,7 +16,7 @@ from vca.data.config import DataConfig
 from vca.data.formats import COSTLY, FORMATS
 from vca.data.index import ROW, VERSION, ImageIndex, Meta, digest, first_change, read_index, read_same_index, store
 from vca.data.prepared import manifest_of
-from vca.data.scan import Scan
+from vca.data.scan import Entry, Scan
 from vca.data.splits import base_folder, check_class_folders, find_source, is_shared
 from vca.runtime.distributed import ONE, World
 from vca.runtime.errors import ConfigError
@@ -100,8 +99,8 @@ def index_key(config: DataConfig, split: str) -> str:
     """Return the name of an index: the split, and a hash of the options that it depends on."""
     files = [Path(path).expanduser() if path else None for path in (config.classes, config.labels)]
     contents = [file.read_bytes() if file is not None and file.is_file() else str(file).encode() for file in files]
-    base = base_folder(config, split)
-    place = Path(config.root or "").name if base.absolute() != Path(config.root or "").absolute() else ""
+    base, root = base_folder(config, split), Path(config.root or "").expanduser()
+    place = root.name if base.absolute() != root.absolute() else ""
     options = [VERSION, config.format, place, getattr(config, split), *map(digest, contents)]
     return f"{split}-{digest(json.dumps(options).encode())[:12]}"
 
@@ -181,9 +180,11 @@ def scan_split(config: DataConfig, split: str) -> tuple[str, Scan]:
         return form, scan
     number_classes(scan, config)
     if form not in ("parquet", "arrow"):  # whose names are often not unique
-        counts = Counter(entry.name for entry in scan.entries)
-        twice = [name for name, count in counts.items() if count > 1]
-        scan.problems += [f"{scan.files[0]}: {name} exists twice; remove one" for name in twice]
+        first: dict[str, Entry] = {}
+        twice = [entry for entry in scan.entries if first.setdefault(entry.name, entry) is not entry]
+        scan.problems += [
+            f"{scan.files[entry.file]}: {entry.name} exists twice; remove or rename it" for entry in twice
+        ]
     return form, scan
 
 
