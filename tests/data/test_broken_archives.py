@@ -96,6 +96,10 @@ BROKEN = {
     "tar: text": (tar_of(lambda _: b"no tar"), r"train.tar: is not a tar or is truncated .*; copy it again"),
     "tar: 0 bytes": (tar_of(lambda _: b""), r"train.tar: is not a tar or is truncated .*; copy it again"),
     "tar: no member": (tar_of(lambda _: b"\0" * 10240), r"train.tar: no images of train found"),
+    "parquet: metadata": (
+        parquet_of(lambda rows: rows.replace_schema_metadata({"huggingface": '{"info": null}'})),
+        r"train-00000-of-0000\d.parquet: has corrupt metadata of datasets \(.*\); write it again",
+    ),
     "tar: twice": (tar_of(more=[(FIRST, b"")]), rf"train.tar: {CLASSES[0]}/{CLASSES[0]}_0.JPEG exists twice"),
     "tar: gz": (compressed("train.tar.gz"), r"train.tar.gz is compressed and cannot be read at random; decompress it"),
     "tar: tgz": (compressed("train.tgz"), r"train.tgz is compressed and cannot be read at random; decompress it"),

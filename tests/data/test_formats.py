@@ -1,12 +1,13 @@
 """Every form of the same images has the same images, labels, classes and order."""
 
+import shutil
 import zipfile
 
 import numpy as np
 import pytest
 from torchvision.datasets import ImageFolder
 
-from tests.data.forms import CLASSES, WRITERS, photos, write_form
+from tests.data.forms import CLASSES, WRITERS, photos, write_class_tars, write_form, write_webdataset
 from vca.data import load_dataset
 from vca.data.config import DataConfig
 from vca.runtime.errors import ConfigError
@@ -63,3 +64,30 @@ def test_archive_class_called_train(tmp_path):
     assert load(file, num_classes=2).classes == ["train", "tram"]
     file = write_zip(tmp_path / "both.zip", ["train/train/1.jpg", "train/tram/2.jpg", "val/3.jpg", "doc/4.jpg"])
     assert load(file, num_classes=2).classes == ["train", "tram"]
+
+
+def test_archive_without_splits_is_not_evaluated_on_its_training_images(tmp_path):
+    file = write_zip(tmp_path / "data.zip", ["ant/1.jpg", "bee/2.jpg"])
+    assert len(load(file, num_classes=2)) == 2
+    with pytest.raises(ConfigError, match=f"{file}: has no folders train/ and val/; set data.train and data.val"):
+        load(file, train=False, num_classes=2)
+    assert len(load(None, train=False, num_classes=2, val=str(file))) == 2
+
+
+def test_name_of_a_split_is_a_word(folders, tmp_path):
+    """The training shards of `carnival` are not evaluation shards too."""
+    for split in ("train", "val"):
+        write_webdataset(folders / split, tmp_path / f"carnival-{split}")
+    for train, split in ((True, "train"), (False, "val")):
+        assert all(f"carnival-{split}-" in file for file in load(tmp_path, train).index.files)
+
+
+def test_archive_beside_class_folders_is_not_read(folders, tmp_path):
+    root = tmp_path / "data"
+    shutil.copytree(folders / "train", root / "train")
+    write_class_tars(folders / "val", root / "train" / "backup.tar")
+    assert load(root).index.meta.format == "folder"
+    shutil.copyfile(root / "train" / "backup.tar", tmp_path / "backup.tar")
+    (tmp_path / "train").mkdir()
+    (tmp_path / "backup.tar").rename(tmp_path / "train" / "backup.tar")
+    assert load(tmp_path).index.meta.format == "tar"

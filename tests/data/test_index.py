@@ -7,6 +7,8 @@ import platform
 import shutil
 import subprocess
 import sys
+import zipfile
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from tests.data.forms import ARCHIVES, CLASSES, photos
 from tests.processes import run_script
 from vca.data import load_dataset
 from vca.data.config import DataConfig
+from vca.data.formats import open_file
 from vca.data.index import read_index
 from vca.runtime.distributed import ONE, World
 from vca.runtime.errors import ConfigError
@@ -161,6 +164,33 @@ def test_pickled_images_share_the_index(copy):
     assert read_index(stored(root), root).meta == first.index.meta
 
 
+def test_index_of_a_root_in_the_home_folder(copy, monkeypatch, capsys):
+    root = copy()
+    load(root)
+    capsys.readouterr()
+    monkeypatch.setenv("HOME", str(root.parent))
+    assert len(load(f"~/{root.name}")) == 12
+    assert capsys.readouterr().out == ""
+
+
+def rewrite_zip(root):
+    """Write the training images in reverse order, as a copy of another node may have them."""
+    with zipfile.ZipFile(root / "train.zip") as archive:
+        images = [(info, archive.read(info)) for info in archive.infolist()]
+    with zipfile.ZipFile(root / "train.zip", "w") as archive:
+        for info, content in reversed(images):
+            archive.writestr(info, content)
+
+
+def test_pickled_images_do_not_get_the_index_of_changed_files(copy):
+    root = copy("zip")
+    message = pickle.dumps(load(root))
+    rewrite_zip(root)
+    load(root)
+    with pytest.raises(ValueError, match="was written again, since the images changed; rerun the command"):
+        pickle.loads(message)
+
+
 def build(root, barrier, results):
     barrier.wait(30)
     results.put(contents(load(root)))
@@ -189,8 +219,13 @@ class OtherRank(World):
     identity: dict | None = None
     place: Path | None = None
 
+    arrays: dict | None = None
+
+    def wait_for_slowest(self):
+        return nullcontext()
+
     def from_main(self, function):
-        return self.place
+        return self.place, self.arrays
 
     def broadcast(self, value):
         return self.identity
@@ -201,7 +236,9 @@ class OtherRank(World):
 
 
 def rank_1(main, local_rank, place):
-    return OtherRank(1, local_rank, 2, torch.device("cpu"), None, main.index.meta.identity, place)
+    return OtherRank(
+        1, local_rank, 2, torch.device("cpu"), None, main.index.meta.identity, place, main.index.meta.arrays
+    )
 
 
 @pytest.mark.parametrize("local_rank", [0, 1])
@@ -236,6 +273,20 @@ def test_rank_of_other_node_checks_its_files(copy, tmp_path):
         load(tmp_path / "missing", rank_1(main, 0, place))
 
 
+def test_rank_does_not_read_the_index_of_another_nodes_copy(copy, tmp_path):
+    """A node whose archive has another order stored its index in the shared `data.index` after rank 0 did."""
+    root, cache = copy("zip"), str(tmp_path / "cache")
+    (root / ".vca_index").touch()
+    main = load(root, index=cache)
+    place, expected = main.index.place, contents(main)
+    shutil.copytree(root, tmp_path / "kept")
+    rewrite_zip(root)
+    assert load(root, index=cache).index.place == place
+    shutil.copy2(tmp_path / "kept" / "train.zip", root / "train.zip")
+    open_file.cache_clear()
+    assert contents(load(root, rank_1(main, 1, place), index=cache)) == expected
+
+
 # Each rank loads data of its own folder, as nodes with local disks do.
 STARTS = """
 import os, sys
@@ -266,3 +317,27 @@ def test_ranks_with_different_data_refused_on_all(tmp_path):
             f"on rank {rank}: rank 1 on {platform.node()} has other data (12 images, not the 9 of rank 0)"
             in done.stderr
         )
+
+
+SLOW_START = """
+import sys, time
+from vca.data import load_dataset
+from vca.data.config import DataConfig
+from vca.data.formats import FORMATS, scan_folder
+from vca.runtime import distributed
+
+FORMATS["folder"] = lambda paths, split: (time.sleep(7), scan_folder(paths, split))[1]
+with distributed.start("cpu", timeout_minutes=5 / 60) as world:
+    images = load_dataset(DataConfig("imagefolder", sys.argv[1], num_classes=3), True, world)
+    print(f"rank {world.rank} has {len(images)} images")
+"""
+
+
+@pytest.mark.process
+def test_ranks_wait_for_an_index_longer_than_for_a_collective(copy, tmp_path):
+    script = tmp_path / "start.py"
+    script.write_text(SLOW_START)
+    done = run_script(script, str(copy()), ranks=2)
+    assert done.returncode == 0, done.stderr
+    for rank in (0, 1):
+        assert f"rank {rank} has 12 images" in done.stdout

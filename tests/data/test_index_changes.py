@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -150,9 +151,27 @@ def test_new_shard_is_indexed(copy, capsys):
     load(root)
     capsys.readouterr()
     shutil.copy(root / "shards-train-000000.tar", root / "shards-train-000003.tar")
-    with pytest.raises(ConfigError, match="exists twice"):
+    with pytest.raises(ConfigError, match=r"shards-train-000003\.tar: .* exists twice; remove or rename it"):
         load(root)
     assert f"data: {root} changed since it was indexed" in capsys.readouterr().out
+
+
+def test_new_class_tar_is_indexed(copy, tmp_path):
+    """The first start was refused, since a class was missing."""
+    folders, tars = copy() / "train", tmp_path / "tars" / "train"
+    tars.mkdir(parents=True)
+
+    def write_tar(name):
+        with tarfile.open(tars / f"{name}.tar", "w") as archive:
+            for file in sorted((folders / name).iterdir()):
+                archive.add(file, file.name)
+
+    write_tar(CLASSES[0])
+    write_tar(CLASSES[1])
+    with pytest.raises(ConfigError, match="has 2 classes"):
+        load(tars.parent)
+    write_tar(CLASSES[2])
+    assert len(load(tars.parent)) == 12
 
 
 def add_image(folder):

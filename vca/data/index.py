@@ -68,7 +68,7 @@ class ImageIndex:
     def __reduce__(self) -> Any:
         """Copy the path, not the arrays, to a process that does not share memory."""
         if self.place is not None:
-            return read_index, (self.place, self.base)
+            return read_same_index, (self.place, self.base, self.meta.arrays)
         return ImageIndex, (self.base, self.meta, self.rows, self.names)
 
     def name(self, index: int) -> str:
@@ -117,6 +117,18 @@ def read_index(path: Path, base: Path) -> ImageIndex:
     if not intact:
         raise ValueError(f"{path} is corrupt or has another version")
     return ImageIndex(base, meta, rows, names, path)
+
+
+def read_same_index(path: Path, base: Path, arrays: dict[str, str]) -> ImageIndex:
+    """Read the stored index whose arrays have the sha256 `arrays`.
+
+    Raises:
+        OSError, ValueError: if it is not that index, since another process indexed changed files.
+    """
+    index = read_index(path, base)
+    if index.meta.arrays != arrays:
+        raise ValueError(f"{path} was written again, since the images changed; rerun the command")
+    return index
 
 
 def store(index: ImageIndex, folder: Path, key: str) -> Path | None:

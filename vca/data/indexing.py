@@ -5,8 +5,8 @@ import json
 import os
 import platform
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +14,10 @@ import numpy as np
 from vca.data.classes import number_classes, with_label_file, without_single_folder
 from vca.data.config import DataConfig
 from vca.data.formats import COSTLY, FORMATS
-from vca.data.index import ROW, VERSION, ImageIndex, Meta, digest, first_change, read_index, store
+from vca.data.index import ROW, VERSION, ImageIndex, Meta, digest, first_change, read_index, read_same_index, store
 from vca.data.prepared import manifest_of
-from vca.data.scan import Scan
-from vca.data.splits import base_folder, check_class_folders, find_source
+from vca.data.scan import Entry, Scan
+from vca.data.splits import base_folder, check_class_folders, find_source, is_shared
 from vca.runtime.distributed import ONE, World
 from vca.runtime.errors import ConfigError
 
@@ -36,18 +36,18 @@ def open_index(config: DataConfig, split: str, world: World = ONE) -> ImageIndex
     """
     opened: list[ImageIndex] = []
 
-    def open_checked() -> Path | None:
+    def open_checked() -> tuple[Path | None, dict[str, str]]:
         opened.append(find_index(config, split, print) or build_index(config, split))
-        return opened[0].place
+        return opened[0].place, opened[0].meta.arrays
 
-    place, error = world.from_main(open_checked), None
+    (place, arrays), error = world.from_main_slowly(open_checked), None
     for first_of_node in (True, False):  # a node may have its own copy of the data
         try:
             if not opened and first_of_node == (world.local_rank == 0):
-                stored = place is not None and place.exists()
-                if stored and not first_of_node:
-                    opened.append(read_index(place, base_folder(config, split)))
-                else:
+                with suppress(OSError, ValueError):  # not on this node, or of another node's copy
+                    if place is not None and not first_of_node:
+                        opened.append(read_same_index(place, base_folder(config, split), arrays))
+                if not opened:
                     open_checked()
         except (ConfigError, OSError, ValueError) as problem:
             error = ConfigError(f"rank {world.rank} on {platform.node()}: {problem}")
@@ -99,8 +99,8 @@ def index_key(config: DataConfig, split: str) -> str:
     """Return the name of an index: the split, and a hash of the options that it depends on."""
     files = [Path(path).expanduser() if path else None for path in (config.classes, config.labels)]
     contents = [file.read_bytes() if file is not None and file.is_file() else str(file).encode() for file in files]
-    base = base_folder(config, split)
-    place = Path(config.root or "").name if base.absolute() != Path(config.root or "").absolute() else ""
+    base, root = base_folder(config, split), Path(config.root or "").expanduser()
+    place = root.name if base.absolute() != root.absolute() else ""
     options = [VERSION, config.format, place, getattr(config, split), *map(digest, contents)]
     return f"{split}-{digest(json.dumps(options).encode())[:12]}"
 
@@ -171,6 +171,8 @@ def scan_split(config: DataConfig, split: str) -> tuple[str, Scan]:
     if scan.access != "file":
         scan.entries = without_single_folder(scan.entries)
     scan.change = prepared.change if prepared is not None else None
+    if split == "val" and is_shared(config) and scan.entries and FORMATS[form](paths, "train").entries == scan.entries:
+        scan.problems.append(f"{paths[0]}: has no folders train/ and val/; set data.train and data.val")
     if any(entry.label is None for entry in scan.entries):
         scan.entries = with_label_file(scan, config)
     if not scan.entries:
@@ -178,9 +180,11 @@ def scan_split(config: DataConfig, split: str) -> tuple[str, Scan]:
         return form, scan
     number_classes(scan, config)
     if form not in ("parquet", "arrow"):  # whose names are often not unique
-        counts = Counter(entry.name for entry in scan.entries)
-        twice = [name for name, count in counts.items() if count > 1]
-        scan.problems += [f"{scan.files[0]}: {name} exists twice; remove one" for name in twice]
+        first: dict[str, Entry] = {}
+        twice = [entry for entry in scan.entries if first.setdefault(entry.name, entry) is not entry]
+        scan.problems += [
+            f"{scan.files[entry.file]}: {entry.name} exists twice; remove or rename it" for entry in twice
+        ]
     return form, scan
 
 

@@ -75,7 +75,7 @@ def find_source(config: DataConfig, split: str) -> Source:
         if missing:
             raise ConfigError(f"{key}={given}: {missing[0]}{and_more(missing)} does not exist")
     all_files = given is None or paths[0].is_dir()
-    if len(paths) == 1 and paths[0].is_dir():
+    if len(paths) == 1 and config.format != "folder" and not any(path.is_dir() for path in paths[0].glob("[!.]*")):
         paths = next((found for pattern in ARCHIVES if (found := sorted(paths[0].glob(pattern)))), paths)
     form = check_form(paths, config.format, key)
     if all_files and form in ("webdataset", "parquet", "arrow"):
@@ -125,15 +125,28 @@ def check_complete(paths: Sequence[Path], key: str) -> None:
 
 
 def in_root(root: Path, split: str) -> list[Path]:
-    """Return the files of a split in a folder, by their names."""
+    """Return the files of a split in a folder, by their names, which contain its name as a word."""
     for pattern in PATTERNS:
         for name in SPLITS[split]:
-            if found := sorted(root.glob(pattern.format(name))):
+            if found := named(root, pattern, name):
                 return found
     for name in SPLITS[split]:  # refused, but not as missing
-        if found := [path for path in sorted(root.glob(f"*{name}*.t*")) if path.suffix in COMPRESSED]:
+        if found := [path for path in named(root, "*{}*.t*", name) if path.suffix in COMPRESSED]:
             return found
     return []
+
+
+def named(root: Path, pattern: str, name: str) -> list[Path]:
+    """Return the files of a pattern whose name contains `name` as a word: `evaluation` contains no `val`."""
+    word = re.compile(rf"(?<![A-Za-z]){name}(?![A-Za-z])")
+    return [path for path in sorted(root.glob(pattern.format(name))) if word.search(path.name)]
+
+
+def is_shared(config: DataConfig) -> bool:
+    """Whether both splits are found in the same files."""
+    root = Path(config.root or "").expanduser()
+    found = config.train is None and config.val is None
+    return found and (root.is_file() or in_root(root, "train") == in_root(root, "val"))
 
 
 def expand(root: Path, given: str) -> list[Path]:

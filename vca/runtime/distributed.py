@@ -81,6 +81,22 @@ class World:
             raise outcome
         return outcome
 
+    def from_main_slowly(self, function: Callable[[], Any]) -> Any:
+        """`from_main` for work that may take longer than the time limit of collectives."""
+        outcome, error = None, None
+        with self.wait_for_slowest():
+            try:
+                outcome = function() if self.is_main else None
+            except Exception as problem:  # raised on every rank below
+                error = problem
+
+        def result() -> Any:
+            if error is not None:
+                raise error
+            return outcome
+
+        return self.from_main(result)
+
     def gather(self, value: Any) -> list[Any]:
         """Return the picklable values of all ranks on rank 0, an empty list on the others."""
         if self.size == 1:

@@ -236,8 +236,11 @@ def find_columns(schema: Any) -> Columns:
         raise ContentError(f"column {image} must have the type {{bytes, path}}, got {kind}; write it with datasets")
     if not (pa.types.is_integer(schema.field(label).type) or pa.types.is_string(schema.field(label).type)):
         raise ContentError(f"column {label} must have integers or strings, got {schema.field(label).type}; convert it")
-    described = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
-    classes = described.get("info", {}).get("features", {}).get(label, {}).get("names")
+    try:
+        described = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+        classes = described.get("info", {}).get("features", {}).get(label, {}).get("names")
+    except (AttributeError, ValueError) as error:
+        raise ContentError(f"has corrupt metadata of datasets ({one_line(error)}); write it again") from error
     return Columns(image, label, f"{image}.bytes" if in_struct else image, classes)
 
 

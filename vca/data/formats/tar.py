@@ -67,7 +67,8 @@ def intact_members(file: BinaryIO, name: str, problems: list[str], *limits: int)
 
 def scan_tar(paths: Sequence[Path], split: str) -> Scan:
     """Index tars whose classes are class tars, folders, or their own names if there are several."""
-    scan = Scan("span", list(paths), watched=[*paths])
+    folders = {path.parent for path in paths} if len(paths) > 1 else set()  # which change if a file is added
+    scan = Scan("span", list(paths), watched=[*paths, *folders])
     for number, path in enumerate(paths):
         with open(path, "rb") as file:
             found = list(intact_members(file, str(path), scan.problems))

@@ -16,7 +16,8 @@ STREAMED, TAIL = 8, 8  # flag of members whose CRC is behind them; bytes of an o
 
 def scan_zip(paths: Sequence[Path], split: str) -> Scan:
     """Index a zip. An entry is a member with its local header, which `unpack` decodes."""
-    scan = Scan("zip", list(paths), watched=[*paths])
+    folders = {path.parent for path in paths} if len(paths) > 1 else set()  # which change if a file is added
+    scan = Scan("zip", list(paths), watched=[*paths, *folders])
     for number, path in enumerate(paths):
         try:
             with zipfile.ZipFile(path) as archive:
