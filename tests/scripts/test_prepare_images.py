@@ -143,9 +143,7 @@ def test_prepared_images_of_a_table_have_unique_names_and_class_folders(folders,
     images = [{**row, "path": name} for row, name in zip(table["image"].to_pylist(), names, strict=True)]
     table = table.set_column(0, table.schema.field("image"), [images])
     (tmp_path / "table").mkdir()
-    pq.write_table(table, tmp_path / "table" / "train.parquet", row_group_size=2, compression="brotli")
-    source = load(tmp_path / "table")
-    assert source.index.meta.access == "rows"
+    pq.write_table(table, tmp_path / "table" / "train.parquet", row_group_size=2, compression="zstd")
     prepare(tmp_path / "table", tmp_path / "tar")
     prepare(tmp_path / "tar", tmp_path / "again", "form=parquet")
     rows = list(zip(table["image"].to_pylist(), table["label"].to_pylist(), strict=True))
@@ -158,9 +156,6 @@ def test_prepared_images_of_a_table_have_unique_names_and_class_folders(folders,
         stems = {name.partition("/")[2].rpartition(".")[0] for name in found}
         assert {"a-b", "up", "deep/er/x", "train/00000004"} < stems
         assert sum(name.partition("/")[2].startswith("a-b") for name in found) == 3
-    with tarfile.open(tmp_path / "tar" / "train" / "train-000000.tar") as archive:  # in the order of the source
-        contents = [archive.extractfile(name).read() for name in archive.getnames()[0::2]]
-    assert contents == [image["bytes"] for image, _ in rows[:5]]
 
 
 def test_prepared_images_keep_names_of_class_folders(tmp_path):

@@ -17,7 +17,8 @@ class DataConfig:
             in `root` by their names.
         classes: file with the class names, one a line, in the order of the labels; null sorts the names.
         labels: file with lines `image class` for images without class folders, or ImageNet's development kit.
-        index: folder for the index of the images if it cannot be beside them; null is `out_dir/data_index`.
+        index: folder for the index of the images if it cannot be beside them; null is `out_dir/data_index` for
+            runs.
         img_size: side of training and evaluation images, in pixels.
         in_chans, num_classes: number of image channels (`in_chans`) and of classes (`num_classes`).
         mean, std: mean and standard deviation that normalise pixels in [0, 1], one number per channel.

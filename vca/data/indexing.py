@@ -13,7 +13,7 @@ import numpy as np
 
 from vca.data.classes import number_classes, with_label_file, without_single_folder
 from vca.data.config import DataConfig
-from vca.data.formats import COSTLY, FORMATS
+from vca.data.formats import FORMATS
 from vca.data.index import ROW, VERSION, ImageIndex, Meta, digest, first_change, read_index, read_same_index, store
 from vca.data.prepared import manifest_of
 from vca.data.scan import Entry, Scan
@@ -65,10 +65,6 @@ def open_index(config: DataConfig, split: str, world: World = ONE) -> ImageIndex
             f"data.num_classes is {config.num_classes}, but {index.files[0]} has {len(classes)} classes ({names}); "
             f"complete it or set data.num_classes={len(classes)}"
         )
-    if index.meta.access in COSTLY and world.is_main:
-        size = COSTLY[index.meta.access](index.rows["size"], index.files[0])
-        remedy = "scripts/prepare_images.py makes a copy that is read faster"
-        print(f"data: reading an image of {split} decompresses {size / 1e6:.2g} MB; {remedy}", flush=True)
     return index
 
 

@@ -68,12 +68,7 @@ def split_suffix(name: str) -> tuple[str, str]:
 
 
 def shard_order(index: ImageIndex) -> np.ndarray:
-    """Return the order of the images in the shards, `(images,)`: a permutation that no version of NumPy changes.
-
-    Images of compressed parquet keep their order in the source, since reading one decodes a row group.
-    """
-    if index.meta.access == "rows":
-        return np.lexsort((index.rows["offset"], index.rows["file"]))
+    """Return the order of the images in the shards, `(images,)`: a permutation that no version of NumPy changes."""
     return np.random.RandomState(0).permutation(len(index))
 
 

@@ -6,11 +6,9 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import BinaryIO
 
-import numpy as np
-
 from vca.data.formats.folder import scan_folder
-from vca.data.formats.pages import CODECS, blocks_of, output_bytes, read_blocks
-from vca.data.formats.tables import read_row, row_group_bytes, scan_arrow, scan_parquet
+from vca.data.formats.pages import CODECS, blocks_of, read_blocks
+from vca.data.formats.tables import scan_arrow, scan_parquet
 from vca.data.formats.tar import holds_samples, scan_tar, scan_webdataset
 from vca.data.formats.zip import scan_zip, unpack
 from vca.data.scan import Scan
@@ -64,14 +62,6 @@ ACCESS: dict[str, Callable[[str, str, int, int], bytes]] = {
     "span": read_span,
     "zip": lambda file, name, offset, size: unpack(read_span(file, name, offset, size)),
     **{codec: partial(read_compressed, codec=codec) for codec in CODECS},
-    "rows": lambda file, name, offset, size: read_row(file, offset),
-}
-
-# access that reads more than the image -> mean bytes that are decompressed: (sizes of the entries, first file)
-COSTLY: dict[str, Callable[[np.ndarray, str], float]] = {
-    "zstd": lambda sizes, file: float(output_bytes(sizes).mean()),
-    "gzip": lambda sizes, file: float(output_bytes(sizes).mean()),
-    "rows": lambda sizes, file: row_group_bytes(file),
 }
 
 

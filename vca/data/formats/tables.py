@@ -2,7 +2,7 @@
 
 An image that the file contains verbatim is read by its place in the file, without pyarrow: those of Arrow files and of
 parquet files whose images are not compressed. Of compressed ones, the blocks that contain the image are decompressed,
-see `pages.py`. A row group is decoded for each image if that is not possible.
+see `pages.py`.
 """
 
 import json
@@ -11,7 +11,7 @@ import struct
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -61,11 +61,8 @@ def import_pyarrow() -> Any:
 
 
 def scan_parquet(paths: Sequence[Path], split: str) -> Scan:
-    """Index parquet files, for the quickest access that reads the images of all of them.
-
-    The offset of an entry for the access `rows` is the row of the image.
-    """
-    return scan_tables(paths, index_parquet, ("span", *CODECS, "rows"))
+    """Index parquet files whose images are not compressed, or all with one of `CODECS`."""
+    return scan_tables(paths, index_parquet, tuple(PLACES))
 
 
 def scan_arrow(paths: Sequence[Path], split: str) -> Scan:
@@ -76,11 +73,15 @@ def scan_arrow(paths: Sequence[Path], split: str) -> Scan:
 def scan_tables(paths: Sequence[Path], index_file: Any, accesses: Sequence[str]) -> Scan:
     scan = Scan(accesses[0], list(paths), watched=[*paths, *{path.parent for path in paths}])
     import_pyarrow()
-    for scan.access in accesses:
+    for access in accesses:
+        scan.access = access
         with ThreadPoolExecutor(THREADS) as threads:
-            files = list(threads.map(partial(index_file, access=scan.access), paths, range(len(paths))))
+            files = list(threads.map(partial(index_file, access=access), paths, range(len(paths))))
         if all(rows.placed for rows in files):
             break
+    else:
+        remedy = "write all files again without compression of the images"
+        scan.problems.append(f"{paths[0]}: images of these files cannot be read in any order; {remedy}")
     for path, rows in zip(paths, files, strict=True):
         scan.entries += rows.entries
         scan.problems += rows.problems
@@ -103,13 +104,13 @@ def index_parquet(path: Path, number: int, access: str) -> Rows:
                 place = f" from row {first} on"
                 metadata = file.metadata.row_group(group).column(chunk)
                 codec = metadata.compression.lower()
-                rows.placed = rows.placed and access in ("span" if codec == "uncompressed" else codec, "rows")
+                rows.placed = rows.placed and access == ("span" if codec == "uncompressed" else codec)
                 if not rows.placed:
                     break
                 table = file.read_row_group(group, columns=[columns.image, columns.label], use_threads=False)
                 start = metadata.dictionary_page_offset or metadata.data_page_offset
                 stop = start + metadata.total_compressed_size
-                find = PLACES[access](mapped, start, stop).find if access in PLACES else None
+                find = PLACES[access](mapped, start, stop).find
                 for batch in table.to_batches():
                     add_rows(rows, batch, columns, path, number, first, find)
                     first += batch.num_rows
@@ -199,7 +200,7 @@ PLACES: dict[str, Any] = {
 def add_rows(rows: Rows, batch: Any, columns: Columns, path: Path, number: int, first: int, find: Any) -> None:
     """Append the entries of a batch, whose first row is row `first` of the file.
 
-    `find` maps a row of the batch and its image, a buffer, to its place `(offset, size)`; None if entries are rows.
+    `find` maps a row of the batch and its image, a buffer, to its place `(offset, size)`, or None.
     """
     images, labels = image_array(batch, columns), batch.column(columns.label).to_pylist()
     names = paths_of(batch, columns) or [None] * len(labels)
@@ -211,7 +212,7 @@ def add_rows(rows: Rows, batch: Any, columns: Columns, path: Path, number: int, 
             rows.problems.append(f"{path}: row {first + row} has no label, got {label}; remove the row")
         else:
             value = image.as_buffer()
-            place = find(row, value) if find is not None else (first + row, value.size)
+            place = find(row, value)
             if place is None:
                 rows.placed = False
                 return
@@ -260,33 +261,3 @@ def paths_of(batch: Any, columns: Columns) -> list[str | None] | None:
     column = batch.column(columns.image)
     has_paths = columns.image_bytes != columns.image and column.type.get_field_index("path") >= 0
     return column.field("path").to_pylist() if has_paths else None
-
-
-@lru_cache(maxsize=64)
-def open_parquet(path: str) -> tuple[Any, np.ndarray, str]:
-    """Open a parquet file; return it with the first row of each row group and the column of image bytes."""
-    file = import_pyarrow().parquet.ParquetFile(path, memory_map=True)
-    counts = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
-    return file, np.cumsum([0, *counts]), find_columns(file.schema_arrow).image_bytes
-
-
-def row_group_bytes(path: str) -> int:
-    """Return the decompressed size of the first row group of a parquet file."""
-    size: int = open_parquet(path)[0].metadata.row_group(0).total_byte_size
-    return size
-
-
-@lru_cache(maxsize=2)
-def read_group(path: str, group: int) -> Any:
-    """Decode the images of a row group of a parquet file to a column of bytes or of structs of bytes."""
-    file, _, column = open_parquet(path)
-    return file.read_row_group(group, columns=[column], use_threads=False).column(0)
-
-
-def read_row(path: str, row: int) -> bytes:
-    """Read the image of a row of a parquet file."""
-    _, firsts, column = open_parquet(path)
-    group = int(np.searchsorted(firsts, row, side="right")) - 1
-    value = read_group(path, group)[row - int(firsts[group])]
-    content: bytes = (value["bytes"] if "." in column else value).as_py()
-    return content
