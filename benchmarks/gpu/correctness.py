@@ -1,0 +1,118 @@
+"""Stage 1: values and gradients of the kernels against float64, and the tests about determinism and the operator.
+
+The cases are those of `tests/attention/test_kernels.py`. Without a GPU, TRITON_INTERPRET=1 must be set before Triton is
+imported; the interpreter has no bfloat16 arithmetic.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+
+from benchmarks.gpu.runner import Context, Row
+
+# Shapes of training: DeiT-S at 224 and 1024 px, DiT-S/2, DiT-XL/2; (grid, contrast grid, prefix tokens, heads, head dim)
+TRAINING = [
+    ((14, 14), (7, 7), 1, 6, 64),
+    ((16, 16), (8, 8), 0, 6, 64),
+    ((16, 16), (8, 8), 0, 16, 72),
+    ((64, 64), (8, 8), 1, 6, 64),
+]
+LIMITS = {"float32": 3e-5, "float16": 5e-3, "bfloat16": 4e-2}  # errors relative to the largest value, as in the tests
+CHECKS = {
+    "deterministic": [()],
+    "operators_pass_opcheck": [()],
+    "large_scores_no_overflow": [()],
+    "unusual_strides_equal_eager": [()],
+    "compile_export_checkpoint_equal_eager": [("vca",), ("both plain",), ("learned pooling",)],
+    "saved_memory_near_mhsa": [()],
+}
+
+
+def dtypes(context: Context) -> list[torch.dtype]:
+    return [torch.bfloat16, torch.float16, torch.float32] if context.device.type == "cuda" else [torch.float32]
+
+
+def training_shapes(context: Context) -> Iterator[Row]:
+    """Yield the errors at shapes of training."""
+    shapes = [((4, 4), (2, 2), 1, 1, 16)] if context.tiny else TRAINING
+    yield from errors(context, [(shape, dtype, {}) for dtype in dtypes(context) for shape in shapes])
+
+
+def head_dims(context: Context) -> Iterator[Row]:
+    """Yield the errors at every head dim's tiles, with ragged bins and one to 256 contrast tokens."""
+    from tests.attention.test_kernels import SHAPES
+
+    shapes = SHAPES[-1:] if context.tiny else SHAPES
+    yield from errors(context, [(shape, dtype, {}) for dtype in dtypes(context) for shape in shapes])
+
+
+def options(context: Context) -> Iterator[Row]:
+    """Yield the errors with each ablation option."""
+    from tests.attention.test_contrast import OPTIONS
+    from tests.attention.test_kernels import SHAPES
+
+    shape, chosen = (SHAPES[-1], OPTIONS[3:4]) if context.tiny else (SHAPES[1], OPTIONS)
+    yield from errors(context, [(shape, dtype, option) for dtype in dtypes(context) for option in chosen])
+
+
+def errors(context: Context, cases: list[tuple[Any, torch.dtype, dict[str, Any]]]) -> Iterator[Row]:
+    """Yield a row for each case; raise if a case is not within its limit."""
+    wrong = []
+    for row in context.parallel(case_errors, cases):
+        if not row["within"]:
+            wrong.append(f"{row['shape']} {row['dtype']} {row['options']}: {row.get('failed') or row['worst']}")
+        yield row
+    if wrong:
+        raise AssertionError(f"{len(wrong)} of {len(cases)} cases not within the limit: {'; '.join(wrong)}")
+
+
+def case_errors(case: tuple[Any, torch.dtype, dict[str, Any]]) -> Row:
+    """Compare the kernels and plain PyTorch in one dtype with float64.
+
+    `error` and `eager_error` are the largest errors of output and gradients, each relative to its largest value. A
+    gradient of lambda is a small sum of large terms: it is compared with eager's error instead of the limit.
+    """
+    from tests.attention.test_contrast import contrast_attention, shape_id
+    from tests.attention.test_kernels import both, with_gradients
+
+    shape, dtype, option = case
+    row: Row = {"shape": shape_id(shape), "dtype": str(dtype).removeprefix("torch."), "options": str(option or "")}
+    try:
+        exact, given, keywords = both(shape, dtype, option)
+        expected = with_gradients(contrast_attention, exact, **keywords)
+        fused, eager = (
+            with_gradients(contrast_attention, given, backend=name, **keywords) for name in ("triton", "eager")
+        )
+    except Exception as error:  # of the compiler or the driver; the other cases run
+        return {**row, "within": False, "failed": f"{type(error).__name__}: {error}"[:500]}
+    sizes, limit = {}, LIMITS[row["dtype"]]
+    for name, value in expected.items():
+        if value is not None:
+            scale = value.abs().max().clamp_min(1e-6)
+            found = [((x[name].double().cpu() - value).abs().max() / scale).item() for x in (fused, eager)]
+            allowed = 1.5 * found[1] + limit if "lambda" in name else limit
+            sizes[name] = (*found, found[0] <= allowed)  # false for NaN
+    worst = max(sizes, key=lambda name: (not sizes[name][2], sizes[name][0]))
+    row |= {"worst": worst, "error": sizes[worst][0], "eager_error": sizes[worst][1]}
+    return {**row, "within": all(good for *_, good in sizes.values())}
+
+
+def checks(context: Context) -> Iterator[Row]:
+    """Run tests of the kernels that yield no figures: determinism, opcheck, strides, compilation, saved memory."""
+    from tests.attention import test_kernels
+
+    failed = []
+    for name in list(CHECKS)[:1] if context.tiny else CHECKS:
+        for arguments in CHECKS[name]:
+            test: Callable[..., None] = partial(getattr(test_kernels, f"test_kernels_{name}"), *arguments)
+            row: Row = {"check": " ".join((name, *arguments)), "passed": True}
+            try:
+                test()
+            except Exception as error:
+                row |= {"passed": False, "failed": f"{type(error).__name__}: {error}"[:500]}
+                failed.append(row["check"])
+            yield row
+    if failed:
+        raise AssertionError(f"failed: {', '.join(failed)}")
