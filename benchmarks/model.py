@@ -12,7 +12,7 @@ from models import build_model
 from models.timm_registry import load_sizes
 from scripts.complexity import config_of
 from vca.evaluation.complexity import example_inputs
-from vca.runtime.compute import Precision, computing
+from vca.runtime.compute import Precision, autocast
 
 # Image sizes in pixels. Swin and CSwin need multiples of 224 for whole windows.
 SIZES = {
@@ -73,13 +73,13 @@ def at_size(
         networks |= {f"{name} compiled": torch.compile(networks[name], dynamic=False) for name in ("softmax", last)}
 
     def training(network: nn.Module) -> None:
-        with computing(precision, device):
+        with autocast(precision, device):
             out = network(*inputs)
         out.float().square().mean().backward()
         network.zero_grad(set_to_none=True)
 
     def inference(network: nn.Module) -> None:
-        with torch.no_grad(), computing(precision, device):
+        with torch.no_grad(), autocast(precision, device):
             network(*inputs)
 
     def times(run: Callable[[nn.Module], None], share: float) -> dict[str, Timing]:
