@@ -8,6 +8,7 @@
     python -m benchmarks table1 --root DIR      the ten rows of Table 1: 20 steps, a kill, a resume
     python -m benchmarks inception --weights FILE    eval_fid.py compared with torch-fidelity's command
     python -m benchmarks evaluation --threads 2      eval_fid.py on 50,000 images: time and peak memory
+    python -m benchmarks gpu --help                  everything to measure on a GPU, in five stages
 
 DIR is an image folder for `data=imagefolder`; FILE contains the weights of torch-fidelity's Inception network.
 
@@ -105,4 +106,9 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:2] == ["gpu"]:
+        from benchmarks.gpu.command import main as gpu
+
+        gpu(sys.argv[2:])
+    else:
+        main()

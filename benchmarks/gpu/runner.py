@@ -24,7 +24,6 @@ from vca.runtime.files import append_line
 from vca.runtime.provenance import code_sha256, provenance
 
 Row = dict[str, Any]
-MINUTES = 9.0  # of a stage
 
 
 @dataclass(frozen=True)
