@@ -9,10 +9,11 @@ Each row is a line of OUT/stageK.jsonl as soon as it is measured. `plan.py` has 
 """
 
 import argparse
-import os
 import sys
 import time
 from pathlib import Path
+
+import torch
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "performance.md"
 
@@ -40,11 +41,6 @@ def main(arguments: list[str]) -> None:
     """Run a stage, a rehearsal or the report; exit with code 1 if a measurement failed."""
     end, options = time.perf_counter(), parse(arguments)
     end += 60 * options.minutes
-    if options.rehearse:  # before Triton is imported
-        os.environ.update(TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
-
-    import torch
-
     if options.report is not None:
         from benchmarks.gpu.report import report
 
@@ -62,5 +58,5 @@ def main(arguments: list[str]) -> None:
         torch.compile = lambda function, **_: function  # type: ignore[assignment]  # compiling takes a minute
         device, numbers = torch.device("cpu"), list(STAGES)
     context = Context(device, options.out, options.root, options.rehearse, end)
-    if not all([run_stage(number, STAGES[number], context) for number in numbers]):
-        sys.exit(1)
+    succeeded = [run_stage(number, STAGES[number], context) for number in numbers]
+    sys.exit(0 if all(succeeded) else 1)

@@ -142,7 +142,9 @@ def copy_bandwidth(context: Context) -> float:
     """Measure the bytes per second of a copy, read and written."""
     x = torch.ones(2**18 if context.tiny else 2**28, device=context.device)
     y = torch.empty_like(x)
-    timing = take_turns({"copy": graphed(lambda: y.copy_(x), context.device)}, None, context.budget(0.1), context.device)
+    timing = take_turns(
+        {"copy": graphed(lambda: y.copy_(x), context.device)}, None, context.budget(0.1), context.device
+    )
     return 2 * x.numel() * x.element_size() / timing["copy"].seconds
 
 

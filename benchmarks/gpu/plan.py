@@ -41,7 +41,9 @@ STAGES = {
             Measurement("sampling", models.sampling, 0.7),
             Measurement("rows of Table 1", throughput(*TABLE1), 1.2),
             Measurement("rows of Table 2", throughput(*TABLE2), 1.2),
-            Measurement("fp32 and tf32", throughput(("deit_small", 224), ("dit_s_2", 256), precisions=("fp32", "tf32")), 1),
+            Measurement(
+                "fp32 and tf32", throughput(("deit_small", 224), ("dit_s_2", 256), precisions=("fp32", "tf32")), 1
+            ),
             Measurement("loop", models.loop, 0.5),
             Measurement("high resolution", throughput(*HIGH), 1.5),
         ],

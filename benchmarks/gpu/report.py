@@ -130,8 +130,11 @@ def tables(rows: list[Row]) -> dict[str, list[str]]:
         ),
         "Sampling": markdown(
             ["model", "attention", "precision", "steps", "images/s"],
-            ([r[k] for k in ("model", "name", "precision", "steps")] + [r["images"] / r["seconds"]]
-             for r in rows if "steps" in r),
+            (
+                [r[k] for k in ("model", "name", "precision", "steps")] + [r["images"] / r["seconds"]]
+                for r in rows
+                if "steps" in r
+            ),
         ),  # fmt: skip
         "Training curves": markdown(
             ["data", "attention", "seeds", "epochs", "top-1 (%)", "last training loss", "minutes a run"],

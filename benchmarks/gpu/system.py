@@ -30,7 +30,9 @@ def suite(*paths: str) -> Callable[[Context], Iterator[Row]]:
         command = [sys.executable, "-m", "pytest", "-o", "addopts=", "-v", "-rfE", "--tb=short", "-n", str(workers)]
         command += ["-m", "not slow and not slurm", *(["tests/metrics/test_fid.py"] if context.tiny else paths)]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
-        timer = threading.Timer(min(3600.0, max(1.0, 60 * context.minutes_left)), os.killpg, (process.pid, signal.SIGKILL))
+        timer = threading.Timer(
+            min(3600.0, max(1.0, 60 * context.minutes_left)), os.killpg, (process.pid, signal.SIGKILL)
+        )
         timer.start()
         outcomes, reasons, tail = {}, {}, ""
         for line in process.stdout or ():
@@ -48,7 +50,9 @@ def suite(*paths: str) -> Callable[[Context], Iterator[Row]]:
         counts = {key.lower(): list(outcomes.values()).count(key) for key in ("PASSED", "SKIPPED", "FAILED", "ERROR")}
         yield {"suite": " ".join(paths) or "all", **counts, "complete": code in (0, 1)}
         if code:
-            raise AssertionError(f"pytest exited with {code}, {len(failed)} failed: {tail if not failed else failed[:9]}")
+            raise AssertionError(
+                f"pytest exited with {code}, {len(failed)} failed: {tail if not failed else failed[:9]}"
+            )
 
     return measure
 
@@ -131,4 +135,3 @@ def ranks(context: Context) -> Iterator[Row]:
     yield {"ranks": "metrics of eval_fid.py", "equal": figures[0] == figures[1]}
     if difference >= 1e-3 or digests[0] != digests[1] or figures[0] != figures[1]:
         raise AssertionError("one and two processes differ, see the rows")
-
