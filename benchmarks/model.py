@@ -69,8 +69,8 @@ def at_size(
     inputs = example_inputs(networks["softmax"].config, batch, device)
     if compiled:
         torch._dynamo.reset()
-        last = list(kinds)[-1]
-        networks |= {f"{name} compiled": torch.compile(networks[name], dynamic=False) for name in ("softmax", last)}
+        for name in ("softmax", list(kinds)[-1]):
+            networks[f"{name} compiled"] = torch.compile(networks[name], dynamic=False)  # type: ignore[assignment]
 
     def training(network: nn.Module) -> None:
         with autocast(precision, device):

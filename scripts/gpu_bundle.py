@@ -1,4 +1,4 @@
-"""Make a folder with the packages and CIFAR-10 images that the stages of `benchmarks gpu` need on a machine without network.
+"""Make a folder with all that `python -m benchmarks gpu` needs on a machine without network: packages and CIFAR-10.
 
     python scripts/gpu_bundle.py .bundle --cifar DIR            DIR contains cifar-10-batches-py/
     python3 -m pip install --no-index --no-deps --target .bundle/site .bundle/wheels/*.whl      on the machine
@@ -27,7 +27,7 @@ Split = tuple[np.ndarray, np.ndarray]  # images (N, 3, 32, 32) uint8, labels (N,
 
 
 def pack_images(splits: list[Split]) -> bytes:
-    """Pack splits into bytes that compress well: differences to green, then to the left and the upper pixel, modulo 256."""
+    """Pack splits into bytes that compress well: differences to green and to the left and upper pixels, modulo 256."""
     parts = [np.array([len(labels) for _, labels in splits], "<u4").tobytes()]
     for images, labels in splits:
         x = images.copy()

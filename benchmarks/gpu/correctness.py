@@ -1,11 +1,11 @@
-"""Stage 1: values and gradients of the kernels against float64, and the tests about determinism and the operator.
+"""Stage 1: values and gradients of the kernels against float64, in the cases of `tests/attention/test_kernels.py`.
 
-The cases are those of `tests/attention/test_kernels.py`. Without a GPU, TRITON_INTERPRET=1 must be set before Triton is
-imported; the interpreter has no bfloat16 arithmetic.
+Without a GPU, TRITON_INTERPRET=1 must be set before Triton is imported; the interpreter has no bfloat16 arithmetic.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -19,15 +19,9 @@ TRAINING = [
     ((16, 16), (8, 8), 0, 16, 72),
     ((64, 64), (7, 7), 1, 6, 64),
 ]
+Case = tuple[Any, torch.dtype, dict[str, Any]]  # shape, dtype, options
+CASES = "tests.attention.test_kernels"
 LIMITS = {"float32": 3e-5, "float16": 5e-3, "bfloat16": 4e-2}  # errors relative to the largest value, as in the tests
-CHECKS = {
-    "deterministic": [()],
-    "operators_pass_opcheck": [()],
-    "large_scores_no_overflow": [()],
-    "unusual_strides_equal_eager": [()],
-    "compile_export_checkpoint_equal_eager": [("vca",), ("both plain",), ("learned pooling",)],
-    "saved_memory_near_mhsa": [()],
-}
 
 
 def dtypes(context: Context) -> list[torch.dtype]:
@@ -42,22 +36,18 @@ def training_shapes(context: Context) -> Iterator[Row]:
 
 def head_dims(context: Context) -> Iterator[Row]:
     """Yield the errors at every head dim's tiles, with ragged bins and one to 256 contrast tokens."""
-    from tests.attention.test_kernels import SHAPES
-
-    shapes = SHAPES[-1:] if context.tiny else SHAPES
+    shapes = import_module(CASES).SHAPES[-1:] if context.tiny else import_module(CASES).SHAPES
     yield from errors(context, [(shape, dtype, {}) for dtype in dtypes(context) for shape in shapes])
 
 
 def options(context: Context) -> Iterator[Row]:
     """Yield the errors with each ablation option."""
-    from tests.attention.test_contrast import OPTIONS
-    from tests.attention.test_kernels import SHAPES
-
-    shape, chosen = (SHAPES[-1], OPTIONS[3:4]) if context.tiny else (SHAPES[1], OPTIONS)
+    cases = import_module(CASES)
+    shape, chosen = (cases.SHAPES[-1], cases.OPTIONS[3:4]) if context.tiny else (cases.SHAPES[1], cases.OPTIONS)
     yield from errors(context, [(shape, dtype, option) for dtype in dtypes(context) for option in chosen])
 
 
-def errors(context: Context, cases: list[tuple[Any, torch.dtype, dict[str, Any]]]) -> Iterator[Row]:
+def errors(context: Context, cases: list[Case]) -> Iterator[Row]:
     """Yield a row for each case; raise if a case is not within its limit."""
     wrong = []
     for row in context.parallel(case_errors, cases):
@@ -68,23 +58,24 @@ def errors(context: Context, cases: list[tuple[Any, torch.dtype, dict[str, Any]]
         raise AssertionError(f"{len(wrong)} of {len(cases)} cases not within the limit: {'; '.join(wrong)}")
 
 
-def case_errors(case: tuple[Any, torch.dtype, dict[str, Any]]) -> Row:
+def case_errors(case: Case) -> Row:
     """Compare the kernels and plain PyTorch in one dtype with float64.
 
     `error` and `eager_error` are the largest errors of output and gradients, each relative to its largest value. A
     gradient of lambda is a small sum of large terms: it is compared with eager's error instead of the limit.
     """
-    from tests.attention.test_contrast import contrast_attention, shape_id
-    from tests.attention.test_kernels import both, with_gradients
-
     shape, dtype, option = case
-    row: Row = {"shape": shape_id(shape), "dtype": str(dtype).removeprefix("torch."), "options": str(option or "")}
+    cases = import_module(CASES)
+    row: Row = {
+        "shape": cases.shape_id(shape),
+        "dtype": str(dtype).removeprefix("torch."),
+        "options": str(option or ""),
+    }
     try:
-        exact, given, keywords = both(shape, dtype, option)
-        expected = with_gradients(contrast_attention, exact, **keywords)
-        fused, eager = (
-            with_gradients(contrast_attention, given, backend=name, **keywords) for name in ("triton", "eager")
-        )
+        exact, given, keywords = cases.both(shape, dtype, option)
+        compute = partial(cases.with_gradients, cases.contrast_attention)
+        expected = compute(exact, **keywords)
+        fused, eager = (compute(given, backend=name, **keywords) for name in ("triton", "eager"))
     except Exception as error:  # of the compiler or the driver; the other cases run
         return {**row, "within": False, "failed": f"{type(error).__name__}: {error}"[:500]}
     sizes, limit = {}, LIMITS[row["dtype"]]
@@ -97,22 +88,3 @@ def case_errors(case: tuple[Any, torch.dtype, dict[str, Any]]) -> Row:
     worst = max(sizes, key=lambda name: (not sizes[name][2], sizes[name][0]))
     row |= {"worst": worst, "error": sizes[worst][0], "eager_error": sizes[worst][1]}
     return {**row, "within": all(good for *_, good in sizes.values())}
-
-
-def checks(context: Context) -> Iterator[Row]:
-    """Run tests of the kernels that yield no figures: determinism, opcheck, strides, compilation, saved memory."""
-    from tests.attention import test_kernels
-
-    failed = []
-    for name in list(CHECKS)[:1] if context.tiny else CHECKS:
-        for arguments in CHECKS[name]:
-            test: Callable[..., None] = partial(getattr(test_kernels, f"test_kernels_{name}"), *arguments)
-            row: Row = {"check": " ".join((name, *arguments)), "passed": True}
-            try:
-                test()
-            except Exception as error:
-                row |= {"passed": False, "failed": f"{type(error).__name__}: {error}"[:500]}
-                failed.append(row["check"])
-            yield row
-    if failed:
-        raise AssertionError(f"failed: {', '.join(failed)}")

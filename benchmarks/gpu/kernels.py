@@ -99,12 +99,12 @@ def launches_of(shape: Shape, device: torch.device, size: Sizes) -> tuple[list[L
     options = (0.2, shape.grid, shape.contrast_grid, shape.prefix, 1e-5, (True, True), False)
     launches: list[Launch] = []
 
-    def recorded(module: Any) -> SimpleNamespace:
-        kernels = {name: Recorded(kernel, launches) for name, kernel in vars(module).items() if "_kernel" in name}
-        return SimpleNamespace(**kernels)
+    def recorded(name: str) -> Any:
+        kernels = {key: one for key, one in vars(getattr(launch, name)).items() if "_kernel" in key}
+        recorders = {key: Recorded(one, launches) for key, one in kernels.items()}
+        return mock.patch.object(launch, name, SimpleNamespace(**recorders))
 
-    modules = {name: recorded(getattr(launch, name)) for name in ("forward", "backward")}
-    with mock.patch.multiple(launch, **modules):
+    with recorded("forward"), recorded("backward"):
         out, *saved = contrast_attention(*arguments, *options)
         grads = contrast_attention_backward(torch.ones_like(out), *saved, *arguments, *options)
     return launches, torch.stack((out, *grads[:3])).float()
@@ -142,10 +142,9 @@ def copy_bandwidth(context: Context) -> float:
     """Measure the bytes per second of a copy, read and written."""
     x = torch.ones(2**18 if context.tiny else 2**28, device=context.device)
     y = torch.empty_like(x)
-    timing = take_turns(
-        {"copy": graphed(lambda: y.copy_(x), context.device)}, None, context.budget(0.1), context.device
-    )
-    return 2 * x.numel() * x.element_size() / timing["copy"].seconds
+    run = graphed(lambda: y.copy_(x), context.device)
+    seconds = take_turns({"copy": run}, None, context.budget(0.1), context.device)["copy"].seconds
+    return 2 * x.numel() * x.element_size() / seconds
 
 
 def kernels(context: Context) -> Iterator[Row]:
@@ -192,7 +191,7 @@ def search(context: Context) -> Iterator[Row]:
     for shape in size.shapes:
         launches, expected = launches_of(shape, context.device, size)
         default, scale = kernel_times(context, launches), expected.abs().amax()
-        about = {"tokens": shape.tokens, "contrast_tokens": shape.contrast_grid[0] * shape.contrast_grid[1]}
+        about: Row = {"tokens": shape.tokens, "contrast_tokens": shape.contrast_grid[0] * shape.contrast_grid[1]}
         about |= {"head_dim": WIDTH // HEADS, "dtype": str(size.dtype).removeprefix("torch.")}
         if context.device.type == "cuda":
             list(context.parallel(compile_candidate, [(shape, size, tiles) for tiles in candidates]))

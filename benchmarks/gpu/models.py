@@ -84,7 +84,7 @@ def sampling(context: Context) -> Iterator[Row]:
     if context.device.type == "cuda":
         kinds["VCA fused"] = ("vca", "attention.backend=triton")
     for name, kind in kinds.items():
-        network = build(model, size, *kind).to(context.device).eval()
+        network: Any = build(model, size, *kind).to(context.device).eval()
         pixels = load_autoencoder(AutoencoderConfig(channels=network.config.in_channels), context.device)
         pipeline = DiffusionPipeline(network, build_objective(DiffusionConfig(), context.device), pixels)
         for precision in (Precision.fp32,) if context.device.type == "cpu" else (Precision.bf16, Precision.fp32):

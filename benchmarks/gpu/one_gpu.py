@@ -14,7 +14,7 @@ if __name__ == "__main__":
         """Replace the backend."""
         init_process_group("gloo", **options)
 
-    dist.init_process_group = init_gloo
+    dist.init_process_group = init_gloo  # type: ignore[assignment]
     sys.path[0] = str(Path(__file__).parents[2])
     sys.argv = sys.argv[1:]
     runpy.run_path(str(Path(sys.path[0], sys.argv[0])), run_name="__main__")

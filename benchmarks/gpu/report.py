@@ -135,7 +135,7 @@ def tables(rows: list[Row]) -> dict[str, list[str]]:
                 for r in rows
                 if "steps" in r
             ),
-        ),  # fmt: skip
+        ),
         "Training curves": markdown(
             ["data", "attention", "seeds", "epochs", "top-1 (%)", "last training loss", "minutes a run"],
             ([*kind, len(ends), *curve_cells(list(ends.values()))] for kind, ends in runs.items()),

@@ -148,7 +148,7 @@ def measure(one: Measurement, context: Context, file: Path, about: Row) -> bool:
     except Exception as error:  # of any part of the project, torch or the driver; the next measurement runs
         last = {"error": f"{type(error).__name__}: {error}"[:2000]}
     append_line(file, json.dumps({**about, **last}))
-    print(f"{one.name}: {last.get('error') or '%.0f s' % last['finished']}", flush=True)
+    print(f"{one.name}: {last.get('error', 'finished')}, {time.perf_counter() - start:.0f} s", flush=True)
     return "finished" in last
 
 

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,6 @@ import numpy as np
 from benchmarks.gpu.runner import Context, Row
 
 LINE = re.compile(r"^(?:\[gw\d+\] \[ *\d+%\] (?P<a>[A-Z]+) (?P<x>tests/.+?)|(?P<y>tests/.+?) (?P<b>[A-Z]+) +\[.*)\s*$")
-STEPS = 28
 
 
 def suite(*paths: str) -> Callable[[Context], Iterator[Row]]:
@@ -67,10 +67,8 @@ def folder_of(context: Context, name: str) -> Path:
 
 def succeed(script: str, *arguments: str, ranks: int = 1) -> None:
     """Run a script; several ranks share one GPU. Raises if it fails."""
-    from tests.processes import run_script
-
     wrapped = (script, *arguments) if ranks == 1 else ("benchmarks/gpu/one_gpu.py", script, *arguments)
-    done = run_script(*wrapped, ranks=ranks, nodes=ranks)
+    done = import_module("tests.processes").run_script(*wrapped, ranks=ranks, nodes=ranks)
     if done.returncode:
         raise RuntimeError(f"{script} exited with {done.returncode}: {done.stderr[-1500:]}")
 
@@ -79,24 +77,25 @@ def resume(script: str, stop: signal.Signals) -> Callable[[Context], Iterator[Ro
     """Return the measurement of a run that a signal stopped, resumed, compared with an uninterrupted one."""
 
     def measure(context: Context) -> Iterator[Row]:
-        from tests.processes import Launch
-        from tests.support import SMALL_DIT, TINY, assert_same, last_step, untimed
-        from vca.training.checkpoint import load_latest
-
+        tests = import_module("tests.support")
         folder = folder_of(context, f"{script[:-3]}-{stop.name}")
-        options = [*(TINY if script == "train_cls.py" else SMALL_DIT), f"trainer.steps={STEPS}", "trainer.log_every=1"]
+        options = [
+            *(tests.TINY if script == "train_cls.py" else tests.SMALL_DIT),
+            f"trainer.steps={28}",
+            "trainer.log_every=1",
+        ]
         options += ["trainer.checkpoint_every=5", "trainer.eval_every=0", "trainer.deterministic=true"]
         options += ["trainer.global_batch_size=32", f"trainer.device={context.device.type}", f"out_dir={folder}"]
         succeed(script, *options, "name=whole")
-        launch = Launch(script, *options, "name=broken")
-        launch.wait_until(lambda: last_step(folder / "broken") >= 7)
+        launch = tests.Launch(script, *options, "name=broken")
+        launch.wait_until(lambda: tests.last_step(folder / "broken") >= 7)
         for process in launch.processes:
             os.kill(process.pid or 0, stop)
-        code, reached = launch.wait(), last_step(folder / "broken")
+        code, reached = launch.wait(), tests.last_step(folder / "broken")
         succeed(script, *options, "name=broken")
-        one, other = (load_latest(folder / name / "checkpoints") for name in ("whole", "broken"))
-        assert_same(one, other)
-        if untimed(folder / "whole") != untimed(folder / "broken"):
+        one, other = (tests.load_latest(folder / name / "checkpoints") for name in ("whole", "broken"))
+        tests.assert_same(one, other)
+        if tests.untimed(folder / "whole") != tests.untimed(folder / "broken"):
             raise AssertionError("metrics.jsonl differs")
         yield {"script": script, "signal": stop.name, "exit_code": code, "stopped_after": reached, "equal": True}
 
@@ -105,20 +104,19 @@ def resume(script: str, stop: signal.Signals) -> Callable[[Context], Iterator[Ro
 
 def ranks(context: Context) -> Iterator[Row]:
     """Yield the losses of a run on one and on two processes, and whether samples and metrics are equal."""
-    from tests.support import EXTRACTOR, SMALL_DIT, TINY, metrics
-
+    tests = import_module("tests.support")
     folder, device = folder_of(context, "ranks"), context.device.type
     losses: dict[int, list[float]] = {}
     for size in (1, 2):
-        options = [*TINY, "trainer.steps=4", f"trainer.device={device}", f"out_dir={folder}", f"name=cls{size}"]
+        options = [*tests.TINY, "trainer.steps=4", f"trainer.device={device}", f"out_dir={folder}", f"name=cls{size}"]
         succeed("train_cls.py", *options, "trainer.micro_batch_size=60", ranks=size)
-        losses[size] = [record["loss"] for record in metrics(folder / f"cls{size}") if "loss" in record]
+        losses[size] = [record["loss"] for record in tests.metrics(folder / f"cls{size}") if "loss" in record]
     difference = max(abs(a / b - 1) for a, b in zip(*losses.values(), strict=True))
     yield {"ranks": "losses of train_cls.py", "largest_difference": difference, "equal": difference < 1e-3}
 
-    options = [*SMALL_DIT, "trainer.steps=2", f"trainer.device={device}", f"out_dir={folder}", "name=gen"]
+    options = [*tests.SMALL_DIT, "trainer.steps=2", f"trainer.device={device}", f"out_dir={folder}", "name=gen"]
     succeed("train_gen.py", *options, "trainer.eval_every=0")
-    (folder / "extractor.py").write_text(EXTRACTOR)
+    (folder / "extractor.py").write_text(tests.EXTRACTOR)
     noise = np.random.default_rng(0).integers(0, 256, (20, 8, 8, 1), dtype=np.uint8)
     np.savez(folder / "reference.npz", arr_0=noise)
     digests, figures = [], []
