@@ -86,26 +86,26 @@ def at_shape(shape: Shape, level: str, device: torch.device, budget: Budget) -> 
         out = forward(function)
         out.backward(torch.ones_like(out))
 
+    def callable_of(run: Callable[[Callable[[Tensor], Tensor]], None], function: Any) -> Callable[[], object]:
+        return graphed(partial(run, function), device) if level == "core" else partial(run, function)
+
     usable: dict[str, Callable[[Tensor], Tensor]] = {}
     for name, function in contestants.items():
         try:
-            training(function)
+            callable_of(training, function)()
             usable[name] = function
         except (RuntimeError, torch.OutOfMemoryError) as error:  # unsupported by the backend, or out of memory
             print(f"<!-- {name} at N = {shape.tokens}: {str(error).splitlines()[0]} -->")
-
-    def calls(run: Callable[[Callable[[Tensor], Tensor]], None]) -> dict[str, Callable[[], object]]:
-        runs = {name: partial(run, function) for name, function in usable.items()}
-        return {name: graphed(call, device) if level == "core" else call for name, call in runs.items()}
-
     baseline = "timm Attention" if level == "layer" else None
     if baseline is None:  # the fastest SDPA backend
-        sdpa = {name: call for name, call in calls(training).items() if name.startswith("SDPA")}
-        timings = take_turns(sdpa, None, Budget(3), device)
+        sdpa = [name for name in usable if name.startswith("SDPA")]
+        timings = take_turns({name: callable_of(training, usable[name]) for name in sdpa}, None, Budget(3), device)
         baseline = min(timings, key=lambda name: timings[name].seconds)
     times = {}
     for kind, run, share in (("forward", inference, 0.3), ("forward + backward", training, 1.0)):
-        times[kind] = take_turns(calls(run), baseline, budget.share(share), device, 1)
+        runs = {name: callable_of(run, function) for name, function in usable.items()}
+        times[kind] = take_turns(runs, baseline, budget.share(share), device, 1)
+        runs.clear()  # the memory of CUDA graphs
     rows = []
     for name, function in usable.items():
         row: dict[str, Any] = {

@@ -86,16 +86,16 @@ def launches_of(shape: Shape, device: torch.device, size: Sizes) -> tuple[list[L
     from vca.attention.kernels import launch
     from vca.attention.kernels.operator import contrast_attention, contrast_attention_backward
 
-    heads, dim, generator = size.heads, WIDTH // HEADS, torch.Generator().manual_seed(0)
+    heads, dim, generator = size.heads, WIDTH // HEADS, torch.Generator(device).manual_seed(0)
 
-    def random(*size: int) -> Tensor:
-        return torch.randn(size, generator=generator).to(device)
+    def random(*lengths: int) -> Tensor:
+        return torch.randn(lengths, generator=generator, device=device)
 
     packed = random(max(1, size.tokens // shape.tokens), shape.tokens, 3, heads, dim).to(size.dtype)
     q, k, v = (x.transpose(1, 2) for x in packed.unbind(2))
     n = shape.contrast_grid[0] * shape.contrast_grid[1]
     e_pos, e_neg, weight = random(heads, n, dim), random(heads, n, dim), random(dim)
-    arguments = (q, k, v, None, e_pos, e_neg, random()[()], random()[()], weight, weight.clone())
+    arguments = (q, k, v, None, e_pos, e_neg, random(), random(), weight, weight.clone())
     options = (0.2, shape.grid, shape.contrast_grid, shape.prefix, 1e-5, (True, True), False)
     launches: list[Launch] = []
 
