@@ -52,18 +52,19 @@ def goals(rows: list[Row]) -> list[tuple[str, str, str]]:
             value = f"{speedup:.2f} ({fastest} {1e6 * sdpa[fastest]:.0f} µs, VCA {1e6 * seconds['VCA fused']:.0f} µs)"
             state = "reached" if speedup >= goal else f"not reached: {speedup / goal:.2f} of it{slowest(rows, tokens)}"
         found.append((f"N = {tokens}: speed-up of the core >= {goal:g}", value, state))
-    layers = [row for row in rows if row.get("level") == "layer"]
-    for tokens in GOALS:
-        names = {row["name"]: row for row in layers if row["tokens"] == tokens}
-        value, state = "not measured", "not measured"
-        if "VCA fused" in names and "timm Attention" in names:
-            fused, mhsa = names["VCA fused"], names["timm Attention"]
-            ratios = [fused[key] / mhsa[key] for key in ("kept_bytes", "peak_bytes")]
-            value = f"saved {ratios[0]:.2f}, peak {ratios[1]:.2f}"
-            gap = max(ratios) / MEMORY_GOAL
-            state = "reached" if gap <= 1 else f"not reached: {gap:.2f} times it"
-        found.append((f"N = {tokens}: training memory / MHSA's <= {MEMORY_GOAL}", value, state))
-    return found
+    layers = {(row["tokens"], row["name"]): row for row in rows if row.get("level") == "layer"}
+    ratios = [
+        (layers[tokens, "VCA fused"][key] / layers[tokens, "timm Attention"][key], tokens, title)
+        for tokens in GOALS
+        for key, title in (("kept_bytes", "saved activations"), ("peak_bytes", "peak memory"))
+        if (tokens, "VCA fused") in layers and (tokens, "timm Attention") in layers
+    ]
+    value, state = "not measured", "not measured"
+    if ratios:
+        worst, tokens, title = max(ratios)
+        value = f"at most {worst:.2f} ({title} at N = {tokens})"
+        state = "reached" if worst <= MEMORY_GOAL else f"not reached: {worst / MEMORY_GOAL:.2f} times it"
+    return [*found, (f"training memory of a layer / MHSA's <= {MEMORY_GOAL}", value, state)]
 
 
 def slowest(rows: list[Row], tokens: int) -> str:
@@ -144,7 +145,7 @@ def tables(rows: list[Row]) -> dict[str, list[str]]:
             ["measurement", "result"], ([r["measurement"], result] for r in rows if (result := outcome(r)))
         ),
         "Failed measurements": markdown(
-            ["measurement", "error"], ([r["measurement"], r["error"][:200]] for r in rows if "error" in r)
+            ["measurement", "error"], ([r["measurement"], r["raised"][:200]] for r in rows if "raised" in r)
         ),
     }
     return measured
@@ -152,9 +153,9 @@ def tables(rows: list[Row]) -> dict[str, list[str]]:
 
 def largest(cases: list[Row]) -> list[Any]:
     """Return the largest error of the kernels, and that of plain PyTorch in the same case."""
-    compared = [row for row in cases if "error" in row]
-    worst = max(compared, key=lambda row: row["error"], default=None)
-    return [worst["error"], worst["eager_error"]] if worst is not None else ["", ""]
+    compared = [row for row in cases if "largest_error" in row]
+    worst = max(compared, key=lambda row: row["largest_error"], default=None)
+    return [worst["largest_error"], worst["eager_error"]] if worst is not None else ["", ""]
 
 
 def model_line(row: Row) -> list[Any]:

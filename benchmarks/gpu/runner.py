@@ -1,7 +1,7 @@
 """Runs a stage: every row is a JSON line on disk at once, so that a stage can be interrupted at any time.
 
 A line has the fields of `machine()`, `stage`, `measurement`, `started` (time of the attempt) and those of the row. The
-last line of an attempt has `finished` (its seconds) or `error`.
+last line of an attempt has `finished` (its seconds) or `raised` (its error).
 """
 
 import hashlib
@@ -111,7 +111,7 @@ def read_rows(file: Path) -> list[Row]:
 def remaining(stage: Stage, rows: list[Row]) -> tuple[list[Measurement], list[Measurement]]:
     """Return the measurements that were never finished nor failed, and those that failed."""
     finished = {row["measurement"] for row in rows if "finished" in row}
-    failed = {row["measurement"] for row in rows if "error" in row} - finished
+    failed = {row["measurement"] for row in rows if "raised" in row} - finished
     left = [one for one in stage.measurements if one.name not in finished]
     return [one for one in left if one.name not in failed], [one for one in left if one.name in failed]
 
@@ -146,9 +146,9 @@ def measure(one: Measurement, context: Context, file: Path, about: Row) -> bool:
             append_line(file, json.dumps({**about, **row}))
         last: Row = {"finished": round(time.perf_counter() - start, 1)}
     except Exception as error:  # of any part of the project, torch or the driver; the next measurement runs
-        last = {"error": f"{type(error).__name__}: {error}"[:2000]}
+        last = {"raised": f"{type(error).__name__}: {error}"[:2000]}
     append_line(file, json.dumps({**about, **last}))
-    print(f"{one.name}: {last.get('error', 'finished')}, {time.perf_counter() - start:.0f} s", flush=True)
+    print(f"{one.name}: {last.get('raised', 'finished')}, {time.perf_counter() - start:.0f} s", flush=True)
     return "finished" in last
 
 
