@@ -61,8 +61,8 @@ def errors(context: Context, cases: list[Case]) -> Iterator[Row]:
 def case_errors(case: Case) -> Row:
     """Compare the kernels and plain PyTorch in one dtype with float64.
 
-    The errors are those of output and gradients, each relative to its largest value. A gradient of lambda is a small sum
-    of large terms: its limit is added to 1.5 times eager's error.
+    The errors are those of output and gradients, relative to the largest value. A gradient of lambda is a small sum of
+    large terms: its limit is added to 1.5 times eager's error.
     """
     shape, dtype, option = case
     cases = import_module(CASES)
