@@ -18,8 +18,10 @@ import numpy as np
 
 ROOT = Path(__file__).parents[1]
 LIMIT = 64 * 2**20  # bytes
-PACKAGES = ["hydra-core", "omegaconf", "scikit-learn", "joblib", "threadpoolctl", "diffusers", "torch-fidelity"]
-PACKAGES += ["pytest", "pluggy", "iniconfig", "pygments", "pytest-xdist", "execnet"]
+PACKAGES = ["hydra-core", "omegaconf", "scikit-learn", "joblib", "cloudpickle", "narwhals", "threadpoolctl"]
+# Of the test suite: pytest, diffusers and what they import.
+PACKAGES += ["pytest", "pluggy", "iniconfig", "pygments", "pytest-xdist", "execnet", "torch-fidelity", "diffusers"]
+PACKAGES += ["regex", "requests", "urllib3", "idna", "certifi", "charset-normalizer", "importlib-metadata", "zipp"]
 FROM_SOURCE = "antlr4-python3-runtime==4.9.3"  # of omegaconf; it has no wheel
 # Bytes of an image are differences that do not align to anything, so position bits only dilute the statistics.
 FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 6, "lc": 0, "lp": 0, "pb": 0}]

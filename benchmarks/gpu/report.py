@@ -141,6 +141,9 @@ def tables(rows: list[Row]) -> dict[str, list[str]]:
             ["data", "attention", "seeds", "epochs", "top-1 (%)", "last training loss", "minutes a run"],
             ([*kind, len(ends), *curve_cells(list(ends.values()))] for kind, ends in runs.items()),
         ),
+        "Fused and eager curves": markdown(
+            ["data", "seed", "largest relative difference of the loss"], curve_differences(rows)
+        ),
         "Runs and tests": markdown(
             ["measurement", "result"], ([r["measurement"], result] for r in rows if (result := outcome(r)))
         ),
@@ -174,6 +177,19 @@ def curve_cells(ends: list[Row]) -> list[Any]:
         return f"{statistics.mean(values):.3f}" + (f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else "")
 
     return [ends[0]["epoch"], spread("val/top1"), spread("loss"), statistics.mean(row["seconds"] for row in ends) / 60]
+
+
+def curve_differences(rows: list[Row]) -> Iterable[list[Any]]:
+    """Yield, for each seed, the largest relative difference of the training losses of VCA fused and VCA eager."""
+    losses: dict[tuple[str, int], dict[str, dict[int, float]]] = {}
+    for row in rows:
+        if "val/top1" in row:
+            runs = losses.setdefault((row["measurement"].split(",")[0], row["seed"]), {})
+            runs.setdefault(row["name"], {})[row["epoch"]] = row["loss"]
+    for (data, seed), runs in losses.items():
+        fused, eager = runs.get("VCA fused", {}), runs.get("VCA eager", {})
+        if common := fused.keys() & eager.keys():
+            yield [data, seed, max(abs(fused[epoch] / eager[epoch] - 1) for epoch in common)]
 
 
 def outcome(row: Row) -> str:

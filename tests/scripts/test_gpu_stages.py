@@ -125,6 +125,7 @@ def test_gpu_report_tables_and_goals(rehearsal, tmp_path):
         "Overhead of the trainer",
         "Sampling",
         "Training curves",
+        "Fused and eager curves",
         "Runs and tests",
         "Failed measurements",
     ]
