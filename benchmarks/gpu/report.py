@@ -33,9 +33,14 @@ def gpu_rows(folder: Path) -> list[Row]:
 
 def markdown(headings: list[str], lines: Iterable[list[Any]]) -> list[str]:
     """Format a table; an empty list without lines."""
-    cells = [[f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in line] for line in lines]
+    cells = [[format_cell(cell) for cell in line] for line in lines]
     head = [headings, ["---"] * len(headings)]
     return ["| " + " | ".join(line) + " |" for line in [*head, *cells]] if cells else []
+
+
+def format_cell(cell: Any) -> str:
+    """Format a number with three digits, or as many as it has before the point."""
+    return (f"{cell:.3g}" if abs(cell) < 1000 else f"{cell:.0f}") if isinstance(cell, float) else str(cell)
 
 
 def goals(rows: list[Row]) -> list[tuple[str, str, str]]:
