@@ -20,6 +20,7 @@ import numpy as np
 from benchmarks.gpu.runner import Context, Row
 
 LINE = re.compile(r"^(?:\[gw\d+\] \[ *\d+%\] (?P<a>[A-Z]+) (?P<x>tests/.+?)|(?P<y>tests/.+?) (?P<b>[A-Z]+) +\[.*)\s*$")
+TIMEOUT = 120.0  # seconds of a run
 
 
 def suite(*paths: str) -> Callable[[Context], Iterator[Row]]:
@@ -30,9 +31,8 @@ def suite(*paths: str) -> Callable[[Context], Iterator[Row]]:
         command = [sys.executable, "-m", "pytest", "-o", "addopts=", "-v", "-rfE", "--tb=short", "-n", str(workers)]
         command += ["-m", "not slow and not slurm", *(["tests/metrics/test_fid.py"] if context.tiny else paths)]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True)
-        timer = threading.Timer(
-            min(3600.0, max(1.0, 60 * context.minutes_left)), os.killpg, (process.pid, signal.SIGKILL)
-        )
+        seconds = min(3600.0, max(1.0, 60 * context.minutes_left))
+        timer = threading.Timer(seconds, os.killpg, (process.pid, signal.SIGKILL))
         timer.start()
         outcomes, reasons, tail = {}, {}, ""
         for line in process.stdout or ():
@@ -50,9 +50,7 @@ def suite(*paths: str) -> Callable[[Context], Iterator[Row]]:
         counts = {key.lower(): list(outcomes.values()).count(key) for key in ("PASSED", "SKIPPED", "FAILED", "ERROR")}
         yield {"suite": " ".join(paths) or "all", **counts, "complete": code in (0, 1)}
         if code:
-            raise AssertionError(
-                f"pytest exited with {code}, {len(failed)} failed: {tail if not failed else failed[:9]}"
-            )
+            raise AssertionError(f"pytest exited with {code}, {len(failed)} failed: {failed[:9] or tail}")
 
     return measure
 
@@ -68,7 +66,7 @@ def folder_of(context: Context, name: str) -> Path:
 def succeed(script: str, *arguments: str, ranks: int = 1) -> None:
     """Run a script; several ranks share one GPU. Raises if it fails."""
     wrapped = (script, *arguments) if ranks == 1 else ("benchmarks/gpu/one_gpu.py", script, *arguments)
-    done = import_module("tests.processes").run_script(*wrapped, ranks=ranks, nodes=ranks)
+    done = import_module("tests.processes").run_script(*wrapped, ranks=ranks, nodes=ranks, timeout=TIMEOUT)
     if done.returncode:
         raise RuntimeError(f"{script} exited with {done.returncode}: {done.stderr[-1500:]}")
 
@@ -91,7 +89,7 @@ def resume(script: str, stop: signal.Signals) -> Callable[[Context], Iterator[Ro
         launch.wait_until(lambda: tests.last_step(folder / "broken") >= 7)
         for process in launch.processes:
             os.kill(process.pid or 0, stop)
-        code, reached = launch.wait(), tests.last_step(folder / "broken")
+        code, reached = launch.wait(TIMEOUT), tests.last_step(folder / "broken")
         succeed(script, *options, "name=broken")
         one, other = (tests.load_latest(folder / name / "checkpoints") for name in ("whole", "broken"))
         tests.assert_same(one, other)
