@@ -19,7 +19,7 @@ import numpy as np
 ROOT = Path(__file__).parents[1]
 LIMIT = 64 * 2**20  # bytes
 PACKAGES = ["hydra-core", "omegaconf", "scikit-learn", "joblib", "cloudpickle", "narwhals", "threadpoolctl"]
-# Of the test suite: pytest, diffusers and what they import.
+# The test suite needs pytest and diffusers, with what they import.
 PACKAGES += ["pytest", "pluggy", "iniconfig", "pygments", "pytest-xdist", "execnet", "torch-fidelity", "diffusers"]
 PACKAGES += ["regex", "requests", "urllib3", "idna", "certifi", "charset-normalizer", "importlib-metadata", "zipp"]
 FROM_SOURCE = "antlr4-python3-runtime==4.9.3"  # of omegaconf; it has no wheel
