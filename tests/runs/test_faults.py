@@ -153,7 +153,7 @@ def test_fault_unreadable_image_ends_evaluation_and_scripts(tmp_path, script, wo
     done = run_script(script, *options, timeout=60)
     assert done.returncode == 1
     assert any(
-        line.startswith(f"stopped: {file} cannot be read (its size changed from ") for line in done.stderr.splitlines()
+        line.startswith(f"stopped: {file} cannot be read (image file is truncated") for line in done.stderr.splitlines()
     ), done.stderr[-3000:]
 
 
