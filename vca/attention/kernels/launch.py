@@ -4,12 +4,12 @@ Shape letters: B batch, M heads, N = P + H W tokens, D head dim, n = h w contras
 1 if both stages are plain).
 """
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from vca.attention.kernels import backward_stage1, backward_stage2, forward
@@ -25,6 +25,16 @@ class BlockSizes(NamedTuple):
     BLOCK_N: int  # tokens
 
 
+def cdiv(a: int, b: int) -> int:
+    """Return `a / b` rounded up. `triton.cdiv` takes 2 microseconds per call."""
+    return -(-a // b)
+
+
+def next_power_of_2(x: int) -> int:
+    """Return the smallest power of 2 that is at least x."""
+    return 1 << (x - 1).bit_length()
+
+
 def block_sizes(num_contrast: int, dim: int, dtype: torch.dtype) -> tuple[BlockSizes, BlockSizes, BlockSizes]:
     """Return the block sizes of the forward, of the backward, and of the kernel of dq.
 
@@ -36,7 +46,7 @@ def block_sizes(num_contrast: int, dim: int, dtype: torch.dtype) -> tuple[BlockS
     else:
         fwd_blocks = BlockSizes(64, 64)
         bwd_blocks, dq_blocks = BlockSizes(64, 32 if dim <= 64 else 16), BlockSizes(64, 64 if 64 < dim < 128 else 32)
-    limit = max(16, triton.next_power_of_2(num_contrast))
+    limit = max(16, next_power_of_2(num_contrast))
     fwd_blocks, bwd_blocks, dq_blocks = (
         sizes._replace(BLOCK_C=min(sizes.BLOCK_C, limit)) for sizes in (fwd_blocks, bwd_blocks, dq_blocks)
     )
@@ -51,11 +61,13 @@ def num_splits(num_programs: int, num_tokens: int, block_n: int, device: torch.d
     return max(1, min(2 * processors // num_programs, num_tokens // (4 * block_n)))
 
 
-def bins(size: int, count: int) -> list[tuple[int, int]]:
+@functools.cache
+def bins(size: int, count: int) -> tuple[tuple[int, int], ...]:
     """Return the half-open ranges of adaptive pooling."""
-    return [(i * size // count, -(-(i + 1) * size // count)) for i in range(count)]
+    return tuple((i * size // count, cdiv((i + 1) * size, count)) for i in range(count))
 
 
+@functools.cache
 def overlaps(size: int, count: int) -> int:
     """Return the maximum number of bins of adaptive pooling that contain one position."""
     return max(sum(start <= i < stop for start, stop in bins(size, count)) for i in range(size))
@@ -108,7 +120,7 @@ class KernelLaunch:
         self.averages = inputs.t is None
         self.fwd_blocks, self.bwd_blocks, self.dq_blocks = block_sizes(self.n, self.dim, inputs.q.dtype)
         d_main = max(16, 1 << (self.dim.bit_length() - 1))  # the head dim is D_MAIN + D_REST
-        d_rest = max(16, triton.next_power_of_2(self.dim - d_main)) if self.dim > d_main else 0
+        d_rest = max(16, next_power_of_2(self.dim - d_main)) if self.dim > d_main else 0
         self.width = {"D": self.dim, "D_MAIN": d_main, "D_REST": d_rest, "num_warps": NUM_WARPS}
         exact = torch.get_float32_matmul_precision() == "highest"
         self.precision = {"PRECISION": "ieee" if exact else "tf32"}
@@ -132,10 +144,10 @@ class KernelLaunch:
 
     def split(self, tiles: BlockSizes) -> tuple[int, int]:
         """Return the number of non-empty splits of N, and the tokens per split."""
-        num_programs = self.num_bh * triton.cdiv(self.n, tiles.BLOCK_C)
+        num_programs = self.num_bh * cdiv(self.n, tiles.BLOCK_C)
         splits = num_splits(num_programs, self.num_tokens, tiles.BLOCK_N, self.device)
-        size = triton.cdiv(triton.cdiv(self.num_tokens, tiles.BLOCK_N), splits) * tiles.BLOCK_N
-        return triton.cdiv(self.num_tokens, size), size
+        size = cdiv(cdiv(self.num_tokens, tiles.BLOCK_N), splits) * tiles.BLOCK_N
+        return cdiv(self.num_tokens, size), size
 
     def contrast_tokens_fwd(self, q: Tensor, t: Tensor | None, e_pos: Tensor | None, e_neg: Tensor | None) -> Tensor:
         """Compute the contrast tokens `(B, M, S, n, D)`; `t` replaces the average of q."""
@@ -144,9 +156,9 @@ class KernelLaunch:
         max_cell = math.prod(
             max(b - a for a, b in bins(*sizes)) for sizes in zip(grid, self.contrast_grid, strict=True)
         )
-        block_cell = min(triton.next_power_of_2(max_cell), 64)
+        block_cell = min(next_power_of_2(max_cell), 64)
         block = 64 // block_cell
-        forward.contrast_tokens_fwd_kernel[(self.num_bh, triton.cdiv(self.n, block))](
+        forward.contrast_tokens_fwd_kernel[(self.num_bh, cdiv(self.n, block))](
             x,
             q if e_pos is None else e_pos,  # placeholder, not read
             q if e_neg is None else e_neg,
@@ -164,7 +176,7 @@ class KernelLaunch:
             EMBED_NEG=e_neg is not None,
             STREAMS=self.streams,
             D=self.dim,
-            BLOCK_D=triton.next_power_of_2(self.dim),
+            BLOCK_D=next_power_of_2(self.dim),
             BLOCK_C=block,
             BLOCK_CELL=block_cell,
             num_warps=NUM_WARPS,
@@ -176,10 +188,12 @@ class KernelLaunch:
         tiles, streams = self.fwd_blocks, lse.shape[2]
         splits, size = self.split(tiles)
         num_partials = splits if splits > 1 else 0
-        shape = num_partials, self.num_bh, streams, self.n
-        partial, partial_lse = self.scratch(*shape, self.dim), self.scratch(*shape)
+        partial = partial_lse = lse  # placeholders, not read
+        if num_partials:
+            partial_lse = self.scratch(splits, self.num_bh, streams, self.n)
+            partial = self.scratch(splits, self.num_bh, streams, self.n, self.dim)
         lambda1 = lse if self.lambda1 is None else self.lambda1
-        blocks = triton.cdiv(self.n, tiles.BLOCK_C)
+        blocks = cdiv(self.n, tiles.BLOCK_C)
         contrast_stage = {"CONTRAST": streams == 2, "BLOCK_C": tiles.BLOCK_C, **self.width}
         forward.stage1_fwd_kernel[(self.num_bh, blocks, splits)](
             tokens,
@@ -214,7 +228,7 @@ class KernelLaunch:
             "STREAMS": self.streams,
             "CONTRAST": self.lambda2 is not None,
             "JOINT": self.joint,
-            "NUM_BLOCKS_C": triton.cdiv(self.n, tiles.BLOCK_C),
+            "NUM_BLOCKS_C": cdiv(self.n, tiles.BLOCK_C),
             **tiles._asdict(),
             **self.width,
             **self.precision,
@@ -222,7 +236,7 @@ class KernelLaunch:
 
     def stage2_fwd(self, q: Tensor, tokens: Tensor, v_diff: Tensor, norm1: Tensor, norm2: Tensor, out: Tensor) -> None:
         """Compute `out`, in place."""
-        forward.stage2_fwd_kernel[(self.num_bh, triton.cdiv(self.num_tokens, self.fwd_blocks.BLOCK_N))](
+        forward.stage2_fwd_kernel[(self.num_bh, cdiv(self.num_tokens, self.fwd_blocks.BLOCK_N))](
             q,
             tokens,
             v_diff,
@@ -247,9 +261,7 @@ class KernelLaunch:
         """Backward preprocessing of Stage II: do before the norm, lse, delta."""
         do_raw = self.empty_tokens(q)
         lse, delta = (self.scratch(self.num_bh, 2, self.num_tokens) for _ in range(2))
-        backward_stage2.stage2_bwd_kernel_preprocess[
-            (self.num_bh, triton.cdiv(self.num_tokens, self.fwd_blocks.BLOCK_N))
-        ](
+        backward_stage2.stage2_bwd_kernel_preprocess[(self.num_bh, cdiv(self.num_tokens, self.fwd_blocks.BLOCK_N))](
             q,
             tokens,
             v_diff,
@@ -278,7 +290,7 @@ class KernelLaunch:
     ) -> tuple[Tensor, Tensor]:
         """Backward of Stage II to v^ `(splits, B M, n, D)` and the contrast tokens `(B, M, S, n, D)`."""
         tiles = self.bwd_blocks
-        blocks, (splits, size) = triton.cdiv(self.n, tiles.BLOCK_C), self.split(tiles)
+        blocks, (splits, size) = cdiv(self.n, tiles.BLOCK_C), self.split(tiles)
         lse = delta = norm1  # placeholders, not read
         if blocks > 1:
             do, lse, delta = self.stage2_bwd_preprocess(q, tokens, v_diff, norm1, norm2, do)
@@ -315,7 +327,7 @@ class KernelLaunch:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Backward of Stage II and the average pooling to q, and of Stage II to lambda2 and the norm weight."""
         tiles = self.dq_blocks
-        blocks = triton.cdiv(self.num_tokens, tiles.BLOCK_N)
+        blocks = cdiv(self.num_tokens, tiles.BLOCK_N)
         dq = self.empty_tokens(q)
         dnorm2 = self.scratch(blocks, self.num_bh, self.dim)
         dlambda2 = self.scratch(blocks, self.num_bh)
@@ -356,7 +368,7 @@ class KernelLaunch:
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Backward preprocessing of Stage I: dv_diff, delta, dlambda1, dnorm1."""
         block_c = self.bwd_blocks.BLOCK_C
-        blocks = triton.cdiv(self.n, block_c)
+        blocks = cdiv(self.n, block_c)
         dv_diff = torch.empty_like(v_diff)
         delta = self.scratch(self.num_bh, 1 if self.lambda1 is None else 2, self.n)
         dnorm1 = self.scratch(blocks, self.num_bh, self.dim)
@@ -393,7 +405,7 @@ class KernelLaunch:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Backward of Stage I: dk and dv `(B, M, N, D)`, and dtokens `(B, M, S, n, D)` with `dtokens_stage2` added."""
         tiles = self.bwd_blocks
-        blocks, (splits, size) = triton.cdiv(self.n, tiles.BLOCK_C), self.split(tiles)
+        blocks, (splits, size) = cdiv(self.n, tiles.BLOCK_C), self.split(tiles)
         # Partial sums, in float32: dk and dv per block of contrast tokens, dtokens per split.
         dtype = k.dtype if blocks == 1 else torch.float32
         dk, dv = (self.empty_tokens(k, blocks, dtype=dtype) for _ in range(2))
