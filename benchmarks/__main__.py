@@ -9,6 +9,7 @@
     python -m benchmarks table1 --root DIR      the ten rows of Table 1: 20 steps, a kill, a resume
     python -m benchmarks inception --weights FILE    eval_fid.py compared with torch-fidelity's command
     python -m benchmarks evaluation --threads 2      eval_fid.py on 50,000 images: time and peak memory
+    python -m benchmarks gpu --help                  everything to measure on a GPU, in five stages
 
 DIR is an image folder for `data=imagefolder`; FILE contains the weights of torch-fidelity's Inception network.
 
@@ -18,11 +19,15 @@ also saves a plot of time and memory over N.
 
 import argparse
 import json
+import os
 import platform
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+
+if sys.argv[1:2] == ["gpu"] and "--rehearse" in sys.argv:  # before Triton is imported: its interpreter runs the kernels
+    os.environ.update(TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
 
 import torch
 
@@ -115,4 +120,9 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:2] == ["gpu"]:
+        from benchmarks.gpu.command import main as gpu
+
+        gpu(sys.argv[2:])
+    else:
+        main()

@@ -44,15 +44,33 @@ def build(model: str, size: int, attention: str, *overrides: str) -> nn.Module:
     return build_model(config.model, config.attention)
 
 
-def at_size(model: str, size: int, device: torch.device, budget: Budget) -> list[dict]:
-    """Measure softmax and VCA at one size; on a GPU, VCA in plain PyTorch and with the Triton kernels."""
-    batch = max(1, PIXELS[device.type] // (size * size))
+def at_size(
+    model: str,
+    size: int,
+    device: torch.device,
+    budget: Budget,
+    batch: int | None = None,
+    precision: Precision | None = None,
+    compiled: bool = False,
+) -> list[dict]:
+    """Measure softmax and VCA at one size; on a GPU, VCA in plain PyTorch and with the Triton kernels.
+
+    Args:
+        batch: images per batch; None is as many as `PIXELS` has.
+        precision: None is bf16 on a GPU, fp32 on a CPU.
+        compiled: also measure networks of softmax and VCA that `torch.compile` compiled.
+    """
+    batch = batch or max(1, PIXELS[device.type] // (size * size))
+    precision = precision or (Precision.bf16 if device.type == "cuda" else Precision.fp32)
     kinds: dict[str, tuple[str, ...]] = {"softmax": ("softmax",), "VCA eager": ("vca", "attention.backend=eager")}
     if device.type == "cuda":
         kinds["VCA fused"] = ("vca", "attention.backend=triton")
     networks = {name: build(model, size, *kind).to(device) for name, kind in kinds.items()}
     inputs = example_inputs(networks["softmax"].config, batch, device)
-    precision = Precision.bf16 if device.type == "cuda" else Precision.fp32
+    if compiled:
+        torch._dynamo.reset()
+        for name in ("softmax", list(kinds)[-1]):
+            networks[f"{name} compiled"] = torch.compile(networks[name], dynamic=False)  # type: ignore[assignment]
 
     def training(network: nn.Module) -> None:
         with autocast(precision, device):

@@ -94,6 +94,30 @@ def compare(
     return {"ratio": ratio, "low": low, "high": high, "ms": 1e3 * seconds, "other_ms": 1e3 * timings["other"].seconds}
 
 
+def graphed(function: Callable[[], object], device: torch.device, calls: int = 1) -> Callable[[], object]:
+    """Return a function that makes `calls` calls; on a GPU by one CUDA graph, without the time of launches on the host.
+
+    Raises:
+        RuntimeError: if the calls cannot be captured.
+    """
+
+    def repeated() -> None:
+        for _ in range(calls):
+            function()
+
+    if device.type == "cpu":
+        return repeated
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        function()
+    torch.cuda.current_stream(device).wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        repeated()
+    return graph.replay
+
+
 def saved_bytes(forward: Callable[[], Tensor], module: nn.Module | None = None) -> int:
     """Return the bytes that autograd saves for backward, without the parameters of `module`."""
     own = {p.untyped_storage().data_ptr() for p in module.parameters()} if module is not None else set()

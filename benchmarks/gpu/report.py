@@ -1,0 +1,249 @@
+"""Markdown tables, plots and goals from the JSON lines of the stages. Rows of a CPU are not reported as GPU figures."""
+
+import re
+import statistics
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from benchmarks.attention import relative_to_mhsa
+from benchmarks.gpu.runner import Row, read_rows
+from benchmarks.plot import plot_attention
+from vca.report.results import BLOCK
+from vca.runtime.compute import Precision
+from vca.runtime.devices import peak_flops
+from vca.runtime.files import write_text
+from vca.training.curves import plot_curves
+
+GOALS = {197: 0.9, 256: 0.9, 1024: 2.5, 4096: 8.0, 16384: 30.0}  # N -> speed-up over the fastest SDPA backend
+MEMORY_GOAL = 1.1  # of MHSA's
+BOTH = "forward + backward"
+
+
+def gpu_rows(folder: Path) -> list[Row]:
+    """Return the rows of each measurement's last finished attempt, else of its last one, on a GPU."""
+    rows = [row for file in sorted(folder.glob("stage*.jsonl")) for row in read_rows(file)]
+    rows = [row for row in rows if not row["rehearsal"] and row["device"] != "cpu"]
+    chosen: dict[tuple[str, str], tuple[bool, str]] = {}
+    for row in rows:
+        key = row["device"], row["measurement"]
+        chosen[key] = max(chosen.get(key, (False, "")), ("finished" in row, row["started"]))
+    return [row for row in rows if row["started"] == chosen[row["device"], row["measurement"]][1]]
+
+
+def markdown(headings: list[str], lines: Iterable[list[Any]]) -> list[str]:
+    """Format a table; an empty list without lines."""
+    cells = [[format_cell(cell) for cell in line] for line in lines]
+    head = [headings, ["---"] * len(headings)]
+    return ["| " + " | ".join(line) + " |" for line in [*head, *cells]] if cells else []
+
+
+def format_cell(cell: Any) -> str:
+    """Format a number with three digits, or as many as it has before the point."""
+    return (f"{cell:.3g}" if abs(cell) < 1000 else f"{cell:.0f}") if isinstance(cell, float) else str(cell)
+
+
+def goals(rows: list[Row]) -> list[tuple[str, str, str]]:
+    """Return each goal, the measured value, and whether it is reached; if not, the gap and the slowest kernel."""
+    found = []
+    for tokens, goal in GOALS.items():
+        here = [row for row in rows if row.get("level") == "core" and row["tokens"] == tokens]
+        seconds = {row["name"]: row[BOTH]["seconds"] for row in here}
+        sdpa = {name: value for name, value in seconds.items() if name.startswith("SDPA")}
+        value, state = "not measured", "not measured"
+        if sdpa and "VCA fused" in seconds:
+            fastest = min(sdpa, key=sdpa.__getitem__)
+            speedup = sdpa[fastest] / seconds["VCA fused"]
+            value = f"{speedup:.2f} ({fastest} {1e6 * sdpa[fastest]:.0f} µs, VCA {1e6 * seconds['VCA fused']:.0f} µs)"
+            state = "reached" if speedup >= goal else f"not reached: {speedup / goal:.2f} of it{slowest(rows, tokens)}"
+        found.append((f"N = {tokens}: speed-up of the core >= {goal:g}", value, state))
+    layers = {(row["tokens"], row["name"]): row for row in rows if row.get("level") == "layer"}
+    ratios = [
+        (layers[tokens, "VCA fused"][key] / layers[tokens, "timm Attention"][key], tokens, title)
+        for tokens in GOALS
+        for key, title in (("kept_bytes", "saved activations"), ("peak_bytes", "peak memory"))
+        if (tokens, "VCA fused") in layers and (tokens, "timm Attention") in layers
+    ]
+    value, state = "not measured", "not measured"
+    if ratios:
+        worst, tokens, title = max(ratios)
+        value = f"at most {worst:.2f} ({title} at N = {tokens})"
+        state = "reached" if worst <= MEMORY_GOAL else f"not reached: {worst / MEMORY_GOAL:.2f} times it"
+    return [*found, (f"training memory of a layer / MHSA's <= {MEMORY_GOAL}", value, state)]
+
+
+def slowest(rows: list[Row], tokens: int) -> str:
+    """Return the kernel with the largest share of the time at N, for a goal that is not reached."""
+    seconds = {row["kernel"]: row["seconds"] for row in rows if "floor_share" in row and row["tokens"] == tokens}
+    if not seconds:
+        return ""
+    kernel = max(seconds, key=seconds.__getitem__)
+    return f"; {kernel} takes {100 * seconds[kernel] / sum(seconds.values()):.0f} % of the kernels' time"
+
+
+def tables(rows: list[Row]) -> dict[str, list[str]]:
+    """Return the tables of one device by title; a table without rows is empty."""
+    by_dtype: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        if "within" in row:
+            by_dtype.setdefault((row["measurement"], row["dtype"]), []).append(row)
+    errors = [
+        [*key, len(cases), sum(row["within"] for row in cases), *largest(cases)] for key, cases in by_dtype.items()
+    ]
+    kernels = [row for row in rows if "floor_share" in row]
+    best: dict[tuple[int, str], Row] = {}
+    for row in rows:
+        if "default_seconds" in row:
+            key = row["tokens"], row["kernel"]
+            best[key] = min(best.get(key, row), row, key=lambda one: one["seconds"])
+    tiles = ("BLOCK_C", "BLOCK_N", "num_warps", "num_stages")
+    cores = [row for row in rows if row.get("level") == "core"]
+    layers = relative_to_mhsa([row for row in rows if row.get("level") == "layer"])
+    runs: dict[tuple[str, str], dict[int, Row]] = {}
+    for row in rows:
+        if "val/top1" in row:
+            kind = row["measurement"].split(",")[0], row["name"]
+            runs.setdefault(kind, {})[row["seed"]] = row  # the last row of a run is its end
+    measured = {
+        "Errors of the kernels": markdown(
+            ["measurement", "dtype", "cases", "within the limit", "largest error", "plain PyTorch"], errors
+        ),
+        "Kernels": markdown(
+            ["N", "kernel", "µs", "GB/s", "share of the floor"],
+            ([r["tokens"], r["kernel"], 1e6 * r["seconds"], 1e-9 * r["bandwidth"], r["floor_share"]] for r in kernels),
+        ),
+        "Fastest tiles": markdown(
+            ["N", "kernel", *tiles, "µs", "µs, default"],
+            ([*key, *(r[t] for t in tiles), 1e6 * r["seconds"], 1e6 * r["default_seconds"]] for key, r in best.items()),
+        ),
+        "Cores": markdown(
+            ["N", "core", "forward µs", f"{BOTH} µs", "ratio to the fastest SDPA"],
+            (
+                [r["tokens"], r["name"], 1e6 * r["forward"]["seconds"], 1e6 * r[BOTH]["seconds"], r[BOTH]["ratio"]]
+                for r in cores
+            ),
+        ),
+        "Layers, ratios to timm's Attention": layers if len(layers) > 2 else [],
+        "Models": markdown(
+            ["model", "px", "precision", "attention", "training images/s", "MFU", "inference images/s", "peak GiB"],
+            (model_line(row) for row in rows if "macs" in row),
+        ),
+        "Time on the host": markdown(
+            ["call", "name", "µs"], ([r["host"], r["name"], 1e6 * r["seconds"]] for r in rows if "host" in r)
+        ),
+        "Overhead of the trainer": markdown(
+            ["model", "trainer / bare loop"], ([r["loop"], r["ratio"]] for r in rows if "loop" in r)
+        ),
+        "Sampling": markdown(
+            ["model", "attention", "precision", "steps", "images/s"],
+            (
+                [r[k] for k in ("model", "name", "precision", "steps")] + [r["images"] / r["seconds"]]
+                for r in rows
+                if "steps" in r
+            ),
+        ),
+        "Training curves": markdown(
+            ["data", "attention", "seeds", "epochs", "top-1 (%)", "last training loss", "minutes a run"],
+            ([*kind, len(ends), *curve_cells(list(ends.values()))] for kind, ends in runs.items()),
+        ),
+        "Fused and eager curves": markdown(
+            ["data", "seed", "largest relative difference of the loss"], curve_differences(rows)
+        ),
+        "Runs and tests": markdown(
+            ["measurement", "result"], ([r["measurement"], result] for r in rows if (result := outcome(r)))
+        ),
+        "Failed measurements": markdown(
+            ["measurement", "error"], ([r["measurement"], r["raised"][:200]] for r in rows if "raised" in r)
+        ),
+    }
+    return measured
+
+
+def largest(cases: list[Row]) -> list[Any]:
+    """Return the largest error of the kernels, and that of plain PyTorch in the same case."""
+    compared = [row for row in cases if "largest_error" in row]
+    worst = max(compared, key=lambda row: row["largest_error"], default=None)
+    return [worst["largest_error"], worst["eager_error"]] if worst is not None else ["", ""]
+
+
+def model_line(row: Row) -> list[Any]:
+    """Return the cells of a model; MFU counts 6 FLOPs per multiply-add, against the peak of the data sheet."""
+    images, peak = row["batch"] / row["training"]["seconds"], peak_flops(row["device"], Precision(row["precision"]))
+    mfu = f"{600 * row['macs'] * images / peak:.1f} %" if peak and row["macs"] else ""
+    cells = [row["model"], row["size"], row["precision"], row["name"], f"{images:.0f}", mfu]
+    return [*cells, f"{row['batch'] / row['inference']['seconds']:.0f}", row["peak_bytes"] / 2**30]
+
+
+def curve_cells(ends: list[Row]) -> list[Any]:
+    """Return epochs, accuracy, loss and minutes of the last rows of some seeds, as mean ± std."""
+
+    def spread(key: str) -> str:
+        values = [row[key] for row in ends]
+        return f"{statistics.mean(values):.3f}" + (f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else "")
+
+    return [ends[0]["epoch"], spread("val/top1"), spread("loss"), statistics.mean(row["seconds"] for row in ends) / 60]
+
+
+def curve_differences(rows: list[Row]) -> Iterable[list[Any]]:
+    """Yield, for each seed, the largest relative difference of the training losses of VCA fused and VCA eager."""
+    losses: dict[tuple[str, int], dict[str, dict[int, float]]] = {}
+    for row in rows:
+        if "val/top1" in row:
+            runs = losses.setdefault((row["measurement"].split(",")[0], row["seed"]), {})
+            runs.setdefault(row["name"], {})[row["epoch"]] = row["loss"]
+    for (data, seed), runs in losses.items():
+        fused, eager = runs.get("VCA fused", {}), runs.get("VCA eager", {})
+        if common := fused.keys() & eager.keys():
+            yield [data, seed, max(abs(fused[epoch] / eager[epoch] - 1) for epoch in common)]
+
+
+def outcome(row: Row) -> str:
+    """Return the result of a row of stage 5 or of a test of the kernels, else ''."""
+    if "suite" in row:
+        end = "" if row["complete"] else ", interrupted"
+        return f"{row['passed']} passed, {row['failed'] + row['error']} failed, {row['skipped']} skipped{end}"
+    if "signal" in row:
+        return f"{row['script']}: {row['signal']} after step {row['stopped_after']}, resumed bit-exactly"
+    if "ranks" in row:
+        return f"{row['ranks']}: {'equal' if row['equal'] else 'different'}"
+    if "check" in row:
+        return f"{row['check']}: {'passed' if row['passed'] else row['failed']}"
+    return f"{row['test']}: {row['failed']}" if "test" in row else ""
+
+
+def report(folder: Path, document: Path, log: Callable[[str], None] = print) -> None:
+    """Print tables and goals; write `report.md` and plots to `folder`, and the goals to the block of a document."""
+    rows = gpu_rows(folder)
+    devices = list(dict.fromkeys(row["device"] for row in rows))
+    lines = ["# Measurements on a GPU", ""] if devices else ["# Measurements on a GPU", "", "Not measured.", ""]
+    block = []
+    for device in devices or [""]:
+        own = [row for row in rows if row["device"] == device]
+        found = markdown(["goal", device or "any GPU", "state"], [list(goal) for goal in goals(own)])
+        block += [*found, ""]
+        versions = sorted({f"torch {row['torch']}, commit {row['commit']}, code {row['code']}" for row in own})
+        lines += [f"## {device}", "", *versions, ""] if device else []
+        lines += [*found, ""]
+        for title, table in tables(own).items():
+            lines += [f"### {title}", "", *table, ""] if table else []
+        draw(folder, device, own)
+    write_text(folder / "report.md", "\n".join(lines))
+    text = document.read_text()
+    changed = BLOCK.sub(lambda m: f"{m[1]}{chr(10).join(block)}{m[4]}" if m[2] == "gpu" else m[0], text)
+    if changed != text:
+        write_text(document, changed)
+    log("\n".join(lines))
+
+
+def draw(folder: Path, device: str, rows: list[Row]) -> None:
+    """Plot the layers over N, and the training curves of each data set."""
+    slug = re.sub(r"\W+", "-", device).strip("-").lower()
+    if any(row.get("level") == "layer" for row in rows):
+        plot_attention([row for row in rows if "level" in row], device, folder / f"{slug}-layers.png")
+    curves: dict[str, dict[str, list[Row]]] = {}
+    for row in rows:
+        if "val/top1" in row:
+            data = row["measurement"].split(",")[0]
+            curves.setdefault(data, {}).setdefault(f"{row['name']}, seed {row['seed']}", []).append(row)
+    for data, runs in curves.items():
+        plot_curves(runs, folder / f"{slug}-{data.lower()}.png")

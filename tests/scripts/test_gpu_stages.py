@@ -1,0 +1,202 @@
+"""The stages of `python -m benchmarks gpu`: rehearsed on a CPU, interrupted, continued and reported."""
+
+import json
+import lzma
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.gpu.command import DOCUMENT, parse
+from benchmarks.gpu.report import GOALS, report
+from benchmarks.gpu.runner import Context, Measurement, Stage, read_rows, run_stage
+from benchmarks.gpu.system import LINE
+from scripts.gpu_bundle import FILTERS, pack_images, unpack_images
+from tests.processes import ROOT, environment, run_command
+
+H100 = "NVIDIA H100 80GB HBM3"
+
+
+@pytest.fixture(scope="session")
+def rehearsal(artefact):
+    """A rehearsal that was killed in stage 2 and run again, with its output."""
+
+    def build(folder):
+        command = [sys.executable, "-m", "benchmarks", "gpu", "--rehearse", "--out", str(folder)]
+        killed = subprocess.Popen(command, env=environment(), cwd=ROOT, stdout=subprocess.DEVNULL)
+        deadline = time.monotonic() + 300
+        while not any("finished" in row for row in read_rows(folder / "stage2.jsonl")):
+            assert killed.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        os.kill(killed.pid, signal.SIGKILL)
+        killed.wait()
+        with (folder / "stage2.jsonl").open("a") as file:
+            file.write('{"stage": 2, "measurement": "co')  # a line that was cut off
+        done = run_command(*command, timeout=900)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+        (folder / "stdout").write_text(done.stdout)
+
+    return artefact("rehearsal", build)
+
+
+@pytest.mark.process
+def test_gpu_rehearsal_runs_every_measurement_and_continues(rehearsal):
+    """Each measurement of each stage has rows and one end; what was finished before the kill is not run again."""
+    from benchmarks.gpu.plan import STAGES
+
+    for number, stage in STAGES.items():
+        rows = read_rows(rehearsal / f"stage{number}.jsonl")
+        assert not [row for row in rows if "raised" in row or not row["rehearsal"] or row["device"] != "cpu"]
+        for one in stage.measurements:
+            own = [row for row in rows if row["measurement"] == one.name]
+            assert sum("finished" in row for row in own) == 1, one.name
+            assert len(own) > 1, one.name
+    printed = (rehearsal / "stdout").read_text()
+    assert "stage 1: correctness of the kernels; 0 of 4 left" in printed
+    assert "stage 2: time of the kernels; 3 of 4 left" in printed
+    tiles = json.loads((rehearsal / "tiles.json").read_text())
+    assert {"stage1_fwd", "stage2_fwd", "stage1_bwd", "stage2_bwd_dtokens", "stage2_bwd_dq"} <= {
+        row["kernel"] for row in tiles
+    }
+
+
+@pytest.mark.process
+def test_gpu_report_of_rehearsal_not_measured(rehearsal, tmp_path):
+    """No row of a CPU is reported; the block of docs/performance.md is that of no measurement."""
+    shutil.copytree(rehearsal, tmp_path / "out", ignore=shutil.ignore_patterns("runs"))
+    document, lines = shutil.copy(DOCUMENT, tmp_path), []
+    report(tmp_path / "out", tmp_path / DOCUMENT.name, lines.append)
+    assert lines[0].count("| not measured | not measured |") == len(GOALS) + 1
+    assert "###" not in lines[0]
+    assert (tmp_path / DOCUMENT.name).read_text() == DOCUMENT.read_text(), document
+
+
+@pytest.mark.process
+def test_gpu_report_tables_and_goals(rehearsal, tmp_path):
+    """All tables, from rows of a rehearsal relabelled as those of a GPU, and goals that are and are not reached."""
+    out = tmp_path / "out"
+    out.mkdir()
+    for file in rehearsal.glob("stage*.jsonl"):
+        rows = [{**row, "rehearsal": False, "device": H100} for row in read_rows(file)]
+        (out / file.name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    about = {"rehearsal": False, "device": H100, "torch": "2", "commit": None, "code": "", "started": "2", "stage": 2}
+    times = {197: (500, 400), 1024: (1000, 500)}  # N -> microseconds of SDPA and of VCA
+    more = []
+    for tokens, pair in times.items():
+        for name, value in zip(("SDPA flash", "VCA fused"), pair, strict=True):
+            timing = {"seconds": 1e-6 * value, "ratio": 1.0}
+            row = {"level": "core", "tokens": tokens, "name": name, "forward": timing, "forward + backward": timing}
+            more.append({**about, "measurement": "more", **row})
+    for kernel, seconds in (("stage2_fwd", 1e-4), ("stage2_bwd_dq", 3e-4)):
+        row = {"tokens": 1024, "kernel": kernel, "seconds": seconds, "bandwidth": 1e12, "floor_share": 0.5}
+        more.append({**about, "measurement": "more", **row})
+    for name, size in (("timm Attention", 100), ("VCA fused", 108)):
+        row = {"level": "layer", "tokens": 256, "contrast_tokens": 64, "batch": 1, "name": name, "kept_bytes": size}
+        row |= {"peak_bytes": 100, "forward": timing, "forward + backward": {**timing, "low": 1, "high": 1}}
+        row["forward"] = row["forward + backward"]
+        more.append({**about, "measurement": "more", **row})
+    more.append({**about, "measurement": "broken", "raised": "RuntimeError: out of luck"})
+    (out / "stage6.jsonl").write_text("".join(json.dumps(row) + "\n" for row in more))
+    shutil.copy(DOCUMENT, tmp_path)
+    lines = []
+    report(out, tmp_path / DOCUMENT.name, lines.append)
+    text = (out / "report.md").read_text()
+    assert text == lines[0]
+    assert "speed-up of the core >= 0.9 | 1.25 (SDPA flash 500 µs, VCA 400 µs) | reached |" in text
+    gap = "not reached: 0.80 of it; stage2_bwd_dq takes 75 % of the kernels' time"
+    assert f"speed-up of the core >= 2.5 | 2.00 (SDPA flash 1000 µs, VCA 500 µs) | {gap} |" in text
+    assert (
+        "| training memory of a layer / MHSA's <= 1.1 | at most 1.08 (saved activations at N = 256) | reached |" in text
+    )
+    titles = [line.removeprefix("### ") for line in text.splitlines() if line.startswith("###")]
+    assert titles == [
+        "Errors of the kernels",
+        "Kernels",
+        "Fastest tiles",
+        "Cores",
+        "Layers, ratios to timm's Attention",
+        "Models",
+        "Time on the host",
+        "Overhead of the trainer",
+        "Sampling",
+        "Training curves",
+        "Fused and eager curves",
+        "Runs and tests",
+        "Failed measurements",
+    ]
+    assert "| broken | RuntimeError: out of luck |" in text
+    assert "resumed bit-exactly" in text
+    assert gap in (tmp_path / DOCUMENT.name).read_text()
+    assert len(list(out.glob("*.png"))) == 3
+
+
+def stage_of(**functions):
+    return Stage("test", [Measurement(name, function, 0.1) for name, function in functions.items()])
+
+
+def test_gpu_stage_errors_and_budget(tmp_path, capsys):
+    """An error is a row, the next measurement runs; a failed one is run again, last; no time left: left out."""
+
+    def fails(context):
+        yield {"part": 1}
+        raise ValueError("broken")
+
+    context = Context(torch.device("cpu"), tmp_path, tiny=True)
+    stage = stage_of(fails=fails, works=lambda context: [{"value": 2}])
+    assert not run_stage(1, stage, context)
+    rows = read_rows(tmp_path / "stage1.jsonl")
+    ends = [(row["measurement"], row.get("raised", "finished" in row)) for row in rows]
+    assert ends == [("fails", False), ("fails", "ValueError: broken"), ("works", False), ("works", True)]
+    assert {"device", "torch", "commit", "code", "started", "rehearsal"} <= set(rows[0])
+
+    order = []
+    stage = stage_of(fails=lambda c: order.append("fails") or [], new=lambda c: order.append("new") or [])
+    assert run_stage(1, stage, context)
+    assert order == ["new", "fails"]
+    assert run_stage(1, stage_of(late=fails), Context(context.device, tmp_path, tiny=True, end=0.0))
+    assert "late: left out, 0.1 min expected" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--stage", "1"], "--out must be set, a folder for the results"),
+        (["--stage", "6", "--out", "x"], "argument --stage: invalid choice: 6"),
+        (["--report", "nowhere"], "--report must be a folder with stage1.jsonl, ..., got nowhere"),
+    ],
+    ids=str,
+)
+def test_gpu_command_wrong_options_refused(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        parse(arguments)
+    assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_gpu_bundle_images_roundtrip():
+    """Packed images are exact, for all differences modulo 256."""
+    random = np.random.default_rng(0)
+    splits = [(random.integers(0, 256, (n, 3, 32, 32), dtype=np.uint8), np.arange(n) % 10) for n in (20, 3)]
+    data = pack_images(splits)
+    for (images, labels), (other, others) in zip(splits, unpack_images(data), strict=True):
+        assert np.array_equal(images, other)
+        assert np.array_equal(labels, others)
+    assert lzma.decompress(lzma.compress(data, filters=FILTERS)) == data
+
+
+@pytest.mark.parametrize(
+    ("line", "name", "outcome"),
+    [
+        ("tests/a/test_b.py::test_c[1-x y] PASSED [ 50%]", "tests/a/test_b.py::test_c[1-x y]", "PASSED"),
+        ("[gw12] [  3%] FAILED tests/a/test_b.py::test_c ", "tests/a/test_b.py::test_c", "FAILED"),
+    ],
+)
+def test_gpu_suite_reads_lines_of_pytest(line, name, outcome):
+    match = LINE.match(line)
+    assert (match["x"] or match["y"], match["a"] or match["b"]) == (name, outcome)
