@@ -62,6 +62,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "joint softmax": {"joint": True},
     "plain Stage I": {"lambdas": (False, True)},
     "plain Stage II": {"lambdas": (True, False)},
+    "plain Stage II, blocks of contrast tokens": {"lambdas": (True, False), "num_contrast": 256},
     "plain stages, one stream": {"lambdas": (False, False), "streams": 1},
     "given contrast tokens": {"given": True},
     "split tokens": {"splits": 3},
@@ -96,9 +97,8 @@ def launches_of(
 
 
 def name_of(one: Launch) -> str:
-    """Return the name of the kernel of a launch, with the stage if the kernel is shared."""
-    kernel, _, constants = one
-    return kernel.__name__.replace("_kernel", "") + (f" {constants['STAGE']}" if "STAGE" in constants else "")
+    """Return the name of the kernel of a launch."""
+    return one[0].__name__.replace("_kernel", "")
 
 
 def resources(one: Launch, capability: int) -> dict[str, Any]:

@@ -59,10 +59,7 @@ class Recorded:
             name = self.kernel.__name__.replace("_kernel", "")
             tensors = {x.data_ptr(): x.numel() * x.element_size() for x in arguments if isinstance(x, Tensor)}
             num_bytes = sum(tensors.values())
-            if name == "avg_pool_bwd":  # reads and writes dq
-                num_bytes += max(tensors.values())
-            stage = f" {constants['STAGE']}" if "STAGE" in constants else ""
-            self.launches.append(Launch(name + stage, run, constants, num_bytes))
+            self.launches.append(Launch(name, run, constants, num_bytes))
             run()
 
         return launch
@@ -104,7 +101,7 @@ def launches_of(shape: Shape, device: torch.device, size: Sizes) -> tuple[list[L
         recorders = {key: Recorded(one, launches) for key, one in kernels.items()}
         return mock.patch.object(launch, name, SimpleNamespace(**recorders))
 
-    with recorded("forward"), recorded("backward"):
+    with recorded("forward"), recorded("backward_stage1"), recorded("backward_stage2"):
         out, *saved = contrast_attention(*arguments, *options)
         grads = contrast_attention_backward(torch.ones_like(out), *saved, *arguments, *options)
     return launches, torch.stack((out, *grads[:3])).float()
@@ -113,14 +110,14 @@ def launches_of(shape: Shape, device: torch.device, size: Sizes) -> tuple[list[L
 @contextmanager
 def launched_with(tiles: Tiles) -> Iterator[None]:
     """Launch all kernels with these constants, except the pooling of the contrast tokens, which has other tiles."""
-    from vca.attention.kernels.launch import BlockSizes, KernelLaunch, triton
+    from vca.attention.kernels.launch import BlockSizes, KernelLaunch, next_power_of_2
 
     default = KernelLaunch.__init__
 
     def configured(self: KernelLaunch, *arguments: Any) -> None:
         default(self, *arguments)
-        limit = max(16, triton.next_power_of_2(self.n))
-        self.fwd_blocks = self.bwd_blocks = BlockSizes(min(tiles.BLOCK_C, limit), tiles.BLOCK_N)
+        limit = max(16, next_power_of_2(self.n))
+        self.fwd_blocks = self.bwd_blocks = self.dq_blocks = BlockSizes(min(tiles.BLOCK_C, limit), tiles.BLOCK_N)
         self.width |= {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
 
     with mock.patch.object(KernelLaunch, "__init__", configured):

@@ -62,7 +62,9 @@ def test_gpu_rehearsal_runs_every_measurement_and_continues(rehearsal):
     assert "stage 1: correctness of the kernels; 0 of 4 left" in printed
     assert "stage 2: time of the kernels; 3 of 4 left" in printed
     tiles = json.loads((rehearsal / "tiles.json").read_text())
-    assert {"stage1_fwd", "stage2_fwd", "stage_bwd 1", "stage_bwd 2"} <= {row["kernel"] for row in tiles}
+    assert {"stage1_fwd", "stage2_fwd", "stage1_bwd", "stage2_bwd_dtokens", "stage2_bwd_dq"} <= {
+        row["kernel"] for row in tiles
+    }
 
 
 @pytest.mark.process
@@ -92,7 +94,7 @@ def test_gpu_report_tables_and_goals(rehearsal, tmp_path):
             timing = {"seconds": 1e-6 * value, "ratio": 1.0}
             row = {"level": "core", "tokens": tokens, "name": name, "forward": timing, "forward + backward": timing}
             more.append({**about, "measurement": "more", **row})
-    for kernel, seconds in (("stage2_fwd", 1e-4), ("stage_bwd 2", 3e-4)):
+    for kernel, seconds in (("stage2_fwd", 1e-4), ("stage2_bwd_dq", 3e-4)):
         row = {"tokens": 1024, "kernel": kernel, "seconds": seconds, "bandwidth": 1e12, "floor_share": 0.5}
         more.append({**about, "measurement": "more", **row})
     for name, size in (("timm Attention", 100), ("VCA fused", 108)):
@@ -108,7 +110,7 @@ def test_gpu_report_tables_and_goals(rehearsal, tmp_path):
     text = (out / "report.md").read_text()
     assert text == lines[0]
     assert "speed-up of the core >= 0.9 | 1.25 (SDPA flash 500 µs, VCA 400 µs) | reached |" in text
-    gap = "not reached: 0.80 of it; stage_bwd 2 takes 75 % of the kernels' time"
+    gap = "not reached: 0.80 of it; stage2_bwd_dq takes 75 % of the kernels' time"
     assert f"speed-up of the core >= 2.5 | 2.00 (SDPA flash 1000 µs, VCA 500 µs) | {gap} |" in text
     assert (
         "| training memory of a layer / MHSA's <= 1.1 | at most 1.08 (saved activations at N = 256) | reached |" in text

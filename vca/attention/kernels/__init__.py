@@ -1,10 +1,11 @@
 """Fused Triton kernels of VCA, and the selection of the backend (`attention.backend`).
 
-    tiles.py      building blocks: rows of a head, matrix products, softmaxes, the norm
-    forward.py    contrast tokens, Stage I, Stage II
-    backward.py   backward of both stages, their preprocessing, and the pooling
-    launch.py     block sizes, splits, scratch memory and kernel launches
-    operator.py   the operator `torch.ops.vca.contrast_attention`
+    tiles.py             building blocks: rows of a head, matrix products, softmaxes, the norm
+    forward.py           contrast tokens, Stage I, Stage II
+    backward_stage1.py   backward of Stage I
+    backward_stage2.py   backward of Stage II and of the pooling
+    launch.py            block sizes, splits, scratch memory and kernel launches
+    operator.py          the operator `torch.ops.vca.contrast_attention`
 
 The scores, `N x n` per head, stay in registers; memory traffic is linear in N.
 """

@@ -4,15 +4,15 @@ Shape letters: B batch, M heads, N = P + H W tokens, D head dim, n = h w contras
 1 if both stages are plain).
 """
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
-from vca.attention.kernels import backward, forward
+from vca.attention.kernels import backward_stage1, backward_stage2, forward
 
 LOG2E = math.log2(math.e)
 NUM_WARPS = 8
@@ -25,17 +25,32 @@ class BlockSizes(NamedTuple):
     BLOCK_N: int  # tokens
 
 
-def block_sizes(num_contrast: int, dim: int, dtype: torch.dtype) -> tuple[BlockSizes, BlockSizes]:
-    """Return the block sizes of forward and backward, the largest that fit the registers of sm_80 and sm_90.
+def cdiv(a: int, b: int) -> int:
+    """Return `a / b` rounded up. `triton.cdiv` takes 2 microseconds per call."""
+    return -(-a // b)
 
+
+def next_power_of_2(x: int) -> int:
+    """Return the smallest power of 2 that is at least x."""
+    return 1 << (x - 1).bit_length()
+
+
+def block_sizes(num_contrast: int, dim: int, dtype: torch.dtype) -> tuple[BlockSizes, BlockSizes, BlockSizes]:
+    """Return the block sizes of the forward, of the backward, and of the kernel of dq.
+
+    They are the largest that fit the registers of sm_80 and sm_90; with D = 64 two programs of dq fit on a processor.
     `python scripts/kernel_resources.py` prints the resulting registers and spills.
     """
     if dtype.itemsize == 4:
-        fwd_blocks = bwd_blocks = BlockSizes(32, 16) if dim <= 64 else BlockSizes(16, 16)
+        fwd_blocks = bwd_blocks = dq_blocks = BlockSizes(32, 16) if dim <= 64 else BlockSizes(16, 16)
     else:
-        fwd_blocks, bwd_blocks = BlockSizes(64, 64), BlockSizes(64, 32) if dim <= 64 else BlockSizes(64, 16)
-    limit = max(16, triton.next_power_of_2(num_contrast))
-    return tuple(sizes._replace(BLOCK_C=min(sizes.BLOCK_C, limit)) for sizes in (fwd_blocks, bwd_blocks))  # type: ignore[return-value]
+        fwd_blocks = BlockSizes(64, 64)
+        bwd_blocks, dq_blocks = BlockSizes(64, 32 if dim <= 64 else 16), BlockSizes(64, 64 if 64 < dim < 128 else 32)
+    limit = max(16, next_power_of_2(num_contrast))
+    fwd_blocks, bwd_blocks, dq_blocks = (
+        sizes._replace(BLOCK_C=min(sizes.BLOCK_C, limit)) for sizes in (fwd_blocks, bwd_blocks, dq_blocks)
+    )
+    return fwd_blocks, bwd_blocks, dq_blocks
 
 
 def num_splits(num_programs: int, num_tokens: int, block_n: int, device: torch.device) -> int:
@@ -46,14 +61,21 @@ def num_splits(num_programs: int, num_tokens: int, block_n: int, device: torch.d
     return max(1, min(2 * processors // num_programs, num_tokens // (4 * block_n)))
 
 
-def bins(size: int, count: int) -> list[tuple[int, int]]:
+@functools.cache
+def bins(size: int, count: int) -> tuple[tuple[int, int], ...]:
     """Return the half-open ranges of adaptive pooling."""
-    return [(i * size // count, -(-(i + 1) * size // count)) for i in range(count)]
+    return tuple((i * size // count, cdiv((i + 1) * size, count)) for i in range(count))
 
 
+@functools.cache
 def overlaps(size: int, count: int) -> int:
     """Return the maximum number of bins of adaptive pooling that contain one position."""
     return max(sum(start <= i < stop for start, stop in bins(size, count)) for i in range(size))
+
+
+def sum_partials(partials: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the sum over axis 0 in `dtype`."""
+    return partials[0] if len(partials) == 1 else partials.sum(0).to(dtype)
 
 
 class KernelInputs(NamedTuple):
@@ -84,7 +106,7 @@ class KernelOptions(NamedTuple):
 
 
 class KernelLaunch:
-    """Shapes and constants of one call of the operator; each method launches one kernel."""
+    """Shapes and constants of one call of the operator; its methods launch the kernels."""
 
     def __init__(self, inputs: KernelInputs, options: KernelOptions) -> None:
         self.batch, self.heads, self.num_tokens, self.dim = inputs.q.shape
@@ -95,9 +117,10 @@ class KernelLaunch:
         self.streams = 1 if self.lambda1 is None and self.lambda2 is None else 2
         self.scale, self.gain, self.eps = self.dim**-0.5 * LOG2E, 1 - options.lambda_init, options.eps
         self.device = inputs.q.device
-        self.fwd_blocks, self.bwd_blocks = block_sizes(self.n, self.dim, inputs.q.dtype)
+        self.averages = inputs.t is None
+        self.fwd_blocks, self.bwd_blocks, self.dq_blocks = block_sizes(self.n, self.dim, inputs.q.dtype)
         d_main = max(16, 1 << (self.dim.bit_length() - 1))  # the head dim is D_MAIN + D_REST
-        d_rest = max(16, triton.next_power_of_2(self.dim - d_main)) if self.dim > d_main else 0
+        d_rest = max(16, next_power_of_2(self.dim - d_main)) if self.dim > d_main else 0
         self.width = {"D": self.dim, "D_MAIN": d_main, "D_REST": d_rest, "num_warps": NUM_WARPS}
         exact = torch.get_float32_matmul_precision() == "highest"
         self.precision = {"PRECISION": "ieee" if exact else "tf32"}
@@ -121,10 +144,10 @@ class KernelLaunch:
 
     def split(self, tiles: BlockSizes) -> tuple[int, int]:
         """Return the number of non-empty splits of N, and the tokens per split."""
-        num_programs = self.num_bh * triton.cdiv(self.n, tiles.BLOCK_C)
+        num_programs = self.num_bh * cdiv(self.n, tiles.BLOCK_C)
         splits = num_splits(num_programs, self.num_tokens, tiles.BLOCK_N, self.device)
-        size = triton.cdiv(triton.cdiv(self.num_tokens, tiles.BLOCK_N), splits) * tiles.BLOCK_N
-        return triton.cdiv(self.num_tokens, size), size
+        size = cdiv(cdiv(self.num_tokens, tiles.BLOCK_N), splits) * tiles.BLOCK_N
+        return cdiv(self.num_tokens, size), size
 
     def contrast_tokens_fwd(self, q: Tensor, t: Tensor | None, e_pos: Tensor | None, e_neg: Tensor | None) -> Tensor:
         """Compute the contrast tokens `(B, M, S, n, D)`; `t` replaces the average of q."""
@@ -133,9 +156,9 @@ class KernelLaunch:
         max_cell = math.prod(
             max(b - a for a, b in bins(*sizes)) for sizes in zip(grid, self.contrast_grid, strict=True)
         )
-        block_cell = min(triton.next_power_of_2(max_cell), 64)
+        block_cell = min(next_power_of_2(max_cell), 64)
         block = 64 // block_cell
-        forward.contrast_tokens_fwd_kernel[(self.num_bh, triton.cdiv(self.n, block))](
+        forward.contrast_tokens_fwd_kernel[(self.num_bh, cdiv(self.n, block))](
             x,
             q if e_pos is None else e_pos,  # placeholder, not read
             q if e_neg is None else e_neg,
@@ -153,7 +176,7 @@ class KernelLaunch:
             EMBED_NEG=e_neg is not None,
             STREAMS=self.streams,
             D=self.dim,
-            BLOCK_D=triton.next_power_of_2(self.dim),
+            BLOCK_D=next_power_of_2(self.dim),
             BLOCK_C=block,
             BLOCK_CELL=block_cell,
             num_warps=NUM_WARPS,
@@ -165,10 +188,12 @@ class KernelLaunch:
         tiles, streams = self.fwd_blocks, lse.shape[2]
         splits, size = self.split(tiles)
         num_partials = splits if splits > 1 else 0
-        shape = num_partials, self.num_bh, streams, self.n
-        partial, partial_lse = self.scratch(*shape, self.dim), self.scratch(*shape)
+        partial = partial_lse = lse  # placeholders, not read
+        if num_partials:
+            partial_lse = self.scratch(splits, self.num_bh, streams, self.n)
+            partial = self.scratch(splits, self.num_bh, streams, self.n, self.dim)
         lambda1 = lse if self.lambda1 is None else self.lambda1
-        blocks = triton.cdiv(self.n, tiles.BLOCK_C)
+        blocks = cdiv(self.n, tiles.BLOCK_C)
         contrast_stage = {"CONTRAST": streams == 2, "BLOCK_C": tiles.BLOCK_C, **self.width}
         forward.stage1_fwd_kernel[(self.num_bh, blocks, splits)](
             tokens,
@@ -197,21 +222,21 @@ class KernelLaunch:
                 partial, partial_lse, lambda1, v_diff, v_neg, lse, self.n, splits, **contrast_stage
             )
 
-    def stage2_options(self) -> dict[str, int | bool | str]:
+    def stage2_options(self, tiles: BlockSizes) -> dict[str, int | bool | str]:
         """Return the constants of the Stage II kernels."""
         return {
             "STREAMS": self.streams,
             "CONTRAST": self.lambda2 is not None,
             "JOINT": self.joint,
-            "NUM_BLOCKS_C": triton.cdiv(self.n, self.fwd_blocks.BLOCK_C),
-            **self.fwd_blocks._asdict(),
+            "NUM_BLOCKS_C": cdiv(self.n, tiles.BLOCK_C),
+            **tiles._asdict(),
             **self.width,
             **self.precision,
         }
 
     def stage2_fwd(self, q: Tensor, tokens: Tensor, v_diff: Tensor, norm1: Tensor, norm2: Tensor, out: Tensor) -> None:
         """Compute `out`, in place."""
-        forward.stage2_fwd_kernel[(self.num_bh, triton.cdiv(self.num_tokens, self.fwd_blocks.BLOCK_N))](
+        forward.stage2_fwd_kernel[(self.num_bh, cdiv(self.num_tokens, self.fwd_blocks.BLOCK_N))](
             q,
             tokens,
             v_diff,
@@ -227,19 +252,16 @@ class KernelLaunch:
             self.scale,
             self.gain,
             self.eps,
-            **self.stage2_options(),
+            **self.stage2_options(self.fwd_blocks),
         )
 
     def stage2_bwd_preprocess(
         self, q: Tensor, tokens: Tensor, v_diff: Tensor, norm1: Tensor, norm2: Tensor, do: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Backward preprocessing of Stage II: do before the norm, lse, delta, dlambda2, dnorm2."""
-        blocks = triton.cdiv(self.num_tokens, self.fwd_blocks.BLOCK_N)
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Backward preprocessing of Stage II: do before the norm, lse, delta."""
         do_raw = self.empty_tokens(q)
         lse, delta = (self.scratch(self.num_bh, 2, self.num_tokens) for _ in range(2))
-        dnorm2 = self.scratch(blocks, self.num_bh, self.dim)
-        dlambda2 = self.scratch(blocks, self.num_bh)
-        backward.stage2_bwd_kernel_preprocess[(self.num_bh, blocks)](
+        backward_stage2.stage2_bwd_kernel_preprocess[(self.num_bh, cdiv(self.num_tokens, self.fwd_blocks.BLOCK_N))](
             q,
             tokens,
             v_diff,
@@ -250,8 +272,6 @@ class KernelLaunch:
             do_raw,
             lse,
             delta,
-            dnorm2,
-            dlambda2,
             *q.stride()[:3],
             *do.stride()[:3],
             *do_raw.stride()[:3],
@@ -261,21 +281,99 @@ class KernelLaunch:
             self.scale,
             self.gain,
             self.eps,
-            **self.stage2_options(),
+            **self.stage2_options(self.fwd_blocks),
         )
-        return do_raw, lse, delta, dlambda2.sum(), dnorm2.sum((0, 1))
+        return do_raw, lse, delta
+
+    def stage2_bwd_dtokens(
+        self, q: Tensor, tokens: Tensor, v_diff: Tensor, norm1: Tensor, norm2: Tensor, do: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Backward of Stage II to v^ `(splits, B M, n, D)` and the contrast tokens `(B, M, S, n, D)`."""
+        tiles = self.bwd_blocks
+        blocks, (splits, size) = cdiv(self.n, tiles.BLOCK_C), self.split(tiles)
+        lse = delta = norm1  # placeholders, not read
+        if blocks > 1:
+            do, lse, delta = self.stage2_bwd_preprocess(q, tokens, v_diff, norm1, norm2, do)
+        dtype = q.dtype if splits == 1 else torch.float32
+        dv_hat = q.new_empty(splits, self.num_bh, self.n, self.dim, dtype=dtype)
+        dtokens = q.new_empty(splits, self.batch, self.heads, self.streams, self.n, self.dim, dtype=dtype)
+        backward_stage2.stage2_bwd_kernel_dtokens[(self.num_bh, blocks, splits)](
+            q,
+            tokens,
+            v_diff,
+            norm1 if self.lambda2 is None else self.lambda2,
+            norm1,
+            norm2,
+            do,
+            lse,
+            delta,
+            dv_hat,
+            dtokens,
+            *q.stride()[:3],
+            *do.stride()[:3],
+            self.heads,
+            self.num_tokens,
+            self.n,
+            size,
+            self.scale,
+            self.gain,
+            self.eps,
+            **self.stage2_options(tiles),
+        )
+        return dv_hat, sum_partials(dtokens, q.dtype)
+
+    def stage2_bwd_dq(
+        self, q: Tensor, tokens: Tensor, v_diff: Tensor, norm1: Tensor, norm2: Tensor, do: Tensor, dtokens: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Backward of Stage II and the average pooling to q, and of Stage II to lambda2 and the norm weight."""
+        tiles = self.dq_blocks
+        blocks = cdiv(self.num_tokens, tiles.BLOCK_N)
+        dq = self.empty_tokens(q)
+        dnorm2 = self.scratch(blocks, self.num_bh, self.dim)
+        dlambda2 = self.scratch(blocks, self.num_bh)
+        backward_stage2.stage2_bwd_kernel_dq[(self.num_bh, blocks)](
+            q,
+            tokens,
+            v_diff,
+            norm1 if self.lambda2 is None else self.lambda2,
+            norm1,
+            norm2,
+            do,
+            dtokens,
+            dq,
+            dnorm2,
+            dlambda2,
+            *q.stride()[:3],
+            *do.stride()[:3],
+            *dq.stride()[:3],
+            self.heads,
+            self.num_tokens,
+            self.n,
+            self.scale,
+            self.gain,
+            self.eps,
+            self.prefix,
+            *self.grid,
+            *self.contrast_grid,
+            MAX_ROWS=overlaps(self.grid[0], self.contrast_grid[0]),
+            MAX_COLUMNS=overlaps(self.grid[1], self.contrast_grid[1]),
+            POOL_POS=self.averages and self.pooled[0],
+            POOL_NEG=self.averages and self.pooled[1] and self.streams == 2,
+            **self.stage2_options(tiles),
+        )
+        return dq, dlambda2.sum(), dnorm2.sum((0, 1))
 
     def stage1_bwd_preprocess(
         self, v_diff: Tensor, v_neg: Tensor, norm1: Tensor, dv_hat: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Backward preprocessing of Stage I: dv_diff, delta, dlambda1, dnorm1."""
         block_c = self.bwd_blocks.BLOCK_C
-        blocks = triton.cdiv(self.n, block_c)
+        blocks = cdiv(self.n, block_c)
         dv_diff = torch.empty_like(v_diff)
         delta = self.scratch(self.num_bh, 1 if self.lambda1 is None else 2, self.n)
         dnorm1 = self.scratch(blocks, self.num_bh, self.dim)
         dlambda1 = self.scratch(blocks, self.num_bh)
-        backward.stage1_bwd_kernel_preprocess[(self.num_bh, blocks)](
+        backward_stage1.stage1_bwd_kernel_preprocess[(self.num_bh, blocks)](
             v_diff,
             v_neg,
             norm1 if self.lambda1 is None else self.lambda1,
@@ -295,88 +393,47 @@ class KernelLaunch:
         )
         return dv_diff, delta, dlambda1.sum(), dnorm1.sum((0, 1))
 
-    def stage_bwd(
+    def stage1_bwd(
         self,
-        stage: int,
         tokens: Tensor,
-        x: Tensor,
-        y: Tensor,
-        values: Tensor,
-        norm1: Tensor,
+        k: Tensor,
+        v: Tensor,
+        dv_diff: Tensor,
         lse: Tensor,
         delta: Tensor,
-        dtokens_stage2: Tensor | None = None,
+        dtokens_stage2: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Backward of a stage; see `stage_bwd_kernel` for the arguments.
-
-        Returns:
-            dx `(B, M, N, D)`; dv `(B, M, N, D)` in Stage I or dv_hat `(splits, B M, n, D)` in Stage II; and dtokens
-            `(B, M, S, n, D)`, with `dtokens_stage2` added.
-        """
-        tiles, weight = self.bwd_blocks, self.lambda1 if stage == 1 else self.lambda2
-        blocks, (splits, size) = triton.cdiv(self.n, tiles.BLOCK_C), self.split(tiles)
-        # Partial sums, in float32: dx and dv per block of contrast tokens, the others per split.
-        dtype = x.dtype if blocks == 1 else torch.float32
-        dx = self.empty_tokens(x, blocks, dtype=dtype)
-        dy = self.empty_tokens(x, blocks, dtype=dtype) if stage == 1 else dx
-        dtype = x.dtype if splits == 1 else torch.float32
-        dvalues = x.new_empty(splits if stage == 2 else 0, self.num_bh, self.n, self.dim, dtype=dtype)
-        dtokens = x.new_empty(splits, self.batch, self.heads, self.streams, self.n, self.dim, dtype=dtype)
-        backward.stage_bwd_kernel[(self.num_bh, blocks, splits)](
+        """Backward of Stage I: dk and dv `(B, M, N, D)`, and dtokens `(B, M, S, n, D)` with `dtokens_stage2` added."""
+        tiles = self.bwd_blocks
+        blocks, (splits, size) = cdiv(self.n, tiles.BLOCK_C), self.split(tiles)
+        # Partial sums, in float32: dk and dv per block of contrast tokens, dtokens per split.
+        dtype = k.dtype if blocks == 1 else torch.float32
+        dk, dv = (self.empty_tokens(k, blocks, dtype=dtype) for _ in range(2))
+        dtype = k.dtype if splits == 1 else torch.float32
+        dtokens = k.new_empty(splits, self.batch, self.heads, self.streams, self.n, self.dim, dtype=dtype)
+        backward_stage1.stage1_bwd_kernel[(self.num_bh, blocks, splits)](
             tokens,
-            x,
-            y,
-            values,
-            norm1,
-            norm1 if weight is None else weight,
+            k,
+            v,
+            dv_diff,
+            lse if self.lambda1 is None else self.lambda1,
             lse,
             delta,
-            dtokens if dtokens_stage2 is None else dtokens_stage2,
-            dx,
-            dy,
-            dvalues,
+            dtokens_stage2,
+            dk,
+            dv,
             dtokens,
-            *x.stride()[:3],
-            *y.stride()[:3],
-            *dx.stride()[:4],
+            *k.stride()[:3],
+            *dk.stride()[:4],
             self.heads,
             self.num_tokens,
             self.n,
             size,
             self.scale,
-            self.gain,
-            self.eps,
-            STAGE=stage,
-            HAS_DTOKENS2=dtokens_stage2 is not None,
             STREAMS=self.streams,
-            CONTRAST=weight is not None,
+            CONTRAST=self.lambda1 is not None,
             **tiles._asdict(),
             **self.width,
             **self.precision,
         )
-
-        def sum_partials(partials: Tensor) -> Tensor:
-            return partials[0] if len(partials) == 1 else partials.sum(0).to(x.dtype)
-
-        return sum_partials(dx), sum_partials(dy) if stage == 1 else dvalues, sum_partials(dtokens)
-
-    def avg_pool_bwd(self, dtokens: Tensor, dq: Tensor) -> None:
-        """Add the gradient of the average pooling to dq, in place."""
-        block_n = self.fwd_blocks.BLOCK_N
-        backward.avg_pool_bwd_kernel[(self.num_bh, triton.cdiv(math.prod(self.grid), block_n))](
-            dtokens,
-            dq,
-            *dq.stride()[:3],
-            self.heads,
-            self.n,
-            self.prefix,
-            *self.grid,
-            *self.contrast_grid,
-            MAX_ROWS=overlaps(self.grid[0], self.contrast_grid[0]),
-            MAX_COLUMNS=overlaps(self.grid[1], self.contrast_grid[1]),
-            POOL_POS=self.pooled[0],
-            POOL_NEG=self.pooled[1] and self.streams == 2,
-            STREAMS=self.streams,
-            BLOCK_N=block_n,
-            **self.width,
-        )
+        return sum_partials(dk, k.dtype), sum_partials(dv, k.dtype), sum_partials(dtokens, k.dtype)

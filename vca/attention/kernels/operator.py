@@ -59,12 +59,10 @@ def contrast_attention_backward(
     empty = x.q.new_empty(0)
     with torch.cuda.device_of(x.q):
         tokens = launch.contrast_tokens_fwd(x.q, x.t, x.e_pos, x.e_neg)
-        do_raw, lse2, delta2, dlambda2, dnorm2 = launch.stage2_bwd_preprocess(x.q, tokens, v_diff, x.norm1, x.norm2, do)
-        dq, dv_hat, dtokens2 = launch.stage_bwd(2, tokens, x.q, do_raw, v_diff, x.norm1, lse2, delta2)
-        dv_diff, delta1, dlambda1, dnorm1 = launch.stage1_bwd_preprocess(v_diff, v_neg, x.norm1, dv_hat)
-        dk, dv, dtokens = launch.stage_bwd(1, tokens, x.k, x.v, dv_diff, x.norm1, lse, delta1, dtokens2)
-        if x.t is None and any(options.pooled):
-            launch.avg_pool_bwd(dtokens, dq)
+        dv_hat, dtokens2 = launch.stage2_bwd_dtokens(x.q, tokens, v_diff, x.norm1, x.norm2, do)
+        dv_diff, delta, dlambda1, dnorm1 = launch.stage1_bwd_preprocess(v_diff, v_neg, x.norm1, dv_hat)
+        dk, dv, dtokens = launch.stage1_bwd(tokens, x.k, x.v, dv_diff, lse, delta, dtokens2)
+        dq, dlambda2, dnorm2 = launch.stage2_bwd_dq(x.q, tokens, v_diff, x.norm1, x.norm2, do, dtokens)
 
     streams = dtokens.unbind(2)  # S x (B, M, n, D)
     dt = empty
