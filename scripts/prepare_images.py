@@ -66,7 +66,7 @@ def open_splits(data: DataConfig) -> dict[str, ImageIndex]:
 
 
 def has_val(data: DataConfig) -> bool:
-    """Whether there is an evaluation split; an archive without folders of splits has only a training split."""
+    """Whether the data has `val`; an archive without folders of splits is `train`."""
     root = Path(data.root or "").expanduser()
     if data.val is not None or not root.is_file():
         return data.val is not None or bool(data.root and in_root(root, "val"))

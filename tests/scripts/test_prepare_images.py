@@ -169,7 +169,7 @@ def test_prepared_images_keep_names_of_class_folders(tmp_path):
 
 @pytest.mark.parametrize("splits", [(), ("train",), ("train", "val")])
 def test_prepare_images_splits_of_an_archive(folders, tmp_path, splits):
-    """An archive without folders of splits is a training split."""
+    """An archive without folders of splits is `train`."""
     parent = tmp_path / "tree"
     for split in splits or ("train",):
         shutil.copytree(folders / split, parent / split)

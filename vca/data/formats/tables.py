@@ -115,10 +115,8 @@ def index_parquet(path: Path, number: int, access: str) -> Rows:
                     add_rows(rows, batch, columns, path, number, first, find)
                     first += batch.num_rows
         rows.classes = columns.classes
-    except ContentError as error:
-        rows.problems.append(f"{path}: {error}")
     except (OSError, ValueError, pa.ArrowException) as error:
-        rows.problems.append(f"{path}: cannot be read as parquet{place} ({one_line(error)}); copy it again")
+        rows.problems.append(describe(error, path, f"parquet{place}"))
     return rows
 
 
@@ -145,11 +143,19 @@ def index_arrow(path: Path, number: int, access: str) -> Rows:
                 add_rows(rows, batch, columns, path, number, first, find)
                 first += batch.num_rows
         rows.classes = columns.classes
-    except ContentError as error:
-        rows.problems.append(f"{path}: {error}")
     except (OSError, ValueError, pa.ArrowException) as error:
-        rows.problems.append(f"{path}: cannot be read as an Arrow file ({one_line(error)}); copy it again")
+        rows.problems.append(describe(error, path, "an Arrow file"))
     return rows
+
+
+def describe(error: Exception, path: Path, form: str) -> str:
+    """Describe the error of reading a file: its content is unsuitable, or the file is damaged."""
+    reason = (
+        str(error)
+        if isinstance(error, ContentError)
+        else f"cannot be read as {form} ({one_line(error)}); copy it again"
+    )
+    return f"{path}: {reason}"
 
 
 def places_in(images: Any, base: int, size: int) -> np.ndarray:
