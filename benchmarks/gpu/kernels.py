@@ -110,14 +110,14 @@ def launches_of(shape: Shape, device: torch.device, size: Sizes) -> tuple[list[L
 @contextmanager
 def launched_with(tiles: Tiles) -> Iterator[None]:
     """Launch all kernels with these constants, except the pooling of the contrast tokens, which has other tiles."""
-    from vca.attention.kernels.launch import BlockSizes, KernelLaunch, next_power_of_2
+    from vca.attention.kernels.launch import BlockSizes, KernelBlocks, KernelLaunch, next_power_of_2
 
     default = KernelLaunch.__init__
 
     def configured(self: KernelLaunch, *arguments: Any) -> None:
         default(self, *arguments)
         limit = max(16, next_power_of_2(self.n))
-        self.fwd_blocks = self.bwd_blocks = self.dq_blocks = BlockSizes(min(tiles.BLOCK_C, limit), tiles.BLOCK_N)
+        self.tiles = KernelBlocks(*4 * [BlockSizes(min(tiles.BLOCK_C, limit), tiles.BLOCK_N)])
         self.width |= {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
 
     with mock.patch.object(KernelLaunch, "__init__", configured):

@@ -35,22 +35,31 @@ def next_power_of_2(x: int) -> int:
     return 1 << (x - 1).bit_length()
 
 
-def block_sizes(num_contrast: int, dim: int, dtype: torch.dtype) -> tuple[BlockSizes, BlockSizes, BlockSizes]:
-    """Return the block sizes of the forward, of the backward, and of the kernel of dq.
+class KernelBlocks(NamedTuple):
+    """Block sizes of the forward, the backward of Stage I, and the two kernels of the backward of Stage II."""
+
+    fwd: BlockSizes
+    stage1_bwd: BlockSizes
+    dtokens: BlockSizes
+    dq: BlockSizes
+
+
+def block_sizes(num_contrast: int, dim: int, dtype: torch.dtype) -> KernelBlocks:
+    """Return the block sizes of each kernel.
 
     They are the largest that fit the registers of sm_80 and sm_90; with D = 64 two programs of dq fit on a processor.
     `python scripts/kernel_resources.py` prints the resulting registers and spills.
     """
     if dtype.itemsize == 4:
-        fwd_blocks = bwd_blocks = dq_blocks = BlockSizes(32, 16) if dim <= 64 else BlockSizes(16, 16)
+        tiles = KernelBlocks(*4 * [BlockSizes(32, 16) if dim <= 64 else BlockSizes(16, 16)])
+    elif dim <= 64:
+        tiles = KernelBlocks(BlockSizes(64, 64), BlockSizes(64, 32), BlockSizes(64, 32), BlockSizes(64, 32))
+    elif dim < 128:
+        tiles = KernelBlocks(BlockSizes(64, 64), BlockSizes(64, 16), BlockSizes(32, 16), BlockSizes(32, 64))
     else:
-        fwd_blocks = BlockSizes(64, 64)
-        bwd_blocks, dq_blocks = BlockSizes(64, 32 if dim <= 64 else 16), BlockSizes(64, 64 if 64 < dim < 128 else 32)
+        tiles = KernelBlocks(BlockSizes(64, 64), BlockSizes(64, 16), BlockSizes(64, 16), BlockSizes(64, 32))
     limit = max(16, next_power_of_2(num_contrast))
-    fwd_blocks, bwd_blocks, dq_blocks = (
-        sizes._replace(BLOCK_C=min(sizes.BLOCK_C, limit)) for sizes in (fwd_blocks, bwd_blocks, dq_blocks)
-    )
-    return fwd_blocks, bwd_blocks, dq_blocks
+    return KernelBlocks(*(sizes._replace(BLOCK_C=min(sizes.BLOCK_C, limit)) for sizes in tiles))
 
 
 def num_splits(num_programs: int, num_tokens: int, block_n: int, device: torch.device) -> int:
@@ -118,7 +127,7 @@ class KernelLaunch:
         self.scale, self.gain, self.eps = self.dim**-0.5 * LOG2E, 1 - options.lambda_init, options.eps
         self.device = inputs.q.device
         self.averages = inputs.t is None
-        self.fwd_blocks, self.bwd_blocks, self.dq_blocks = block_sizes(self.n, self.dim, inputs.q.dtype)
+        self.tiles = block_sizes(self.n, self.dim, inputs.q.dtype)
         d_main = max(16, 1 << (self.dim.bit_length() - 1))  # the head dim is D_MAIN + D_REST
         d_rest = max(16, next_power_of_2(self.dim - d_main)) if self.dim > d_main else 0
         self.width = {"D": self.dim, "D_MAIN": d_main, "D_REST": d_rest, "num_warps": NUM_WARPS}
@@ -185,7 +194,7 @@ class KernelLaunch:
 
     def stage1_fwd(self, tokens: Tensor, k: Tensor, v: Tensor, v_diff: Tensor, v_neg: Tensor, lse: Tensor) -> None:
         """Compute `v_diff`, `v_neg` and `lse`, in place."""
-        tiles, streams = self.fwd_blocks, lse.shape[2]
+        tiles, streams = self.tiles.fwd, lse.shape[2]
         splits, size = self.split(tiles)
         num_partials = splits if splits > 1 else 0
         partial = partial_lse = lse  # placeholders, not read
@@ -236,7 +245,7 @@ class KernelLaunch:
 
     def stage2_fwd(self, q: Tensor, tokens: Tensor, v_diff: Tensor, norm1: Tensor, norm2: Tensor, out: Tensor) -> None:
         """Compute `out`, in place."""
-        forward.stage2_fwd_kernel[(self.num_bh, cdiv(self.num_tokens, self.fwd_blocks.BLOCK_N))](
+        forward.stage2_fwd_kernel[(self.num_bh, cdiv(self.num_tokens, self.tiles.fwd.BLOCK_N))](
             q,
             tokens,
             v_diff,
@@ -252,7 +261,7 @@ class KernelLaunch:
             self.scale,
             self.gain,
             self.eps,
-            **self.stage2_options(self.fwd_blocks),
+            **self.stage2_options(self.tiles.fwd),
         )
 
     def stage2_bwd_preprocess(
@@ -261,7 +270,7 @@ class KernelLaunch:
         """Backward preprocessing of Stage II: do before the norm, lse, delta."""
         do_raw = self.empty_tokens(q)
         lse, delta = (self.scratch(self.num_bh, 2, self.num_tokens) for _ in range(2))
-        backward_stage2.stage2_bwd_kernel_preprocess[(self.num_bh, cdiv(self.num_tokens, self.fwd_blocks.BLOCK_N))](
+        backward_stage2.stage2_bwd_kernel_preprocess[(self.num_bh, cdiv(self.num_tokens, self.tiles.fwd.BLOCK_N))](
             q,
             tokens,
             v_diff,
@@ -281,7 +290,7 @@ class KernelLaunch:
             self.scale,
             self.gain,
             self.eps,
-            **self.stage2_options(self.fwd_blocks),
+            **self.stage2_options(self.tiles.fwd),
         )
         return do_raw, lse, delta
 
@@ -289,7 +298,7 @@ class KernelLaunch:
         self, q: Tensor, tokens: Tensor, v_diff: Tensor, norm1: Tensor, norm2: Tensor, do: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Backward of Stage II to v^ `(splits, B M, n, D)` and the contrast tokens `(B, M, S, n, D)`."""
-        tiles = self.bwd_blocks
+        tiles = self.tiles.dtokens
         blocks, (splits, size) = cdiv(self.n, tiles.BLOCK_C), self.split(tiles)
         lse = delta = norm1  # placeholders, not read
         if blocks > 1:
@@ -326,7 +335,7 @@ class KernelLaunch:
         self, q: Tensor, tokens: Tensor, v_diff: Tensor, norm1: Tensor, norm2: Tensor, do: Tensor, dtokens: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Backward of Stage II and the average pooling to q, and of Stage II to lambda2 and the norm weight."""
-        tiles = self.dq_blocks
+        tiles = self.tiles.dq
         blocks = cdiv(self.num_tokens, tiles.BLOCK_N)
         dq = self.empty_tokens(q)
         dnorm2 = self.scratch(blocks, self.num_bh, self.dim)
@@ -367,7 +376,7 @@ class KernelLaunch:
         self, v_diff: Tensor, v_neg: Tensor, norm1: Tensor, dv_hat: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Backward preprocessing of Stage I: dv_diff, delta, dlambda1, dnorm1."""
-        block_c = self.bwd_blocks.BLOCK_C
+        block_c = self.tiles.stage1_bwd.BLOCK_C
         blocks = cdiv(self.n, block_c)
         dv_diff = torch.empty_like(v_diff)
         delta = self.scratch(self.num_bh, 1 if self.lambda1 is None else 2, self.n)
@@ -404,7 +413,7 @@ class KernelLaunch:
         dtokens_stage2: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Backward of Stage I: dk and dv `(B, M, N, D)`, and dtokens `(B, M, S, n, D)` with `dtokens_stage2` added."""
-        tiles = self.bwd_blocks
+        tiles = self.tiles.stage1_bwd
         blocks, (splits, size) = cdiv(self.n, tiles.BLOCK_C), self.split(tiles)
         # Partial sums, in float32: dk and dv per block of contrast tokens, dtokens per split.
         dtype = k.dtype if blocks == 1 else torch.float32
