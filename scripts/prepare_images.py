@@ -1,9 +1,9 @@
 """Copy a data set to shards, which runs then read instead of many small files; optionally resize large images.
 
     python scripts/prepare_images.py data.root=/data/imagenet out=/data/imagenet-shards workers=16
-    python scripts/prepare_images.py data.root=/data/imagenet out=/data/imagenet-256 max_side=256 form=parquet
+    python scripts/prepare_images.py data.root=/data/imagenet out=/data/imagenet-256 max_side=256 format=parquet
 
-The source may have any form that a run reads; `out/train` and, if the source has it, `out/val` contain the shards. To
+The source may have any format that a run reads; `out/train` and, if the source has it, `out/val` contain the shards. To
 train on them: `data.root=OUT`. Images are shuffled with a fixed seed, for tools that stream shards and shuffle only a
 buffer; runs of this project read images in any order. Rerunning the command resumes, with any number of workers.
 
@@ -82,7 +82,7 @@ def make_manifest(config: PrepareImagesConfig, index: ImageIndex) -> Manifest:
     return Manifest(
         source=index.meta.identity,
         classes=index.meta.classes,
-        form=config.form.value,
+        format=config.format.value,
         images_per_shard=config.images_per_shard,
         max_side=config.max_side,
         quality=config.quality if resize else None,
@@ -93,9 +93,9 @@ def make_manifest(config: PrepareImagesConfig, index: ImageIndex) -> Manifest:
 def prepare(config: PrepareImagesConfig, split: str, index: ImageIndex, manifest: Manifest) -> Manifest:
     """Write the missing shards of a split and its class names, and return the complete manifest."""
     folder, names = Path(config.out, split), manifest.names(split)
-    if manifest.form == "tar" and not (folder / "classes.txt").exists():
+    if manifest.format == "tar" and not (folder / "classes.txt").exists():
         write_text(folder / "classes.txt", "".join(f"{name}\n" for name in manifest.classes))
-    keys = sample_keys(index, manifest.form)
+    keys = sample_keys(index, manifest.format)
     images = [(number, keys[number]) for number in shard_order(index).tolist()]
     size = manifest.images_per_shard
     parts = [images[start : start + size] for start in range(0, len(images), size)]

@@ -52,6 +52,13 @@ def test_open_source_archive_of_other_images_refused(folder, name, size, message
         open_source(archive(folder, "zip"), "samples", None)
 
 
+def test_open_source_archive_of_splits_refused(tmp_path, folder):
+    for split in ("train", "val"):
+        shutil.copytree(folder, tmp_path / "splits" / split / "class")
+    with pytest.raises(ConfigError, match=r"samples: \S+a.zip has folders of splits; use data:train or data:test with"):
+        open_source(shutil.make_archive(str(tmp_path / "a"), "zip", tmp_path / "splits"), "samples", None)
+
+
 def test_open_source_archive_without_images_refused(tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "readme.txt").write_text("")

@@ -52,7 +52,7 @@ def folders(tmp_path_factory):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_prepared_images_equal_their_source(folders, tmp_path, form):
-    manifests = prepare(folders, tmp_path / "out", f"form={form}")
+    manifests = prepare(folders, tmp_path / "out", f"format={form}")
     for train in (True, False):
         expected, images = load(folders, train), load(tmp_path / "out", train)
         assert images.classes == expected.classes == list(CLASSES)
@@ -74,7 +74,7 @@ def test_prepared_images_equal_their_source(folders, tmp_path, form):
     }
     assert len(manifests["train"].files) == 3
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
-    prepare(folders, tmp_path / "out", f"form={form}")
+    prepare(folders, tmp_path / "out", f"format={form}")
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*") if path.name != "lock"} == {
         path: time for path, time in before.items() if path.name != "lock"
     }
@@ -83,7 +83,7 @@ def test_prepared_images_equal_their_source(folders, tmp_path, form):
 def test_prepared_shards_are_webdataset_and_hugging_face(folders, tmp_path):
     """The layout that other readers expect: pairs of members, and the features of `datasets`."""
     for form in FORMS:
-        prepare(folders, tmp_path / form, f"form={form}")
+        prepare(folders, tmp_path / form, f"format={form}")
     shard = tmp_path / "tar" / "train" / "train-000000.tar"
     with tarfile.open(shard) as archive:
         names = archive.getnames()
@@ -115,7 +115,7 @@ def test_prepared_images_max_side(folders, tmp_path, form):
         )
     Image.new("RGBA", (48, 48), "green").save(folder / "y_clear.png")
     source = load(root)
-    manifest = prepare(root, tmp_path / "out", f"form={form}", "max_side=24")["train"]
+    manifest = prepare(root, tmp_path / "out", f"format={form}", "max_side=24")["train"]
     assert manifest.resized == 3
     images = load(tmp_path / "out")
     assert images.labels.tolist() == source.labels.tolist()
@@ -145,7 +145,7 @@ def test_prepared_images_of_a_table_have_unique_names_and_class_folders(folders,
     (tmp_path / "table").mkdir()
     pq.write_table(table, tmp_path / "table" / "train.parquet", row_group_size=2, compression="zstd")
     prepare(tmp_path / "table", tmp_path / "tar")
-    prepare(tmp_path / "tar", tmp_path / "again", "form=parquet")
+    prepare(tmp_path / "tar", tmp_path / "again", "format=parquet")
     rows = list(zip(table["image"].to_pylist(), table["label"].to_pylist(), strict=True))
     expected = {(image["bytes"], label) for image, label in rows}
     for out in ("tar", "again"):
@@ -182,7 +182,7 @@ def test_prepare_images_splits_of_an_archive(folders, tmp_path, splits):
 @pytest.mark.parametrize("form", FORMS)
 def test_prepare_images_after_kill_is_exact(folders, tmp_path, form):
     """With another number of workers, and a last shard that was cut short or has another content."""
-    more = [f"form={form}", "images_per_shard=1", "max_side=20"]
+    more = [f"format={form}", "images_per_shard=1", "max_side=20"]
     prepare(folders, tmp_path / "whole", *more)
     broken, script = tmp_path / "broken", "scripts/prepare_images.py"
     command = [script, *options(folders, broken), *more]
@@ -211,7 +211,7 @@ def test_prepare_images_other_options_refused(folders, tmp_path):
     before = contents(out)
     wrong = {
         "max_side=16": r"has other shards \(encoder: None -> 'Pillow .+'; max_side: None -> 16; quality: None -> 95\)",
-        "form=parquet": r"has other shards \(form: 'tar' -> 'parquet'\); choose another out=...",
+        "format=parquet": r"has other shards \(format: 'tar' -> 'parquet'\); choose another out=...",
         "images_per_shard=6": r"\(images_per_shard: 5 -> 6\)",
     }
     for option, message in wrong.items():

@@ -175,8 +175,8 @@ class PrepareLatentsConfig:
         check(self.workers >= 0, "workers", ">= 0", self.workers)
 
 
-class ShardForm(Enum):
-    """Form of prepared images: WebDataset tars, or parquet files of the Hugging Face layout."""
+class ShardFormat(Enum):
+    """Format of prepared images: WebDataset tars, or parquet files of the Hugging Face layout."""
 
     tar = "tar"
     parquet = "parquet"
@@ -188,7 +188,7 @@ class PrepareImagesConfig:
 
     Attributes:
         out: folder of the shards, the `data.root` of runs on them.
-        form: `tar` (WebDataset shards) or `parquet` (Hugging Face layout).
+        format: `tar` (WebDataset shards) or `parquet` (Hugging Face layout).
         images_per_shard: images per file.
         max_side: largest shorter side, in pixels; larger images are resized. Null copies all images byte for byte.
         quality: JPEG quality of resized images.
@@ -197,7 +197,7 @@ class PrepareImagesConfig:
 
     out: str = MISSING
     data: ImageDataConfig = field(default_factory=ImageDataConfig)
-    form: ShardForm = ShardForm.tar
+    format: ShardFormat = ShardFormat.tar
     images_per_shard: int = 4096
     max_side: int | None = None
     quality: int = 95

@@ -29,7 +29,7 @@ class Manifest:
     Attributes:
         source: identity of the images that were read, see `vca.data.index.Meta`.
         classes: class names in the order of their labels.
-        form: `tar` or `parquet`.
+        format: `tar` or `parquet`.
         images_per_shard: images per shard; the last shard has the rest.
         max_side: largest shorter side in pixels; null if images were only copied.
         quality, encoder: JPEG quality of resized images, and the libraries that resized them; null without `max_side`.
@@ -39,7 +39,7 @@ class Manifest:
 
     source: dict[str, Any]
     classes: list[str]
-    form: str
+    format: str
     images_per_shard: int
     max_side: int | None
     quality: int | None
@@ -50,7 +50,7 @@ class Manifest:
     def names(self, split: str) -> list[str]:
         """Names of the shards of a complete folder."""
         count = -(-self.source["files"] // self.images_per_shard)
-        if self.form == "tar":
+        if self.format == "tar":
             return [f"{split}-{shard:06d}.tar" for shard in range(count)]
         return [f"{split}-{shard:05d}-of-{count:05d}.parquet" for shard in range(count)]
 

@@ -41,7 +41,7 @@ def encoder_version() -> str:
     return f"Pillow {PIL.__version__}, libjpeg {features.version('libjpeg_turbo') or features.version('jpg')}"
 
 
-def sample_keys(index: ImageIndex, form: str) -> list[str]:
+def sample_keys(index: ImageIndex, shard_format: str) -> list[str]:
     """Return a unique name `class/stem` for each image: without extension in tars, as in the source in parquet files.
 
     In tars dots become hyphens, since WebDataset ends a name at the first dot of the file name. Images with equal names
@@ -52,7 +52,7 @@ def sample_keys(index: ImageIndex, form: str) -> list[str]:
         folder, name = f"{index.meta.classes[label]}/", index.name(number)
         name = os.path.normpath("/" + name.lstrip("/"))[1:].encode(errors="replace").decode()  # without .. and bytes
         stem, suffix = split_suffix(name if name.startswith(folder) else folder + name)
-        if form == "tar":
+        if shard_format == "tar":
             above, slash, stem = stem.rpartition("/")
             stem, suffix = above + slash + stem.replace(".", "-"), ""
         key, copies = stem + suffix, itertools.count(1)
@@ -103,7 +103,7 @@ def write_shard(
             yield Sample(stem + (given if given and not changed else suffix), content, int(index.rows[number]["label"]))
 
     with open_atomic(path) as file:
-        (write_tar if manifest.form == "tar" else write_parquet)(file, samples(), manifest.classes)
+        (write_tar if manifest.format == "tar" else write_parquet)(file, samples(), manifest.classes)
     digest = {"bytes": path.stat().st_size, "sha256": file_sha256(path), "resized": resized}
     write_text(digest_path(path), json.dumps(digest) + "\n")
     return name, digest

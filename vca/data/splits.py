@@ -46,7 +46,7 @@ def base_folder(config: DataConfig, split: str) -> Path:
         return root.parent if root.is_file() else root
     parts = Path(given).parts
     first = next((index for index, part in enumerate(parts) if re.search(r"[*?\[{]", part)), len(parts) - 1)
-    return Path(config.root or "", *parts[:first]).expanduser()
+    return Path(config.root or "").expanduser() / Path(*parts[:first]).expanduser()
 
 
 def find_source(config: DataConfig, split: str) -> Source:
@@ -154,8 +154,9 @@ def expand(root: Path, given: str) -> list[Path]:
     if numbers := re.search(r"\{(\d+)\.\.(\d+)\}", given):
         first, last = numbers.groups()
         names = [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
-        return [root / (given[: numbers.start()] + name + given[numbers.end() :]) for name in names]
-    path = root / given
+        files = [given[: numbers.start()] + name + given[numbers.end() :] for name in names]
+        return [root / Path(file).expanduser() for file in files]
+    path = root / Path(given).expanduser()
     if not re.search(r"[*?\[]", given):
         return [path] if path.exists() else []
     return sorted(Path(path.anchor or ".").glob(str(path.relative_to(path.anchor) if path.anchor else path)))
@@ -167,7 +168,7 @@ def check_class_folders(config: DataConfig) -> None:
     Raises:
         ConfigError: if both splits exist and have different classes, or their number is not `data.num_classes`.
     """
-    root = Path(config.root or "")
+    root = Path(config.root or "").expanduser()
     splits = [split for split in BOTH if (root / split).is_dir()]
     classes = {split: {entry.name for entry in os.scandir(root / split) if entry.is_dir()} for split in splits}
     if "train" not in classes or not all(classes.values()):  # archives, or images that need a label file

@@ -140,9 +140,12 @@ def open_png_archive(paths: Sequence[Path], form: str, source: str, key: str) ->
         ConfigError: if an archive is corrupt or contains no images.
     """
     try:
-        scan = FORMATS[form](paths, "val")
+        scan, other = (FORMATS[form](paths, split) for split in ("train", "val"))
     except OSError as error:
         raise ConfigError(f"{key}: {error}") from error
+    if scan.entries != other.entries:
+        splits = "data:train or data:test with data=imagefolder and data.root"
+        raise ConfigError(f"{key}: {source} has folders of splits; use {splits}")
     if scan.problems or not scan.entries:
         raise ConfigError(f"{key}: {(scan.problems or [f'{source} contains no images'])[0]}")
     entries = sorted(scan.entries, key=lambda entry: entry.name)

@@ -77,7 +77,9 @@ def plan(config: DictConfig, config_name: str) -> list[dict[str, Any]]:
     for number, job in enumerate(BasicSweeper.split_arguments(overrides, None)[0]):
         try:
             one = compose(config_name, [*job, *search_path(config_dir())])
-            if one.data.name == "imagefolder" and Path(one.data.root or "", "train").is_dir():  # visible here
+            if (
+                one.data.name == "imagefolder" and Path(one.data.root or "", "train").expanduser().is_dir()
+            ):  # visible here
                 check_class_folders(one.data)
         except ConfigError as error:
             raise ConfigError(f"{error} (job {number}: {' '.join(job)})") from error
