@@ -73,7 +73,7 @@ def extended(tmp_path_factory):
         shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("train_cls.py", "train_gen.py"):
         shutil.copy(ROOT / name, root)
-    (root / "vca" / "attention" / "sharp.py").write_text(ATTENTION)
+    (root / "vca" / "attention" / "comparison" / "sharp.py").write_text(ATTENTION)
     (root / "configs" / "attention" / "sharp.yaml").write_text(ATTENTION_YAML)
     (root / "models" / "flat.py").write_text(BACKBONE)
     (root / "configs" / "model" / "flat_one.yaml").write_text(
@@ -84,7 +84,12 @@ def extended(tmp_path_factory):
     size = "defaults:\n  - deit_tiny\n  - _self_\n\nname: deit_tiny_64\ncontrast_grid: [8, 8]\n"
     (root / "configs" / "model" / "deit_tiny_64.yaml").write_text(size)
 
-    register(root / "vca" / "attention" / "__init__.py", "vca.attention.sharp", "SharpConfig, SharpAttention", "sharp")
+    register(
+        root / "vca" / "attention" / "__init__.py",
+        "vca.attention.comparison.sharp",
+        "SharpConfig, SharpAttention",
+        "sharp",
+    )
     register(root / "models" / "__init__.py", "models.flat", "FlatConfig, Flat", "flat")
     return root
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from vca.attention import ATTENTIONS, build_attention
+from vca.attention.base import Tokens
 from vca.attention.reference import adaptive_bins, rms_norm
 
 
@@ -124,7 +125,7 @@ def test_comparison_attention_equals_oracle(name, grid):
     q, k, v = (torch.randn(2, 2, 1 + grid[0] * grid[1], 8, dtype=torch.float64).requires_grad_() for _ in range(3))
     inside = [p for n, p in module.named_parameters() if n.split(".")[0] not in ("qkv", "proj", "local")]
     results = []
-    for function in (lambda: oracle(module, q, k, v, grid), lambda: module.attend(q, k, v, grid)):
+    for function in (lambda: oracle(module, q, k, v, grid), lambda: module.attend(Tokens(q, k, v, q, grid))):
         out = function()
         weight = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)
         results.append((out, torch.autograd.grad((out * weight).sum(), [q, k, v, *inside])))

@@ -18,6 +18,7 @@ from tests.support import GOLDEN
 from vca import ContrastParameters, VCAConfig, VisualContrastAttention, visual_contrast_attention
 from vca.attention import ATTENTIONS, build_attention
 from vca.attention import reference as reference_module
+from vca.attention.base import Tokens
 from vca.attention.contrast import Stage2Softmax, Stream
 from vca.attention.pooling import Pooling, pool_queries
 from vca.attention.reference import adaptive_bins, rms_norm
@@ -583,7 +584,7 @@ def test_focused_linear_extreme_power_finite(power, value):
     """Equal entries in a head of dim 256 give the mean of v and finite gradients."""
     module = build_attention(ATTENTIONS["focused_linear"][0](power=power), 256, 1, (2, 2))
     q, k, v = (torch.full((1, 1, 4, 256), value, requires_grad=True) for _ in range(3))
-    out = module.attend(q, k, v, (2, 2))
+    out = module.attend(Tokens(q, k, v, q, (2, 2)))
     torch.testing.assert_close(out, v.detach())
     out.sum().backward()
     assert all(x.grad.isfinite().all() for x in (q, k, v))
@@ -635,7 +636,7 @@ def test_vca_module_overridden_pooling_used_and_triton_refused():
     weights = module.contrast_parameters()
     tokens = torch.cat([q[:, :, :4] + module.e_pos, q[:, :, :4] + module.e_neg], dim=2)
     expected = module.stage2(q, tokens, module.stage1(tokens, q, q))
-    torch.testing.assert_close(module.attend(q, q, q, (3, 3)), expected)
+    torch.testing.assert_close(module.attend(Tokens(q, q, q, q, (3, 3))), expected)
     assert not torch.allclose(visual_contrast_attention(q, q, q, weights, (3, 3), (2, 2)), expected)
     with pytest.raises(ValueError, match="must be auto or eager for FirstQueries, which overrides a stage, got triton"):
         FirstQueries(8, 2, (3, 3), (2, 2), config=VCAConfig(backend="triton"))

@@ -42,7 +42,7 @@ def call_of(module, batch=2):
     assert same is module
     assert "attend" not in vars(module)  # the wrapper is removed
     with torch.no_grad():
-        return heads, module.attend(*heads)
+        return heads, module.attend(heads)
 
 
 def vca_module(num_heads=1, num_prefix_tokens=0, **options):

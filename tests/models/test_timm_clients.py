@@ -15,7 +15,7 @@ from models import CLASSIFIERS
 from models.layers import Block
 from tests.models.test_classifiers import SMALL, small
 from vca.attention import ATTENTIONS, VCAConfig
-from vca.attention.agent import PositionBias
+from vca.attention.comparison.agent import PositionBias
 
 models.register_timm()
 

@@ -1,6 +1,6 @@
 """Attention variants shared by every backbone. This package depends on torch only.
 
-To add a variant, add a file with a config dataclass (its `name` is the registry key) and a subclass of
+To add a variant, add a file to `comparison/` with a config dataclass (its `name` is the registry key) and a subclass of
 `ProjectedAttention` that defines `attend`, and add one line to `ATTENTIONS`.
 """
 
@@ -9,11 +9,11 @@ from typing import Any
 
 from torch import nn
 
-from vca.attention.agent import AgentAttention, AgentConfig
+from vca.attention.comparison.agent import AgentAttention, AgentConfig
+from vca.attention.comparison.differential import DifferentialAttention, DifferentialConfig
+from vca.attention.comparison.differential_stages import DifferentialStagesAttention, DifferentialStagesConfig
+from vca.attention.comparison.focused_linear import FocusedLinearAttention, FocusedLinearConfig
 from vca.attention.contrast import VCAConfig, VisualContrastAttention, backend_of, visual_contrast_attention
-from vca.attention.differential import DifferentialAttention, DifferentialConfig
-from vca.attention.differential_stages import DifferentialStagesAttention, DifferentialStagesConfig
-from vca.attention.focused_linear import FocusedLinearAttention, FocusedLinearConfig
 from vca.attention.parameters import ContrastParameters
 from vca.attention.replace import replace_attention
 from vca.attention.softmax import SoftmaxAttention, SoftmaxConfig, softmax_attention

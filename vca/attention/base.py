@@ -1,16 +1,17 @@
-"""Base class of every attention variant: qkv and output projections and the local branch.
+"""Base class of every attention variant: projections, local branch and gate.
 
-    y = (attend(q, k, v) + DWConv3x3(v)) Wo
+    y = ((attend(q, k, v) + DWConv(v)) * gate(x)) Wo
 
 A variant is a subclass that sets `Config` and defines `attend`; it creates its own parameters in `add_parameters`.
-Projections are named as in timm's `Attention` (`qkv`, `proj`), so timm checkpoints load into every variant.
+Projections are named as in timm's `Attention` (`qkv`, `proj`), so timm checkpoints load into every variant that has as
+many heads of q, k, v and of the output.
 
 Shape letters: B batch, M heads, N = P + H W tokens (P prefix tokens, then the grid), C = M D channels, D head dim.
 """
 
 from dataclasses import dataclass
 from enum import Enum
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -31,17 +32,56 @@ def choose(choices: type[Choice], value: Choice | str, key: str) -> Choice:
         raise ValueError(f"{key} must be one of {[choice.value for choice in choices]}, got {value!r}") from None
 
 
+class Gate(Enum):
+    """Factor of the heads before the output projection: a linear function of x, with or without SiLU."""
+
+    none = "none"
+    linear = "linear"
+    silu = "silu"
+
+
 @dataclass
 class AttentionConfig:
     """Options shared by all variants.
 
     Attributes:
         name: registry key in `vca.attention.ATTENTIONS`.
-        local_branch: add a 3 x 3 depthwise convolution of v on the grid, before the output projection.
+        local_branch: add a depthwise convolution of v on the grid, before the output projection.
+        local_kernel: side of its kernels, odd.
+        local_shared: use the same kernels in every head.
+        gate: multiply the heads, after the local branch, by a linear function of x (`linear`), or by its SiLU (`silu`).
+        qk_norm: RMSNorm of q and of k over the channels of all heads.
     """
 
     name: str = ""
     local_branch: bool = False
+    local_kernel: int = 3
+    local_shared: bool = False
+    gate: Gate = Gate.none
+    qk_norm: bool = False
+
+    def __post_init__(self) -> None:
+        self.gate = choose(Gate, self.gate, "attention.gate")
+        if self.local_kernel < 1 or self.local_kernel % 2 == 0:
+            raise ValueError(f"attention.local_kernel must be odd and >= 1, got {self.local_kernel}")
+
+
+class Tokens(NamedTuple):
+    """The tokens of a layer, as `attend` sees them."""
+
+    q: Tensor  # (B, M, N, D)
+    k: Tensor
+    v: Tensor
+    x: Tensor  # (B, N, C), input of the projections
+    grid: tuple[int, int]  # (H, W)
+
+
+class HeadCounts(NamedTuple):
+    """Number of heads of q, of k and v, and of the result of `attend`."""
+
+    q: int
+    kv: int
+    out: int
 
 
 class ProjectedAttention(nn.Module):
@@ -66,11 +106,12 @@ class ProjectedAttention(nn.Module):
     a parameter, add its name to the backbone's `no_weight_decay()`.
 
     Raises:
-        ValueError: if `num_heads` does not divide `dim`, `config` is not the variant's dataclass, or a value is out of
-            range.
+        ValueError: if `num_heads` does not divide `dim`, `config` is not the variant's dataclass, a value is out of
+            range, or the variant does not support prefix tokens.
     """
 
     Config: type[AttentionConfig] = AttentionConfig
+    supports_prefix_tokens = True
 
     def __init__(
         self,
@@ -99,14 +140,38 @@ class ProjectedAttention(nn.Module):
         self.dim, self.num_heads, self.head_dim = dim, num_heads, dim // num_heads
         self.grid, self.contrast_grid = (grid[0], grid[1]), (contrast_grid[0], contrast_grid[1])
         self.num_prefix_tokens, self.layer_index = num_prefix_tokens, layer_index
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
-        self.proj = nn.Linear(dim, dim)
+        if num_prefix_tokens and not self.supports_prefix_tokens:
+            raise ValueError(
+                f"attention={self.config.name} supports no prefix tokens, got {num_prefix_tokens}; "
+                "use a model without, such as DeiT with model.class_token=false"
+            )
+        heads = self.head_counts()
+        self.qkv = nn.Linear(dim, (heads.q + 2 * heads.kv) * self.head_dim, bias=qkv_bias)
+        self.proj = nn.Linear(heads.out * self.head_dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
-        self.local = None
-        if self.config.local_branch:  # channels_last, the memory format of its input and of its weight gradient
-            local = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
-            self.local = local.to(memory_format=torch.channels_last)
+        self.local = self.local_convolution(heads) if self.config.local_branch else None
+        gated = self.config.gate is not Gate.none
+        self.gate = nn.Linear(dim, heads.out * self.head_dim) if gated else None
+        self.q_norm, self.k_norm = (
+            nn.RMSNorm(count * self.head_dim, eps=1e-6) if self.config.qk_norm else None
+            for count in (heads.q, heads.kv)
+        )
         self.add_parameters()
+
+    def head_counts(self) -> HeadCounts:
+        """Return the number of heads of each projection; M each unless overridden."""
+        return HeadCounts(self.num_heads, self.num_heads, self.num_heads)
+
+    def local_convolution(self, heads: HeadCounts) -> nn.Conv2d:
+        """Build the convolution of the local branch."""
+        if heads.kv != heads.out:
+            raise ValueError(
+                f"attention.local_branch must be false unless v has as many heads as the result, {heads.out}, "
+                f"got {heads.kv}"
+            )
+        size, channels = self.config.local_kernel, self.head_dim * (1 if self.config.local_shared else heads.kv)
+        local = nn.Conv2d(channels, channels, size, padding=size // 2, groups=channels)
+        return local.to(memory_format=torch.channels_last)  # as its input and its weight gradient
 
     def add_parameters(self) -> None:
         """Create the variant's own parameters; called at the end of the constructor."""
@@ -118,8 +183,8 @@ class ProjectedAttention(nn.Module):
         """
         self.grid = (grid[0], grid[1])
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Compute the attention over heads from q, k, v `(B, M, N, D)`: `(B, M, N, D)`, in the dtype of `q`."""
+    def attend(self, tokens: Tokens) -> Tensor:
+        """Compute the attention over heads: `(B, M, N, D)`, in the dtype of `q`. M is `head_counts().out`."""
         raise NotImplementedError
 
     def forward(self, x: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
@@ -130,17 +195,29 @@ class ProjectedAttention(nn.Module):
         """
         grid = grid or self.grid
         check_tokens(x.shape[1], grid, self.num_prefix_tokens)
-        qkv = self.qkv(x)  # (B, N, 3C)
-        heads = qkv.unflatten(-1, (3, self.num_heads, -1)).unbind(2)  # 3 x (B, N, M, D); one copy in backward
-        q, k, v = (x.transpose(1, 2) for x in heads)  # 3 x (B, M, N, D)
-        out = self.attend(q, k, v, grid).transpose(1, 2).flatten(2)  # (B, N, C)
+        tokens = self.project(x, grid)
+        out = self.attend(tokens).transpose(1, 2).flatten(2)  # (B, N, C)
         if self.local is not None:
-            local = self.local_branch(v.transpose(1, 2).flatten(2), grid)  # (B, H W, C)
+            local = self.local_branch(tokens.v.transpose(1, 2).flatten(2), grid)  # (B, H W, C)
             out = out + F.pad(local, (0, 0, self.num_prefix_tokens, 0))  # not in place: SDPA saves its output
+        if self.gate is not None:
+            gate = self.gate(tokens.x)  # (B, N, C)
+            out = out * (F.silu(gate) if self.config.gate is Gate.silu else gate)
         return self.proj_drop(self.proj(out))  # (B, N, C)
 
+    def project(self, x: Tensor, grid: tuple[int, int]) -> Tokens:
+        """Project x `(B, N, C)` to q, k and v."""
+        count = self.head_counts()
+        heads = self.qkv(x).unflatten(-1, (-1, self.head_dim))  # (B, N, 3M, D)
+        q, k, v = heads.split([count.q, count.kv, count.kv], dim=2)  # 3 x (B, N, M, D); one copy in backward
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = (norm(y.flatten(2)).unflatten(2, y.shape[2:]) for norm, y in ((self.q_norm, q), (self.k_norm, k)))
+        return Tokens(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), x, grid)
+
     def local_branch(self, v: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Convolve v on the grid (3 x 3, depthwise): `(B, N, C)` to `(B, H W, C)`, without prefix tokens."""
+        """Convolve v on the grid (depthwise): `(B, N, C)` to `(B, H W, C)`, without prefix tokens."""
         assert self.local is not None
-        image = self.local(to_image(v, grid, self.num_prefix_tokens))  # (B, C, H, W)
-        return image.flatten(2).transpose(1, 2)  # (B, H W, C)
+        image = to_image(v, grid, self.num_prefix_tokens)  # (B, C, H, W)
+        if self.config.local_shared:
+            image = image.unflatten(1, (-1, self.head_dim)).flatten(0, 1)  # (B M, D, H, W)
+        return self.local(image).reshape(v.shape[0], v.shape[2], -1).transpose(1, 2)  # (B, H W, C)

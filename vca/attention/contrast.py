@@ -31,7 +31,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from vca.attention.base import choose
+from vca.attention.base import Tokens, choose
 from vca.attention.geometry import check_tokens
 from vca.attention.kernels import Backend, use_triton
 from vca.attention.parameters import ContrastParameters
@@ -307,7 +307,8 @@ class VisualContrastAttention(PooledAttention):
         norms = self.norm1_weight, self.norm2_weight
         return ContrastParameters(self.e_pos, self.e_neg, lambda1, lambda2, self.lambda_init, *norms, self.pool_weight)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, grid: tuple[int, int]) -> Tensor:
+    def attend(self, tokens: Tokens) -> Tensor:
+        q, k, v, _, grid = tokens
         parameters = self.contrast_parameters()
         if not self.overridden("contrast_tokens", "stage1", "stage2"):
             layout = grid, self.contrast_grid, self.num_prefix_tokens

@@ -7,34 +7,26 @@ tokens.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from vca.attention.base import ProjectedAttention
+from vca.attention.base import ProjectedAttention, Tokens
 from vca.attention.contrast import EPS, Stage2Softmax, VisualContrastAttention, streams_of
 from vca.attention.softmax import SoftmaxAttention
 
 
-class Heads(NamedTuple):
-    """Arguments of one call of `attend`: q, k, v `(B, M, N, D)` and the grid `(H, W)`."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    grid: tuple[int, int]
-
-
 @contextmanager
-def recorded_calls(model: nn.Module) -> Iterator[list[tuple[ProjectedAttention, Heads]]]:
+def recorded_calls(model: nn.Module) -> Iterator[list[tuple[ProjectedAttention, Tokens]]]:
     """Record the arguments of every attention call of the model within the context, in the order of the layers."""
-    calls: list[tuple[ProjectedAttention, Heads]] = []
+    calls: list[tuple[ProjectedAttention, Tokens]] = []
     modules = [module for module in model.modules() if isinstance(module, ProjectedAttention)]
 
-    def record(module: ProjectedAttention, attend: Any, q: Tensor, k: Tensor, v: Tensor, grid: Any) -> Tensor:
-        calls.append((module, Heads(q.detach(), k.detach(), v.detach(), grid)))
-        return attend(q, k, v, grid)
+    def record(module: ProjectedAttention, attend: Any, tokens: Tokens) -> Tensor:
+        q, k, v, x, grid = tokens
+        calls.append((module, Tokens(q.detach(), k.detach(), v.detach(), x.detach(), grid)))
+        return attend(tokens)
 
     for module in modules:
         module.attend = partial(record, module, module.attend)  # type: ignore[method-assign]
@@ -45,7 +37,7 @@ def recorded_calls(model: nn.Module) -> Iterator[list[tuple[ProjectedAttention, 
             del module.attend
 
 
-def maps_of(module: ProjectedAttention, heads: Heads, patch: tuple[int, int]) -> dict[str, Tensor]:
+def maps_of(module: ProjectedAttention, tokens: Tokens, patch: tuple[int, int]) -> dict[str, Tensor]:
     """Compute the maps of one layer for the patch at (row, column), averaged over heads: title -> `(B, height, width)`.
 
     VCA has the maps `I+` and `I-` (attention of the patch's contrast token in both streams), `II+` and `II-` (attention
@@ -58,7 +50,7 @@ def maps_of(module: ProjectedAttention, heads: Heads, patch: tuple[int, int]) ->
         ValueError: if the layer is another variant, overrides `attend`, `stage1` or `stage2` (its maps are unknown), or
             the patch is not on the grid.
     """
-    q, k, v, grid = heads
+    q, k, v, _, grid = tokens
     if not (0 <= patch[0] < grid[0] and 0 <= patch[1] < grid[1]):
         raise ValueError(f"patch must be on the grid {grid[0]} x {grid[1]}, got {patch}")
     prefix, scale = module.num_prefix_tokens, q.shape[-1] ** -0.5
@@ -79,8 +71,8 @@ def maps_of(module: ProjectedAttention, heads: Heads, patch: tuple[int, int]) ->
     cell = patch[0] * contrast_grid[0] // grid[0] * contrast_grid[1] + patch[1] * contrast_grid[1] // grid[1]
     sources = streams_of(module.contrast_parameters(), options, q, module.num_contrast)
     t = module.contrast_tokens(q, grid) if any(source.pooled for source in sources) else None
-    tokens = [source.tokens(t, q.shape[0]) for source in sources]  # 2 or 1 x (B, M, n, D)
-    streams = dict(zip("+-", tokens, strict=False))
+    contrast_tokens = [source.tokens(t, q.shape[0]) for source in sources]  # 2 or 1 x (B, M, n, D)
+    streams = dict(zip("+-", contrast_tokens, strict=False))
     stage1 = {sign: (t @ k.transpose(2, 3) * scale).softmax(-1) for sign, t in streams.items()}  # (B, M, n, N)
     scores = {sign: q[:, :, query : query + 1] @ t.transpose(2, 3) * scale for sign, t in streams.items()}
     if options.stage2_softmax is Stage2Softmax.joint and module.lambda2 is not None:

@@ -41,6 +41,7 @@ class PooledConfig(AttentionConfig):
     pooling: Pooling = Pooling.average
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self.pooling = choose(Pooling, self.pooling, "attention.pooling")
         per_layer = (
             isinstance(self.contrast_grid, (list, tuple))

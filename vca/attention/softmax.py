@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from vca.attention.base import AttentionConfig, ProjectedAttention
+from vca.attention.base import AttentionConfig, ProjectedAttention, Tokens
 
 
 def needs_plain_ops() -> bool:
@@ -56,5 +56,5 @@ class SoftmaxAttention(ProjectedAttention):
 
     Config = SoftmaxConfig
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, grid: tuple[int, int]) -> Tensor:
-        return softmax_attention(q, k, v)
+    def attend(self, tokens: Tokens) -> Tensor:
+        return softmax_attention(tokens.q, tokens.k, tokens.v)

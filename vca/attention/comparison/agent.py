@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vca.attention.base import Tokens
 from vca.attention.pooling import PooledAttention, PooledConfig
 from vca.attention.softmax import softmax_attention
 
@@ -90,7 +91,8 @@ class AgentAttention(PooledAttention):
             if bias is not None:
                 bias.set_grid(grid)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, grid: tuple[int, int]) -> Tensor:
+    def attend(self, tokens: Tokens) -> Tensor:
+        q, k, v, _, grid = tokens
         agents = self.contrast_tokens(q, grid)  # (B, M, n, D)
         bias1 = self.bias1(grid).to(q.dtype) if self.bias1 is not None else None  # (M, n, N)
         bias2 = self.bias2(grid).transpose(1, 2).to(q.dtype) if self.bias2 is not None else None  # (M, N, n)

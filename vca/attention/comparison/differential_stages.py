@@ -17,8 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vca.attention.base import Tokens
+from vca.attention.comparison.differential import check_halves
 from vca.attention.contrast import Lambda, lambda_init_of_layer
-from vca.attention.differential import check_halves
 from vca.attention.pooling import PooledAttention, PooledConfig
 from vca.attention.softmax import softmax_attention
 from vca.attention.stages import difference
@@ -50,7 +51,8 @@ class DifferentialStagesAttention(PooledAttention):
         self.norm1_weight = nn.Parameter(torch.ones(self.head_dim))
         self.norm2_weight = nn.Parameter(torch.ones(self.head_dim))
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, grid: tuple[int, int]) -> Tensor:
+    def attend(self, tokens: Tokens) -> Tensor:
+        q, k, v, _, grid = tokens
         """Compute both stages; the precision is that of VCA: SDPA rounds v+ and v-, their difference is float32."""
         acc_dtype = torch.promote_types(q.dtype, torch.float32)
         t = self.contrast_tokens(q, grid)  # (B, M, n, D)

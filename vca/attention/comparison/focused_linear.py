@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vca.attention.base import AttentionConfig, ProjectedAttention
+from vca.attention.base import AttentionConfig, ProjectedAttention, Tokens
 
 
 @dataclass
@@ -33,6 +33,7 @@ class FocusedLinearConfig(AttentionConfig):
     power: int = 3
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 1 <= self.power <= 16:
             raise ValueError(f"attention.power must be from 1 to 16, got {self.power}")
 
@@ -50,7 +51,8 @@ class FocusedLinearAttention(ProjectedAttention):
 
     Config = FocusedLinearConfig
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, grid: tuple[int, int]) -> Tensor:
+    def attend(self, tokens: Tokens) -> Tensor:
+        q, k, v = tokens[:3]
         # f and the division run in float32. The result does not depend on the length of the queries or on a common
         # factor of the keys, so both are normalized to the order of one.
         acc_dtype = torch.promote_types(q.dtype, torch.float32)

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vca.attention.base import AttentionConfig, ProjectedAttention
+from vca.attention.base import AttentionConfig, ProjectedAttention, Tokens
 from vca.attention.contrast import Lambda, lambda_init_of_layer
 from vca.attention.softmax import softmax_attention
 from vca.attention.stages import difference
@@ -51,7 +51,8 @@ class DifferentialAttention(ProjectedAttention):
         self.lambda1 = Lambda(self.head_dim // 2, self.lambda_init)
         self.norm1_weight = nn.Parameter(torch.ones(self.head_dim))
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, grid: tuple[int, int]) -> Tensor:
+    def attend(self, tokens: Tokens) -> Tensor:
+        q, k, v = tokens[:3]
         acc_dtype = torch.promote_types(q.dtype, torch.float32)
         (q1, q2), (k1, k2) = q.chunk(2, dim=-1), k.chunk(2, dim=-1)  # (B, M, N, D / 2)
         positive = softmax_attention(q1, k1, v).to(acc_dtype)  # (B, M, N, D)

@@ -1,0 +1,1 @@
+"""Published attentions to compare VCA with, one per file."""
