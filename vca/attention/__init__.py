@@ -12,7 +12,9 @@ from torch import nn
 from vca.attention.comparison.agent import AgentAttention, AgentConfig
 from vca.attention.comparison.differential import DifferentialAttention, DifferentialConfig
 from vca.attention.comparison.differential_stages import DifferentialStagesAttention, DifferentialStagesConfig
+from vca.attention.comparison.differential_v2 import DifferentialV2Attention, DifferentialV2Config
 from vca.attention.comparison.focused_linear import FocusedLinearAttention, FocusedLinearConfig
+from vca.attention.comparison.linear import LinearAttention, LinearConfig
 from vca.attention.contrast import VCAConfig, VisualContrastAttention, backend_of, visual_contrast_attention
 from vca.attention.parameters import ContrastParameters
 from vca.attention.replace import replace_attention
@@ -39,8 +41,10 @@ ATTENTIONS: dict[str, tuple[type, type[nn.Module]]] = {
     "softmax": (SoftmaxConfig, SoftmaxAttention),
     "vca": (VCAConfig, VisualContrastAttention),
     "differential": (DifferentialConfig, DifferentialAttention),
+    "differential_v2": (DifferentialV2Config, DifferentialV2Attention),
     "differential_stages": (DifferentialStagesConfig, DifferentialStagesAttention),
     "agent": (AgentConfig, AgentAttention),
+    "linear": (LinearConfig, LinearAttention),
     "focused_linear": (FocusedLinearConfig, FocusedLinearAttention),
 }
 

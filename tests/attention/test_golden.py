@@ -1,0 +1,140 @@
+"""Comparison attentions against figures of the original implementations: output and every gradient of whole modules.
+
+Each file of `tests/golden/attentions/` has cases with an input, all parameters under the original's names, the output,
+and the gradients of sum(out * w), in float64.
+"""
+
+import json
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+
+from tests.support import GOLDEN
+from vca.attention import ATTENTIONS, build_attention
+
+
+class Original(NamedTuple):
+    """How the parameters of an original map onto a module of ours."""
+
+    variant: str  # registry key
+    options: Callable[[dict[str, Any]], dict[str, Any]]  # meta -> options of the config
+    parts: dict[str, list[str]]  # our parameter -> the original's, concatenated on axis 0
+    absent: tuple[str, ...] = ()  # parameters of ours that the original lacks; they are zero
+    arrange: Callable[[str, torch.Tensor, dict[str, Any]], torch.Tensor] = lambda name, tensor, meta: (
+        tensor
+    )  # to our layout
+    qkv_bias: bool = True
+
+
+PROJ = {"proj.weight": ["proj.weight"], "proj.bias": ["proj.bias"]}
+QKV = {"qkv.weight": ["qkv.weight"], "qkv.bias": ["qkv.bias"]}
+ORIGINALS = {
+    "linear_elu": Original("linear", lambda meta: {}, QKV | PROJ),
+    "linear_relu": Original(
+        "linear",
+        lambda meta: {"feature_map": "relu", "qk_norm": True},
+        {
+            "qkv.weight": ["to_qkv.weight"],
+            "q_norm.weight": ["q_norm.weight"],
+            "k_norm.weight": ["k_norm.weight"],
+            "proj.weight": ["to_out.0.weight"],
+            "proj.bias": ["to_out.0.bias"],
+        },
+        qkv_bias=False,
+    ),
+    "linear_softmax": Original(
+        "linear",
+        lambda meta: {"feature_map": "softmax"},
+        {
+            f"{ours}.{kind}": [f"{name}.{kind}" for name in originals]
+            for ours, originals in (("qkv", ["queries", "keys", "values"]), ("proj", ["reprojection"]))
+            for kind in ("weight", "bias")
+        },
+    ),
+    "differential_v2": Original(
+        "differential_v2",
+        lambda meta: {"kv_heads": meta["kv_heads"]},
+        {
+            "qkv.weight": ["q_proj.weight", "k_proj.weight", "v_proj.weight"],
+            "proj.weight": ["o_proj.weight"],
+            "lambda_proj.weight": ["lambda_proj.weight"],
+        },
+        absent=("proj.bias",),
+        qkv_bias=False,
+    ),
+}
+
+
+def cases_of(name: str) -> dict[str, tuple[dict[str, torch.Tensor], dict[str, Any]]]:
+    """Return case -> (arrays, meta) of a file."""
+    data = np.load(GOLDEN / "attentions" / f"{name}.npz")
+    cases = {}
+    for case in sorted({key.split("/")[0] for key in data.files}):
+        arrays = {key.partition("/")[2]: data[key] for key in data.files if key.startswith(f"{case}/")}
+        meta = json.loads(str(arrays.pop("meta")))
+        cases[case] = ({key: torch.from_numpy(value) for key, value in arrays.items()}, meta)
+    return cases
+
+
+CASES = [(name, case) for name in ORIGINALS for case in cases_of(name)]
+
+
+def test_golden_files_each_have_a_variant():
+    assert set(ORIGINALS) == {path.stem for path in (GOLDEN / "attentions").glob("*.npz")}
+
+
+def build(name, case):
+    """Return the module with the original's parameters, the arrays, and the expected gradient of each parameter."""
+    original, (arrays, meta) = ORIGINALS[name], cases_of(name)[case]
+    config = ATTENTIONS[original.variant][0](**original.options(meta))
+    module = build_attention(
+        config,
+        meta["dim"],
+        meta["heads"] if isinstance(meta["heads"], int) else 1,
+        tuple(meta["grid"]),
+        num_prefix_tokens=meta["prefix_tokens"],
+        qkv_bias=original.qkv_bias,
+    ).double()
+    used = {one for parts in original.parts.values() for one in parts}
+    assert used == {key.partition("/")[2] for key in arrays if key.startswith("param/")}
+    parameters = dict(module.named_parameters())
+    assert set(parameters) == set(original.parts) | set(original.absent)
+
+    def ours(kind: str, own: str) -> torch.Tensor:
+        joined = torch.cat([arrays[f"{kind}/{part}"] for part in original.parts[own]])
+        return original.arrange(own, joined, meta).reshape(parameters[own].shape)
+
+    with torch.no_grad():
+        for own, parameter in parameters.items():
+            parameter.copy_(torch.zeros_like(parameter) if own in original.absent else ours("param", own))
+    return module, arrays, {own: ours("grad", own) for own in original.parts}
+
+
+@pytest.mark.parametrize(("name", "case"), CASES)
+def test_attention_equals_original(name, case):
+    module, arrays, gradients = build(name, case)
+    x = arrays["x"].clone().requires_grad_()
+    out = module(x)
+    close(out, arrays["out"])
+    (out * arrays["w"]).sum().backward()
+    close(x.grad, arrays["grad/x"])
+    parameters = dict(module.named_parameters())
+    for own, expected in gradients.items():
+        close(parameters[own].grad, expected)
+
+
+@pytest.mark.parametrize(("name", "case"), CASES)
+def test_attention_in_float32_near_original(name, case):
+    module, arrays, _ = build(name, case)
+    out = module.float()(arrays["x"].float())
+    error = (out - arrays["out"]).abs().max() / arrays["out"].abs().max()
+    assert error < 1e-5
+
+
+def close(found, expected):
+    """Relative to the largest entry: 1e-9."""
+    assert found.shape == expected.shape
+    assert (found - expected).abs().max() <= 1e-9 * expected.abs().max().clamp(min=1e-30)
