@@ -87,6 +87,19 @@ def focused_linear_oracle(module, q, k, v, grid):
     return out
 
 
+def linear_oracle(module, q, k, v, grid):
+    """Linear attention with the full N x N weights."""
+    kind, out = module.config.feature_map.value, torch.empty_like(v)
+    for b, m in batch_and_head_indices(q):
+        if kind == "softmax":
+            out[b, m] = torch.softmax(q[b, m], 1) @ torch.softmax(k[b, m], 0).T @ v[b, m]
+            continue
+        features = {"relu": torch.relu, "elu": lambda x: torch.where(x > 0, x + 1, torch.exp(x))}[kind]
+        pairs = features(q[b, m]) @ features(k[b, m]).T
+        out[b, m] = pairs / (pairs.sum(-1, keepdim=True) + 1e-6) @ v[b, m]
+    return out
+
+
 def averaged(tokens, grid, contrast_grid):
     """Adaptive average pooling of `(H W, D)`, bin by bin."""
     image = tokens.unflatten(0, grid)
@@ -105,6 +118,9 @@ ORACLES = {
     "agent": (agent_oracle, {}),
     "focused_linear": (focused_linear_oracle, {"power": 3}),
     "focused_linear, power 5": (focused_linear_oracle, {"power": 5}),
+    "linear, elu": (linear_oracle, {}),
+    "linear, relu": (linear_oracle, {"feature_map": "relu"}),
+    "linear, softmax": (linear_oracle, {"feature_map": "softmax"}),
 }
 
 
@@ -133,6 +149,47 @@ def test_comparison_attention_equals_oracle(name, grid):
     torch.testing.assert_close(out, expected, rtol=1e-9, atol=1e-10)
     for grad, reference in zip(grads, expected_grads, strict=True):
         torch.testing.assert_close(grad, reference, rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("kv_heads", [None, 2, 1])
+def test_differential_v2_equals_oracle(kv_heads):
+    """Differences of two heads that share k and v, with lambda from the token; value and every gradient."""
+    torch.manual_seed(0)
+    config = ATTENTIONS["differential_v2"][0](kv_heads=kv_heads)
+    module = build_attention(config, 32, 4, (3, 5), num_prefix_tokens=1).double()
+    x = torch.randn(2, 16, 32, dtype=torch.float64, requires_grad=True)
+    results = []
+    for function in (differential_v2_oracle, lambda module, x: module(x)):
+        out = function(module, x)
+        weight = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view_as(out)
+        results.append((out, *torch.autograd.grad((out * weight).sum(), [x, *module.parameters()])))
+    for expected, found in zip(*results, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
+
+
+def differential_v2_oracle(module, x):
+    heads, kv_heads, dim = 4, module.config.kv_heads or 4, 8
+    q, k, v = (x @ module.qkv.weight.T + module.qkv.bias).split([64, 8 * kv_heads, 8 * kv_heads], dim=-1)
+    weights = torch.sigmoid(x @ module.lambda_proj.weight.T)
+    rows = []
+    for b in range(x.shape[0]):
+        both = []
+        for m in range(2 * heads):
+            group = slice(m * kv_heads // (2 * heads) * dim, (m * kv_heads // (2 * heads) + 1) * dim)
+            scores = q[b, :, m * dim : (m + 1) * dim] @ k[b, :, group].T / dim**0.5
+            both.append(torch.softmax(scores, -1) @ v[b, :, group])
+        out = [both[2 * m] - weights[b, :, m : m + 1] * both[2 * m + 1] for m in range(heads)]
+        rows.append(torch.cat(out, -1) @ module.proj.weight.T + module.proj.bias)
+    return torch.stack(rows)
+
+
+def test_differential_v2_wrong_kv_heads_one_line():
+    with pytest.raises(ValueError, match="kv_heads must divide the number of heads 4, got 3"):
+        build_attention(ATTENTIONS["differential_v2"][0](kv_heads=3), 32, 4, (3, 5))
+    with pytest.raises(
+        ValueError, match=r"local_branch must be false unless v has as many heads as the result, 4, got 2"
+    ):
+        build_attention(ATTENTIONS["differential_v2"][0](kv_heads=2, local_branch=True), 32, 4, (3, 5))
 
 
 def test_attention_variants_initial_values():
