@@ -4,10 +4,12 @@ Also counts every row of the ablations in configs/ablation/ on the models of Tab
 
 python scripts/complexity.py
 python scripts/complexity.py --model swin_tiny --attention agent differential       only these
+python scripts/complexity.py --model deit_tiny --attention softmax linear vca --size 224 512 1024
 """
 
 import argparse
 import sys
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -50,14 +52,15 @@ def complexity_of(model: str, attention: str, *overrides: str) -> Complexity:
     return count(lambda: build_model(config.model, config.attention), lambda: example_inputs(config.model))
 
 
-def choices(models: list[str], attentions: list[str]) -> list[tuple[str, tuple[str, ...]]]:
-    """Return the models to count, each with its attention and further overrides."""
+def choices(models: list[str], attentions: list[str], sizes: Sequence[str] = ()) -> list[tuple[str, tuple[str, ...]]]:
+    """Return the models to count, each with its attention and further overrides; `sizes` are image sizes in pixels."""
     rows: list[tuple[str, tuple[str, ...]]] = [
-        (model, (attention,))
+        (model, (attention, *size))
         for model in models or sorted(load_sizes())
         for attention in attentions or ("softmax", "vca")
+        for size in [(f"data.img_size={pixels}",) for pixels in sizes] or [()]
     ]
-    if not models and not attentions:
+    if not models and not attentions and not sizes:
         ablated = [tuple(row) for name in ablations() for row in rows_of_ablation(name)]
         rows += [(model, row) for model in ABLATED for row in ablated]
     return list(dict.fromkeys(rows))
@@ -68,11 +71,13 @@ def main() -> None:
     parser.add_argument("--model", nargs="+", default=[], choices=sorted(load_sizes()), metavar="NAME")
     attentions = sorted(path.stem for path in (CONFIGS / "attention").glob("*.yaml"))
     parser.add_argument("--attention", nargs="+", default=[], choices=attentions, metavar="NAME")
+    parser.add_argument("--size", nargs="+", default=[], metavar="PIXELS", help="image sizes instead of the default")
     options = parser.parse_args()
 
     print(f"{'model':22}{'input':14}{'attention':24}{'params (M)':>12}{'MACs (G)':>10}   paper: params  MACs")
-    for model, chosen in choices(options.model, options.attention):
-        attention, counts = " ".join(chosen).replace("attention.", ""), complexity_of(model, *chosen)
+    for model, chosen in choices(options.model, options.attention, options.size):
+        counts = complexity_of(model, *chosen)
+        attention = " ".join(word for word in chosen if "img_size" not in word).replace("attention.", "")
         row = TABLE1.get((model, attention))
         published = f"{row.params:>16}{row.macs:>6}" if row else ""
         shape = "x".join(map(str, counts.input))

@@ -106,12 +106,11 @@ class ProjectedAttention(nn.Module):
     a parameter, add its name to the backbone's `no_weight_decay()`.
 
     Raises:
-        ValueError: if `num_heads` does not divide `dim`, `config` is not the variant's dataclass, a value is out of
-            range, or the variant does not support prefix tokens.
+        ValueError: if `num_heads` does not divide `dim`, `config` is not the variant's dataclass, or a value is out of
+            range.
     """
 
     Config: type[AttentionConfig] = AttentionConfig
-    supports_prefix_tokens = True
 
     def __init__(
         self,
@@ -140,11 +139,6 @@ class ProjectedAttention(nn.Module):
         self.dim, self.num_heads, self.head_dim = dim, num_heads, dim // num_heads
         self.grid, self.contrast_grid = (grid[0], grid[1]), (contrast_grid[0], contrast_grid[1])
         self.num_prefix_tokens, self.layer_index = num_prefix_tokens, layer_index
-        if num_prefix_tokens and not self.supports_prefix_tokens:
-            raise ValueError(
-                f"attention={self.config.name} supports no prefix tokens, got {num_prefix_tokens}; "
-                "use a model without, such as DeiT with model.class_token=false"
-            )
         heads = self.head_counts()
         self.qkv = nn.Linear(dim, (heads.q + 2 * heads.kv) * self.head_dim, bias=qkv_bias)
         self.proj = nn.Linear(heads.out * self.head_dim, dim)
