@@ -57,7 +57,7 @@ def parse() -> argparse.Namespace:
         "--minutes", type=float, default=float("inf"), help="time budget; afterwards fewer rounds, at least three"
     )
     parser.add_argument("--tokens", type=int, default=16384, help="attention: largest N (default 16384)")
-    parser.add_argument("--levels", nargs="+", default=["layer", "core"], choices=("layer", "core"))
+    parser.add_argument("--levels", nargs="+", default=["layer", "core"], choices=("layer", "variants", "core"))
     parser.add_argument("--models", nargs="+", default=[], choices=load_sizes(), metavar="NAME")
     parser.add_argument("--size", type=int, help="model: largest image size in pixels (default 1024; on a CPU 256)")
     parser.add_argument("--root", type=Path, help="image folder with train/ and val/, for data and table1")

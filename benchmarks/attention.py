@@ -1,7 +1,8 @@
 """Time and memory of VCA and other attentions over the number of tokens.
 
-There are two levels: `layer`, with projections and the local branch, compared with timm's Attention; and `core`, from a
-packed projection `(B, N, 3 C)` to `(B, N, C)`, compared with SDPA. Width 384, 6 heads; float32 on a CPU,
+There are three levels: `layer`, VCA with projections and the local branch, and `variants`, every attention of the
+project with its own options, both compared with timm's Attention; and `core`, from a packed projection `(B, N, 3 C)`
+to `(B, N, C)`, compared with SDPA. Width 384, 6 heads; float32 on a CPU,
 bfloat16 autocast on a GPU. The cores on a GPU run as CUDA graphs: their time has no launches on the host.
 """
 
@@ -65,13 +66,13 @@ def benchmark_attention(device: torch.device, budget: Budget, longest: int, leve
 def at_shape(shape: Shape, level: str, device: torch.device, budget: Budget) -> list[dict]:
     """Return the rows of all attentions of a level at one N."""
     torch._dynamo.reset()
-    contestants = (layers if level == "layer" else cores)(shape, device)
+    contestants = {"layer": layers, "variants": variants, "core": cores}[level](shape, device)
     batch = max(1, (65_536 if device.type == "cuda" else 2048) // shape.tokens)
-    width = WIDTH if level == "layer" else 3 * WIDTH
+    width = 3 * WIDTH if level == "core" else WIDTH
     x = torch.randn(batch, shape.tokens, width, device=device, requires_grad=True)
     if device.type == "cuda" and level == "core":
         x = x.detach().bfloat16().requires_grad_()
-    autocast = torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" and level == "layer" else nullcontext()
+    autocast = torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" and level != "core" else nullcontext()
 
     def forward(function: Callable[[Tensor], Tensor]) -> Tensor:
         with autocast:
@@ -96,7 +97,7 @@ def at_shape(shape: Shape, level: str, device: torch.device, budget: Budget) -> 
             usable[name] = function
         except (RuntimeError, torch.OutOfMemoryError) as error:  # unsupported by the backend, or out of memory
             print(f"<!-- {name} at N = {shape.tokens}: {str(error).splitlines()[0]} -->")
-    baseline = "timm Attention" if level == "layer" else None
+    baseline = None if level == "core" else "timm Attention"
     if baseline is None:  # the fastest SDPA backend
         sdpa = [name for name in usable if name.startswith("SDPA")]
         timings = take_turns({name: callable_of(training, usable[name]) for name in sdpa}, None, Budget(3), device)
@@ -134,15 +135,16 @@ def table_row(row: dict[str, Any]) -> str:
 
 
 def relative_to_mhsa(rows: list[dict[str, Any]]) -> list[str]:
-    """Format a table of the VCA layers as ratios to timm's `Attention`."""
-    layer = [row for row in rows if row["level"] == "layer"]
-    base = {row["tokens"]: row for row in layer if row["name"] == "timm Attention"}
+    """Format a table of layers as ratios to timm's `Attention`."""
+    layers = [row for row in rows if row["level"] != "core"]
+    base = {row["tokens"]: row for row in layers if row["name"] == "timm Attention"}
     table = [
         "| N (n) | | forward | forward + backward | saved activations | peak memory |",
         "|---|---|---|---|---|---|",
     ]
-    for row in layer:
-        if not row["name"].startswith("VCA") or row["tokens"] not in base:
+    for row in layers:
+        others = row["level"] == "layer" and not row["name"].startswith("VCA")
+        if others or row["name"] == "timm Attention" or row["tokens"] not in base:
             continue
         times = [row[kind] for kind in ("forward", "forward + backward")]
         cells = [f"{row['tokens']} ({row['contrast_tokens']})", row["name"]]
@@ -152,29 +154,47 @@ def relative_to_mhsa(rows: list[dict[str, Any]]) -> list[str]:
     return table
 
 
-def layers(shape: Shape, device: torch.device) -> dict[str, Callable[[Tensor], Tensor]]:
-    """Return whole layers by name; the first is the baseline."""
-    from timm.layers import Attention
-
+def built(name: str, shape: Shape, device: torch.device, **options: Any) -> nn.Module:
+    """Build a layer of the project."""
     from vca.attention import ATTENTIONS, build_attention
 
-    def built(name: str, **options: Any) -> nn.Module:
-        config = ATTENTIONS[name][0](**options)
-        return build_attention(
-            config, WIDTH, HEADS, shape.grid, shape.contrast_grid, num_prefix_tokens=shape.prefix
-        ).to(device)
+    config = ATTENTIONS[name][0](**options)
+    layer = build_attention(config, WIDTH, HEADS, shape.grid, shape.contrast_grid, num_prefix_tokens=shape.prefix)
+    return layer.to(device)
 
-    modules: dict[str, Callable[[Tensor], Tensor]] = {
-        "timm Attention": Attention(WIDTH, HEADS, qkv_bias=True).to(device),
-        "VCA eager": built("vca", backend="eager"),
-        "VCA compiled": torch.compile(built("vca", backend="eager")),
-        "Agent Attention": built("agent"),
+
+def timm_attention(device: torch.device) -> dict[str, Callable[[Tensor], Tensor]]:
+    """Return the baseline of whole layers."""
+    from timm.layers import Attention
+
+    return {"timm Attention": Attention(WIDTH, HEADS, qkv_bias=True).to(device)}
+
+
+def layers(shape: Shape, device: torch.device) -> dict[str, Callable[[Tensor], Tensor]]:
+    """Return layers by name: the baseline, VCA with each backend, Agent and Differential Attention."""
+    modules = timm_attention(device) | {
+        "VCA eager": built("vca", shape, device, backend="eager"),
+        "VCA compiled": torch.compile(built("vca", shape, device, backend="eager")),
+        "Agent Attention": built("agent", shape, device),
     }
     if device.type == "cuda":
-        modules["VCA fused"] = built("vca", backend="triton")
-    if shape.tokens <= MAX_QUADRATIC_TOKENS or device.type == "cuda":
-        modules["Differential Attention"] = built("differential")
+        modules["VCA fused"] = built("vca", shape, device, backend="triton")
+    if quadratic_fits(shape, device):
+        modules["Differential Attention"] = built("differential", shape, device)
     return modules
+
+
+def variants(shape: Shape, device: torch.device) -> dict[str, Callable[[Tensor], Tensor]]:
+    """Return layers by name: the baseline, and every attention of the project that fits in memory."""
+    from vca.attention import ATTENTIONS
+
+    left_out = {"softmax"} if quadratic_fits(shape, device) else {"softmax", "differential", "differential_v2"}
+    return timm_attention(device) | {name: built(name, shape, device) for name in ATTENTIONS if name not in left_out}
+
+
+def quadratic_fits(shape: Shape, device: torch.device) -> bool:
+    """Return whether attentions that are quadratic in N fit in memory."""
+    return device.type == "cuda" or shape.tokens <= MAX_QUADRATIC_TOKENS
 
 
 def cores(shape: Shape, device: torch.device) -> dict[str, Callable[[Tensor], Tensor]]:

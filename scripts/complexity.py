@@ -20,6 +20,7 @@ import train_cls
 import train_gen
 from models import CLASSIFIERS, build_model
 from models.timm_registry import load_sizes
+from vca.cli import exit_on_user_error
 from vca.config import compose
 from vca.config.composition import CONFIGS
 from vca.evaluation.complexity import Complexity, count, example_inputs
@@ -85,4 +86,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with exit_on_user_error():
+        main()
