@@ -59,6 +59,7 @@ class PyramidConfig(BackboneConfig):
         qkv_bias: whether the projections to q, k and v have a bias.
         attention_stages: stages, counted from 1, in which the attention variant replaces the backbone's own attention
             and attends globally. `attention=softmax` keeps the backbone's own attention in every stage.
+        conditional_position: add a 3 x 3 depthwise convolution of the grid before the first norm of each block.
         contrast_grid: `[h, w]` of the contrast tokens per stage; `attention.contrast_grid` overrides it.
     """
 
@@ -67,6 +68,7 @@ class PyramidConfig(BackboneConfig):
     num_heads: list[int] = field(default_factory=lambda: [1, 2, 4, 8])
     qkv_bias: bool = True
     attention_stages: list[int] = field(default_factory=lambda: [1, 2, 3, 4])
+    conditional_position: bool = False
     contrast_grid: list[list[int]] = field(default_factory=lambda: [[3, 3], [4, 4], [7, 7], [7, 7]])
 
     # Keys whose lists have one entry per stage.

@@ -3,11 +3,12 @@
 `attention=softmax` is timm's `deit_*_patch16_224`, parameter for parameter. `attention=vca` is the DeiT of Table 1 of
 the VCA paper: the class token attends as a prefix token and is not pooled into the contrast grid.
 
-Shape letters: B batch, N = 1 + H W tokens (class token first), C channels.
+Shape letters: B batch, N = P + H W tokens (P = 1 class token first, or P = 0), C channels.
 """
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Any
 
 import torch
@@ -17,8 +18,21 @@ from models.config import BackboneConfig, check_positive
 from models.features import LayerOutput
 from models.layers import Backbone, Block, drop_path_rates, load_official, replaced, square_side, trunc_normal_
 from vca.attention import build_attention
+from vca.attention.base import choose
 from vca.attention.geometry import is_pair
 from vca.attention.pooling import check_layers
+
+NORM_EPS = 1e-6
+
+
+class Norm(Enum):
+    """Norm of the blocks and of the final tokens: LayerNorm or RMSNorm."""
+
+    layer = "layer"
+    rms = "rms"
+
+
+NORMS = {Norm.layer: nn.LayerNorm, Norm.rms: nn.RMSNorm}
 
 
 @dataclass
@@ -31,6 +45,10 @@ class DeiTConfig(BackboneConfig):
         depth, num_heads: number of blocks (`depth`) and of heads per block (`num_heads`).
         mlp_ratio: hidden width of the MLPs, as a multiple of `embed_dim`.
         qkv_bias: whether the projections to q, k and v have a bias.
+        class_token: whether a class token is pooled by the head; otherwise the mean of all tokens is.
+        pos_embed: whether learned position embeddings are added to the tokens.
+        conditional_position: add a 3 x 3 depthwise convolution of the grid before the first norm of each block.
+        norm: norms of the blocks and of the final tokens, LayerNorm (`layer`) or RMSNorm (`rms`), with epsilon 1e-6.
         contrast_grid: `[h, w]` of the contrast tokens; `attention.contrast_grid` overrides it.
     """
 
@@ -42,11 +60,16 @@ class DeiTConfig(BackboneConfig):
     num_heads: int = 3
     mlp_ratio: float = 4.0
     qkv_bias: bool = True
+    class_token: bool = True
+    pos_embed: bool = True
+    conditional_position: bool = False
+    norm: Norm = Norm.layer
     contrast_grid: list[int] = field(default_factory=lambda: [7, 7])
 
     def __post_init__(self) -> None:
         check_positive(self, "patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio")
         super().__post_init__()
+        self.norm = choose(Norm, self.norm, "model.norm")
         if self.embed_dim % self.num_heads:
             raise ValueError(f"model.num_heads must divide model.embed_dim {self.embed_dim}, got {self.num_heads}")
         if not is_pair(self.contrast_grid):
@@ -58,7 +81,7 @@ class DeiTConfig(BackboneConfig):
 
 
 class DeiT(Backbone):
-    """Vision Transformer with a class token and learned position embeddings, interpolated at other image sizes."""
+    """Vision Transformer; its learned position embeddings are interpolated at other image sizes."""
 
     config: DeiTConfig
 
@@ -67,13 +90,15 @@ class DeiT(Backbone):
 
         dim, depth = config.embed_dim, config.depth
         check_layers(attention, depth)
-        super().__init__(config, num_features=dim, num_prefix_tokens=1)
+        super().__init__(config, num_features=dim, num_prefix_tokens=int(config.class_token))
         self.patch_embed = PatchEmbed(config.size, config.patch_size, config.in_chans, dim, strict_img_size=False)
         self.grid: tuple[int, int] = self.patch_embed.grid_size
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
-        self.pos_embed = nn.Parameter(torch.zeros(1, self.num_prefix_tokens + self.grid[0] * self.grid[1], dim))
+        tokens = self.num_prefix_tokens + self.grid[0] * self.grid[1]
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim)) if config.class_token else None
+        self.pos_embed = nn.Parameter(torch.zeros(1, tokens, dim)) if config.pos_embed else None
         self.pos_drop = nn.Dropout(config.drop_rate)
 
+        norm = NORMS[config.norm]
         self.blocks = nn.ModuleList()
         for index, drop_path in enumerate(drop_path_rates(config.drop_path_rate, depth)):
             attn = build_attention(
@@ -87,19 +112,22 @@ class DeiT(Backbone):
                 qkv_bias=config.qkv_bias,
                 proj_drop=config.drop_rate,
             )
-            self.blocks.append(Block(dim, attn, config.mlp_ratio, config.drop_rate, drop_path, norm_eps=1e-6))
-        self.norm = nn.LayerNorm(dim, eps=1e-6)
+            options = config.mlp_ratio, config.drop_rate, drop_path, NORM_EPS, norm, config.conditional_position
+            self.blocks.append(Block(dim, attn, *options))
+        self.norm = norm(dim, eps=NORM_EPS)
         self.set_feature_info()
         self.add_head()
 
     def init_weights(self) -> None:
         """Initialise as timm: truncated normal with std 0.02, biases zero, class token normal with std 1e-6."""
         super().init_weights()
-        trunc_normal_(self.pos_embed, std=0.02)
-        nn.init.normal_(self.cls_token, std=1e-6)
+        if self.pos_embed is not None:
+            trunc_normal_(self.pos_embed, std=0.02)
+        if self.cls_token is not None:
+            nn.init.normal_(self.cls_token, std=1e-6)
 
     def no_weight_decay(self) -> set[str]:
-        return {"pos_embed", "cls_token"}
+        return {name for name in ("pos_embed", "cls_token") if getattr(self, name) is not None}
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Group as timm's ViT: one layer per block; the final norm joins the last block (timm marks it by 99999)."""
@@ -109,11 +137,14 @@ class DeiT(Backbone):
         }
 
     def adapt(self, name: str, tensor: Tensor) -> Tensor | None:
-        """Interpolate a `pos_embed` of another (square) image size."""
-        side = square_side(tensor.shape[1] - self.num_prefix_tokens) if name == "pos_embed" else None
-        if side is None or tensor.shape[2] != self.pos_embed.shape[2]:
+        """Interpolate a `pos_embed` of another (square) image size; drop the class token's if the model has none."""
+        if name != "pos_embed" or self.pos_embed is None or tensor.shape[2] != self.pos_embed.shape[2]:
             return None
-        return resample_positions(tensor, (side, side), self.grid)
+        prefix = 0 if self.cls_token is None and square_side(tensor.shape[1]) else 1
+        side = square_side(tensor.shape[1] - prefix)
+        if side is None:
+            return None
+        return resample_positions(tensor, (side, side), self.grid)[:, -self.pos_embed.shape[1] :]
 
     def set_input_size(self, img_size: Any = None, patch_size: int | None = None) -> None:
         """As in `Backbone`; a new `patch_size`, in pixels, resamples the patch embedding."""
@@ -124,7 +155,8 @@ class DeiT(Backbone):
         before, self.size_multiple = self.grid, self.config.size_multiple
         self.patch_embed.set_input_size(self.config.size, self.config.patch_size)
         self.grid = self.patch_embed.grid_size
-        self.pos_embed = replaced(self.pos_embed, resample_positions(self.pos_embed, before, self.grid))
+        if self.pos_embed is not None:
+            self.pos_embed = replaced(self.pos_embed, resample_positions(self.pos_embed, before, self.grid))
         block: Any
         for block in self.blocks:
             block.attn.set_grid(self.grid)
@@ -148,8 +180,13 @@ class DeiT(Backbone):
         self.check_images(x)
         grid = (x.shape[-2] // self.config.patch_size, x.shape[-1] // self.config.patch_size)
         x = self.patch_embed(x)  # (B, H W, C)
-        x = torch.cat((self.cls_token.expand(x.shape[0], -1, -1), x), dim=1)  # (B, N, C)
-        x = self.pos_drop(x + resample_positions(self.pos_embed, self.grid, grid))  # (B, N, C)
+        if self.cls_token is not None:
+            x = torch.cat((self.cls_token.expand(x.shape[0], -1, -1), x), dim=1)  # (B, N, C)
+        if self.pos_embed is not None:
+            x = x + resample_positions(self.pos_embed, self.grid, grid)  # (B, N, C)
+        else:  # under autocast the residual stream is float32, as with positions
+            x = x.to(self.patch_embed.proj.weight.dtype)
+        x = self.pos_drop(x)
         taken = []
         for index, block in enumerate(self.blocks):
             x = self.run_block(block, x, grid)  # (B, N, C)
@@ -161,12 +198,13 @@ class DeiT(Backbone):
 
 
 def resample_positions(positions: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
-    """Interpolate a position embedding `(1, 1 + h w, C)` from the grid `old = (h, w)` to the grid `new`."""
+    """Interpolate a position embedding `(1, P + h w, C)` from the grid `old = (h, w)` to the grid `new`."""
     from timm.layers import resample_abs_pos_embed
 
     if new == old:
         return positions
-    return resample_abs_pos_embed(positions, list(new), list(old), num_prefix_tokens=1)
+    prefix = positions.shape[1] - old[0] * old[1]
+    return resample_abs_pos_embed(positions, list(new), list(old), num_prefix_tokens=prefix)
 
 
 def from_official(config: Mapping[str, Any], state_dict: Mapping[str, Any]) -> DeiT:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from models.config import check_positive, check_size, height_and_width
-from models.layers import load_official
+from models.layers import ConditionalPosition, load_official
 from vca.attention import build_attention
 from vca.attention.geometry import is_pair
 from vca.attention.pooling import check_layers
@@ -47,6 +47,9 @@ class DiTConfig:
         num_classes: number of classes; follows `data.num_classes`.
         class_dropout_prob: probability of replacing a label by the null label, `num_classes`, in training.
         learn_sigma: predict a variance too, which doubles the output channels.
+        qkv_bias: whether the projections to q, k and v have a bias.
+        proj_drop: dropout after the attention's output projection.
+        conditional_position: add a 3 x 3 depthwise convolution of the grid before the first norm of each block.
         contrast_grid: `[h, w]` of the contrast tokens; null is half the token grid per side, at most 8, as in the
             paper at 256 and 512 px. `attention.contrast_grid` overrides it.
     """
@@ -63,14 +66,18 @@ class DiTConfig:
     class_dropout_prob: float = 0.1
     num_classes: int = 1000
     learn_sigma: bool = True
+    qkv_bias: bool = True
+    proj_drop: float = 0.0
+    conditional_position: bool = False
     contrast_grid: Any = None
 
     def __post_init__(self) -> None:
         check_positive(
             self, "patch_size", "in_channels", "hidden_size", "depth", "num_heads", "num_classes", "mlp_ratio"
         )
-        if not 0 <= self.class_dropout_prob < 1:
-            raise ValueError(f"model.class_dropout_prob must be in [0, 1), got {self.class_dropout_prob}")
+        for key in ("class_dropout_prob", "proj_drop"):
+            if not 0 <= getattr(self, key) < 1:
+                raise ValueError(f"model.{key} must be in [0, 1), got {getattr(self, key)}")
         check_size(self.size, self.patch_size, "model.input_size")
         if self.hidden_size % self.num_heads or self.hidden_size % 4:
             rule = f"divisible by 4 and by model.num_heads {self.num_heads}"
@@ -118,12 +125,16 @@ class TimestepEmbedder(nn.Module):
 
 
 class DiTBlock(nn.Module):
-    """Transformer block with adaLN-Zero: adaptive norms and gates that start at zero."""
+    """Transformer block with adaLN-Zero: adaptive norms and gates that start at zero.
 
-    def __init__(self, dim: int, attention: nn.Module, mlp_ratio: float) -> None:
+    `conditional_position` first adds a `ConditionalPosition`, without modulation and gate.
+    """
+
+    def __init__(self, dim: int, attention: nn.Module, mlp_ratio: float, conditional_position: bool = False) -> None:
         from timm.layers import Mlp
 
         super().__init__()
+        self.cpe = ConditionalPosition(dim) if conditional_position else None
         self.norm1 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
         self.attn = attention
         self.norm2 = nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False)
@@ -133,6 +144,7 @@ class DiTBlock(nn.Module):
     def forward(self, x: Tensor, c: Tensor, grid: tuple[int, int]) -> Tensor:
         """Map tokens `(B, N, C)` and the condition `(B, C)` to tokens `(B, N, C)`."""
         shift_msa, scale_msa, gate_msa, shift_mlp, scale_mlp, gate_mlp = self.adaLN_modulation(c).chunk(6, dim=1)
+        x = x if self.cpe is None else self.cpe(x, grid)
         x = x + gate_msa.unsqueeze(1) * self.attn(modulate(self.norm1(x), shift_msa, scale_msa), grid)
         return x + gate_mlp.unsqueeze(1) * self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))
 
@@ -174,9 +186,17 @@ class DiT(nn.Module):
             DiTBlock(
                 dim,
                 build_attention(
-                    attention, dim, config.num_heads, grid, (contrast_grid[0], contrast_grid[1]), layer_index=index
+                    attention,
+                    dim,
+                    config.num_heads,
+                    grid,
+                    (contrast_grid[0], contrast_grid[1]),
+                    layer_index=index,
+                    qkv_bias=config.qkv_bias,
+                    proj_drop=config.proj_drop,
                 ),
                 config.mlp_ratio,
+                config.conditional_position,
             )
             for index in range(config.depth)
         )
@@ -190,7 +210,8 @@ class DiT(nn.Module):
         |---|---|
         | linear layers, patch embedding | Xavier uniform, bias zero |
         | label embedding, MLP of the time embedding | normal with std 0.02 |
-        | adaLN layers, output layer | zero: each block is the identity, the output is zero |
+        | adaLN layers, output layer | zero: norms, attentions and MLPs add nothing, the output is zero |
+        | conditional positions | PyTorch's default of `Conv2d` |
         """
         for module in self.modules():
             if isinstance(module, nn.Linear):

@@ -11,33 +11,64 @@ from dataclasses import fields, replace
 from typing import Any, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from models.config import BackboneConfig, check_size
 from models.features import LayeredNetwork
 from vca.attention import SoftmaxConfig
+from vca.attention.geometry import to_image
 
 Config = TypeVar("Config")
 
 
+class ConditionalPosition(nn.Conv2d):
+    """Conditional position encoding (arXiv 2102.10882): `x + DWConv3x3(x)` on the grid, prefix tokens unchanged."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__(dim, dim, 3, padding=1, groups=dim)
+        self.to(memory_format=torch.channels_last)  # the memory format of its input and of its weight gradient
+
+    def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:  # type: ignore[override]
+        """Tokens `(B, N, C)` of a grid `(H, W)` to `(B, N, C)`; all tokens before the grid are prefix tokens."""
+        prefix = x.shape[1] - grid[0] * grid[1]
+        encoded = super().forward(to_image(x, grid, prefix)).flatten(2).transpose(1, 2)  # (B, H W, C)
+        return x + (F.pad(encoded, (0, 0, prefix, 0)) if prefix else encoded)  # (B, N, C)
+
+
 class Block(nn.Module):
-    """Pre-norm transformer block: `x + Attention(LN(x))`, then `x + MLP(LN(x))`, both with stochastic depth."""
+    """Pre-norm transformer block: `x + Attention(norm(x))`, then `x + MLP(norm(x))`, both with stochastic depth.
+
+    Args:
+        norm: class of both norms, called as `norm(dim, eps=norm_eps)`.
+        conditional_position: first add a `ConditionalPosition`, without stochastic depth.
+    """
 
     def __init__(
-        self, dim: int, attention: nn.Module, mlp_ratio: float, drop: float, drop_path: float, norm_eps: float
+        self,
+        dim: int,
+        attention: nn.Module,
+        mlp_ratio: float,
+        drop: float,
+        drop_path: float,
+        norm_eps: float,
+        norm: Callable[..., nn.Module] = nn.LayerNorm,
+        conditional_position: bool = False,
     ) -> None:
         from timm.layers import DropPath, Mlp
 
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=norm_eps)
+        self.cpe = ConditionalPosition(dim) if conditional_position else None
+        self.norm1 = norm(dim, eps=norm_eps)
         self.attn = attention
-        self.norm2 = nn.LayerNorm(dim, eps=norm_eps)
+        self.norm2 = norm(dim, eps=norm_eps)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=drop)
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """`(B, N, C)` to `(B, N, C)`."""
+        x = x if self.cpe is None else self.cpe(x, grid)
         x = x + self.drop_path(self.attn(self.norm1(x), grid))
         return x + self.drop_path(self.mlp(self.norm2(x)))
 

@@ -97,7 +97,11 @@ class Pyramid(Backbone):
         for stage, embed in enumerate(embeds):
             dim, ratio = config.dim(stage), mlp_ratios[stage]
             attentions = (attention_of(stage, block) for block in range(config.depths[stage]))
-            blocks = [Block(dim, attn, ratio, config.drop_rate, next(rates), norm_eps) for attn in attentions]
+            cpe = config.conditional_position
+            blocks = [
+                Block(dim, attn, ratio, config.drop_rate, next(rates), norm_eps, conditional_position=cpe)
+                for attn in attentions
+            ]
             self.stages.append(Stage(embed, blocks))
         self.norm = nn.LayerNorm(self.num_features, eps=norm_eps)
         self.feature_info = [
