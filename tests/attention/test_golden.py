@@ -21,7 +21,7 @@ class Original(NamedTuple):
 
     variant: str  # registry key
     options: Callable[[dict[str, Any]], dict[str, Any]]  # meta -> options of the config
-    parts: dict[str, list[str]]  # our parameter -> the original's, concatenated on axis 0
+    parts: dict[str, list[str]]  # our parameter -> the original's that the case has, concatenated on axis 0
     absent: tuple[str, ...] = ()  # parameters of ours that the original lacks; they are zero
     arrange: Callable[[str, torch.Tensor, dict[str, Any]], torch.Tensor] = lambda name, tensor, meta: (
         tensor
@@ -30,7 +30,7 @@ class Original(NamedTuple):
 
 
 PROJ = {"proj.weight": ["proj.weight"], "proj.bias": ["proj.bias"]}
-QKV = {"qkv.weight": ["qkv.weight"], "qkv.bias": ["qkv.bias"]}
+QKV = {f"qkv.{kind}": [f"{name}.{kind}" for name in ("qkv", "q", "kv")] for kind in ("weight", "bias")}
 ORIGINALS = {
     "linear_elu": Original("linear", lambda meta: {}, QKV | PROJ),
     "linear_relu": Original(
@@ -65,6 +65,44 @@ ORIGINALS = {
         absent=("proj.bias",),
         qkv_bias=False,
     ),
+    "inline": Original(
+        "inline",
+        lambda meta: {},
+        QKV
+        | PROJ
+        | {
+            f"predictor.{layer}.{kind}": [f"residual.{layer}.{kind}"] for layer in (0, 2) for kind in ("weight", "bias")
+        },
+    ),
+    "mala": Original(
+        "mala",
+        lambda meta: {},
+        PROJ
+        | {
+            f"{ours}.{kind}": [f"{name}.{kind}"]
+            for ours, name in (("qkv", "qkvo"), ("gate", "qkvo"), ("local", "lepe"))
+            for kind in ("weight", "bias")
+        },
+        arrange=lambda name, tensor, meta: {
+            "qkv": tensor[: 3 * meta["dim"]],
+            "gate": tensor[3 * meta["dim"] :],
+        }.get(name.partition(".")[0], tensor),
+    ),
+    "mhla": Original(
+        "mhla",
+        lambda meta: {
+            "pieces": [side // meta["piece_side"] for side in meta["grid"]],
+            "local_kernel": meta["lepe_kernel"],
+            "qk_norm": meta["qk_norm"],
+        },
+        {
+            f"{ours}.{kind}": [f"{name}.{kind}"]
+            for ours, name in (("qkv", "to_qkv"), ("proj", "to_out.0"), ("local", "lepe"), ("norm", "norm"))
+            for kind in ("weight", "bias")
+        }
+        | {f"{name}.weight": [f"{name}.weight"] for name in ("q_norm", "k_norm")}
+        | {"mixing": ["piece_attn.conv.weight"]},
+    ),
 }
 
 
@@ -96,21 +134,23 @@ def build(name, case):
         meta["heads"] if isinstance(meta["heads"], int) else 1,
         tuple(meta["grid"]),
         num_prefix_tokens=meta["prefix_tokens"],
-        qkv_bias=original.qkv_bias,
+        qkv_bias=meta.get("qkv_bias", original.qkv_bias),
     ).double()
-    used = {one for parts in original.parts.values() for one in parts}
-    assert used == {key.partition("/")[2] for key in arrays if key.startswith("param/")}
+    theirs = {key.partition("/")[2] for key in arrays if key.startswith("param/")}
+    present = {own: [name for name in names if name in theirs] for own, names in original.parts.items()}
+    parts = {own: names for own, names in present.items() if names}
+    assert {name for names in parts.values() for name in names} == theirs
     parameters = dict(module.named_parameters())
-    assert set(parameters) == set(original.parts) | set(original.absent)
+    assert set(parameters) == set(parts) | set(original.absent)
 
     def ours(kind: str, own: str) -> torch.Tensor:
-        joined = torch.cat([arrays[f"{kind}/{part}"] for part in original.parts[own]])
+        joined = torch.cat([arrays[f"{kind}/{name}"] for name in parts[own]])
         return original.arrange(own, joined, meta).reshape(parameters[own].shape)
 
     with torch.no_grad():
         for own, parameter in parameters.items():
             parameter.copy_(torch.zeros_like(parameter) if own in original.absent else ours("param", own))
-    return module, arrays, {own: ours("grad", own) for own in original.parts}
+    return module, arrays, {own: ours("grad", own) for own in parts}
 
 
 @pytest.mark.parametrize(("name", "case"), CASES)

@@ -14,7 +14,10 @@ from vca.attention.comparison.differential import DifferentialAttention, Differe
 from vca.attention.comparison.differential_stages import DifferentialStagesAttention, DifferentialStagesConfig
 from vca.attention.comparison.differential_v2 import DifferentialV2Attention, DifferentialV2Config
 from vca.attention.comparison.focused_linear import FocusedLinearAttention, FocusedLinearConfig
+from vca.attention.comparison.inline import InLineAttention, InLineConfig
 from vca.attention.comparison.linear import LinearAttention, LinearConfig
+from vca.attention.comparison.mala import MALAAttention, MALAConfig
+from vca.attention.comparison.mhla import MHLAAttention, MHLAConfig
 from vca.attention.contrast import VCAConfig, VisualContrastAttention, backend_of, visual_contrast_attention
 from vca.attention.parameters import ContrastParameters
 from vca.attention.replace import replace_attention
@@ -46,6 +49,9 @@ ATTENTIONS: dict[str, tuple[type, type[nn.Module]]] = {
     "agent": (AgentConfig, AgentAttention),
     "linear": (LinearConfig, LinearAttention),
     "focused_linear": (FocusedLinearConfig, FocusedLinearAttention),
+    "inline": (InLineConfig, InLineAttention),
+    "mala": (MALAConfig, MALAAttention),
+    "mhla": (MHLAConfig, MHLAAttention),
 }
 
 
