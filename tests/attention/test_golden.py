@@ -65,6 +65,12 @@ ORIGINALS = {
         absent=("proj.bias",),
         qkv_bias=False,
     ),
+    "circulant": Original(
+        "circulant",
+        lambda meta: {},
+        {"qkv.weight": ["qkv.weight"], "gate.weight": ["gate.0.weight"], "gate.bias": ["gate.0.bias"]} | PROJ,
+        qkv_bias=False,
+    ),
 }
 
 

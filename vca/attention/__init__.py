@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from vca.attention.comparison.agent import AgentAttention, AgentConfig
+from vca.attention.comparison.circulant import CirculantAttention, CirculantConfig
 from vca.attention.comparison.differential import DifferentialAttention, DifferentialConfig
 from vca.attention.comparison.differential_stages import DifferentialStagesAttention, DifferentialStagesConfig
 from vca.attention.comparison.differential_v2 import DifferentialV2Attention, DifferentialV2Config
@@ -45,6 +46,7 @@ ATTENTIONS: dict[str, tuple[type, type[nn.Module]]] = {
     "differential_stages": (DifferentialStagesConfig, DifferentialStagesAttention),
     "agent": (AgentConfig, AgentAttention),
     "linear": (LinearConfig, LinearAttention),
+    "circulant": (CirculantConfig, CirculantAttention),
     "focused_linear": (FocusedLinearConfig, FocusedLinearAttention),
 }
 
