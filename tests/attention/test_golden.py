@@ -29,6 +29,14 @@ class Original(NamedTuple):
     qkv_bias: bool = True
 
 
+def regroup_heads(name, tensor, meta):
+    """Rows [q k v | q' k' v'] of a qkv projection to [q q' | k k' | v v']."""
+    if not name.startswith("qkv"):
+        return tensor
+    heads, extra = tensor.split([3 * meta["dim"], 3 * meta["dim"] // meta["heads"]])
+    return torch.cat([part for pair in zip(heads.chunk(3), extra.chunk(3), strict=True) for part in pair])
+
+
 PROJ = {"proj.weight": ["proj.weight"], "proj.bias": ["proj.bias"]}
 QKV = {"qkv.weight": ["qkv.weight"], "qkv.bias": ["qkv.bias"]}
 ORIGINALS = {
@@ -70,6 +78,12 @@ ORIGINALS = {
         lambda meta: {},
         {"qkv.weight": ["qkv.weight"], "gate.weight": ["gate.0.weight"], "gate.bias": ["gate.0.bias"]} | PROJ,
         qkv_bias=False,
+    ),
+    "vittt": Original(
+        "ttt",
+        lambda meta: {},
+        QKV | {name: [name] for name in ("w1", "w2", "w3")} | PROJ,
+        arrange=regroup_heads,
     ),
 }
 
