@@ -37,6 +37,14 @@ def regroup_heads(name, tensor, meta):
     return torch.cat([part for pair in zip(heads.chunk(3), extra.chunk(3), strict=True) for part in pair])
 
 
+def split_gate(name, tensor, meta):
+    """Take rows [q k v] of [q gate k v], or the gate's of [q gate]."""
+    dim = meta["dim"]
+    if name.startswith("gate"):
+        return tensor[dim:]
+    return torch.cat((tensor[:dim], tensor[2 * dim :])) if name.startswith("qkv") else tensor
+
+
 PROJ = {"proj.weight": ["proj.weight"], "proj.bias": ["proj.bias"]}
 QKV = {"qkv.weight": ["qkv.weight"], "qkv.bias": ["qkv.bias"]}
 ORIGINALS = {
@@ -84,6 +92,16 @@ ORIGINALS = {
         lambda meta: {},
         QKV | {name: [name] for name in ("w1", "w2", "w3")} | PROJ,
         arrange=regroup_heads,
+    ),
+    "polaformer": Original(
+        "polaformer",
+        lambda meta: {},
+        {f"qkv.{kind}": [f"qg.{kind}", f"kv.{kind}"] for kind in ("weight", "bias")}
+        | {f"gate.{kind}": [f"qg.{kind}"] for kind in ("weight", "bias")}
+        | {f"local.{kind}": [f"dwc.{kind}"] for kind in ("weight", "bias")}
+        | {"scale": ["scale"], "power": ["power"], "position": ["positional_encoding"]}
+        | PROJ,
+        arrange=split_gate,
     ),
 }
 

@@ -16,6 +16,7 @@ from vca.attention.comparison.differential_stages import DifferentialStagesAtten
 from vca.attention.comparison.differential_v2 import DifferentialV2Attention, DifferentialV2Config
 from vca.attention.comparison.focused_linear import FocusedLinearAttention, FocusedLinearConfig
 from vca.attention.comparison.linear import LinearAttention, LinearConfig
+from vca.attention.comparison.polaformer import PolaFormerAttention, PolaFormerConfig
 from vca.attention.comparison.ttt import TTTAttention, TTTConfig
 from vca.attention.contrast import VCAConfig, VisualContrastAttention, backend_of, visual_contrast_attention
 from vca.attention.parameters import ContrastParameters
@@ -48,8 +49,9 @@ ATTENTIONS: dict[str, tuple[type, type[nn.Module]]] = {
     "agent": (AgentConfig, AgentAttention),
     "linear": (LinearConfig, LinearAttention),
     "circulant": (CirculantConfig, CirculantAttention),
-    "ttt": (TTTConfig, TTTAttention),
     "focused_linear": (FocusedLinearConfig, FocusedLinearAttention),
+    "polaformer": (PolaFormerConfig, PolaFormerAttention),
+    "ttt": (TTTConfig, TTTAttention),
 }
 
 
