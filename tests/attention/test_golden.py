@@ -29,6 +29,22 @@ class Original(NamedTuple):
     qkv_bias: bool = True
 
 
+def regroup_heads(name, tensor, meta):
+    """Rows [q k v | q' k' v'] of a qkv projection to [q q' | k k' | v v']."""
+    if not name.startswith("qkv"):
+        return tensor
+    heads, extra = tensor.split([3 * meta["dim"], 3 * meta["dim"] // meta["heads"]])
+    return torch.cat([part for pair in zip(heads.chunk(3), extra.chunk(3), strict=True) for part in pair])
+
+
+def split_gate(name, tensor, meta):
+    """Take rows [q k v] of [q gate k v], or the gate's of [q gate]."""
+    dim = meta["dim"]
+    if name.startswith("gate"):
+        return tensor[dim:]
+    return torch.cat((tensor[:dim], tensor[2 * dim :])) if name.startswith("qkv") else tensor
+
+
 PROJ = {"proj.weight": ["proj.weight"], "proj.bias": ["proj.bias"]}
 QKV = {f"qkv.{kind}": [f"{name}.{kind}" for name in ("qkv", "q", "kv")] for kind in ("weight", "bias")}
 ORIGINALS = {
@@ -102,6 +118,28 @@ ORIGINALS = {
         }
         | {f"{name}.weight": [f"{name}.weight"] for name in ("q_norm", "k_norm")}
         | {"mixing": ["piece_attn.conv.weight"]},
+    ),
+    "circulant": Original(
+        "circulant",
+        lambda meta: {},
+        {"qkv.weight": ["qkv.weight"], "gate.weight": ["gate.0.weight"], "gate.bias": ["gate.0.bias"]} | PROJ,
+        qkv_bias=False,
+    ),
+    "vittt": Original(
+        "ttt",
+        lambda meta: {},
+        QKV | {name: [name] for name in ("w1", "w2", "w3")} | PROJ,
+        arrange=regroup_heads,
+    ),
+    "polaformer": Original(
+        "polaformer",
+        lambda meta: {},
+        {f"qkv.{kind}": [f"qg.{kind}", f"kv.{kind}"] for kind in ("weight", "bias")}
+        | {f"gate.{kind}": [f"qg.{kind}"] for kind in ("weight", "bias")}
+        | {f"local.{kind}": [f"dwc.{kind}"] for kind in ("weight", "bias")}
+        | {"scale": ["scale"], "power": ["power"], "position": ["positional_encoding"]}
+        | PROJ,
+        arrange=split_gate,
     ),
 }
 

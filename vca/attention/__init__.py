@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from vca.attention.comparison.agent import AgentAttention, AgentConfig
+from vca.attention.comparison.circulant import CirculantAttention, CirculantConfig
 from vca.attention.comparison.differential import DifferentialAttention, DifferentialConfig
 from vca.attention.comparison.differential_stages import DifferentialStagesAttention, DifferentialStagesConfig
 from vca.attention.comparison.differential_v2 import DifferentialV2Attention, DifferentialV2Config
@@ -18,6 +19,8 @@ from vca.attention.comparison.inline import InLineAttention, InLineConfig
 from vca.attention.comparison.linear import LinearAttention, LinearConfig
 from vca.attention.comparison.mala import MALAAttention, MALAConfig
 from vca.attention.comparison.mhla import MHLAAttention, MHLAConfig
+from vca.attention.comparison.polaformer import PolaFormerAttention, PolaFormerConfig
+from vca.attention.comparison.ttt import TTTAttention, TTTConfig
 from vca.attention.contrast import VCAConfig, VisualContrastAttention, backend_of, visual_contrast_attention
 from vca.attention.parameters import ContrastParameters
 from vca.attention.replace import replace_attention
@@ -48,10 +51,13 @@ ATTENTIONS: dict[str, tuple[type, type[nn.Module]]] = {
     "differential_stages": (DifferentialStagesConfig, DifferentialStagesAttention),
     "agent": (AgentConfig, AgentAttention),
     "linear": (LinearConfig, LinearAttention),
+    "circulant": (CirculantConfig, CirculantAttention),
     "focused_linear": (FocusedLinearConfig, FocusedLinearAttention),
     "inline": (InLineConfig, InLineAttention),
     "mala": (MALAConfig, MALAAttention),
     "mhla": (MHLAConfig, MHLAAttention),
+    "polaformer": (PolaFormerConfig, PolaFormerAttention),
+    "ttt": (TTTConfig, TTTAttention),
 }
 
 

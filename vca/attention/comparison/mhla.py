@@ -15,7 +15,7 @@ are then divided by their sums:
     gaussian exp(-d^2 / (2 (d_max / 3)^2))
 
 The original has square pieces on a square grid, padded to 256 px for DeiT. Here any grid that the pieces divide works;
-another image size keeps A and has larger pieces. No prefix tokens.
+another image size keeps A and has larger pieces. Prefix tokens attend by softmax (`GridAttention`).
 
 Shape letters: B batch, M heads, N = H W tokens, C = M D channels, D head dim, n = ph pw pieces of t = N / n tokens.
 """
@@ -29,7 +29,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vca.attention.base import AttentionConfig, ProjectedAttention, Tokens, choose
+from vca.attention.base import AttentionConfig, Tokens, choose
+from vca.attention.comparison.grid import GridAttention
 from vca.attention.geometry import is_pair
 
 EPS = 1e-6
@@ -101,7 +102,7 @@ def initial_mixing(mixing: Mixing, pieces: tuple[int, int], sigma: float) -> Ten
     return weights / weights.sum(dim=0)
 
 
-class MHLAAttention(ProjectedAttention):
+class MHLAAttention(GridAttention):
     """MHLA as a replacement for MHSA; takes the arguments of `ProjectedAttention`.
 
     Raises:
@@ -109,7 +110,6 @@ class MHLAAttention(ProjectedAttention):
     """
 
     Config = MHLAConfig
-    supports_prefix_tokens = False
 
     def add_parameters(self) -> None:
         ph, pw = self.config.pieces or self.contrast_grid
@@ -146,7 +146,7 @@ class MHLAAttention(ProjectedAttention):
         (ph, pw), (height, width) = self.pieces, size
         return x.unflatten(2, (ph, height, pw, width)).transpose(3, 4).flatten(4, 5).flatten(2, 3)
 
-    def attend(self, tokens: Tokens) -> Tensor:
+    def attend_grid(self, tokens: Tokens) -> Tensor:
         size, dtype = self.piece_size(tokens.grid), tokens.v.dtype
         acc_dtype = torch.promote_types(dtype, torch.float32)
         q, k, v = (self.to_pieces(x, size) for x in tokens[:3])  # 3 x (B, M, n, t, D)
