@@ -26,7 +26,12 @@ from vca.report import paper
 from vca.sweep.plan import ablations, rows_of_ablation
 
 models.register_timm()
-ATTENTION_NAMES = sorted(ATTENTIONS)
+FAMILY_ATTENTIONS = [
+    (family, name)
+    for family in CLASSIFIERS
+    for name in sorted(ATTENTIONS)
+    if family != "deit" or ATTENTIONS[name][1].supports_prefix_tokens  # DeiT has a class token
+]
 MODEL_FILES = sorted(path.stem for path in (ROOT / "configs" / "model").glob("*.yaml"))
 CONTRACTS = json.loads((GOLDEN / "state_dict_contracts.json").read_text())
 
@@ -73,8 +78,9 @@ SMALL = {
 def small(family: str, attention: str, **fields) -> nn.Module:
     """A network of a family in its smallest form, with ten classes."""
     config_class, module = CLASSIFIERS[family]
+    options = {"pieces": [2, 2]} if attention == "mhla" else {}  # the default divides the grids of larger images only
     torch.manual_seed(0)
-    return module(config_class(**{**SMALL[family], "num_classes": 10, **fields}), ATTENTIONS[attention][0]())
+    return module(config_class(**{**SMALL[family], "num_classes": 10, **fields}), ATTENTIONS[attention][0](**options))
 
 
 def official(family: str):
@@ -224,6 +230,8 @@ BY_HAND = {
     "differential": (4 * D // 2 + D, 3 * N * N * C),
     "agent": (LOCAL + 2 * 3 * n * (7 * 7 + 14 + 14 + 1), 4 * n * N * C + LOCAL_MACS),  # 3 heads, two biases
     "focused_linear": (LOCAL, 2 * N * D * C + LOCAL_MACS),
+    "inline": (10 * (D + 1) * C, 2 * N * D * C + LOCAL_MACS + 10 * D * C),  # predicted kernels
+    "mala": (26 * C + (C + 1) * C, 2 * N * D * C + N * C * C + 25 * PATCHES * C),  # 5 x 5, gate
 }
 
 
@@ -239,22 +247,21 @@ def test_complexity_counts_equal_hand_count(attention):
     assert counts.macs == LAYERS * (products + macs) + PATCHES * 3 * 16 * 16 * C + C * 1000
 
 
-@pytest.mark.parametrize("attention", ATTENTION_NAMES)
-@pytest.mark.parametrize("family", CLASSIFIERS)
+@pytest.mark.parametrize(("family", "attention"), FAMILY_ATTENTIONS)
 def test_classifiers_every_parameter_gets_gradient(family, attention):
     network = small(family, attention, drop_rate=0.1, drop_path_rate=0.1).train()
     network(torch.randn(4, 3, *network.config.size)).square().mean().backward()
     unreached = set()
     if family == "deit":  # the head reads the class token alone: what the last block does to patches reaches nothing
-        patches = ("local.weight", "local.bias", "bias2.cells", "bias2.rows", "bias2.columns")
+        patches = ["local.weight", "local.bias", "bias2.cells", "bias2.rows", "bias2.columns"]
+        patches += [f"predictor.{layer}.{kind}" for layer in (0, 2) for kind in ("weight", "bias")]
         unreached = {f"blocks.1.attn.{name}" for name in patches}
     for name, parameter in network.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.abs().sum() > 0 or name in unreached, name
 
 
-@pytest.mark.parametrize("attention", ATTENTION_NAMES)
-@pytest.mark.parametrize("family", CLASSIFIERS)
+@pytest.mark.parametrize(("family", "attention"), FAMILY_ATTENTIONS)
 def test_classifiers_gradient_checkpointing_exact(family, attention):
     """Output and every gradient to the bit, with dropout and stochastic depth on."""
     network = small(family, attention, drop_rate=0.1, drop_path_rate=0.3).train()
@@ -282,13 +289,13 @@ OTHER_SIZES = {
 }
 
 
-@pytest.mark.parametrize("attention", ATTENTION_NAMES)
-@pytest.mark.parametrize("family", CLASSIFIERS)
+@pytest.mark.parametrize(("family", "attention"), FAMILY_ATTENTIONS)
 def test_classifiers_other_image_sizes(family, attention):
     """Also non-square; images are independent; an invalid size is an error with the nearest valid ones."""
     network = small(family, attention).eval()
+    scale = 2 if attention == "mhla" else 1  # 2 x 2 pieces divide every grid
     for size in OTHER_SIZES[family]:
-        images = torch.randn(2, 3, *size)
+        images = torch.randn(2, 3, scale * size[0], scale * size[1])
         with torch.no_grad():
             out = network(images)
             assert out.shape == (2, 10)
@@ -443,8 +450,8 @@ def test_register_timm_wrong_arguments_refused():
         timm.create_model("vca_pvt_tiny_224", pretrained=True)
     with pytest.raises(ValueError, match="has no key 'windows'"):
         timm.create_model("vca_pvt_tiny_224", windows=3)
-    with pytest.raises(ValueError, match=r"attention must be one of \['agent', .*'vca'\], got 'linear'"):
-        timm.create_model("vca_pvt_tiny_224", attention="linear")
+    with pytest.raises(ValueError, match=r"attention must be one of \['agent', .*'vca'\], got 'cubic'"):
+        timm.create_model("vca_pvt_tiny_224", attention="cubic")
     with pytest.raises(ValueError, match="feature_cls of vca_pvt_tiny_224 must be 'getter', got 'hook'"):
         timm.create_model("vca_pvt_tiny_224", features_only=True, feature_cls="hook")
 
