@@ -224,6 +224,15 @@ BY_HAND = {
     "differential": (4 * D // 2 + D, 3 * N * N * C),
     "agent": (LOCAL + 2 * 3 * n * (7 * 7 + 14 + 14 + 1), 4 * n * N * C + LOCAL_MACS),  # 3 heads, two biases
     "focused_linear": (LOCAL, 2 * N * D * C + LOCAL_MACS),
+    "circulant": (C * (C + 1), N * C * C + 2 * N * C),  # the gate, and the class token; FFTs are not counted
+    "ttt": (  # columns of q', k', v' and o', start weights; six products per head, two convolutions, the class token
+        3 * D * (C + 1) + D * C + 2 * C * D + 9 * D,
+        4 * N * C * D + 6 * PATCHES * C * D + 18 * PATCHES * D + 2 * N * (C + D),
+    ),
+    "polaformer": (  # kernels, gate, scale, power, positions
+        26 * D + C * (C + 1) + 2 * C + N * C,
+        N * C * C + 4 * N * C * D + 25 * PATCHES * C,
+    ),
 }
 
 
@@ -246,7 +255,7 @@ def test_classifiers_every_parameter_gets_gradient(family, attention):
     network(torch.randn(4, 3, *network.config.size)).square().mean().backward()
     unreached = set()
     if family == "deit":  # the head reads the class token alone: what the last block does to patches reaches nothing
-        patches = ("local.weight", "local.bias", "bias2.cells", "bias2.rows", "bias2.columns")
+        patches = ("local.weight", "local.bias", "bias2.cells", "bias2.rows", "bias2.columns", "w1", "w2", "w3")
         unreached = {f"blocks.1.attn.{name}" for name in patches}
     for name, parameter in network.named_parameters():
         assert parameter.grad is not None, name
