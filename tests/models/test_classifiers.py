@@ -232,6 +232,15 @@ BY_HAND = {
     "focused_linear": (LOCAL, 2 * N * D * C + LOCAL_MACS),
     "inline": (10 * (D + 1) * C, 2 * N * D * C + LOCAL_MACS + 10 * D * C),  # predicted kernels
     "mala": (26 * C + (C + 1) * C, 2 * N * D * C + N * C * C + 25 * PATCHES * C),  # 5 x 5, gate
+    "circulant": (C * (C + 1), N * C * C + 2 * N * C),  # the gate, and the class token; FFTs are not counted
+    "ttt": (  # columns of q', k', v' and o', start weights; six products per head, two convolutions, the class token
+        3 * D * (C + 1) + D * C + 2 * C * D + 9 * D,
+        4 * N * C * D + 6 * PATCHES * C * D + 18 * PATCHES * D + 2 * N * (C + D),
+    ),
+    "polaformer": (  # kernels, gate, scale, power, positions
+        26 * D + C * (C + 1) + 2 * C + N * C,
+        N * C * C + 4 * N * C * D + 25 * PATCHES * C,
+    ),
 }
 
 
@@ -253,7 +262,17 @@ def test_classifiers_every_parameter_gets_gradient(family, attention):
     network(torch.randn(4, 3, *network.config.size)).square().mean().backward()
     unreached = set()
     if family == "deit":  # the head reads the class token alone: what the last block does to patches reaches nothing
-        patches = ["local.weight", "local.bias", "bias2.cells", "bias2.rows", "bias2.columns"]
+        patches = [
+            "local.weight",
+            "local.bias",
+            "bias2.cells",
+            "bias2.rows",
+            "bias2.columns",
+            "w1",
+            "w2",
+            "w3",
+            "mixing",
+        ]
         patches += [f"predictor.{layer}.{kind}" for layer in (0, 2) for kind in ("weight", "bias")]
         unreached = {f"blocks.1.attn.{name}" for name in patches}
     for name, parameter in network.named_parameters():

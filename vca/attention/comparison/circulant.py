@@ -5,13 +5,13 @@
     o[p] = sum_d s[d] v[p + d]
     y    = (o * SiLU(x Wg + bg)) Wo
 
-Every channel is its own head, so the number of heads has no effect. A correlation over the grid is a product of
+Every channel is its own head, so the number of heads affects prefix tokens only. A correlation over the grid is a product of
 spectra: F(a) = conj(F q) F k / sqrt N and F(o) = conj(F s) F v. Opposite borders of the grid are neighbours.
 
 Differences from the original: x is projected before the transform and not after it, which is equal, because both are
-linear; any grid, not only squares. Prefix tokens are refused: they have no displacement.
+linear; any grid, not only squares. Prefix tokens have no displacement, so they attend by softmax (`GridAttention`).
 
-Shape letters: B batch, M heads, N = H W tokens, D head dim.
+Shape letters: B batch, M heads, N = H W patch tokens, D head dim.
 """
 
 from dataclasses import dataclass
@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 from torch.fft import irfft2, rfft2
 
-from vca.attention.base import AttentionConfig, Gate, ProjectedAttention, Tokens
+from vca.attention.base import AttentionConfig, Gate, Tokens
+from vca.attention.comparison.grid import GridAttention
 
 
 @dataclass
@@ -36,13 +37,12 @@ def correlate(x: Tensor, y: Tensor) -> Tensor:
     return irfft2(rfft2(x).conj() * rfft2(y), s=x.shape[-2:])
 
 
-class CirculantAttention(ProjectedAttention):
+class CirculantAttention(GridAttention):
     """Circulant Attention as a replacement for MHSA; takes the arguments of `ProjectedAttention`."""
 
     Config = CirculantConfig
-    supports_prefix_tokens = False
 
-    def attend(self, tokens: Tokens) -> Tensor:
+    def attend_grid(self, tokens: Tokens) -> Tensor:
         """Compute the attention of each channel; FFTs and softmax run in float32, or in float64 for float64."""
         acc_dtype = torch.promote_types(tokens.q.dtype, torch.float32)
         q, k, v = (x.to(acc_dtype).transpose(2, 3).unflatten(3, tokens.grid) for x in tokens[:3])  # (B, M, D, H, W)

@@ -1,4 +1,4 @@
-"""Polarity-aware linear attention of PolaFormer (ICLR 2025): the negative parts of q and k are kept.
+"""Polarity-aware linear attention of PolaFormer (arXiv 2501.15061): the negative parts of q and k are kept.
 
     q <- q / t,   k <- (k + E) / t,   t = softplus(scale)            a factor per channel, a position E per token
     r = 1 + alpha sigmoid(power)                                     a power per channel
@@ -29,7 +29,7 @@ from vca.attention.geometry import to_image
 
 EPS = 1e-6  # added to the mean over all tokens
 TINY = 1e-30  # lower bound of the absolute values, before their logarithm
-LARGE = 60.0  # bound of the exponent of eps, for float32
+MAX_EXPONENT = 60.0  # bound of eps / exp(maximum), so that it is neither zero nor infinite in float32
 
 
 @dataclass
@@ -88,14 +88,20 @@ class PolaFormerAttention(ProjectedAttention):
         return torch.cat((self.position[:, : self.num_prefix_tokens], resized), dim=1)
 
     def attend(self, tokens: Tokens) -> Tensor:
-        """Compute both polarities; powers and divisions run at least in float32."""
-        acc_dtype = torch.promote_types(tokens.q.dtype, torch.float32)
-        q, k, v = tokens.q.to(acc_dtype), tokens.k.to(acc_dtype), tokens.v
+        """Compute both polarities; powers and divisions run at least in float32, for float16 the products too.
+
+        A mean of products may be so small that the gradient of the division overflows float16.
+        """
+        dtype = tokens.q.dtype
+        acc_dtype = torch.promote_types(dtype, torch.float32)
+        q, k = tokens.q.to(acc_dtype), tokens.k.to(acc_dtype)
+        v = tokens.v.to(acc_dtype) if dtype is torch.float16 else tokens.v
         if self.position is not None:
             k = k + self.to_heads(self.positions(tokens.grid)).to(acc_dtype)  # (B, M, N, D)
         factor = 1 / F.softplus(self.to_heads(self.scale).to(acc_dtype))  # (1, M, 1, D)
         power = 1 + self.config.alpha * self.power.to(acc_dtype).sigmoid()  # (1, M, 1, D)
-        return polarized_attention(q * factor, k * factor, v, power)
+        with torch.autocast(q.device.type, enabled=False):
+            return polarized_attention(q * factor, k * factor, v, power).to(dtype)
 
     def to_heads(self, x: Tensor) -> Tensor:
         """View `(1, N, C)` as `(1, M, N, D)`."""
@@ -108,16 +114,15 @@ def polarized_attention(q: Tensor, k: Tensor, v: Tensor, power: Tensor) -> Tenso
     A channel of k is divided by its maximum over the tokens, which multiplies the query's channel; then each query is
     divided by its maximum over the channels, which divides eps. All features are at most 1, and the result is the same.
     """
-    half, num_tokens = v.shape[3] // 2, v.shape[2]
+    half = v.shape[3] // 2
     log_q, log_k = (power * x.abs().clamp(min=TINY).log() for x in (q, k))  # (B, M, N, D)
     k_max = log_k.detach().amax(dim=2, keepdim=True)  # (B, M, 1, D)
     log_q = log_q + k_max
     q_max = log_q.detach().amax(dim=3, keepdim=True)  # (B, M, N, 1)
     q_features, k_features = signed_parts((log_q - q_max).exp(), q), signed_parts((log_k - k_max).exp(), k)
-    eps = EPS * (-q_max).clamp(-LARGE, LARGE).exp()  # (B, M, N, 1)
+    eps = EPS * (-q_max).clamp(-MAX_EXPONENT, MAX_EXPONENT).exp()  # (B, M, N, 1)
 
-    root = num_tokens**-0.5  # on both factors, as v / N would be subnormal in float16
-    kv = (k_features * root).to(v.dtype).transpose(2, 3) @ (v * root)  # (B, M, 2D, D)
+    kv = k_features.to(v.dtype).transpose(2, 3) @ (v / v.shape[2])  # (B, M, 2D, D)
     weights = torch.cat((kv[..., :half], swap_signs(kv[..., half:], 2)), dim=3)  # (B, M, 2D, D)
     out = (q_features.to(v.dtype) @ weights).to(q.dtype)  # (B, M, N, D)
     k_mean = k_features.mean(dim=2, keepdim=True)  # (B, M, 1, 2D)

@@ -13,9 +13,10 @@ The gradients g are written out, so autograd differentiates through the step, as
 
 Differences from the original: the columns of the qkv projection are [q q' | k k' | v v']; the inner step runs in
 float32 for float16, where v / N is subnormal and g may overflow; the norm of g always runs in float32. H-ViT3 also
-rotates q and k (RoPE); this variant does not. Prefix tokens are refused: the convolution has no place for them.
+rotates q and k (RoPE); this variant does not. Prefix tokens are not on the grid of the convolution, so they attend by
+softmax in all M + 1 heads (`GridAttention`).
 
-Shape letters: B batch, M heads, N = H W tokens, D head dim.
+Shape letters: B batch, M heads, N = H W patch tokens, D head dim.
 """
 
 from dataclasses import dataclass
@@ -24,7 +25,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vca.attention.base import AttentionConfig, HeadCounts, ProjectedAttention, Tokens
+from vca.attention.base import AttentionConfig, HeadCounts, Tokens
+from vca.attention.comparison.grid import GridAttention
 
 SCALE = 1 / 3  # of the inner loss: 9^-1/2, for the nine entries of a kernel
 
@@ -62,11 +64,10 @@ def fit_kernels(k: Tensor, v: Tensor, w3: Tensor) -> Tensor:
     return step(w3.squeeze(1), grad, (2, 3))
 
 
-class TTTAttention(ProjectedAttention):
+class TTTAttention(GridAttention):
     """ViT3's test-time training as a replacement for MHSA; takes the arguments of `ProjectedAttention`."""
 
     Config = TTTConfig
-    supports_prefix_tokens = False
 
     def head_counts(self) -> HeadCounts:
         return HeadCounts(self.num_heads + 1, self.num_heads + 1, self.num_heads + 1)
@@ -79,7 +80,7 @@ class TTTAttention(ProjectedAttention):
         self.w2 = parameter(1, self.num_heads, self.head_dim, self.head_dim)
         self.w3 = parameter(self.head_dim, 1, 3, 3)
 
-    def attend(self, tokens: Tokens) -> Tensor:
+    def attend_grid(self, tokens: Tokens) -> Tensor:
         q, k, v = tokens[:3]  # (B, M + 1, N, D)
         dtype = torch.float32 if q.dtype is torch.float16 else q.dtype
         with torch.autocast(q.device.type, enabled=False):
