@@ -237,6 +237,10 @@ def test_contrast_attention_chunked_stage2_equals_whole(part, options, monkeypat
     torch.testing.assert_close(*results, rtol=1e-12, atol=1e-12)
 
 
+# Names in `CONFIGS` for compilation, export, function transforms and traces.
+TRANSFORMED = ["vca", "stage2 plain", "joint softmax", "v2, joint softmax"]
+
+
 def saved_bytes(module, run, x):
     """Bytes that autograd saves in `run(x)`, without the parameters of the module."""
     storages = {}
@@ -263,7 +267,7 @@ def test_vca_module_saved_memory_near_mhsa():
 
 
 @pytest.mark.process
-@pytest.mark.parametrize("name", ["vca", "stage2 plain", "joint softmax"])
+@pytest.mark.parametrize("name", TRANSFORMED)
 def test_vca_module_compiled_saves_no_more_than_eager(name):
     """Without a checkpointed region in Stage II, the compiler saves the scores: twice the memory."""
     module, x = build_attention(CONFIGS[name], 64, 2, (16, 16), (8, 8)), torch.randn(2, 256, 64)
@@ -273,7 +277,7 @@ def test_vca_module_compiled_saves_no_more_than_eager(name):
     assert saved_bytes(module, compiled, x) <= saved_bytes(module, module, x)
 
 
-@pytest.mark.parametrize("name", ["vca", "stage2 plain", "joint softmax"])
+@pytest.mark.parametrize("name", TRANSFORMED)
 def test_vca_module_compile_export_checkpoint_equal(name):
     """`torch.compile` with fullgraph, `torch.export` and activation checkpointing give equal values and gradients."""
     torch.manual_seed(0)
@@ -309,7 +313,7 @@ def test_vca_module_compile_one_graph_for_all_batch_sizes():
     assert counter.frame_count == 1
 
 
-@pytest.mark.parametrize("name", ["vca", "stage2 plain", "joint softmax"])
+@pytest.mark.parametrize("name", TRANSFORMED)
 def test_vca_module_func_transforms_equal_autograd(name):
     """`grad`, `vmap`, per-sample gradients, `jacrev`, `jvp` and forward-mode differentiation."""
     torch.manual_seed(0)
@@ -337,7 +341,7 @@ def test_vca_module_func_transforms_equal_autograd(name):
         torch.testing.assert_close(forward_ad.unpack_dual(module(forward_ad.make_dual(x, direction))).tangent, along)
 
 
-@pytest.mark.parametrize("name", ["vca", "stage2 plain", "joint softmax"])
+@pytest.mark.parametrize("name", TRANSFORMED)
 def test_vca_module_second_derivatives_equal_differences(name):
     """By `create_graph=True` and by `torch.func`, along one direction."""
     torch.manual_seed(0)
@@ -357,7 +361,7 @@ def test_vca_module_second_derivatives_equal_differences(name):
     torch.testing.assert_close(by_func, twice)
 
 
-@pytest.mark.parametrize("name", ["vca", "stage2 plain", "joint softmax"])
+@pytest.mark.parametrize("name", TRANSFORMED)
 def test_vca_module_trace_saved_serves_other_batch_sizes(name):
     module, file = build_attention(CONFIGS[name], 16, 2, (4, 5), (2, 2)).eval(), io.BytesIO()
     with warnings.catch_warnings():  # the trace fixes all shapes except the batch size
@@ -435,6 +439,11 @@ CONFIGS = {
     "embedding only": VCAConfig(positive_stream="embedding", negative_stream="embedding"),
     "no local branch": VCAConfig(local_branch=False),
     "joint softmax": VCAConfig(stage2_softmax="joint"),
+    "token lambda": VCAConfig(lambda_form="token"),
+    "no norm": VCAConfig(norm=False),
+    "v2, joint softmax": VCAConfig(lambda_form="token", norm=False, stage2_softmax="joint"),
+    "v2, stage1 plain": VCAConfig(lambda_form="token", norm=False, stage1="plain"),
+    "v2, stage2 plain": VCAConfig(lambda_form="token", norm=False, stage2="plain"),
     "maximum": VCAConfig(pooling="maximum"),
     "learned pooling": VCAConfig(pooling="depthwise"),
     "learned pooling of no stream": VCAConfig(

@@ -224,6 +224,8 @@ BY_HAND = {
     "vca_no_local": (VCA - LOCAL, 7 * n * N * C),
     "vca_stage1_only": (VCA - 4 * D, 6 * n * N * C + LOCAL_MACS),  # one product less, the negative scores of Stage II
     "vca_stage2_only": (VCA - 4 * D, 5 * n * N * C + LOCAL_MACS),  # two less, the negative stream of Stage I
+    "vca_token_lambda": (VCA - 8 * D + 2 * 3 * C, 7 * n * N * C + LOCAL_MACS + 2 * 3 * N * C),  # 3 heads
+    "vca_no_norm": (VCA - 2 * D, 7 * n * N * C + LOCAL_MACS),
     "vca_learned_pooling": (VCA + 4 * C, 7 * n * N * C + LOCAL_MACS + PATCHES * C),  # kernels of 2 x 2
     "vca contrast_grid=[4,4]": (VCA - 2 * (n - 16) * C, 7 * 16 * N * C + LOCAL_MACS),
     "differential_stages": (LOCAL + 2 * 4 * D // 2 + 2 * D, 5 * n * N * C + LOCAL_MACS),  # scores of half heads

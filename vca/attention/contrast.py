@@ -14,7 +14,7 @@ stream; every token then attends to the contrast tokens with the difference of t
     q, k, v    q, k, v              (B, M, N, D)
     t+, t-     t_pos, t_neg         (B, M, n, D)
     e+, e-     e_pos, e_neg         (M, n, D)
-    l1, l2     lambda1, lambda2     scalar
+    l1, l2     lambda1, lambda2     scalar; with lambda_form=token (B, M, n, 1) and (B, M, N, 1)
     l_init     lambda_init          float
     v^         v_hat                (B, M, n, D)
     A          weights              (B, M, N, n)
@@ -31,12 +31,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from vca.attention.backend import needs_eager, use_kernels
 from vca.attention.base import Tokens, choose
 from vca.attention.geometry import check_tokens
-from vca.attention.kernels import Backend, use_triton
+from vca.attention.kernels import Backend
+from vca.attention.lambdas import Lambda, LambdaForm, check_lambda, lambda_init_of_layer, token_lambdas
 from vca.attention.parameters import ContrastParameters
 from vca.attention.pooling import PooledAttention, PooledConfig, Pooling, pool_queries
-from vca.attention.softmax import needs_plain_ops
 from vca.attention.stages import global_contrast, per_patch_differential
 
 
@@ -68,6 +69,9 @@ class VCAConfig(PooledConfig):
             (`embedding`) or their sum (`pool+embedding`) (Table 4).
         embedding_init_std: standard deviation of the initial e+ and e-.
         stage2_softmax: one softmax per stream (`separate`, the paper) or one over the scores of both (`joint`).
+        lambda_form: one learned lambda per stage (`scalar`, the paper), or the sigmoid of a linear function of x for
+            each token and head (`token`, as in Differential Transformer V2), which Stage I pools on the grid.
+        norm: RMSNorm and factor `1 - lambda_init` after each stage (the paper); false: neither.
         backend: `eager` (PyTorch), `triton` (fused kernels) or `auto`; results agree up to rounding.
     """
 
@@ -79,6 +83,8 @@ class VCAConfig(PooledConfig):
     negative_stream: Stream = Stream["pool+embedding"]
     embedding_init_std: float = 1.0
     stage2_softmax: Stage2Softmax = Stage2Softmax.separate
+    lambda_form: LambdaForm = LambdaForm.scalar
+    norm: bool = True
     backend: Backend = Backend.auto
 
     def __post_init__(self) -> None:
@@ -88,17 +94,15 @@ class VCAConfig(PooledConfig):
         self.positive_stream = choose(Stream, self.positive_stream, "attention.positive_stream")
         self.negative_stream = choose(Stream, self.negative_stream, "attention.negative_stream")
         self.stage2_softmax = choose(Stage2Softmax, self.stage2_softmax, "attention.stage2_softmax")
+        self.lambda_form = choose(LambdaForm, self.lambda_form, "attention.lambda_form")
+        if self.lambda_form is LambdaForm.token and self.stage1 is self.stage2 is Stage.plain:
+            raise ValueError("attention.lambda_form must be scalar if both stages are plain, got token")
         self.backend = choose(Backend, self.backend, "attention.backend")
         if not 0 <= self.embedding_init_std < math.inf:
             raise ValueError(f"attention.embedding_init_std must be >= 0 and finite, got {self.embedding_init_std}")
 
 
 EPS = 1e-5  # epsilon of both norms
-
-
-def lambda_init_of_layer(layer_index: int) -> float:
-    """Return `0.8 - 0.6 exp(-0.3 layer_index)`, with layers from 0 (Differential Transformer, arXiv 2410.05258)."""
-    return 0.8 - 0.6 * math.exp(-0.3 * layer_index)
 
 
 def visual_contrast_attention(
@@ -120,7 +124,8 @@ def visual_contrast_attention(
 
     Args:
         q, k, v: `(B, M, N, D)` with N = `num_prefix_tokens + H * W`, prefix tokens first.
-        parameters: learned parameters. A stage is plain (positive stream only) if its lambda is None.
+        parameters: learned parameters. A stage is plain (positive stream only) if its lambda is None, and has no norm
+            if its norm weight is None.
         grid: `(H, W)` of the patch tokens.
         contrast_grid: `(h, w)`; pooling bins overlap if it does not divide the grid.
         num_prefix_tokens: P; prefix tokens take part in the attention but are not pooled.
@@ -131,7 +136,7 @@ def visual_contrast_attention(
         `(B, M, N, D)`, in the dtype of `q`.
 
     Raises:
-        ValueError: if N does not match the grid, an embedding is missing or has the wrong shape, or
+        ValueError: if N does not match the grid, an embedding is missing, it or a lambda has the wrong shape, or
             `backend=triton` does not support the call.
     """
     config = config or VCAConfig()
@@ -139,14 +144,15 @@ def visual_contrast_attention(
     acc_dtype, num_contrast = torch.promote_types(q.dtype, torch.float32), contrast_grid[0] * contrast_grid[1]
     joint = config.stage2_softmax is Stage2Softmax.joint
     streams = streams_of(parameters, config, q, num_contrast)
-    lambda1, lambda2 = (
-        x if x is None else torch.as_tensor(x, dtype=acc_dtype, device=q.device)
-        for x in (parameters.lambda1, parameters.lambda2)
-    )
-    norm1, norm2 = parameters.norm1_weight.to(acc_dtype), parameters.norm2_weight.to(acc_dtype)
+    lambda1 = check_lambda(parameters.lambda1, (*q.shape[:2], num_contrast, 1), q)
+    lambda2 = check_lambda(parameters.lambda2, (*q.shape[:3], 1), q)
+    norms: list[Any] = [x if x is None else x.to(acc_dtype) for x in (parameters.norm1_weight, parameters.norm2_weight)]
 
     # Pooled queries, unless no stream uses them or the kernels compute the average themselves.
-    fused = use_triton(config.backend, q.device, q.dtype, q.shape[3], num_contrast) and not needs_eager(config.backend)
+    per_token = any(x is not None and x.ndim > 0 for x in (lambda1, lambda2))
+    options = per_token, all(x is not None for x in norms)
+    fused = use_kernels(config.backend, q.device, q.dtype, q.shape[3], num_contrast, *options)
+    fused = fused and not needs_eager(config.backend)
     kernel_pools = fused and config.pooling is Pooling.average and parameters.pool_weight is None
     t = None
     if any(stream.pooled for stream in streams) and not kernel_pools:
@@ -155,30 +161,15 @@ def visual_contrast_attention(
         from vca.attention.kernels.operator import KernelInputs, KernelOptions, fused_attention  # triton is optional
 
         pos, neg = [*streams, StreamTokens(False, None)][:2]
-        inputs = KernelInputs(q, k, v, t, pos.embedding, neg.embedding, lambda1, lambda2, norm1, norm2)
+        inputs = KernelInputs(q, k, v, t, pos.embedding, neg.embedding, lambda1, lambda2, *norms)
         layout = grid, contrast_grid, num_prefix_tokens
-        options = KernelOptions(parameters.lambda_init, *layout, eps, [pos.pooled, neg.pooled], joint)
-        return fused_attention(inputs, options)
+        settings = KernelOptions(parameters.lambda_init, *layout, eps, [pos.pooled, neg.pooled], joint)
+        return fused_attention(inputs, settings)
 
     tokens1, tokens2 = contrast_tokens_of(streams, t, q, parameters)
-    gain = 1 - parameters.lambda_init
-    v_hat = global_contrast(tokens1, k, v, lambda1, gain * norm1, eps)  # (B, M, n, D)
-    return per_patch_differential(q, tokens2, v_hat, lambda2, gain * norm2, joint, eps)  # (B, M, N, D)
-
-
-def needs_eager(backend: Backend) -> bool:
-    """Return whether this call must use plain PyTorch on a GPU too: `torch.func`, forward mode, tracing or ONNX export.
-
-    Raises:
-        ValueError: under a transform, if the backend is `triton`.
-    """
-    transformed = needs_plain_ops()
-    if transformed and backend is Backend.triton:
-        raise ValueError(
-            "attention.backend must be auto or eager under torch.func and forward-mode differentiation, got triton"
-        )
-    to_onnx = torch.compiler.is_exporting() and torch.onnx.is_in_onnx_export()
-    return transformed or to_onnx or torch.jit.is_tracing()
+    gain1, gain2 = (None if norm is None else (1 - parameters.lambda_init) * norm for norm in norms)
+    v_hat = global_contrast(tokens1, k, v, lambda1, gain1, eps)  # (B, M, n, D)
+    return per_patch_differential(q, tokens2, v_hat, lambda2, gain2, joint, eps)  # (B, M, N, D)
 
 
 class StreamTokens(NamedTuple):
@@ -223,20 +214,6 @@ def contrast_tokens_of(
     return tokens[:, :, :n] if plain1 else tokens, tokens[:, :, :n] if plain2 else tokens
 
 
-class Lambda(nn.Module):
-    """Scalar `exp(q1 . k1) - exp(q2 . k2) + l_init` of four learned vectors `(D,)`, shared by all heads; float32."""
-
-    def __init__(self, head_dim: int, init: float) -> None:
-        super().__init__()
-        self.init = init
-        self.q1, self.k1, self.q2, self.k2 = (nn.Parameter(0.1 * torch.randn(head_dim)) for _ in range(4))
-
-    def forward(self) -> Tensor:
-        # A product and a sum, because autocast runs torch.dot in half precision.
-        first, second = (self.q1 * self.k1).sum(), (self.q2 * self.k2).sum()
-        return first.exp() - second.exp() + self.init
-
-
 class VisualContrastAttention(PooledAttention):
     """VCA with projections and local branch, a drop-in replacement for MHSA: `(B, N, C)` to `(B, N, C)`.
 
@@ -246,7 +223,7 @@ class VisualContrastAttention(PooledAttention):
     kernel of `pooling=depthwise`.
 
     New parameters and weight decay: lambda vectors and norm weights are 1-D and not decayed by `vca.training.optim`;
-    the stream embeddings `e_pos`, `e_neg` `(M, n, D)` are decayed.
+    the stream embeddings `e_pos`, `e_neg` `(M, n, D)` and the projections of token lambdas `(M, C)` are decayed.
 
     To change one part, subclass and override `contrast_tokens` (pooling), `stage1` or `stage2`; the rest is unchanged.
     A subclass with an override runs in plain PyTorch.
@@ -276,9 +253,11 @@ class VisualContrastAttention(PooledAttention):
         self.num_contrast = self.contrast_grid[0] * self.contrast_grid[1]
         self.lambda_init = lambda_init_of_layer(self.layer_index)
         # Only parameters that the stages and streams use are created, so that each gets a gradient.
-        self.lambda1 = Lambda(dim, self.lambda_init) if contrast1 else None
-        self.lambda2 = Lambda(dim, self.lambda_init) if contrast2 else None
-        self.norm1_weight, self.norm2_weight = nn.Parameter(torch.ones(dim)), nn.Parameter(torch.ones(dim))
+        self.lambda1 = self.new_lambda() if contrast1 else None
+        self.lambda2 = self.new_lambda() if contrast2 else None
+        self.norm1_weight, self.norm2_weight = (
+            nn.Parameter(torch.ones(dim)) if config.norm else None for _ in range(2)
+        )
 
         def embedding(stream: Stream) -> nn.Parameter | None:
             if stream is Stream["pool"]:
@@ -291,6 +270,12 @@ class VisualContrastAttention(PooledAttention):
         if all(stream is Stream.embedding for stream in streams):
             self.pool_weight = None  # nothing is pooled
 
+    def new_lambda(self) -> nn.Module:
+        """Create the lambda of a stage: a scalar, or a projection of x to one logit per head."""
+        if self.config.lambda_form is LambdaForm.token:
+            return nn.Linear(self.dim, self.num_heads, bias=False)
+        return Lambda(self.head_dim, self.lambda_init)
+
     def overridden(self, *names: str) -> bool:
         """Return whether the class overrides one of these methods of `VisualContrastAttention`."""
         return any(getattr(type(self), name) is not getattr(VisualContrastAttention, name) for name in names)
@@ -299,40 +284,56 @@ class VisualContrastAttention(PooledAttention):
         """Return whether the Triton kernels compute this layer; `ValueError` if `backend=triton` cannot."""
         if self.overridden("attend", "contrast_tokens", "stage1", "stage2"):
             return False
-        return use_triton(self.config.backend, device, dtype, self.head_dim, self.num_contrast)
+        options = self.config.lambda_form is LambdaForm.token, self.config.norm
+        return use_kernels(self.config.backend, device, dtype, self.head_dim, self.num_contrast, *options)
 
-    def contrast_parameters(self) -> ContrastParameters:
-        """Return the parameters of this layer as `visual_contrast_attention` takes them."""
-        lambda1, lambda2 = (None if x is None else x() for x in (self.lambda1, self.lambda2))
+    def contrast_parameters(self, x: Tensor | None = None, grid: tuple[int, int] | None = None) -> ContrastParameters:
+        """Return the parameters as `visual_contrast_attention` takes them; token lambdas need x `(B, N, C)`."""
+        if self.config.lambda_form is LambdaForm.scalar:
+            lambda1, lambda2 = (None if module is None else module() for module in (self.lambda1, self.lambda2))
+        else:
+            if x is None:
+                raise ValueError("contrast_parameters needs x with attention.lambda_form=token")
+            layout = grid or self.grid, self.contrast_grid, self.num_prefix_tokens
+            lambda1, lambda2 = token_lambdas(self.lambda1, self.lambda2, x, *layout)
         norms = self.norm1_weight, self.norm2_weight
         return ContrastParameters(self.e_pos, self.e_neg, lambda1, lambda2, self.lambda_init, *norms, self.pool_weight)
 
     def attend(self, tokens: Tokens) -> Tensor:
-        q, k, v, _, grid = tokens
-        parameters = self.contrast_parameters()
+        q, k, v, x, grid = tokens
+        parameters = self.contrast_parameters(x, grid)
         if not self.overridden("contrast_tokens", "stage1", "stage2"):
             layout = grid, self.contrast_grid, self.num_prefix_tokens
             return visual_contrast_attention(q, k, v, parameters, *layout, self.config)
         streams = streams_of(parameters, self.config, q, self.num_contrast)
         t = self.contrast_tokens(q, grid) if any(stream.pooled for stream in streams) else None
         tokens1, tokens2 = contrast_tokens_of(streams, t, q, parameters)
-        return self.stage2(q, tokens2, self.stage1(tokens1, k, v))
+        per_token = self.config.lambda_form is LambdaForm.token
+        lambdas: Any = [(parameters.lambda1,), (parameters.lambda2,)] if per_token else [(), ()]
+        return self.stage2(q, tokens2, self.stage1(tokens1, k, v, *lambdas[0]), *lambdas[1])
 
-    def stage1(self, tokens: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Compute v^ `(B, M, n, D)` from contrast tokens `(B, M, 2n, D)` (`n` if plain) and k, v `(B, M, N, D)`."""
-        lambda1, weight = self.lambda_and_weight(self.lambda1, self.norm1_weight, k.dtype)
+    def stage1(self, tokens: Tensor, k: Tensor, v: Tensor, lambda1: Tensor | None = None) -> Tensor:
+        """Compute v^ `(B, M, n, D)` from contrast tokens `(B, M, 2n, D)` (`n` if plain) and k, v `(B, M, N, D)`.
+
+        Token lambdas are an argument; a scalar lambda is that of the layer.
+        """
+        lambda1, weight = self.lambda_and_weight(lambda1, self.lambda1, self.norm1_weight, k.dtype)
         return global_contrast(tokens, k, v, lambda1, weight, EPS)
 
-    def stage2(self, q: Tensor, tokens: Tensor, v_hat: Tensor) -> Tensor:
+    def stage2(self, q: Tensor, tokens: Tensor, v_hat: Tensor, lambda2: Tensor | None = None) -> Tensor:
         """Compute the output `(B, M, N, D)` from q, contrast tokens `(B, M, 2n, D)` (`n` if plain) and v^."""
-        lambda2, weight = self.lambda_and_weight(self.lambda2, self.norm2_weight, q.dtype)
+        lambda2, weight = self.lambda_and_weight(lambda2, self.lambda2, self.norm2_weight, q.dtype)
         joint = self.config.stage2_softmax is Stage2Softmax.joint
         return per_patch_differential(q, tokens, v_hat, lambda2, weight, joint, EPS)
 
-    def lambda_and_weight(self, module: Lambda | None, weight: Tensor, dtype: torch.dtype) -> tuple[Any, Tensor]:
+    def lambda_and_weight(
+        self, given: Tensor | None, module: nn.Module | None, weight: Tensor | None, dtype: torch.dtype
+    ) -> tuple[Any, Tensor | None]:
         """Return lambda (None if plain) and the scaled norm weight of a stage, at least in float32."""
         acc_dtype = torch.promote_types(dtype, torch.float32)
-        return None if module is None else module().to(acc_dtype), (1 - self.lambda_init) * weight.to(acc_dtype)
+        value = module() if given is None and module is not None else given
+        gain = None if weight is None else (1 - self.lambda_init) * weight.to(acc_dtype)
+        return None if value is None else value.to(acc_dtype), gain
 
 
 def backend_of(model: nn.Module, device: torch.device, dtype: torch.dtype) -> str:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from vca.attention.base import ProjectedAttention, Tokens
 from vca.attention.contrast import EPS, Stage2Softmax, VisualContrastAttention, streams_of
+from vca.attention.lambdas import LambdaForm
 from vca.attention.softmax import SoftmaxAttention
 
 
@@ -44,13 +45,13 @@ def maps_of(module: ProjectedAttention, tokens: Tokens, patch: tuple[int, int]) 
     of the patch to the contrast tokens), the weighted differences `I` and `II`, and `VCA`, the product of both stages,
     `A diag(r) (I+ - l1 I-)` over all contrast tokens. `r` is the factor of Stage I's norm, so `VCA` applied to v is the
     input of Stage II's norm, up to the learned norm weights, which act on channels and are ignored. A plain stage has
-    its positive stream only. MHSA has one map, `MHSA`.
+    its positive stream only. Without norms `r` is 1. MHSA has one map, `MHSA`.
 
     Raises:
         ValueError: if the layer is another variant, overrides `attend`, `stage1` or `stage2` (its maps are unknown), or
             the patch is not on the grid.
     """
-    q, k, v, _, grid = tokens
+    q, k, v, x, grid = tokens
     if not (0 <= patch[0] < grid[0] and 0 <= patch[1] < grid[1]):
         raise ValueError(f"patch must be on the grid {grid[0]} x {grid[1]}, got {patch}")
     prefix, scale = module.num_prefix_tokens, q.shape[-1] ** -0.5
@@ -69,13 +70,14 @@ def maps_of(module: ProjectedAttention, tokens: Tokens, patch: tuple[int, int]) 
 
     contrast_grid, options = module.contrast_grid, module.config
     cell = patch[0] * contrast_grid[0] // grid[0] * contrast_grid[1] + patch[1] * contrast_grid[1] // grid[1]
-    sources = streams_of(module.contrast_parameters(), options, q, module.num_contrast)
+    parameters = module.contrast_parameters(x, grid)
+    sources = streams_of(parameters, options, q, module.num_contrast)
     t = module.contrast_tokens(q, grid) if any(source.pooled for source in sources) else None
     contrast_tokens = [source.tokens(t, q.shape[0]) for source in sources]  # 2 or 1 x (B, M, n, D)
     streams = dict(zip("+-", contrast_tokens, strict=False))
     stage1 = {sign: (t @ k.transpose(2, 3) * scale).softmax(-1) for sign, t in streams.items()}  # (B, M, n, N)
     scores = {sign: q[:, :, query : query + 1] @ t.transpose(2, 3) * scale for sign, t in streams.items()}
-    if options.stage2_softmax is Stage2Softmax.joint and module.lambda2 is not None:
+    if options.stage2_softmax is Stage2Softmax.joint and parameters.lambda2 is not None:
         joint = torch.cat([scores["+"], scores["-"]], -1).softmax(-1).chunk(2, dim=-1)
         stage2 = dict(zip("+-", joint, strict=True))  # (B, M, 1, n)
     else:
@@ -83,12 +85,17 @@ def maps_of(module: ProjectedAttention, tokens: Tokens, patch: tuple[int, int]) 
 
     first, second = stage1["+"], stage2["+"]
     maps = {"I+": on(grid, first[:, :, cell])}
-    if module.lambda1 is not None:
-        first = first - module.lambda1() * stage1["-"]  # (B, M, n, N)
+    if parameters.lambda1 is not None:
+        first = first - parameters.lambda1 * stage1["-"]  # (B, M, n, N)
         maps |= {"I-": on(grid, stage1["-"][:, :, cell]), "I": on(grid, first[:, :, cell])}
     maps["II+"] = on(contrast_grid, second.squeeze(2))
-    if module.lambda2 is not None:
-        second = second - module.lambda2() * stage2["-"]  # (B, M, 1, n)
+    lambda2: Any = parameters.lambda2
+    if lambda2 is not None:
+        if options.lambda_form is LambdaForm.token:
+            lambda2 = lambda2[:, :, query : query + 1]  # (B, M, 1, 1)
+        second = second - lambda2 * stage2["-"]  # (B, M, 1, n)
         maps |= {"II-": on(contrast_grid, stage2["-"].squeeze(2)), "II": on(contrast_grid, second.squeeze(2))}
-    r = (1 - module.lambda_init) * ((first @ v).square().mean(-1, keepdim=True) + EPS).rsqrt()  # (B, M, n, 1)
-    return maps | {"VCA": on(grid, (second @ (r * first)).squeeze(2))}
+    if options.norm:
+        r = (1 - module.lambda_init) * ((first @ v).square().mean(-1, keepdim=True) + EPS).rsqrt()  # (B, M, n, 1)
+        first = r * first
+    return maps | {"VCA": on(grid, (second @ first).squeeze(2))}

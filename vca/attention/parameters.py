@@ -10,9 +10,9 @@ class ContrastParameters(NamedTuple):
 
     e_pos: Tensor | None  # (M, n, D), embedding of the positive stream; None if the stream does not use it
     e_neg: Tensor | None  # (M, n, D), of the negative stream
-    lambda1: Tensor | float | None  # scalar of Stage I; None: plain stage (positive stream only)
-    lambda2: Tensor | float | None  # scalar of Stage II
+    lambda1: Tensor | float | None  # of Stage I: scalar or (B, M, n, 1); None: plain stage (positive stream only)
+    lambda2: Tensor | float | None  # of Stage II: scalar or (B, M, N, 1)
     lambda_init: float  # constant of the layer; both norms are scaled by 1 - lambda_init
-    norm1_weight: Tensor  # (D,), of Stage I
-    norm2_weight: Tensor  # (D,), of Stage II
+    norm1_weight: Tensor | None  # (D,), of Stage I; None: neither norm nor scale
+    norm2_weight: Tensor | None  # (D,), of Stage II
     pool_weight: Tensor | None = None  # (C, 1, H // h, W // w), kernel of pooling=depthwise

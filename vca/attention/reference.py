@@ -22,6 +22,34 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return x / (x.pow(2).mean(-1, keepdim=True) + eps).sqrt() * weight
 
 
+def lambda_at(value: Tensor | float, b: int, m: int, index: int) -> Tensor | float:
+    """Return the lambda of a (contrast) token in one head of one image: the scalar of the stage, or the token's."""
+    return value[b, m, index] if isinstance(value, Tensor) and value.ndim == 4 else value
+
+
+def reference_token_lambdas(
+    x: Tensor,
+    weight1: Tensor,
+    weight2: Tensor,
+    grid: tuple[int, int],
+    contrast_grid: tuple[int, int],
+    num_prefix_tokens: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """Compute the token lambdas of x `(B, N, C)`; arguments and result as in `lambdas.token_lambdas`, weights `(M, C)`.
+
+    l1 = sigmoid(AvgPool(x Wl1 on the grid)), l2 = sigmoid(x Wl2).
+    """
+    rows, columns = (adaptive_bins(size, bins) for size, bins in zip(grid, contrast_grid, strict=True))
+    first = []
+    for image in x:
+        on_grid = (image[num_prefix_tokens:] @ weight1.T).reshape(*grid, -1)  # (H, W, M)
+        cells = [on_grid[top:bottom, left:right] for top, bottom in rows for left, right in columns]
+        first.append(torch.stack([cell.mean(dim=(0, 1)) for cell in cells], dim=1))  # (M, n)
+    lambda1 = torch.stack(first)  # (B, M, n)
+    lambda2 = torch.stack([weight2 @ image.T for image in x])  # (B, M, N)
+    return lambda1.sigmoid().unsqueeze(-1), lambda2.sigmoid().unsqueeze(-1)
+
+
 def reference_attention(
     q: Tensor,
     k: Tensor,
@@ -37,6 +65,10 @@ def reference_attention(
     assert e_pos is not None and e_neg is not None and lambda1 is not None and lambda2 is not None  # noqa: PT018
     batch, heads, _, dim = q.shape
     height, width = grid
+
+    def scaled_norm(x: Tensor, weight: Tensor | None) -> Tensor:
+        return x if weight is None else (1 - lambda_init) * rms_norm(x, weight, eps)
+
     images = []
     for b in range(batch):
         outputs = []
@@ -55,14 +87,16 @@ def reference_attention(
             # Stage I, global contrast: v^ = (1 - l_init) RMSNorm(v+ - l1 v-)                          (n, D)
             v_pos = torch.softmax(t_pos @ k[b, m].T / dim**0.5, dim=-1) @ v[b, m]
             v_neg = torch.softmax(t_neg @ k[b, m].T / dim**0.5, dim=-1) @ v[b, m]
-            v_hat = (1 - lambda_init) * rms_norm(v_pos - lambda1 * v_neg, norm1_weight, eps)
+            contrasts = [v_pos[i] - lambda_at(lambda1, b, m, i) * v_neg[i] for i in range(len(t))]
+            v_hat = scaled_norm(torch.stack(contrasts), norm1_weight)
 
             # Stage II, per-patch differential: o = (1 - l_init) RMSNorm(A v^), one query at a time     (N, D)
             rows = []
-            for query in q[b, m]:
+            for i, query in enumerate(q[b, m]):
                 a_pos = torch.softmax(query @ t_pos.T / dim**0.5, dim=-1)
                 a_neg = torch.softmax(query @ t_neg.T / dim**0.5, dim=-1)
-                rows.append((1 - lambda_init) * rms_norm((a_pos - lambda2 * a_neg) @ v_hat, norm2_weight, eps))
+                weights = a_pos - lambda_at(lambda2, b, m, i) * a_neg
+                rows.append(scaled_norm(weights @ v_hat, norm2_weight))
             outputs.append(torch.stack(rows))
         images.append(torch.stack(outputs))
     return torch.stack(images)
