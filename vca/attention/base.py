@@ -84,6 +84,12 @@ class HeadCounts(NamedTuple):
     out: int
 
 
+def no_autocast(x: Tensor) -> torch.autocast:
+    """Return a context without autocast on the device of `x`."""
+    device = "cpu" if x.is_meta else x.device.type  # autocast does not know the meta device
+    return torch.autocast(device, enabled=False)
+
+
 class ProjectedAttention(nn.Module):
     """Multi-head attention on tokens `(B, N, C)`; the subclass defines the attention over heads, `attend`.
 

@@ -5,8 +5,8 @@
     o[p] = sum_d s[d] v[p + d]
     y    = (o * SiLU(x Wg + bg)) Wo
 
-Every channel is its own head, so the number of heads affects prefix tokens only. A correlation over the grid is a product of
-spectra: F(a) = conj(F q) F k / sqrt N and F(o) = conj(F s) F v. Opposite borders of the grid are neighbours.
+Every channel is its own head, so the number of heads affects prefix tokens only. A correlation over the grid is a
+product of spectra: F(a) = conj(F q) F k / sqrt N and F(o) = conj(F s) F v. Opposite borders of the grid are neighbours.
 
 Differences from the original: x is projected before the transform and not after it, which is equal, because both are
 linear; any grid, not only squares. Prefix tokens have no displacement, so they attend by softmax (`GridAttention`).

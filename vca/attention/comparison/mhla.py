@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vca.attention.base import AttentionConfig, Tokens, choose
+from vca.attention.base import AttentionConfig, Tokens, choose, no_autocast
 from vca.attention.comparison.grid import GridAttention
 from vca.attention.geometry import is_pair
 
@@ -165,7 +165,7 @@ class MHLAAttention(GridAttention):
     def denominator(self, q: Tensor, k: Tensor) -> Tensor:
         """Compute the divisor of each token, `(B, M, n, t)`, in the dtype of q."""
         z, mixing = k.mean(dim=3), self.mixing.to(q.dtype)  # (B, M, n, D), (n, n)
-        with torch.autocast(q.device.type, enabled=False):  # in float32
+        with no_autocast(q):  # in float32
             if self.config.denominator is Denominator.normalized:
                 return (q * (mixing @ z).unsqueeze(3)).sum(-1)
             return mixing @ (q * z.unsqueeze(3)).sum(-1)

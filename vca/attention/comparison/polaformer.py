@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vca.attention.base import AttentionConfig, Gate, ProjectedAttention, Tokens
+from vca.attention.base import AttentionConfig, Gate, ProjectedAttention, Tokens, no_autocast
 from vca.attention.geometry import to_image
 
 EPS = 1e-6  # added to the mean over all tokens
@@ -100,7 +100,7 @@ class PolaFormerAttention(ProjectedAttention):
             k = k + self.to_heads(self.positions(tokens.grid)).to(acc_dtype)  # (B, M, N, D)
         factor = 1 / F.softplus(self.to_heads(self.scale).to(acc_dtype))  # (1, M, 1, D)
         power = 1 + self.config.alpha * self.power.to(acc_dtype).sigmoid()  # (1, M, 1, D)
-        with torch.autocast(q.device.type, enabled=False):
+        with no_autocast(q):
             return polarized_attention(q * factor, k * factor, v, power).to(dtype)
 
     def to_heads(self, x: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vca.attention.base import AttentionConfig, HeadCounts, Tokens
+from vca.attention.base import AttentionConfig, HeadCounts, Tokens, no_autocast
 from vca.attention.comparison.grid import GridAttention
 
 SCALE = 1 / 3  # of the inner loss: 9^-1/2, for the nine entries of a kernel
@@ -83,7 +83,7 @@ class TTTAttention(GridAttention):
     def attend_grid(self, tokens: Tokens) -> Tensor:
         q, k, v = tokens[:3]  # (B, M + 1, N, D)
         dtype = torch.float32 if q.dtype is torch.float16 else q.dtype
-        with torch.autocast(q.device.type, enabled=False):
+        with no_autocast(q):
             k, v = k.to(dtype), v.to(dtype) * (SCALE / v.shape[2])  # (B, M + 1, N, D)
             w1, w2 = fit_glu(k[:, :-1], v[:, :-1], self.w1, self.w2)  # (B, M, D, D)
             images = (x[:, -1].transpose(1, 2).unflatten(2, tokens.grid) for x in (q, k, v))
