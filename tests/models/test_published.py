@@ -31,7 +31,7 @@ FILES = sorted(path.stem for path in (ROOT / "configs" / "experiment" / "publish
 
 
 def test_published_experiments_all_counted():
-    assert FILES == sorted(ORIGINALS)
+    assert sorted(ORIGINALS) == FILES
 
 
 @pytest.mark.process
