@@ -24,7 +24,7 @@ from vca.cli import exit_on_user_error
 from vca.config import compose
 from vca.config.composition import CONFIGS
 from vca.evaluation.complexity import Complexity, count, example_inputs
-from vca.report.paper import TABLE1
+from vca.report.paper import PAPER
 from vca.sweep.plan import ablations, rows_of_ablation
 
 # Experiments of the models for small images; all other models are counted on ImageNet.
@@ -79,8 +79,8 @@ def main() -> None:
     for model, chosen in choices(options.model, options.attention, options.size):
         counts = complexity_of(model, *chosen)
         attention = " ".join(word for word in chosen if "img_size" not in word).replace("attention.", "")
-        row = TABLE1.get((model, attention))
-        published = f"{row.params:>16}{row.macs:>6}" if row else ""
+        row = PAPER.get((model, attention))
+        published = f"{row.params:>16}{row.macs:>6}" if row and row.params else ""
         shape = "x".join(map(str, counts.input))
         print(f"{model:22}{shape:14}{attention:24}{counts.params / 1e6:12.3f}{counts.macs / 1e9:10.3f}{published}")
 

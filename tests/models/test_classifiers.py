@@ -206,7 +206,7 @@ def test_complexity_rows_cover_models_and_ablations():
     expected = {(model, attention) for model in MODEL_FILES for attention in ("softmax", "vca")}
     rows = {(model, " ".join(chosen).replace("attention.", "")) for model, chosen in ROWS}
     assert rows == expected | {(model, row) for model in ("deit_tiny", "dit_s_2") for row in ablated}
-    assert set(SETTLED) == set(paper.TABLE1)
+    assert set(SETTLED) == {key for key, row in paper.PAPER.items() if row.params}
     assert {*SETTLED, *PARAMS} <= rows
 
 

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 from vca.evaluation.record import ACCURACY_FORMAT, read_record
 from vca.report.acceptable import accepted_name, check_acceptable, log_of, not_of_tables
 from vca.report.sweep_table import flatten_config
-from vca.report.tables import TABLES, Cell, Measurement, as_markdown, gather, lines_of
+from vca.report.tables import TABLES, Measurement, as_markdown, gather, lines_of, row_of
 from vca.runtime.errors import ConfigError
 from vca.runtime.files import write_text
 
@@ -229,7 +229,7 @@ def reproduction_table(measured: list[Measurement], experiments: Experiments) ->
             for column, cell in zip(table.columns, cells, strict=True):
                 if cell.paper is None:
                     continue
-                row = row_name(label, cell)
+                row = f"{row_of(cell.model, cell.objective, cell.size)}_{cell.attention['name']}"
                 for one in (one for one in measured if one.fits(cell)):
                     check_experiment(one, f"table{number}/{row}", experiments.config(f"table{number}/{row}"))
                 texts = [str(number), f"{label}, {column}", f"`table{number}/{row}`", f"{cell.paper:.1f}{unit}"]
@@ -237,12 +237,6 @@ def reproduction_table(measured: list[Measurement], experiments: Experiments) ->
                 command = f"`ROWS={row} scripts/reproduce_table{number}.sh data.root=/data/{data}`"
                 lines.append(f"| {' | '.join([*texts, command])} |")
     return "\n".join(lines) + "\n"
-
-
-def row_name(label: str, cell: Cell) -> str:
-    """Return the file of a row in `configs/experiment/table1/` or `table2/`."""
-    family = label[:3].lower() if cell.objective is not None else "dit"
-    return f"{cell.model.replace('dit_', f'{family}_')}_{cell.attention['name']}"
 
 
 def ours(line: Mapping[str, str], column: str, unit: str) -> str:

@@ -46,50 +46,50 @@ class Table(NamedTuple):
     rows: tuple[tuple[str, tuple[Cell, ...]], ...]
 
 
-def table2_cells(label: str) -> tuple[Cell, ...]:
-    """Return the cells of a row of Table 2; SiT uses the networks of DiT."""
-    (name, *size), values = label.split(" "), paper.TABLE2[label]
-    kind, _, rest = name.partition("-")
-    model, objective = f"dit_{rest.replace('/', '_').lower()}", {"DiT": "diffusion", "SiT": "interpolant"}[kind]
-    pixels = int(size[1]) if size else 256
-    return tuple(Cell(model, attention, objective, pixels, fid) for fid, attention in zip(values, BOTH, strict=True))
+def cell(row: str, attention: dict[str, Any]) -> Cell:
+    """Return the cell of a row of the paper's tables, such as `deit_tiny`, `sit_s_2` or `dit_s_2_512`."""
+    published = paper.PAPER[row, variant_name(attention)].value
+    objective = OBJECTIVES.get(row[:3])
+    if objective is None:
+        return Cell(row, attention, None, 224, published)
+    model, size = (row.removesuffix("_512"), 512) if row.endswith("_512") else (row, 256)
+    return Cell(model.replace("sit", "dit"), attention, objective, size, published)
 
 
-def ablation_table(title: str, rows: Mapping[str, paper.AblationRow]) -> Table:
-    """Return Table 3 or 4."""
-    cells = {}
-    for label, row in rows.items():
-        attention = ABLATED_ATTENTION[label]
-        fid = Cell("dit_s_2", attention, "diffusion", 256, row.fid)
-        cells[label] = (Cell("deit_tiny", attention, None, 224, row.top1), fid)
-    return Table(title, ("DeiT-Tiny top-1", "DiT-S/2 FID-50K"), tuple(cells.items()))
+def row_of(model: str, objective: str | None, size: int) -> str:
+    """Return the row of a model in the paper's tables, the opposite of `cell`; for other sizes, a row in no table."""
+    row = model.replace("dit", "sit") if objective == "interpolant" else model
+    return row if size == (224 if objective is None else 256) else f"{row}_{size}"
 
 
-BOTH = (SOFTMAX, VCA)
-ABLATED_ATTENTION = {
+def paper_table(title: str, rows: Mapping[str, str]) -> Table:
+    """Return Table 1 or 2: softmax attention and VCA for each of `rows`, row -> its label."""
+    cells = tuple((label, (cell(row, SOFTMAX), cell(row, VCA))) for row, label in rows.items())
+    return Table(title, ("softmax", "VCA"), cells)
+
+
+def ablation_table(title: str, rows: Mapping[str, dict[str, Any]]) -> Table:
+    """Return Table 3 or 4 for `rows`, label -> attention."""
+    cells = tuple((label, (cell("deit_tiny", a), cell("dit_s_2", a))) for label, a in rows.items())
+    return Table(title, ("DeiT-Tiny top-1", "DiT-S/2 FID-50K"), cells)
+
+
+OBJECTIVES = {"dit": "diffusion", "sit": "interpolant"}  # SiT uses the networks of DiT
+STAGES = {
     "Stage I only": vca(stage2="plain"),
     "Stage II only": vca(stage1="plain"),
     "Differential Attention in both stages": to_dict(DifferentialStagesConfig()),
     "VCA": VCA,
+}
+STREAMS = {
     "embedding only": vca(positive_stream="embedding", negative_stream="embedding"),
     "pool + embedding": VCA,
 }
 TABLES = {
-    "table1": Table(
-        "Table 1: ImageNet-1K, top-1 (%)",
-        ("softmax", "VCA"),
-        tuple(
-            (label, tuple(Cell(model, a, None, 224, paper.TABLE1[model, a["name"]].top1) for a in BOTH))
-            for model, label in paper.CLASSIFIERS.items()
-        ),
-    ),
-    "table2": Table(
-        "Table 2: ImageNet-1K, FID-50K without guidance",
-        ("softmax", "VCA"),
-        tuple((label, table2_cells(label)) for label in paper.TABLE2),
-    ),
-    "table3": ablation_table("Table 3: the two stages", paper.TABLE3),
-    "table4": ablation_table("Table 4: content of the streams", paper.TABLE4),
+    "table1": paper_table("Table 1: ImageNet-1K, top-1 (%)", paper.CLASSIFIERS),
+    "table2": paper_table("Table 2: ImageNet-1K, FID-50K without guidance", paper.GENERATORS),
+    "table3": ablation_table("Table 3: the two stages", STAGES),
+    "table4": ablation_table("Table 4: content of the streams", STREAMS),
 }
 PROTOCOLS = {"diffusion": "dit_table", "interpolant": "sit_sde250"}  # protocols of FID without guidance
 IMAGENET = {"name": "imagefolder", "num_classes": 1000}
