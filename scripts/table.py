@@ -11,7 +11,7 @@
 Runs of `train_cls.py` and records of `eval_fid.py` are searched in all subfolders and matched to rows by their config.
 Seeds give mean ± std. Different settings within a table and incomplete records are errors. Each run in no table is
 listed with the reason. For one sweep, `--runs` exits with code 1 if a job failed. `--update` copies the records to
-`docs/results/` and rewrites the tables of README.md and docs/results.md from all records there.
+`docs/results/` and rewrites the tables of README.md, docs/results.md and docs/attentions.md from all records there.
 """
 
 import argparse
@@ -46,7 +46,7 @@ def runs_below(folders: list[Path]) -> list[Path]:
     return runs
 
 
-def experiment_config(name: str) -> Any:
+def experiment_config(name: str, *overrides: str) -> Any:
     """Return the resolved config of an experiment, such as `table1/deit_tiny_vca`."""
     import train_cls
     import train_gen
@@ -55,7 +55,7 @@ def experiment_config(name: str) -> Any:
     train_cls.register_configs()
     train_gen.register_configs()
     script = "train_gen" if name.startswith("table2/") else "train_cls"
-    return to_dict(compose(script, [f"experiment={name}", "data.root=-"]))
+    return to_dict(compose(script, [f"experiment={name}", "data.root=-", *overrides]))
 
 
 def gpu_hours(name: str) -> int:

@@ -178,7 +178,8 @@ def test_results_other_steps_and_decays_skipped(checkout, tmp_path, capsys):
     decays = "trainer.ema_decay=[0.9999,0.99]"
     for number, step, decay in ((1, 200_000, 0.9999), (2, 400_000, 0.99), (0, 400_000, 0.9999)):
         fid(tmp_path / "a", 60.0 + number, decays, number=number, step=step, ema_decay=decay)
-    files = accept([tmp_path / "a"], checkout, Experiments(lambda name: row_config(name, decays), gpu_hours))
+    with_decays = Experiments(lambda name, *more: row_config(name, *more, decays), gpu_hours)
+    files = accept([tmp_path / "a"], checkout, with_decays)
     assert [file.name for file in files] == ["evaluation-inception-50000-0.json", "metrics.jsonl"]
     first, second = capsys.readouterr().out.splitlines()
     assert first.endswith("50000-1.json: step 200000 of 400000")

@@ -73,6 +73,7 @@ POLA_PVT, POLA_SWIN = Recipe("310 epochs, 5 of warm-up, no clipping; no final no
 MALA_SMALL = Recipe("300 epochs; stages 3 and 4 are softmax attention")
 
 EMBEDDING = "vca-positive_stream_embedding-negative_stream_embedding"
+LINEAR_RELU = "linear-qk_norm_true-feature_map_relu"
 
 REPORTED = (
     # The softmax parameters of Swin (28.9) and CSwin (20.5) match no known model.
@@ -122,7 +123,7 @@ REPORTED = (
     Reported("agent", "pvt_tiny", 11.6, 2.0, TOP1, 78.4, AGENT, AGENT_PVT),
     Reported("agent", "swin_tiny", 29, 4.5, TOP1, 82.6, AGENT, AS_SWIN),
     Reported("agent", "cswin_tiny", 21, 4.3, TOP1, 83.1, AGENT, AGENT_CSWIN),
-    Reported("linear_relu", "dit_s_2", None, None, FID, 89.7, MHLA, Recipe(f"{MHLA_DIT}; the baseline of MHLA")),
+    Reported(LINEAR_RELU, "dit_s_2", None, None, FID, 89.7, MHLA, Recipe(f"{MHLA_DIT}; the baseline of MHLA")),
     Reported("mhla", "dit_s_2", None, None, FID, 59.8, MHLA, Recipe(f"{MHLA_DIT}; dropout 0.1 after the projection")),
     Reported("mhla", "deit_tiny", None, None, TOP1, None, MHLA, Recipe(MHLA_DEIT)),
     Reported("mhla", "unknown", None, None, TOP1, 84.6, "third-party page", Recipe("unknown; its best figure")),

@@ -1,39 +1,46 @@
-"""Published results: accepted evaluation records, and the tables of README.md and docs/results.md made from them.
+"""Published results: accepted evaluation records, and the tables of README.md and docs/ made from them.
 
 A folder in `docs/results/` contains the records of one run and the log of its training. The tables are between
 `<!-- results: NAME -->` and `<!-- end -->`; `scripts/table.py --update` writes them, and a test compares them with the
 records, so a figure without a record cannot be in a table.
 """
 
-import json
 import re
 import shutil
-import statistics
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from vca.evaluation.record import ACCURACY_FORMAT, read_record
 from vca.report.acceptable import accepted_name, check_acceptable, log_of, not_of_tables
+from vca.report.accepted import (
+    COMPARED,
+    REFERENCE,
+    Result,
+    by_config,
+    different_options,
+    label_of,
+    mean_std,
+    read_results,
+    with_seeds,
+)
+from vca.report.attentions import attentions_table
 from vca.report.sweep_table import flatten_config
 from vca.report.tables import TABLES, Measurement, as_markdown, gather, lines_of, row_of
 from vca.runtime.errors import ConfigError
 from vca.runtime.files import write_text
 
 FOLDER = Path("docs") / "results"
-DOCUMENTS = ("README.md", "docs/results.md")
+DOCUMENTS = ("README.md", "docs/results.md", "docs/attentions.md")
 BLOCK = re.compile(r"(<!-- results: (\w+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
 MARKER = "<!-- results:"
-COMPARED = ("model", "attention", "objective", "data", "augment", "optim", "trainer")  # with a row's experiment
-REFERENCE = "VIRTUAL_imagenet256_labeled.npz"  # ADM's file; its name is checked
 
 
 class Experiments(NamedTuple):
     """Config and estimated GPU-hours of an experiment, such as `table1/deit_tiny_vca`."""
 
-    config: Callable[[str], Mapping[str, Any]]
+    config: Callable[..., Mapping[str, Any]]  # of a name and further overrides
     gpu_hours: Callable[[str], int]
 
 
@@ -76,93 +83,6 @@ def accept(folders: Iterable[Path], root: Path, experiments: Experiments) -> lis
             raise ConfigError(str(error).replace(name, str(root))) from error
         shutil.copytree(staged, root / FOLDER, dirs_exist_ok=True)
     return [root / file for file in dict.fromkeys(written)]
-
-
-@dataclass
-class Result:
-    """What the records of one run measured.
-
-    Attributes:
-        config: the flattened config, without keys that cannot change results.
-        seed: seed of the run.
-        metric: such as `top-1 (%)`.
-        values: weights (`ema`, `raw`) -> value.
-        records: weights -> record and its path.
-    """
-
-    config: dict[str, Any]
-    seed: int
-    metric: str
-    values: dict[str, float] = field(default_factory=dict)
-    records: dict[str, tuple[Path, dict[str, Any]]] = field(default_factory=dict)
-
-    @property
-    def value(self) -> float:
-        """Value of the EMA if the run has one, else of the raw weights."""
-        return self.values["ema"] if "ema" in self.values else next(iter(self.values.values()))
-
-    def any_record(self) -> dict[str, Any]:
-        return next(iter(self.records.values()))[1]
-
-
-def read_results(folder: Path) -> list[Result]:
-    """Read and check all records in a folder; records of one run and metric are one result.
-
-    Raises:
-        ConfigError: if a record cannot be accepted, or two runs have the same config and seed.
-    """
-    results: dict[str, Result] = {}
-    for path in sorted(folder.rglob("*.json")):
-        record = read_record(path)
-        check_acceptable(path, record)
-        if record["format"] == ACCURACY_FORMAT:
-            metric, config, weights = "top-1 (%)", record["config"], record["weights"]["name"]
-            value = record["metrics"]["top1"]
-            measured = {"data": record["data"]["sha256"][:8], "images": record["count"]}
-        else:
-            made, count = record["samples"]["made"], record["count"]
-            fid = record["extractor"]["published"] and count == 50_000
-            metric = "FID-50K" if fid else f"Frechet distance, {count:,} samples, {record['extractor']['name']}"
-            parts = {key: made[key] for key in ("model", "attention", "objective")}
-            sampling = {key: made[key] for key in ("sampler", "protocol", "labels")}
-            config = {**parts, **made["origin"]["training"], "sampling": sampling}
-            weights = made["origin"]["weights"]
-            value = record["metrics"]["frechet"]
-            measured = {key: record[key]["sha256"][:8] for key in ("reference", "extractor")}
-        flat = flatten_config({**config, "measured": measured})  # other images or networks are another row
-        key = json.dumps([flat, config["seed"], metric], sort_keys=True)
-        result = results.setdefault(key, Result(flat, config["seed"], metric))
-        if weights in result.records:
-            other = result.records[weights][0]
-            raise ConfigError(f"{other} and {path} have the same config, seed and weights; remove one of them")
-        result.values[weights], result.records[weights] = value, (path, record)
-    return list(results.values())
-
-
-def by_config(results: Iterable[Result], without: str = "") -> list[list[Result]]:
-    """Group results that differ only in the seed (and in the key `without`), ordered by seed."""
-    groups: dict[str, list[Result]] = {}
-    for result in sorted(results, key=lambda one: one.seed):
-        config = {key: value for key, value in result.config.items() if key != without}
-        groups.setdefault(json.dumps([config, result.metric], sort_keys=True), []).append(result)
-    return list(groups.values())
-
-
-def label_of(result: Result, results: Iterable[Result], attention: bool = True) -> str:
-    """Return data, model, attention and length of a run, and the options in which runs equal in these differ."""
-    config = result.config
-    names = ["data.name", "model.name", *(["attention"] if attention else [])]
-    length = ("trainer.steps", "steps") if config["trainer.steps"] is not None else ("trainer.epochs", "epochs")
-    alike = [one for one in results if all(one.config.get(key) == config.get(key) for key in [*names, length[0]])]
-    keys = sorted({key for one in alike for key in one.config} - {"attention"})
-    differing = [key for key in keys if len({json.dumps(one.config.get(key)) for one in alike}) > 1]
-    options = [f"{key.removeprefix('trainer.')}={config.get(key)}" for key in differing]
-    return ", ".join([*(str(config[name]) for name in names), f"{config[length[0]]} {length[1]}", *options])
-
-
-def mean_std(values: list[float]) -> str:
-    mean = f"{statistics.mean(values):.2f}"
-    return f"{mean} ± {statistics.stdev(values):.2f}" if len(values) > 1 else mean
 
 
 def records_table(results: list[Result], folder: Path) -> str:
@@ -210,8 +130,7 @@ def measured_table(results: list[Result]) -> str:
         cells = [f"{label_of(group[0], both, attention=False)}: {group[0].metric}"]
         for attention in ("vca", "softmax"):
             values = [one.value for one in group if one.config["attention"] == attention]
-            seeds = f" ({len(values)} seed{'s' if len(values) > 1 else ''})"
-            cells.append(mean_std(values) + seeds if values else "not run")
+            cells.append(with_seeds(values) if values else "not run")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n" if len(lines) > 2 else "No record has been accepted yet.\n"
 
@@ -251,10 +170,10 @@ def check_experiment(one: Measurement, name: str, config: Mapping[str, Any]) -> 
     if made and (source := Path(one.settings["reference"]["source"]).name) != REFERENCE:
         raise ConfigError(f"{one.path} must have reference={REFERENCE} for {name}, got {source}; evaluate again")
     trained = {**made, **made["origin"]["training"]} if made else one.settings
-    wanted, got = (flatten_config({key: of[key] for key in COMPARED if key in config}) for of in (config, trained))
-    if different := sorted(key for key in {*wanted, *got} if wanted.get(key) != got.get(key)):
-        key = different[0]
-        raise ConfigError(f"{one.path} must have {key}={wanted.get(key)} for {name}, got {got.get(key)}")
+    different = different_options(config, flatten_config({key: trained[key] for key in COMPARED if key in trained}))
+    if different:
+        key, (wanted, got) = next(iter(different.items()))
+        raise ConfigError(f"{one.path} must have {key}={wanted} for {name}, got {got}")
 
 
 def paper_tables(measured: list[Measurement], folder: Path) -> str:
@@ -280,6 +199,7 @@ def render(root: Path, experiments: Experiments) -> dict[str, str]:
         "measured": measured_table(others),
         "records": records_table(results, folder),
         "tables": paper_tables(measured, folder),
+        "attentions": attentions_table(results, experiments.config),
     }
 
 
