@@ -1,4 +1,4 @@
-"""Table of any runs: one row per config, mean ± std over its seeds."""
+"""Table of any runs: one row per config, mean ± std over its seeds, and the paired difference to softmax attention."""
 
 import json
 import statistics
@@ -22,6 +22,9 @@ COLUMNS = {
     "training loss": ("loss", 4),
     "Frechet distance": ("frechet", 2),
 }
+BASELINE = "softmax"
+# Columns of the paired difference; the first one that all runs have is used.
+PAIRED = ("EMA top-1 (%)", "top-1 (%)", "Frechet distance", "evaluation loss", "training loss")
 
 
 def final_value(records: list[dict[str, Any]], key: str) -> float | None:
@@ -139,15 +142,47 @@ def table_rows(runs: list[FinishedRun]) -> tuple[list[list[str]], list[str]]:
     differing = [key for key in keys if len({json.dumps(run.config.get(key)) for run in runs}) > 1]
     columns = [name for name in COLUMNS if any(run.values[name] is not None for run in runs)]
 
-    rows = [["", *columns, "seeds", "runs"]]
-    for seeds in by_config.values():
+    column = next((name for name in PAIRED if all(run.values[name] is not None for run in runs)), None)
+    paired = paired_differences(list(by_config.values()), column) if column else []
+    header = [f"{column}: difference to {BASELINE} (paired)"] if paired else []
+    rows = [["", *columns, *header, "seeds", "runs"]]
+    for number, seeds in enumerate(by_config.values()):
         config = next(iter(seeds.values())).config
         shown = {key: "null" if config.get(key) is None else config[key] for key in differing}
         label = ", ".join(shown[key] if key == "attention" else f"{key}={shown[key]}" for key in differing)
         cells = [mean_std([run.values[name] for run in seeds.values()], COLUMNS[name][1]) for name in columns]
         names = " ".join(run.path.name for run in seeds.values())
+        cells += paired[number : number + 1]
         rows.append([label or str(config["attention"]), *cells, str(len(seeds)), names])
     return rows, duplicates
+
+
+def paired_differences(groups: list[dict[int, FinishedRun]], column: str) -> list[str]:
+    """Return a cell per group of seeds: mean ± std of the differences to softmax attention at the same seeds.
+
+    The baseline has the same config except for the attention. Empty if no run has one with its seed.
+    """
+
+    def config_of(seeds: dict[int, FinishedRun], attention: str | None = None) -> str:
+        config = next(iter(seeds.values())).config
+        return json.dumps(config | ({"attention": attention} if attention else {}), sort_keys=True)
+
+    baselines = {config_of(seeds): seeds for seeds in groups}
+    cells = []
+    for seeds in groups:
+        baseline = baselines.get(config_of(seeds, BASELINE), {})
+        pairs = [(run.values[column], baseline[seed].values[column]) for seed, run in seeds.items() if seed in baseline]
+        differences = [value - other for value, other in pairs if value is not None and other is not None]
+        cells.append("-" if baseline is seeds or not differences else paired_cell(differences, COLUMNS[column][1]))
+    return cells if any(cell != "-" for cell in cells) else []
+
+
+def paired_cell(differences: list[float], decimals: int) -> str:
+    """Format `+1.20 +- 0.30 (3 seeds)`."""
+    cell = f"{statistics.mean(differences):+.{decimals}f}"
+    if len(differences) == 1:
+        return f"{cell} (1 seed)"
+    return f"{cell} +- {statistics.stdev(differences):.{decimals}f} ({len(differences)} seeds)"
 
 
 def mean_std(values: list[float | None], decimals: int) -> str:
