@@ -7,12 +7,14 @@ import pytest
 from scripts.table import experiment_config
 from tests.report.test_results import accuracy, fid, row_config
 from vca.attention import variant_name
+from vca.config import compose
 from vca.config.composition import CONFIGS
 from vca.evaluation.record import seal
 from vca.report.accepted import read_results
 from vca.report.attentions import HEAD, attentions_table
 from vca.report.paper import PAPER, REPORTED, T1
 from vca.report.tables import row_of
+from vca.runtime.rundir import to_dict
 
 COLUMNS = HEAD.split(" | ")
 DEIT = ("experiment=table1/deit_tiny_vca", "data.root=somewhere")
@@ -56,6 +58,15 @@ def test_attentions_difference_of_the_same_recipe(tmp_path):
     accuracy(tmp_path / "agent", 75.5, *DEIT, *agent, images=50_000, weights="raw")
     assert found(tmp_path, "vca", "deit_tiny") == [("75.6", "75.50 ± 0.71 (2 seeds)", "-0.10")]
     assert found(tmp_path, "agent", "deit_tiny") == [("74.9", "75.50 (1 seed)", "+0.60")]
+
+
+def test_attentions_difference_of_a_published_experiment(tmp_path):
+    """Circulant Attention's model has no class token; DeiT's model with its attention is another one."""
+    published = ("experiment=published/circulant_deit_tiny", "data.root=somewhere")
+    accuracy(tmp_path / "a", 74.5, *published, images=50_000, weights="raw")
+    assert found(tmp_path, "circulant", "deit_tiny") == [("75.0", "74.50 (1 seed)", "-0.50")]
+    accuracy(tmp_path / "b", 74.0, *published, "model.conditional_position=false", images=50_000, weights="raw")
+    assert ("75.0", "74.00 (1 seed)", "-") in found(tmp_path, "circulant", "deit_tiny")
 
 
 @pytest.mark.parametrize(
@@ -120,8 +131,10 @@ def test_attentions_reported_once():
 @pytest.mark.process
 def test_attentions_methods_are_variants_of_a_config_file():
     files = (CONFIGS / "attention").glob("*.yaml")
-    deit = "table1/deit_tiny_softmax"
-    variants = {variant_name(experiment_config(deit, f"attention={file.stem}")["attention"]) for file in files}
+    chosen = [("table1/deit_tiny_softmax", f"attention={file.stem}") for file in files]
+    chosen.append(("published/mhla_deit_tiny",))
+    variants = {variant_name(experiment_config(*words)["attention"]) for words in chosen}
+    variants.add(variant_name(to_dict(compose("train_gen", ["experiment=published/mhla_dit_s_2"]))["attention"]))
     assert {row.method for row in REPORTED} <= variants
 
 
@@ -132,8 +145,8 @@ SAME = sorted({(row.model, row.recipe.same) for row in REPORTED if row.recipe.sa
 @pytest.mark.parametrize(("model", "recipe"), SAME)
 def test_attentions_recipe_of_a_reported_figure_composes(model, recipe):
     """The experiment with the recipe is of the row's model; for the paper's figures, the recipe is the experiment's."""
-    name = f"table{2 if recipe == 'dit' else 1}/{model}_softmax"
-    config = experiment_config(name, f"recipe={recipe}")
+    name = recipe if "/" in recipe else f"table{2 if recipe == 'dit' else 1}/{model}_softmax"
+    config = experiment_config(name) if "/" in recipe else experiment_config(name, f"recipe={recipe}")
     objective = config.get("objective", {}).get("name")
     assert row_of(config["model"]["name"], objective, config["data"]["img_size"]) == model
     if not recipe.startswith("agent"):

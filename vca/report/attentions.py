@@ -69,6 +69,8 @@ def trained_alike(result: Result, row: Reported, config: Callable[..., Mapping[s
     record = result.any_record()
     if "reference" in record and Path(record["reference"]["source"]).name != REFERENCE:
         return False
+    if "/" in row.recipe.same:
+        return not different_options(config(row.recipe.same), result.config)
     table = "table2" if "reference" in record else "table1"
     wanted = dict(config(f"{table}/{row.model}_softmax", f"recipe={row.recipe.same}"))
     del wanted["attention"]

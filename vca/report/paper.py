@@ -11,7 +11,8 @@ class Recipe(NamedTuple):
 
     Attributes:
         text: a few words on its training, and on what differs from the model of this project.
-        same: the recipe in `configs/recipe/` that trains the same model in the same way; empty if there is none.
+        same: what trains the same model in the same way here: a recipe in `configs/recipe/`, or an experiment such as
+            `published/inline_deit_tiny`; empty if there is none.
     """
 
     text: str
@@ -50,7 +51,7 @@ DEIT, MHLA = "arXiv 2012.12877, README", "arXiv 2601.07832v2, ICLR 2026, paper"
 AGENT, CIRCULANT = "arXiv 2312.08874, ECCV 2024, README", "arXiv 2512.21542, AAAI 2026, README"
 VITTT, INLINE = "arXiv 2512.01643, CVPR 2026, README", "arXiv 2412.06590, NeurIPS 2024, README"
 DIFFERENTIAL_V2 = "Microsoft, 2026, article"
-POLA, MALA = "ICLR 2025, README", "arXiv 2507.00698, ICCV 2025, abstract"
+POLA, MALA = "arXiv 2501.15061, ICLR 2025, README", "arXiv 2507.00698, ICCV 2025, abstract"
 
 AS_DEIT, AS_PVT = Recipe("DeiT's, 300 epochs", "deit_original"), Recipe("PVT's, 300 epochs", "pvt")
 AS_SWIN, AS_CSWIN = Recipe("Swin's, 300 epochs", "swin"), Recipe("CSwin's, 310 epochs, EMA", "cswin")
@@ -60,19 +61,25 @@ AGENT_TINY = Recipe("300 epochs, batch 4096, no EMA", "agent_deit_tiny")
 AGENT_SMALL = Recipe("300 epochs, no repeated augmentation, no EMA", "agent_deit_small")
 AGENT_PVT = Recipe("310 epochs, no repeated augmentation", "agent_pvt_tiny")
 AGENT_OTHER, AGENT_CSWIN = Recipe(AGENT_SMALL.text), Recipe("310 epochs, batch 1024, EMA")
-MHLA_DEIT = "200 epochs, EMA, mixup 0.2; padded to 256 px; gain over linear attention (abstract): +3.6 %"
+MHLA_DEIT = "200 epochs, EMA, mixup 0.2; 224 px, padded to 256; gain over linear attention (abstract): +3.6 %"
 MHLA_DIT = "80 epochs, EMA; sampling settings unknown"
+MHLA_DROPOUT = Recipe(f"{MHLA_DIT}; dropout 0.1 after the projection")
 LEAPLAB = "300 epochs, 20 of warm-up, clipping at 5, no EMA"
 WITH_CONVOLUTION = Recipe(f"{LEAPLAB}; no class token and positions, 3x3 convolution before each block")
-VITTT_TINY = Recipe(f"{WITH_CONVOLUTION.text}; 6 heads")
+CIRCULANT_TINY = Recipe(WITH_CONVOLUTION.text, "published/circulant_deit_tiny")
+CIRCULANT_SMALL = Recipe(WITH_CONVOLUTION.text, "published/circulant_deit_small")
+VITTT_TINY = Recipe(f"{WITH_CONVOLUTION.text}; 6 heads", "published/ttt_deit_tiny")
+VITTT_SMALL = Recipe(WITH_CONVOLUTION.text, "published/ttt_deit_small")
 VITTT_DIT = Recipe("EMA, 250 steps, retrained; 3x3 convolution before each block")
-INLINE_DEIT, INLINE_SMALL = Recipe(f"{LEAPLAB}; 6 heads"), Recipe(f"{LEAPLAB}; width 320, 10 heads, 288 px")
+INLINE_TINY = Recipe(f"{LEAPLAB}; 6 heads", "published/inline_deit_tiny")
+INLINE_SMALL = Recipe(f"{LEAPLAB}; width 320, 10 heads", "published/inline_deit_small")
 INLINE_OTHER, INLINE_CSWIN = Recipe(LEAPLAB), Recipe("300 epochs, EMA")
 NO_FIGURE = Recipe("no ImageNet figure")
 POLA_PVT, POLA_SWIN = Recipe("310 epochs, 5 of warm-up, no clipping; no final norm"), Recipe("unknown")
 MALA_SMALL = Recipe("300 epochs; stages 3 and 4 are softmax attention")
 
 EMBEDDING = "vca-positive_stream_embedding-negative_stream_embedding"
+MHLA_IN_DIT = "mhla-local_kernel_3-qk_norm_false-pieces_4x4-local_identity_true"
 LINEAR_RELU = "linear-qk_norm_true-feature_map_relu"
 
 REPORTED = (
@@ -124,15 +131,24 @@ REPORTED = (
     Reported("agent", "swin_tiny", 29, 4.5, TOP1, 82.6, AGENT, AS_SWIN),
     Reported("agent", "cswin_tiny", 21, 4.3, TOP1, 83.1, AGENT, AGENT_CSWIN),
     Reported(LINEAR_RELU, "dit_s_2", None, None, FID, 89.7, MHLA, Recipe(f"{MHLA_DIT}; the baseline of MHLA")),
-    Reported("mhla", "dit_s_2", None, None, FID, 59.8, MHLA, Recipe(f"{MHLA_DIT}; dropout 0.1 after the projection")),
-    Reported("mhla", "deit_tiny", None, None, TOP1, None, MHLA, Recipe(MHLA_DEIT)),
+    Reported(
+        MHLA_IN_DIT,
+        "dit_s_2",
+        None,
+        None,
+        FID,
+        59.8,
+        MHLA,
+        Recipe(f"{MHLA_DIT}; dropout 0.1 after the projection"),
+    ),
+    Reported("mhla-pieces_4x4", "deit_tiny_256", None, None, TOP1, None, MHLA, Recipe(MHLA_DEIT)),
     Reported("mhla", "unknown", None, None, TOP1, 84.6, "third-party page", Recipe("unknown; its best figure")),
     Reported("mhla", "unknown", None, None, FID, 19.16, "third-party page", Recipe("unknown; its best figure")),
-    Reported("circulant", "deit_tiny", 6.1, 1.2, TOP1, 75.0, CIRCULANT, WITH_CONVOLUTION),
-    Reported("circulant", "deit_small", 23.8, 4.8, TOP1, 81.0, CIRCULANT, WITH_CONVOLUTION),
+    Reported("circulant", "deit_tiny", 6.1, 1.2, TOP1, 75.0, CIRCULANT, CIRCULANT_TINY),
+    Reported("circulant", "deit_small", 23.8, 4.8, TOP1, 81.0, CIRCULANT, CIRCULANT_SMALL),
     Reported("circulant", "deit_base", 93.6, 18.9, TOP1, 82.3, CIRCULANT, WITH_CONVOLUTION),
     Reported("ttt", "deit_tiny", 6, 1.2, TOP1, 76.5, VITTT, VITTT_TINY),
-    Reported("ttt", "deit_small", 24, 4.8, TOP1, 81.6, VITTT, WITH_CONVOLUTION),
+    Reported("ttt", "deit_small", 24, 4.8, TOP1, 81.6, VITTT, VITTT_SMALL),
     Reported("ttt", "deit_base", 90, 18.0, TOP1, 82.6, VITTT, WITH_CONVOLUTION),
     Reported("ttt", "H-ViT3-T", 29, 4.9, TOP1, 84.0, VITTT, Recipe("EMA and MESA; hierarchical model")),
     Reported("ttt", "dit_b_2", None, None, FID, 39.44, VITTT, VITTT_DIT),
@@ -141,8 +157,8 @@ REPORTED = (
     Reported("ttt", "dit_b_4", None, None, IS, 22.28, VITTT, VITTT_DIT),
     Reported("ttt", "dit_b_8", None, None, FID, 120.82, VITTT, VITTT_DIT),
     Reported("ttt", "dit_b_8", None, None, IS, 10.87, VITTT, VITTT_DIT),
-    Reported("inline", "deit_tiny", 6.5, 1.1, TOP1, 74.5, INLINE, INLINE_DEIT),
-    Reported("inline", "InLine-DeiT-S", 16.7, 5.0, TOP1, 80.2, INLINE, INLINE_SMALL),
+    Reported("inline", "deit_tiny", 6.5, 1.1, TOP1, 74.5, INLINE, INLINE_TINY),
+    Reported("inline", "deit_small_288", 16.7, 5.0, TOP1, 80.2, INLINE, INLINE_SMALL),
     Reported("inline", "pvt_tiny", 12.0, 2.0, TOP1, 78.2, INLINE, INLINE_OTHER),
     Reported("inline", "swin_tiny", 30, 4.5, TOP1, 82.4, INLINE, INLINE_OTHER),
     Reported("inline", "cswin_tiny", 25, 4.3, TOP1, 83.2, INLINE, INLINE_CSWIN),
