@@ -455,17 +455,11 @@ CONFIGS = {
 }
 
 
-def prefix_tokens(name):
-    """One prefix token; none for a variant that does not support them."""
-    return int(ATTENTIONS[name][1].supports_prefix_tokens)
-
-
 @pytest.mark.parametrize("name", CONFIGS)
 def test_attention_variants_every_parameter_gets_gradient(name):
     torch.manual_seed(0)
-    prefix = prefix_tokens(CONFIGS[name].name)
-    module = build_attention(CONFIGS[name], 24, 3, (4, 5), (2, 2), num_prefix_tokens=prefix, layer_index=2)
-    module(torch.randn(2, prefix + 20, 24)).square().sum().backward()
+    module = build_attention(CONFIGS[name], 24, 3, (4, 5), (2, 2), num_prefix_tokens=1, layer_index=2)
+    module(torch.randn(2, 21, 24)).square().sum().backward()
     for parameter_name, parameter in module.named_parameters():
         assert parameter.grad is not None, parameter_name
         assert parameter.grad.abs().sum() > 0, parameter_name
@@ -473,10 +467,9 @@ def test_attention_variants_every_parameter_gets_gradient(name):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_attention_variants_accept_any_grid(name):
-    prefix = prefix_tokens(CONFIGS[name].name)
-    module = build_attention(CONFIGS[name], 16, 2, (4, 4), (2, 2), num_prefix_tokens=prefix)
+    module = build_attention(CONFIGS[name], 16, 2, (4, 4), (2, 2), num_prefix_tokens=1)
     for grid in ((4, 4), (8 if name == "mhla" else 7, 9), (2, 5), (14, 14)):  # two rows of pieces divide 8
-        tokens = prefix + grid[0] * grid[1]
+        tokens = 1 + grid[0] * grid[1]
         assert module(torch.randn(1, tokens, 16), grid).shape == (1, tokens, 16)
 
 
@@ -487,9 +480,8 @@ def test_attention_variants_autocast_finite(name, dtype, inputs):
     if dtype is torch.float16 and inputs == "large":
         pytest.skip("1e4 times a projection overflows float16 in the projection itself")
     torch.manual_seed(0)
-    prefix = prefix_tokens(name)
-    module = build_attention(ATTENTIONS[name][0](), 32, 2, (6, 6), (3, 3), num_prefix_tokens=prefix)
-    x = torch.ones(2, prefix + 36, 32) if inputs == "constant" else 1e4 * torch.randn(2, prefix + 36, 32)
+    module = build_attention(ATTENTIONS[name][0](), 32, 2, (6, 6), (3, 3), num_prefix_tokens=1)
+    x = torch.ones(2, 37, 32) if inputs == "constant" else 1e4 * torch.randn(2, 37, 32)
     x.requires_grad_()
     with torch.autocast("cpu", dtype=dtype):
         out = module(x)
@@ -593,17 +585,14 @@ def test_attention_variants_wrong_arguments_refused(name):
     ]:
         with pytest.raises(ValueError, match=re.escape(message)):
             module(**{"dim": 8, "num_heads": 2, "grid": (3, 3), **arguments})
-    prefix, contrast_grid = prefix_tokens(name), (3, 3) if name == "mhla" else (2, 2)  # pieces divide the grid
-    built = module(8, 2, (3, 3), contrast_grid, prefix)
-    for tokens, grid in ((prefix + 8, None), (prefix + 10, None), (prefix + 9, (2, 3))):
-        message = rf"tokens must be \d+ \({prefix} prefix tokens \+ grid . x 3\), got {tokens}"
+    contrast_grid = (3, 3) if name == "mhla" else (2, 2)  # pieces divide the grid
+    built = module(8, 2, (3, 3), contrast_grid, 1)
+    for tokens, grid in ((9, None), (11, None), (10, (2, 3))):
+        message = rf"tokens must be \d+ \(1 prefix tokens \+ grid . x 3\), got {tokens}"
         with pytest.raises(ValueError, match=message):
             built(torch.zeros(1, tokens, 8), grid)
-    x = torch.zeros(1, prefix + 9, 8)
-    assert module(8, 2, [3, 3], list(contrast_grid), prefix)(x).shape == x.shape
-    if not prefix:
-        with pytest.raises(ValueError, match=f"attention={name} supports no prefix tokens, got 2; use a model without"):
-            module(8, 2, (3, 3), contrast_grid, 2)
+    x = torch.zeros(1, 10, 8)
+    assert module(8, 2, [3, 3], list(contrast_grid), 1)(x).shape == x.shape
 
 
 @pytest.mark.parametrize("power", [1, 16])

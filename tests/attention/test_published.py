@@ -115,12 +115,10 @@ NAMES = ["inline", "mala", "mhla"]
 def build(name, grid=(4, 6), dim=16, random=False, **options):
     """Build a module of two heads, with a prefix token where supported; `random` draws every parameter in (0.1, 1)."""
     torch.manual_seed(0)
-    config, module_class = ATTENTIONS[name]
+    config = ATTENTIONS[name][0]
     if name == "mhla":
         options = {"pieces": PIECES.get(grid, [2, 2]), **options}
-    module = build_attention(
-        config(**options), dim, 2, grid, num_prefix_tokens=int(module_class.supports_prefix_tokens)
-    )
+    module = build_attention(config(**options), dim, 2, grid, num_prefix_tokens=0 if name == "mhla" else 1)
     if random:
         for parameter in module.parameters():
             torch.nn.init.uniform_(parameter, 0.1, 1.0)

@@ -345,7 +345,7 @@ def test_command_line_help_lists_keys_and_groups(script, monkeypatch, capsys):
     command_line(script, lambda config: pytest.fail("ran"))
     said = capsys.readouterr().out
     assert "seed: seed of" in said
-    assert "attention: agent, differential, " in said
+    assert "attention: agent, circulant, differential, " in said
     assert ", vca, vca_embedding_streams, " in said  # gets its schema from vca.yaml
     assert "_schema" not in said
     assert ("epochs: length of the run" in said) == (script != "sample")

@@ -26,12 +26,7 @@ from vca.report import paper
 from vca.sweep.plan import ablations, rows_of_ablation
 
 models.register_timm()
-FAMILY_ATTENTIONS = [
-    (family, name)
-    for family in CLASSIFIERS
-    for name in sorted(ATTENTIONS)
-    if family != "deit" or ATTENTIONS[name][1].supports_prefix_tokens  # DeiT has a class token
-]
+FAMILY_ATTENTIONS = [(family, name) for family in CLASSIFIERS for name in sorted(ATTENTIONS)]
 MODEL_FILES = sorted(path.stem for path in (ROOT / "configs" / "model").glob("*.yaml"))
 CONTRACTS = json.loads((GOLDEN / "state_dict_contracts.json").read_text())
 
