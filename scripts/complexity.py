@@ -59,7 +59,7 @@ def choices(models: list[str], attentions: list[str], sizes: Sequence[str] = ())
         (model, (attention, *size))
         for model in models or sorted(load_sizes())
         for attention in attentions or ("softmax", "vca")
-        for size in [(f"data.img_size={pixels}",) for pixels in sizes] or [()]
+        for size in [[f"data.img_size={pixels}"] for pixels in sizes] or [[]]
     ]
     if not models and not attentions and not sizes:
         ablated = [tuple(row) for name in ablations() for row in rows_of_ablation(name)]

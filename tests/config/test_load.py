@@ -39,7 +39,8 @@ def test_config_every_option_composes(option):
         "experiment=table2",
         "extractor=",
     )
-    script = "train_gen" if option.startswith((*generation, "experiment=cifar10_dit")) else "train_cls"
+    generator = option.startswith((*generation, "experiment=cifar10_dit")) or "_dit_" in option
+    script = "train_gen" if generator else "train_cls"
     more = ["data.img_size=256"] if script == "train_gen" else []
     more += ["autoencoder=sd_vae"] if option == "data=latents" else []
     more += ["autoencoder.source=somewhere.py"] if option == "autoencoder=file" else []
