@@ -201,7 +201,7 @@ def curve_differences(rows: list[Row]) -> Iterable[list[Any]]:
 
 
 def outcome(row: Row) -> str:
-    """Return the result of a row of stage 5 or of a test of the kernels, else ''."""
+    """Return the result of a row of stage 5, of a check or test of the kernels, or of an unfinished search, else ''."""
     if "suite" in row:
         end = "" if row["complete"] else ", interrupted"
         return f"{row['passed']} passed, {row['failed'] + row['error']} failed, {row['skipped']} skipped{end}"
@@ -211,6 +211,8 @@ def outcome(row: Row) -> str:
         return f"{row['ranks']}: {'equal' if row['equal'] else 'different'}"
     if "check" in row:
         return f"{row['check']}: {'passed' if row['passed'] else row['failed']}"
+    if "left_out" in row:
+        return f"left out: {row['left_out']}"
     return f"{row['test']}: {row['failed']}" if "test" in row else ""
 
 

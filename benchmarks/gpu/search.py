@@ -130,15 +130,15 @@ def search(context: Context) -> Iterator[Row]:
         every = CANDIDATES[:2] if context.tiny else CANDIDATES
         candidates = {name: list(chosen.get((size.dim, name), every)) for name in KernelBlocks._fields}
         cases = [(s, size, name, sizes) for s in size.shapes for name, some in candidates.items() for sizes in some]
-        if context.device.type == "cuda":
+        if context.device.type == "cuda" and context.minutes_left > 0:
             with suppress(TimeoutError):
                 list(context.parallel(compile_candidate, cases))
         for shape in size.shapes:
+            if context.minutes_left <= 0:
+                yield {"left_out": f"head dim {size.dim}, {size.dtype}, {shape.tokens} tokens"}
+                continue
             launch, calls = calls_of(shape, context.device, size)
             for name, run in calls.items():
-                if context.minutes_left <= 0:
-                    yield {"left_out": f"{name} at head dim {size.dim}, {size.dtype}, {shape.tokens} tokens"}
-                    continue
                 about = {"device": device_name(context.device), "kernel": name, "head_dim": size.dim}
                 about |= {"capability": block_sizes.capability_of(context.device), "tokens": shape.tokens}
                 about |= {"dtype": str(size.dtype).removeprefix("torch."), "contrast_tokens": launch.n}

@@ -178,6 +178,32 @@ def test_gpu_stage_errors_and_budget(tmp_path, capsys):
     assert "late: left out, 0.1 min expected" in capsys.readouterr().out
 
 
+def test_gpu_search_without_time_keeps_its_entries(tmp_path):
+    """What is left out is a row; entries of an earlier attempt stay, and replace installed ones."""
+    from benchmarks.gpu.search import BlockSizes, fastest_of, read_best, search
+
+    entry = {
+        "capability": 90,
+        "kernel": "dq",
+        "head_dim": 64,
+        "dtype": "bfloat16",
+        "tokens": 256,
+        "contrast_tokens": 64,
+    }
+    entry |= {"contrast_tokens": 64, **BlockSizes(64, 32)._asdict(), "seconds": 1e-4, "default_seconds": 2e-4}
+    content = json.dumps([entry])
+    (tmp_path / "tiles.json").write_text(content)
+    rows = list(search(Context(torch.device("cpu"), tmp_path, tiny=True, end=0.0)))
+    assert rows == [{"left_out": f"head dim 64, torch.{name}, 17 tokens"} for name in ("float32", "float16")]
+    assert (tmp_path / "tiles.json").read_text() == content
+    assert list(read_best(tmp_path).values()) == [entry]
+
+    close, fast = ({**entry, "seconds": factor * 2e-4} for factor in (0.99, 0.9))
+    default, failed = {**entry, "seconds": 2e-4}, {"failed": "RuntimeError: out of resources"}
+    assert fastest_of([default, failed, close]) is default
+    assert fastest_of([default, close, failed, fast]) is fast
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
