@@ -231,12 +231,8 @@ def results_table(rows: list[Row]) -> list[str]:
 
 def update_block(document: Path, name: str, lines: list[str]) -> None:
     """Replace what is between `<!-- name -->` and `<!-- end -->` in a document."""
-    text = document.read_text()
-    start, found, rest = text.partition(f"<!-- {name} -->\n")
-    _, end, rest = rest.partition("<!-- end -->")
-    if not found or not end:
-        raise ValueError(f"{document} must have the lines '<!-- {name} -->' and '<!-- end -->'")
-    changed = start + found + "\n".join([*lines, ""]) + end + rest
+    pattern, text = re.compile(rf"(?<=<!-- {name} -->\n).*?(?=<!-- end -->)", re.DOTALL), document.read_text()
+    changed = pattern.sub(lambda _: "\n".join([*lines, ""]), text)
     if changed != text:
         write_text(document, changed)
 

@@ -193,18 +193,9 @@ class KernelLaunch:
             **self.precision,
         )
         if num_partials:
+            contrast_stage |= {"BLOCK_C": tiles.BLOCK_C, "num_warps": tiles.num_warps}
             forward.stage1_fwd_kernel_combine[(self.num_bh, blocks)](
-                partial,
-                partial_lse,
-                lambda1,
-                v_diff,
-                v_neg,
-                lse,
-                self.n,
-                splits,
-                BLOCK_C=tiles.BLOCK_C,
-                num_warps=tiles.num_warps,
-                **contrast_stage,
+                partial, partial_lse, lambda1, v_diff, v_neg, lse, self.n, splits, **contrast_stage
             )
 
     def stage2_options(self, tiles: BlockSizes) -> dict[str, int | bool | str]:
