@@ -122,7 +122,7 @@ def resources(one: Launch, capability: int) -> dict[str, Any]:
     for name in kernel.arg_names[len(arguments) :]:
         signature[name], values[(kernel.arg_names.index(name),)] = "constexpr", constants[name]
     source = ASTSource(kernel, signature, values, attributes)
-    options = {"num_warps": constants["num_warps"]}
+    options = {name: constants[name] for name in ("num_warps", "num_stages") if name in constants}
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])

@@ -462,7 +462,10 @@ def test_package_contains_models_and_template():
     tools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
     found = find_packages(str(ROOT), include=tools["packages"]["find"]["include"])
     assert {"vca", "vca.report", "models"} <= set(found)
-    patterns = tools["package-data"]["vca.report"]
-    assert ROOT / "vca" / "report" / "templates" / "card.md.j2" in {
-        path for pattern in patterns for path in (ROOT / "vca" / "report").glob(pattern)
+    data = {
+        path.relative_to(ROOT).as_posix()
+        for package, patterns in tools["package-data"].items()
+        for pattern in patterns
+        for path in ROOT.joinpath(*package.split(".")).glob(pattern)
     }
+    assert {"vca/report/templates/card.md.j2", "vca/attention/kernels/tiles.json"} <= data

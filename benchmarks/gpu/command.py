@@ -3,7 +3,7 @@
     python -m benchmarks gpu --stage 1 --out OUT              one stage, at most nine minutes; rerun to continue it
     python -m benchmarks gpu --stage 4 --out OUT --root DIR   DIR has cifar10.xz or cifar-10-batches-py/, train/, val/
     python -m benchmarks gpu --rehearse --out OUT             all stages on a CPU with tiny sizes, in two minutes
-    python -m benchmarks gpu --report OUT                     tables, plots and goals; the block of docs/performance.md
+    python -m benchmarks gpu --report OUT                     tables, plots, goals; blocks of docs/
 
 Each row is a line of OUT/stageK.jsonl as soon as it is measured. `plan.py` has the measurements of each stage.
 """
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-DOCUMENT = Path(__file__).parents[2] / "docs" / "performance.md"
+DOCS = Path(__file__).parents[2] / "docs"
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -44,7 +44,7 @@ def main(arguments: list[str]) -> None:
     if options.report is not None:
         from benchmarks.gpu.report import report
 
-        report(options.report, DOCUMENT)
+        report(options.report, DOCS)
         return
     if not options.rehearse and not torch.cuda.is_available():
         sys.exit("--stage needs a GPU; --rehearse runs all stages on a CPU")

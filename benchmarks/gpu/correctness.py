@@ -6,11 +6,14 @@ Without a GPU, TRITON_INTERPRET=1 must be set before Triton is imported; the int
 from collections.abc import Iterator
 from functools import partial
 from importlib import import_module
+from itertools import product
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from benchmarks.gpu.runner import Context, Row
+from benchmarks.timing import graphed
 
 # DeiT-S at 224 px, DiT-S/2, DiT-XL/2, DeiT-S at 1024 px: (grid, contrast grid, prefix tokens, heads, head dim)
 TRAINING = [
@@ -45,6 +48,35 @@ def options(context: Context) -> Iterator[Row]:
     cases = import_module(CASES)
     shape, chosen = (cases.SHAPES[-1], cases.OPTIONS[3:4]) if context.tiny else (cases.SHAPES[1], cases.OPTIONS)
     yield from errors(context, [(shape, dtype, option) for dtype in dtypes(context) for option in chosen])
+
+
+def captured(context: Context) -> Iterator[Row]:
+    """Yield whether forward and backward, captured in a CUDA graph and replayed on other data, have eager's bits."""
+    cases = import_module(CASES)
+    wrong = []
+    for dtype, shape in product(dtypes(context), [cases.SHAPES[-1]] if context.tiny else TRAINING):
+        _, given, keywords = cases.both(shape, dtype)
+        tensors = [x for x in given if isinstance(x, torch.Tensor)]
+        results: list[Tensor] = []
+
+        def run(given: Any = given, tensors: Any = tensors, keywords: Any = keywords, results: Any = results) -> None:
+            out = cases.contrast_attention(*given, backend="triton", **keywords)
+            results[:] = [out, *torch.autograd.grad(out, tensors, out.detach())]
+
+        replay = graphed(run, context.device)
+        with torch.no_grad():
+            for x in tensors:
+                x.copy_(x.flip(0) if x.ndim else x / 2)
+        replay()
+        replayed = [x.clone() for x in results]
+        run()
+        equal = [torch.equal(one, other) for one, other in zip(replayed, results, strict=True)]
+        name = f"CUDA graph, {cases.shape_id(shape)}, {str(dtype).removeprefix('torch.')}"
+        if not all(equal):
+            wrong.append(name)
+        yield {"check": name, "passed": all(equal), "failed": f"{equal.count(False)} of {len(equal)} results differ"}
+    if wrong:
+        raise AssertionError(f"replays differ from eager: {'; '.join(wrong)}")
 
 
 def errors(context: Context, cases: list[Case]) -> Iterator[Row]:

@@ -2,7 +2,7 @@
 
 from signal import SIGKILL, SIGUSR1
 
-from benchmarks.gpu import correctness, kernels, models, system
+from benchmarks.gpu import correctness, kernels, models, search, system
 from benchmarks.gpu.curves import CIFAR, IMAGENETTE, KINDS, curve, load_cifar, load_imagenette
 from benchmarks.gpu.models import throughput
 from benchmarks.gpu.runner import Measurement, Stage
@@ -21,6 +21,7 @@ STAGES = {
         [
             Measurement("errors at shapes of training", correctness.training_shapes, 1.0),
             Measurement("tests of the kernels", system.suite("tests/attention/test_kernels.py"), 1.5),
+            Measurement("replays of CUDA graphs", correctness.captured, 0.3),
             Measurement("errors with each option", correctness.options, 1.0),
             Measurement("errors at each head dim", correctness.head_dims, 2.0),
         ],
@@ -30,7 +31,7 @@ STAGES = {
         [
             Measurement("kernels", kernels.kernels, 0.5),
             Measurement("cores", kernels.cores, 1.5),
-            Measurement("search of tiles", kernels.search, 3.0),
+            Measurement("search of block sizes", search.search, search.MINUTES),
             Measurement("layers", kernels.layers, 2.5),
         ],
     ),

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.attention import relative_to_mhsa
+from benchmarks.gpu.plan import CURVES
 from benchmarks.gpu.runner import Row, read_rows
+from benchmarks.gpu.search import TILES, fastest_of
 from benchmarks.plot import plot_attention
-from vca.report.results import BLOCK
+from vca.attention.kernels.block_sizes import FILE, BlockSizes
 from vca.runtime.compute import Precision
 from vca.runtime.devices import peak_flops
 from vca.runtime.files import write_text
@@ -91,12 +93,10 @@ def tables(rows: list[Row]) -> dict[str, list[str]]:
         [*key, len(cases), sum(row["within"] for row in cases), *largest(cases)] for key, cases in by_dtype.items()
     ]
     kernels = [row for row in rows if "floor_share" in row]
-    best: dict[tuple[int, str], Row] = {}
+    best: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
         if "default_seconds" in row:
-            key = row["tokens"], row["kernel"]
-            best[key] = min(best.get(key, row), row, key=lambda one: one["seconds"])
-    tiles = ("BLOCK_C", "BLOCK_N", "num_warps", "num_stages")
+            best.setdefault((row["head_dim"], row["dtype"], row["tokens"], row["kernel"]), []).append(row)
     cores = [row for row in rows if row.get("level") == "core"]
     layers = relative_to_mhsa([row for row in rows if row.get("level") == "layer"])
     runs: dict[tuple[str, str], dict[int, Row]] = {}
@@ -112,9 +112,12 @@ def tables(rows: list[Row]) -> dict[str, list[str]]:
             ["N", "kernel", "µs", "GB/s", "share of the floor"],
             ([r["tokens"], r["kernel"], 1e6 * r["seconds"], 1e-9 * r["bandwidth"], r["floor_share"]] for r in kernels),
         ),
-        "Fastest tiles": markdown(
-            ["N", "kernel", *tiles, "µs", "µs, default"],
-            ([*key, *(r[t] for t in tiles), 1e6 * r["seconds"], 1e6 * r["default_seconds"]] for key, r in best.items()),
+        "Fastest block sizes": markdown(
+            ["head dim", "dtype", "N", "kernel", *BlockSizes._fields, "µs", "µs, default"],
+            (
+                [*key, *(r[name] for name in BlockSizes._fields), 1e6 * r["seconds"], 1e6 * r["default_seconds"]]
+                for key, r in ((key, fastest_of(candidates)) for key, candidates in best.items())
+            ),
         ),
         "Cores": markdown(
             ["N", "core", "forward µs", f"{BOTH} µs", "ratio to the fastest SDPA"],
@@ -198,7 +201,7 @@ def curve_differences(rows: list[Row]) -> Iterable[list[Any]]:
 
 
 def outcome(row: Row) -> str:
-    """Return the result of a row of stage 5 or of a test of the kernels, else ''."""
+    """Return the result of a row of stage 5, of a check or test of the kernels, or of an unfinished search, else ''."""
     if "suite" in row:
         end = "" if row["complete"] else ", interrupted"
         return f"{row['passed']} passed, {row['failed'] + row['error']} failed, {row['skipped']} skipped{end}"
@@ -208,11 +211,34 @@ def outcome(row: Row) -> str:
         return f"{row['ranks']}: {'equal' if row['equal'] else 'different'}"
     if "check" in row:
         return f"{row['check']}: {'passed' if row['passed'] else row['failed']}"
+    if "left_out" in row:
+        return f"left out: {row['left_out']}"
     return f"{row['test']}: {row['failed']}" if "test" in row else ""
 
 
-def report(folder: Path, document: Path, log: Callable[[str], None] = print) -> None:
-    """Print tables and goals; write `report.md` and plots to `folder`, and the goals to the block of a document."""
+def results_table(rows: list[Row]) -> list[str]:
+    """Return the table of docs/results.md: mean ± std of the finished runs of stage 4."""
+    ends: dict[tuple[str, str, str, int], list[Row]] = {}
+    for device in dict.fromkeys(row["device"] for row in rows) or ("any GPU",):
+        for data, task, _, kind, seed, _ in CURVES:
+            name = f"{data}, {kind}, seed {seed}"
+            own = [row for row in rows if row["device"] == device and row["measurement"] == name]
+            last = [row for row in own if row.get("epoch") == task.epochs]
+            ends.setdefault((device, data, kind, task.epochs), []).extend(last)
+    lines = [[*key, curve_cells(runs)[1] if runs else "not measured", len(runs)] for key, runs in ends.items()]
+    return markdown(["device", "data", "attention", "epochs", "top-1 (%)", "seeds"], lines)
+
+
+def update_block(document: Path, name: str, lines: list[str]) -> None:
+    """Replace what is between `<!-- name -->` and `<!-- end -->` in a document."""
+    pattern, text = re.compile(rf"(?<=<!-- {name} -->\n).*?(?=<!-- end -->)", re.DOTALL), document.read_text()
+    changed = pattern.sub(lambda _: "\n".join([*lines, ""]), text)
+    if changed != text:
+        write_text(document, changed)
+
+
+def report(folder: Path, docs: Path, log: Callable[[str], None] = print) -> None:
+    """Print tables and goals; write `report.md` and plots to `folder`, and the blocks of two pages of `docs`."""
     rows = gpu_rows(folder)
     devices = list(dict.fromkeys(row["device"] for row in rows))
     lines = ["# Measurements on a GPU", ""] if devices else ["# Measurements on a GPU", "", "Not measured.", ""]
@@ -226,12 +252,12 @@ def report(folder: Path, document: Path, log: Callable[[str], None] = print) -> 
         lines += [*found, ""]
         for title, table in tables(own).items():
             lines += [f"### {title}", "", *table, ""] if table else []
+        if any("default_seconds" in row for row in own):
+            lines += [f"Install the block sizes: `cp {folder / TILES} {FILE}`", ""]
         draw(folder, device, own)
     write_text(folder / "report.md", "\n".join(lines))
-    text = document.read_text()
-    changed = BLOCK.sub(lambda m: f"{m[1]}{chr(10).join(block)}{m[4]}" if m[2] == "gpu" else m[0], text)
-    if changed != text:
-        write_text(document, changed)
+    update_block(docs / "performance.md", "results: gpu", block[:-1])
+    update_block(docs / "results.md", "gpu: curves", results_table(rows))
     log("\n".join(lines))
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from tests.attention.test_contrast import (
     shape_id,
 )
 from tests.data.test_loader import write_image_folder
+from tests.host_reads import HostReads
 from tests.processes import ROOT, environment, run_script
 from vca import VCAConfig, VisualContrastAttention
 from vca.attention import SoftmaxConfig, build_attention, kernels
@@ -32,7 +34,8 @@ pytest.importorskip("triton")
 import triton.language as tl
 from triton.runtime import interpreter
 
-from vca.attention.kernels import launch, operator
+from vca.attention.kernels import block_sizes, launch, operator
+from vca.attention.kernels.block_sizes import BlockSizes
 
 pytestmark = pytest.mark.process
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -203,6 +206,138 @@ def test_kernels_deterministic():
     _, given, _ = both(SHAPES[1])
     one, other = (with_gradients(contrast_attention, given, backend="triton") for _ in range(2))
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def entry_of(**changes):
+    """An entry of `tiles.json` for a CPU."""
+    entry = {"device": "cpu", "capability": 0, "kernel": "fwd", "head_dim": 40, "dtype": "float32", "tokens": 197}
+    entry |= {"contrast_tokens": 49, "BLOCK_C": 16, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2}
+    return {**entry, **changes}
+
+
+@pytest.fixture
+def tiles(tmp_path, monkeypatch):
+    """Install other entries."""
+    file = tmp_path / "tiles.json"
+    monkeypatch.setattr(block_sizes, "FILE", file)
+
+    def write(content):
+        file.write_text(content if isinstance(content, str) else json.dumps(content))
+        block_sizes.read_entries.cache_clear()
+        block_sizes.block_sizes.cache_clear()
+
+    yield write
+    write([])
+
+
+def test_kernels_use_measured_block_sizes(tiles, monkeypatch):
+    """Each kernel is launched with its own entry, and results equal eager's; without entries, with the defaults."""
+    sizes = {"fwd": (16, 64, 4, 2), "stage1_bwd": (32, 32, 8, 2), "dtokens": (64, 16, 4, 3), "dq": (16, 32, 2, 1)}
+    fields = BlockSizes._fields
+    capability = block_sizes.capability_of(DEVICE)
+    tiles([entry_of(kernel=k, capability=capability, **dict(zip(fields, v, strict=True))) for k, v in sizes.items()])
+    launched, run = {}, type(launch.forward.stage1_fwd_kernel).run
+
+    def recorded(kernel, *arguments, **constants):
+        name = (getattr(kernel, "fn", None) or kernel).__name__
+        launched[name] = tuple(constants.get(field) for field in fields)
+        return run(kernel, *arguments, **constants)
+
+    monkeypatch.setattr(type(launch.forward.stage1_fwd_kernel), "run", recorded)
+    exact, given, _ = both(TWO_BLOCKS)
+    found = with_gradients(contrast_attention, given, backend="triton")
+    assert_close(found, with_gradients(contrast_attention, exact), 1e-5)
+    assert launched["stage1_fwd_kernel"] == launched["stage2_fwd_kernel"] == sizes["fwd"]
+    assert launched["stage1_bwd_kernel"] == sizes["stage1_bwd"]
+    assert launched["stage2_bwd_kernel_dtokens"] == sizes["dtokens"]
+    assert launched["stage2_bwd_kernel_dq"] == sizes["dq"]
+    tiles([])
+    with_gradients(contrast_attention, given, backend="triton")
+    assert launched["stage1_fwd_kernel"] == launched["stage2_bwd_kernel_dq"] == (32, 16, 8, 3)
+
+
+def test_kernels_nearest_measured_block_sizes(tiles):
+    """The nearest tokens on a logarithmic scale; only this capability, head dim and dtype; BLOCK_C is capped."""
+    capability = block_sizes.capability_of(DEVICE)
+    few, many = entry_of(BLOCK_C=128, capability=capability), entry_of(tokens=4096, BLOCK_N=32, capability=capability)
+    others = [entry_of(capability=1), entry_of(head_dim=72), entry_of(dtype="float16")]
+    tiles([few, many, *[{**other, "tokens": 800, "num_warps": 1} for other in others]])
+
+    def sizes(tokens, contrast=49, dim=40, dtype=torch.float32):
+        return block_sizes.block_sizes(tokens, contrast, dim, dtype, DEVICE)
+
+    assert sizes(800).fwd == (64, 64, 4, 2)
+    assert sizes(1000).fwd == (16, 32, 4, 2)
+    assert sizes(196, 9).fwd == (16, 64, 4, 2)
+    assert sizes(800).dq == (32, 16, 8, 3)
+    assert sizes(800, dim=24).fwd == (32, 16, 8, 3)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("[", "must be JSON (Expecting value: line 1 column 2 (char 1))"),
+        ({}, "must be a list, got dict"),
+        ([3], "entry 0 must have keys and values, got 3"),
+        ([entry_of(), entry_of(kernel="bwd")], "kernel of entry 1 is missing or wrong, got 'bwd'"),
+        ([entry_of(BLOCK_N=48)], "BLOCK_N of entry 0 is missing or wrong, got 48"),
+        ([entry_of(num_stages=0)], "num_stages of entry 0 is missing or wrong, got 0"),
+        ([entry_of(tokens=None)], "tokens of entry 0 is missing or wrong, got None"),
+    ],
+    ids=str,
+)
+def test_kernels_malformed_block_sizes_refused(content, message, tiles):
+    tiles(content)
+    _, given, _ = both(SHAPES[-1])
+    remedy = "; write it again with `python -m benchmarks gpu --stage 2`, or write []"
+    with pytest.raises(ValueError, match=f"^{re.escape(f'{block_sizes.FILE}: {message}{remedy}')}$"):
+        contrast_attention(*given, backend="triton")
+
+
+class LaunchReads(HostReads):
+    """Counts every read, and lists the operations."""
+
+    def __init__(self, monkeypatch):
+        super().__init__(monkeypatch)
+        self.seen = set()
+
+    @property
+    def place(self):
+        return "launch"
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        self.seen.add(function.overloadpacket.__name__)
+        return super().__torch_dispatch__(function, types, arguments, options)
+
+
+@pytest.mark.parametrize("name", ["vca", "both plain", "learned pooling"])
+@pytest.mark.parametrize("splits", [1, 2])
+def test_kernels_launch_without_host_reads(name, splits, monkeypatch):
+    """Forward and backward read no value and copy nothing from or to the host, as a CUDA graph requires."""
+    module, x = module_of(CONFIGS[name], "triton"), torch.randn(1, 21, 64, device=DEVICE, requires_grad=True)
+    monkeypatch.setattr(launch, "num_splits", lambda *_: splits)
+    if DEVICE.type == "cpu":  # the interpreter itself copies its arguments
+        monkeypatch.setattr(interpreter.GridExecutor, "__call__", lambda *_, **__: None)
+    with LaunchReads(monkeypatch) as reads:
+        assert operator.needs_operator([x])  # a mode sees the operator; here it must see what that does
+        monkeypatch.setattr(operator, "is_in_torch_dispatch_mode", lambda: False)
+        out = module(x)
+        torch.autograd.grad(out, [x, *module.parameters()], out.detach())
+    assert {"new_empty_strided", "empty", "sum"} <= reads.seen
+    assert not reads.counts
+
+
+def test_kernels_output_may_be_changed_in_place(monkeypatch):
+    """The output is no view of another tensor, in eager mode and as an operator."""
+    _, given, _ = both(SHAPES[-1])
+    expected = contrast_attention(*given, backend="triton")
+    with LaunchReads(monkeypatch) as reads:
+        through_operator = contrast_attention(*given, backend="triton")
+    assert "contrast_attention" in reads.seen
+    assert torch.equal(expected, through_operator)
+    for out in (expected, through_operator):
+        (grad,) = torch.autograd.grad(out.mul_(2).sum(), given[2])
+        assert grad.any()
 
 
 def test_kernels_operators_pass_opcheck():

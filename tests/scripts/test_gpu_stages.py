@@ -3,6 +3,7 @@
 import json
 import lzma
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -13,14 +14,17 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.gpu.command import DOCUMENT, parse
+from benchmarks.gpu.command import DOCS, parse
 from benchmarks.gpu.report import GOALS, report
 from benchmarks.gpu.runner import Context, Measurement, Stage, read_rows, run_stage
 from benchmarks.gpu.system import LINE
 from scripts.gpu_bundle import FILTERS, pack_images, unpack_images
 from tests.processes import ROOT, environment, run_command
+from vca.attention.kernels.block_sizes import FILE, KernelBlocks, read_entries
 
 H100 = "NVIDIA H100 80GB HBM3"
+PAGES = ("performance.md", "results.md")
+EPOCHS = {"C": 50, "I": 100}  # of a run on CIFAR-10 and Imagenette
 
 
 @pytest.fixture(scope="session")
@@ -59,23 +63,26 @@ def test_gpu_rehearsal_runs_every_measurement_and_continues(rehearsal):
             assert sum("finished" in row for row in own) == 1, one.name
             assert len(own) > 1, one.name
     printed = (rehearsal / "stdout").read_text()
-    assert "stage 1: correctness of the kernels; 0 of 4 left" in printed
+    assert "stage 1: correctness of the kernels; 0 of 5 left" in printed
     assert "stage 2: time of the kernels; 3 of 4 left" in printed
-    tiles = json.loads((rehearsal / "tiles.json").read_text())
-    assert {"stage1_fwd", "stage2_fwd", "stage1_bwd", "stage2_bwd_dtokens", "stage2_bwd_dq"} <= {
-        row["kernel"] for row in tiles
-    }
+    entries = read_entries(rehearsal / "tiles.json")
+    found = {(entry["kernel"], entry["dtype"], entry["capability"]) for entry in entries}
+    assert found == {(kernel, dtype, 0) for kernel in KernelBlocks._fields for dtype in ("float32", "float16")}
 
 
 @pytest.mark.process
 def test_gpu_report_of_rehearsal_not_measured(rehearsal, tmp_path):
-    """No row of a CPU is reported; the block of docs/performance.md is that of no measurement."""
+    """No row of a CPU is reported; the blocks of the documents are those of no measurement."""
     shutil.copytree(rehearsal, tmp_path / "out", ignore=shutil.ignore_patterns("runs"))
-    document, lines = shutil.copy(DOCUMENT, tmp_path), []
-    report(tmp_path / "out", tmp_path / DOCUMENT.name, lines.append)
+    lines = []
+    for page in PAGES:
+        shutil.copy(DOCS / page, tmp_path)
+    report(tmp_path / "out", tmp_path, lines.append)
     assert lines[0].count("| not measured | not measured |") == len(GOALS) + 1
     assert "###" not in lines[0]
-    assert (tmp_path / DOCUMENT.name).read_text() == DOCUMENT.read_text(), document
+    for page in PAGES:
+        assert (tmp_path / page).read_text() == (DOCS / page).read_text(), page
+    assert "| any GPU | Imagenette | softmax | 100 | not measured | 0 |" in (DOCS / "results.md").read_text()
 
 
 @pytest.mark.process
@@ -85,6 +92,7 @@ def test_gpu_report_tables_and_goals(rehearsal, tmp_path):
     out.mkdir()
     for file in rehearsal.glob("stage*.jsonl"):
         rows = [{**row, "rehearsal": False, "device": H100} for row in read_rows(file)]
+        rows = [{**row, "epoch": EPOCHS[row["measurement"][0]]} if "epoch" in row else row for row in rows]
         (out / file.name).write_text("".join(json.dumps(row) + "\n" for row in rows))
     about = {"rehearsal": False, "device": H100, "torch": "2", "commit": None, "code": "", "started": "2", "stage": 2}
     times = {197: (500, 400), 1024: (1000, 500)}  # N -> microseconds of SDPA and of VCA
@@ -104,9 +112,10 @@ def test_gpu_report_tables_and_goals(rehearsal, tmp_path):
         more.append({**about, "measurement": "more", **row})
     more.append({**about, "measurement": "broken", "raised": "RuntimeError: out of luck"})
     (out / "stage6.jsonl").write_text("".join(json.dumps(row) + "\n" for row in more))
-    shutil.copy(DOCUMENT, tmp_path)
+    for page in PAGES:
+        shutil.copy(DOCS / page, tmp_path)
     lines = []
-    report(out, tmp_path / DOCUMENT.name, lines.append)
+    report(out, tmp_path, lines.append)
     text = (out / "report.md").read_text()
     assert text == lines[0]
     assert "speed-up of the core >= 0.9 | 1.25 (SDPA flash 500 µs, VCA 400 µs) | reached |" in text
@@ -119,7 +128,7 @@ def test_gpu_report_tables_and_goals(rehearsal, tmp_path):
     assert titles == [
         "Errors of the kernels",
         "Kernels",
-        "Fastest tiles",
+        "Fastest block sizes",
         "Cores",
         "Layers, ratios to timm's Attention",
         "Models",
@@ -133,7 +142,12 @@ def test_gpu_report_tables_and_goals(rehearsal, tmp_path):
     ]
     assert "| broken | RuntimeError: out of luck |" in text
     assert "resumed bit-exactly" in text
-    assert gap in (tmp_path / DOCUMENT.name).read_text()
+    assert f"Install the block sizes: `cp {out / 'tiles.json'} {FILE}`" in text
+    assert gap in (tmp_path / "performance.md").read_text()
+    curves = (tmp_path / "results.md").read_text()
+    for kind in ("VCA fused", "VCA eager", "softmax"):
+        assert re.search(rf"\| {H100} \| CIFAR-10 \| {kind} \| 50 \| [\d.]+ ± [\d.]+ \| 3 \|", curves), kind
+    assert re.search(rf"\| {H100} \| Imagenette \| VCA fused \| 100 \| [\d.]+ \| 1 \|", curves)
     assert len(list(out.glob("*.png"))) == 3
 
 
@@ -162,6 +176,32 @@ def test_gpu_stage_errors_and_budget(tmp_path, capsys):
     assert order == ["new", "fails"]
     assert run_stage(1, stage_of(late=fails), Context(context.device, tmp_path, tiny=True, end=0.0))
     assert "late: left out, 0.1 min expected" in capsys.readouterr().out
+
+
+def test_gpu_search_without_time_keeps_its_entries(tmp_path):
+    """What is left out is a row; entries of an earlier attempt stay, and replace installed ones."""
+    from benchmarks.gpu.search import BlockSizes, fastest_of, read_best, search
+
+    entry = {
+        "capability": 90,
+        "kernel": "dq",
+        "head_dim": 64,
+        "dtype": "bfloat16",
+        "tokens": 256,
+        "contrast_tokens": 64,
+    }
+    entry |= {"contrast_tokens": 64, **BlockSizes(64, 32)._asdict(), "seconds": 1e-4, "default_seconds": 2e-4}
+    content = json.dumps([entry])
+    (tmp_path / "tiles.json").write_text(content)
+    rows = list(search(Context(torch.device("cpu"), tmp_path, tiny=True, end=0.0)))
+    assert rows == [{"left_out": f"head dim 64, torch.{name}, 17 tokens"} for name in ("float32", "float16")]
+    assert (tmp_path / "tiles.json").read_text() == content
+    assert list(read_best(tmp_path).values()) == [entry]
+
+    close, fast = ({**entry, "seconds": factor * 2e-4} for factor in (0.99, 0.9))
+    default, failed = {**entry, "seconds": 2e-4}, {"failed": "RuntimeError: out of resources"}
+    assert fastest_of([default, failed, close]) is default
+    assert fastest_of([default, close, failed, fast]) is fast
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,8 @@
     forward.py           contrast tokens, Stage I, Stage II
     backward_stage1.py   backward of Stage I
     backward_stage2.py   backward of Stage II and of the pooling
-    launch.py            block sizes, splits, scratch memory and kernel launches
+    block_sizes.py       block sizes, warps and stages: measured ones of tiles.json, else defaults
+    launch.py            splits, scratch memory and kernel launches
     operator.py          the operator `torch.ops.vca.contrast_attention`
 
 The scores, `N x n` per head, stay in registers; memory traffic is linear in N.

@@ -1,4 +1,4 @@
-"""Kernel launches: block sizes, splits and scratch memory. A `KernelLaunch` is one call of the operator.
+"""Kernel launches: splits, scratch memory and constants. A `KernelLaunch` is one call of the operator.
 
 Shape letters: B batch, M heads, N = P + H W tokens, D head dim, n = h w contrast tokens, S streams of the tokens (2, or
 1 if both stages are plain).
@@ -13,53 +13,9 @@ import torch
 from torch import Tensor
 
 from vca.attention.kernels import backward_stage1, backward_stage2, forward
+from vca.attention.kernels.block_sizes import NUM_WARPS, BlockSizes, KernelBlocks, block_sizes, cdiv, next_power_of_2
 
 LOG2E = math.log2(math.e)
-NUM_WARPS = 8
-
-
-class BlockSizes(NamedTuple):
-    """Tile sizes of a kernel."""
-
-    BLOCK_C: int  # contrast tokens
-    BLOCK_N: int  # tokens
-
-
-def cdiv(a: int, b: int) -> int:
-    """Return `a / b` rounded up. `triton.cdiv` takes 2 microseconds per call."""
-    return -(-a // b)
-
-
-def next_power_of_2(x: int) -> int:
-    """Return the smallest power of 2 that is at least x."""
-    return 1 << (x - 1).bit_length()
-
-
-class KernelBlocks(NamedTuple):
-    """Block sizes of the forward, the backward of Stage I, and the two kernels of the backward of Stage II."""
-
-    fwd: BlockSizes
-    stage1_bwd: BlockSizes
-    dtokens: BlockSizes
-    dq: BlockSizes
-
-
-def block_sizes(num_contrast: int, dim: int, dtype: torch.dtype) -> KernelBlocks:
-    """Return the block sizes of each kernel.
-
-    They are the largest that fit the registers of sm_80 and sm_90; with D = 64 two programs of dq fit on a processor.
-    `python scripts/kernel_resources.py` prints the resulting registers and spills.
-    """
-    if dtype.itemsize == 4:
-        tiles = KernelBlocks(*4 * [BlockSizes(32, 16) if dim <= 64 else BlockSizes(16, 16)])
-    elif dim <= 64:
-        tiles = KernelBlocks(BlockSizes(64, 64), BlockSizes(64, 32), BlockSizes(64, 32), BlockSizes(64, 32))
-    elif dim < 128:
-        tiles = KernelBlocks(BlockSizes(64, 64), BlockSizes(64, 16), BlockSizes(32, 16), BlockSizes(32, 64))
-    else:
-        tiles = KernelBlocks(BlockSizes(64, 64), BlockSizes(64, 16), BlockSizes(64, 16), BlockSizes(64, 32))
-    limit = max(16, next_power_of_2(num_contrast))
-    return KernelBlocks(*(sizes._replace(BLOCK_C=min(sizes.BLOCK_C, limit)) for sizes in tiles))
 
 
 def num_splits(num_programs: int, num_tokens: int, block_n: int, device: torch.device) -> int:
@@ -74,6 +30,12 @@ def num_splits(num_programs: int, num_tokens: int, block_n: int, device: torch.d
 def bins(size: int, count: int) -> tuple[tuple[int, int], ...]:
     """Return the half-open ranges of adaptive pooling."""
     return tuple((i * size // count, cdiv((i + 1) * size, count)) for i in range(count))
+
+
+@functools.cache
+def largest_bin(size: int, count: int) -> int:
+    """Return the length of the longest range of adaptive pooling."""
+    return max(stop - start for start, stop in bins(size, count))
 
 
 @functools.cache
@@ -126,18 +88,24 @@ class KernelLaunch:
         self.streams = 1 if self.lambda1 is None and self.lambda2 is None else 2
         self.scale, self.gain, self.eps = self.dim**-0.5 * LOG2E, 1 - options.lambda_init, options.eps
         self.device = inputs.q.device
-        self.averages = inputs.t is None
-        self.tiles = block_sizes(self.n, self.dim, inputs.q.dtype)
+        self.averages, self.dtype = inputs.t is None, inputs.q.dtype
         d_main = max(16, 1 << (self.dim.bit_length() - 1))  # the head dim is D_MAIN + D_REST
         d_rest = max(16, next_power_of_2(self.dim - d_main)) if self.dim > d_main else 0
-        self.width = {"D": self.dim, "D_MAIN": d_main, "D_REST": d_rest, "num_warps": NUM_WARPS}
+        self.width = {"D": self.dim, "D_MAIN": d_main, "D_REST": d_rest}
         exact = torch.get_float32_matmul_precision() == "highest"
         self.precision = {"PRECISION": "ieee" if exact else "tf32"}
 
+    @functools.cached_property
+    def tiles(self) -> KernelBlocks:
+        """Block sizes of the kernels. They are not looked up for fake tensors, whose sizes may be symbols."""
+        return block_sizes(self.num_tokens, self.n, self.dim, self.dtype, self.device)
+
     def empty_tokens(self, like: Tensor, *leading: int, dtype: torch.dtype | None = None) -> Tensor:
-        """Return an empty `(*leading, B, M, N, D)` with the heads of a token contiguous."""
-        empty = like.new_empty(*leading, self.batch, self.num_tokens, self.heads, self.dim, dtype=dtype)
-        return empty.transpose(-3, -2)
+        """Return an empty `(*leading, B, M, N, D)` with the heads of a token contiguous; not a view."""
+        batch, heads, tokens, dim = self.batch, self.heads, self.num_tokens, self.dim
+        image, shape = tokens * heads * dim, (*leading, batch, heads, tokens, dim)
+        strides = (batch * image, image, dim, heads * dim, 1)[-len(shape) :]
+        return like.new_empty_strided(shape, strides, dtype=dtype)
 
     def empty_results(self, q: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Allocate the results of the operator: output, `v+ - l1 v-`, `v-`, lse of Stage I."""
@@ -162,9 +130,7 @@ class KernelLaunch:
         """Compute the contrast tokens `(B, M, S, n, D)`; `t` replaces the average of q."""
         x, grid, prefix = (q, self.grid, self.prefix) if t is None else (t, self.contrast_grid, 0)
         tokens = q.new_empty(self.batch, self.heads, self.streams, self.n, self.dim)
-        max_cell = math.prod(
-            max(b - a for a, b in bins(*sizes)) for sizes in zip(grid, self.contrast_grid, strict=True)
-        )
+        max_cell = math.prod(map(largest_bin, grid, self.contrast_grid))
         block_cell = min(next_power_of_2(max_cell), 64)
         block = 64 // block_cell
         forward.contrast_tokens_fwd_kernel[(self.num_bh, cdiv(self.n, block))](
@@ -203,7 +169,7 @@ class KernelLaunch:
             partial = self.scratch(splits, self.num_bh, streams, self.n, self.dim)
         lambda1 = lse if self.lambda1 is None else self.lambda1
         blocks = cdiv(self.n, tiles.BLOCK_C)
-        contrast_stage = {"CONTRAST": streams == 2, "BLOCK_C": tiles.BLOCK_C, **self.width}
+        contrast_stage = {"CONTRAST": streams == 2, **self.width}
         forward.stage1_fwd_kernel[(self.num_bh, blocks, splits)](
             tokens,
             k,
@@ -222,11 +188,12 @@ class KernelLaunch:
             self.scale,
             NUM_SPLITS=num_partials,
             STREAMS=self.streams,
-            BLOCK_N=tiles.BLOCK_N,
+            **tiles._asdict(),
             **contrast_stage,
             **self.precision,
         )
         if num_partials:
+            contrast_stage |= {"BLOCK_C": tiles.BLOCK_C, "num_warps": tiles.num_warps}
             forward.stage1_fwd_kernel_combine[(self.num_bh, blocks)](
                 partial, partial_lse, lambda1, v_diff, v_neg, lse, self.n, splits, **contrast_stage
             )
@@ -376,8 +343,8 @@ class KernelLaunch:
         self, v_diff: Tensor, v_neg: Tensor, norm1: Tensor, dv_hat: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Backward preprocessing of Stage I: dv_diff, delta, dlambda1, dnorm1."""
-        block_c = self.tiles.stage1_bwd.BLOCK_C
-        blocks = cdiv(self.n, block_c)
+        tiles = self.tiles.stage1_bwd
+        blocks = cdiv(self.n, tiles.BLOCK_C)
         dv_diff = torch.empty_like(v_diff)
         delta = self.scratch(self.num_bh, 1 if self.lambda1 is None else 2, self.n)
         dnorm1 = self.scratch(blocks, self.num_bh, self.dim)
@@ -397,7 +364,8 @@ class KernelLaunch:
             self.gain,
             self.eps,
             CONTRAST=self.lambda1 is not None,
-            BLOCK_C=block_c,
+            BLOCK_C=tiles.BLOCK_C,
+            num_warps=tiles.num_warps,
             **self.width,
         )
         return dv_diff, delta, dlambda1.sum(), dnorm1.sum((0, 1))

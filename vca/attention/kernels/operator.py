@@ -6,10 +6,14 @@ contrast token, `v+ - l1 v-`, `v-` and two log-sum-exps; backward recomputes the
 Shape letters: B batch, M heads, N = P + H W tokens, D head dim, n = h w contrast tokens.
 """
 
+from collections.abc import Iterable
+from types import NoneType
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from vca.attention.kernels.launch import KernelInputs, KernelLaunch, KernelOptions
 
@@ -30,8 +34,7 @@ def unpack(arguments: tuple[Any, ...]) -> tuple[KernelInputs, KernelOptions]:
     return KernelInputs(*arguments[:TENSORS]), KernelOptions(*arguments[TENSORS:])
 
 
-@torch.library.custom_op("vca::contrast_attention", mutates_args=(), schema=SCHEMA)
-def contrast_attention(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def run_forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Compute VCA before the local branch; arguments are the fields of `KernelInputs` and `KernelOptions`.
 
     Returns:
@@ -48,10 +51,7 @@ def contrast_attention(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]
     return out, v_diff, v_neg, lse
 
 
-@torch.library.custom_op("vca::contrast_attention_backward", mutates_args=(), schema=BACKWARD_SCHEMA)
-def contrast_attention_backward(
-    do: Tensor, v_diff: Tensor, v_neg: Tensor, lse: Tensor, *arguments: Any
-) -> tuple[Tensor, ...]:
+def run_backward(do: Tensor, v_diff: Tensor, v_neg: Tensor, lse: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     """Compute the gradients of the fields of `KernelInputs`, in order; a gradient of None is an empty tensor."""
     inputs, options = unpack(arguments)
     launch, x = KernelLaunch(inputs, options), with_kernel_strides(inputs)
@@ -97,6 +97,12 @@ def with_kernel_strides(inputs: KernelInputs) -> KernelInputs:
     return KernelInputs(q, k, v, t, e_pos, e_neg, inputs.lambda1, inputs.lambda2, norm1, norm2)
 
 
+contrast_attention = torch.library.custom_op("vca::contrast_attention", run_forward, mutates_args=(), schema=SCHEMA)
+contrast_attention_backward = torch.library.custom_op(
+    "vca::contrast_attention_backward", run_backward, mutates_args=(), schema=BACKWARD_SCHEMA
+)
+
+
 @contrast_attention.register_fake
 def fake_forward(*arguments: Any) -> tuple[Tensor, ...]:
     """Return empty results with the shapes and strides of the real ones."""
@@ -125,7 +131,9 @@ def backward(ctx: Any, do: Tensor | None, *rest: None) -> tuple[Tensor | None, .
     if do is None:
         return (*[None] * TENSORS, *no_gradients)
     tensors = ctx.saved_tensors
-    grads = contrast_attention_backward(do, *tensors, *ctx.options)
+    by_operator = torch.is_grad_enabled() or needs_operator((do, *tensors))  # grad is enabled for second derivatives
+    compute = contrast_attention_backward if by_operator else run_backward
+    grads = compute(do, *tensors, *ctx.options)
     return (*(None if x is None else g for g, x in zip(grads, tensors[3:], strict=True)), *no_gradients)
 
 
@@ -134,6 +142,25 @@ def double_backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         "attention.backend=triton does not support second derivatives; use attention.backend=eager and "
         "sdpa_kernel(SDPBackend.MATH)"
     )
+
+
+def needs_operator(tensors: Iterable[Tensor | None]) -> bool:
+    """Return whether something must see the operator: a compiler, a dispatch mode or a tensor subclass."""
+    if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
+        return True
+    return any(type(x) not in (Tensor, Parameter, NoneType) for x in tensors)
+
+
+class ContrastAttention(torch.autograd.Function):
+    """The operator without the dispatcher, whose handling of the arguments takes longer than the launches."""
+
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:  # with `ctx`, because torch is faster then
+        results = run_forward(*arguments)
+        setup_context(ctx, arguments, results)
+        return results
+
+    backward = staticmethod(backward)  # type: ignore[assignment]
 
 
 contrast_attention.register_autograd(backward, setup_context=setup_context)
@@ -150,4 +177,5 @@ def fused_attention(inputs: KernelInputs, options: KernelOptions) -> Tensor:
         names = ("q", "k", "v", "t") if inputs.t is not None else ("q", "k", "v")
         compute_dtype = torch.get_autocast_dtype(device)
         inputs = inputs._replace(**{name: getattr(inputs, name).to(compute_dtype) for name in names})
-    return contrast_attention(*inputs, *options)[0].to(dtype)
+    compute = contrast_attention if needs_operator(inputs) else ContrastAttention.apply
+    return compute(*inputs, *options)[0].to(dtype)
