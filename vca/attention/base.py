@@ -90,6 +90,12 @@ def no_autocast(x: Tensor) -> torch.autocast:
     return torch.autocast(device, enabled=False)
 
 
+def norm_of_heads(norm: nn.Module, x: Tensor) -> Tensor:
+    """Normalize `(B, N, M, D)` over all channels of a token, at least in float32."""
+    acc_dtype = torch.promote_types(x.dtype, torch.float32)
+    return norm(x.flatten(2).to(acc_dtype)).to(x.dtype).unflatten(2, x.shape[2:])
+
+
 class ProjectedAttention(nn.Module):
     """Multi-head attention on tokens `(B, N, C)`; the subclass defines the attention over heads, `attend`.
 
@@ -211,7 +217,7 @@ class ProjectedAttention(nn.Module):
         heads = self.qkv(x).unflatten(-1, (-1, self.head_dim))  # (B, N, 3M, D)
         q, k, v = heads.split([count.q, count.kv, count.kv], dim=2)  # 3 x (B, N, M, D); one copy in backward
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = (norm(y.flatten(2)).unflatten(2, y.shape[2:]) for norm, y in ((self.q_norm, q), (self.k_norm, k)))
+            q, k = norm_of_heads(self.q_norm, q), norm_of_heads(self.k_norm, k)
         return Tokens(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), x, grid)
 
     def local_branch(self, v: Tensor, grid: tuple[int, int]) -> Tensor:
