@@ -175,7 +175,10 @@ class PVT(Pyramid):
         return self.pos_drop(x + positions)  # (B, N, C)
 
     def adapt(self, name: str, tensor: Tensor) -> Tensor | None:
-        """Interpolate positions of another (square) image size; drop the class token's if the model has none."""
+        """Interpolate positions of another (square) image size; drop the class token's if the model has none.
+
+        Positions without a class token do not fit a model with one: None.
+        """
         if not (match := re.fullmatch(r"pos_embeds\.(\d)", name)):
             return None
         stage = int(match[1])
@@ -184,7 +187,8 @@ class PVT(Pyramid):
         if side is None or tensor.shape[2] != self.config.dim(stage):
             return None
         resized = resize_positions(tensor, (side, side), self.config.grid(stage), prefix)
-        return resized[:, -self.pos_embeds[stage].shape[1] :]
+        wanted = self.pos_embeds[stage].shape[1]
+        return resized[:, -wanted:] if resized.shape[1] >= wanted else None
 
     def convert_official(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Convert names of the PVT repository; its `q` and `kv` become one `qkv`."""

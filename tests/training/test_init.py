@@ -112,6 +112,15 @@ def test_init_from_other_num_classes_skips_head(tmp_path):
     ]
 
 
+def test_init_from_pvt_without_class_token_leaves_positions(tmp_path):
+    """Positions of a VCA PVT, which has no class token, do not fit the softmax PVT."""
+    torch.save(network("pvt", VCAConfig()).state_dict(), tmp_path / "vca.pth")
+    report = init_from(network("pvt", SoftmaxConfig()), tmp_path / "vca.pth")
+    assert "pos_embeds.3" in report.missing
+    assert "pos_embeds.3" in report.unexpected
+    assert "pos_embeds.2" not in report.missing
+
+
 @pytest.mark.parametrize(
     ("family", "fields", "adapted"),
     [
