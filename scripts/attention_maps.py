@@ -6,7 +6,8 @@
 Each row is an image, with the patch framed. VCA maps, averaged over heads: attention of the patch's contrast token in
 both streams (Stage I: I+, I-, and the weighted difference I), attention of the patch to the contrast tokens (Stage II:
 II+, II-, II), and the product of both stages (VCA; see `vca/attention/maps.py`). With --baseline, the MHSA map of the
-same patch is added. Each map has its own scale; in differences red is positive and blue negative.
+same patch is added. Other attentions have one map, the derivative of the patch's output by the values. Each map has its
+own scale; in differences red is positive and blue negative.
 """
 
 import argparse
@@ -73,19 +74,18 @@ def read_file(path: Path, in_chans: int) -> Any:
         raise ConfigError(f"--images: cannot read {path} ({error})") from error
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def maps_of_run(run: Path, images: Tensor, patch: tuple[int, int] | None) -> Maps:
     """Compute the maps of every layer of a run, see `vca.attention.maps.maps_of`."""
     with config_errors():
         model = rebuild(read_classifier_config(run))
     load_run(model, run, None, InitWeights.ema, World(0, 0, 1, torch.device("cpu")))
-    with recorded_calls(model.eval()) as calls, config_errors():
-        model(images)
+    with config_errors():
+        with recorded_calls(model.eval()) as calls:
+            model(images)
         if not calls:
-            raise ConfigError(
-                f"{run} must use attention=vca or softmax in every layer, got the backbone's own attention"
-            )
-        return [maps_of(module, heads, patch or center_of(heads.grid)) for module, heads in calls]
+            raise ConfigError(f"{run} must use an attention variant in some layer, got the backbone's own attention")
+        return [maps_of(module, tokens, patch or center_of(tokens.grid)) for module, tokens in calls]
 
 
 def maps_of_baseline(baseline: Path, run: Path, layers: Maps, images: Tensor, patch: tuple[int, int] | None) -> Maps:
@@ -110,7 +110,7 @@ def center_of(grid: tuple[int, int]) -> tuple[int, int]:
 
 def token_map(maps: dict[str, Tensor]) -> Tensor:
     """Return a layer's map of the whole attention, `(B, H, W)` on the token grid."""
-    return maps["VCA"] if "VCA" in maps else maps["MHSA"]
+    return list(maps.values())[-1]
 
 
 def plot_layer(layer: int, images: Tensor, maps: dict[str, Tensor], patch: tuple[int, int] | None, path: Path) -> None:

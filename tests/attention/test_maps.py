@@ -123,18 +123,42 @@ def test_attention_maps_mhsa_reproduces_output():
     close((found["MHSA"].flatten(1)[:, None] @ heads.v[:, 0])[:, 0], expected[:, 0, 2 * 6 + 3])
     with pytest.raises(ValueError, match=r"patch must be on the grid 4 x 6, got \(4, 0\)"):
         maps_of(module, heads, (4, 0))
-    agent = build_attention(ATTENTIONS["agent"][0](), 8, 1, GRID, POOL).double()
-    with pytest.raises(ValueError, match=r"attention must be VCA or MHSA .*, got AgentAttention"):
-        maps_of(agent, call_of(agent)[0], (0, 0))
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("agent", {}),
+        ("differential_v2", {}),
+        ("focused_linear", {}),
+        ("inline", {"predicted_kernels": False}),
+        ("linear", {}),
+        ("linear", {"feature_map": "softmax"}),
+        ("mala", {}),
+        ("mhla", {}),
+    ],
+)
+def test_attention_maps_of_linear_combinations_reproduce_output(name, options):
+    """The derivative by v, applied to v, is the attention, where all channels have the same weights."""
+    torch.manual_seed(0)
+    module = build_attention(ATTENTIONS[name][0](**options), 8, 1, GRID, POOL).double()
+    tokens, expected = call_of(module)
+    found = maps_of(module, tokens, (2, 3))
+    assert list(found) == ["do/dv"]
+    close((found["do/dv"].flatten(1)[:, None] @ tokens.v[:, 0])[:, 0], expected[:, 0, 2 * 6 + 3])
 
 
 @pytest.mark.parametrize("name", ["attend", "stage1", "stage2"])
-def test_attention_maps_overridden_stage_refused(name):
+def test_attention_maps_overridden_stage_has_derivative(name):
     own = getattr(VisualContrastAttention, name)
     variant = type("Variant", (VisualContrastAttention,), {name: lambda *args: own(*args)})
     module = variant(8, 1, GRID, POOL).double()
-    with pytest.raises(ValueError, match="with their own attend, stage1 and stage2, got Variant"):
-        maps_of(module, call_of(module)[0], (0, 0))
+    tokens, expected = call_of(module)
+    found = maps_of(module, tokens, (0, 0))["do/dv"].flatten(1)  # (B, N)
+    v = tokens.v + 1e-6  # all channels of all tokens
+    with torch.no_grad():
+        moved = (module.attend(tokens._replace(v=v)) - expected)[:, 0, 0].sum(-1) / 1e-6
+    torch.testing.assert_close(8 * found.sum(1), moved, rtol=1e-3, atol=1e-3)
 
 
 @pytest.fixture(scope="session")
@@ -181,6 +205,8 @@ def test_attention_maps_script_writes_pictures(classifier_run, baselines, tmp_pa
     run_maps(monkeypatch, baselines / "softmax", "--patch", 3, 0, "--out", tmp_path / "b")
     assert drawn[2:] == [["MHSA"], ["MHSA"]]
     assert len(list((tmp_path / "b").iterdir())) == 2
+    run_maps(monkeypatch, baselines / "agent", "--out", tmp_path / "c")
+    assert drawn[4:] == [["do/dv"], ["do/dv"]]
     assert capsys.readouterr().out.startswith("2 figures written to ")
 
 
@@ -199,10 +225,6 @@ def test_attention_maps_script_wrong_arguments_refused(
         ((run, "--images", tmp_path / "text.png"), "text.png (cannot identify"),
         ((run, "--images", tmp_path / "colour.png"), "colour.png must be grey (data.in_chans=1), got RGB"),
         ((run, "--patch", "4", "0"), "patch must be on the grid 4 x 4, got (4, 0)"),
-        (
-            (baselines / "agent",),
-            "attention must be VCA or MHSA with their own attend, stage1 and stage2, got AgentAttention",
-        ),
         ((run, "--baseline", run), "run must be a run with MHSA"),
         ((baselines / "softmax", "--baseline", baselines / "softmax"), "softmax must be a run with VCA"),
         ((run, "--baseline", baselines / "other"), "must have the data of"),

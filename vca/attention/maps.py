@@ -45,11 +45,11 @@ def maps_of(module: ProjectedAttention, tokens: Tokens, patch: tuple[int, int]) 
     of the patch to the contrast tokens), the weighted differences `I` and `II`, and `VCA`, the product of both stages,
     `A diag(r) (I+ - l1 I-)` over all contrast tokens. `r` is the factor of Stage I's norm, so `VCA` applied to v is the
     input of Stage II's norm, up to the learned norm weights, which act on channels and are ignored. A plain stage has
-    its positive stream only. Without norms `r` is 1. MHSA has one map, `MHSA`.
+    its positive stream only. Without norms `r` is 1. MHSA has one map, `MHSA`. Every other attention, and a subclass of
+    VCA with its own stages, has the map `do/dv`, see `derivative_of_output`.
 
     Raises:
-        ValueError: if the layer is another variant, overrides `attend`, `stage1` or `stage2` (its maps are unknown), or
-            the patch is not on the grid.
+        ValueError: if the patch is not on the grid.
     """
     q, k, v, x, grid = tokens
     if not (0 <= patch[0] < grid[0] and 0 <= patch[1] < grid[1]):
@@ -64,9 +64,7 @@ def maps_of(module: ProjectedAttention, tokens: Tokens, patch: tuple[int, int]) 
         weights = (q[:, :, query : query + 1] @ k.transpose(2, 3) * scale).softmax(-1)  # (B, M, 1, N)
         return {"MHSA": on(grid, weights.squeeze(2))}
     if not isinstance(module, VisualContrastAttention) or module.overridden("attend", "stage1", "stage2"):
-        raise ValueError(
-            f"attention must be VCA or MHSA with their own attend, stage1 and stage2, got {type(module).__name__}"
-        )
+        return {"do/dv": on(grid, derivative_of_output(module, tokens, query))}
 
     contrast_grid, options = module.contrast_grid, module.config
     cell = patch[0] * contrast_grid[0] // grid[0] * contrast_grid[1] + patch[1] * contrast_grid[1] // grid[1]
@@ -99,3 +97,15 @@ def maps_of(module: ProjectedAttention, tokens: Tokens, patch: tuple[int, int]) 
         r = (1 - module.lambda_init) * ((first @ v).square().mean(-1, keepdim=True) + EPS).rsqrt()  # (B, M, n, 1)
         first = r * first
     return maps | {"VCA": on(grid, (second @ first).squeeze(2))}
+
+
+def derivative_of_output(module: ProjectedAttention, tokens: Tokens, query: int) -> Tensor:
+    """Compute the derivative of a token's output by v, averaged over the channels of a head: `(B, M, N)`.
+
+    These are the attention weights if the output is a sum of values with the same weights in every channel.
+    """
+    v = tokens.v.detach().requires_grad_()
+    with torch.enable_grad():
+        out = module.attend(tokens._replace(v=v))  # (B, M, N, D)
+        (weights,) = torch.autograd.grad(out[:, :, query].sum(), v)  # (B, M, N, D)
+    return weights.mean(-1)
