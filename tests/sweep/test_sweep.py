@@ -369,7 +369,7 @@ def test_sweep_name_interpolates_swept_values(tmp_path):
     ("override", "expected"),
     [
         ("attention=glob(vca_stage*)", ["vca_stage1_only", "vca_stage2_only"]),
-        ("attention=glob([a*,d*],exclude=*_stages)", ["agent", "differential"]),
+        ("attention=glob([a*,d*],exclude=*_stages)", ["agent", "differential", "differential_v2"]),
         ("attention=glob(softmax)", ["softmax"]),
         ("model=glob(deit_mini)", ["deit_mini"]),
     ],
