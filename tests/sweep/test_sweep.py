@@ -214,7 +214,7 @@ def test_ablation_rows_match_tables_3_and_4():
 def test_attention_every_config_trains_20_steps(tmp_path, attention):
     """As classifier and generator, every loss is finite, and the last losses are lower than the first."""
     short = ("trainer.steps=20", f"attention={attention}", f"out_dir={tmp_path}", "trainer.eval_every=0")
-    short += ("trainer.log_every=1", "optim.lr=2e-3", "trainer.global_batch_size=40")
+    short += ("trainer.log_every=1", "optim.lr=5e-3", "trainer.global_batch_size=120")
     plain = ("augment.mixup=0", "augment.cutmix=0", "optim.warmup_epochs=0")
     train_cls.run(compose("train_cls", [*TINY, *short, *plain, "name=cls"]))
     train_gen.run(compose("train_gen", [*SMALL_DIT, *short, "name=gen"]))
