@@ -219,7 +219,7 @@ def test_published_attentions_initial_values():
     v = torch.randn(2, 24, 16)
     torch.testing.assert_close(identity.local_branch(v, (4, 6)), v)
     mala = build("mala", dim=512)
-    assert mala.local.weight.std().item() == pytest.approx(0.02, rel=0.02)
+    assert mala.local.weight.std().item() == pytest.approx(0.02, rel=0.1)
     assert not mala.local.bias.any()
     assert (mala.local.kernel_size, mala.config.gate.value) == ((5, 5), "linear")
 
