@@ -112,8 +112,18 @@ class DeiT(Backbone):
                 qkv_bias=config.qkv_bias,
                 proj_drop=config.drop_rate,
             )
-            options = config.mlp_ratio, config.drop_rate, drop_path, NORM_EPS, norm, config.conditional_position
-            self.blocks.append(Block(dim, attn, *options))
+            self.blocks.append(
+                Block(
+                    dim,
+                    attn,
+                    config.mlp_ratio,
+                    config.drop_rate,
+                    drop_path,
+                    norm_eps=NORM_EPS,
+                    norm=norm,
+                    conditional_position=config.conditional_position,
+                )
+            )
         self.norm = norm(dim, eps=NORM_EPS)
         self.set_feature_info()
         self.add_head()
@@ -153,13 +163,13 @@ class DeiT(Backbone):
     def resize(self, old: DeiTConfig) -> None:
         """Resample patch and position embeddings, and set the grid of each attention."""
         before, self.size_multiple = self.grid, self.config.size_multiple
+        block: Any
+        for block in self.blocks:  # first, because an attention may refuse the grid
+            block.attn.set_grid((self.config.size[0] // self.size_multiple, self.config.size[1] // self.size_multiple))
         self.patch_embed.set_input_size(self.config.size, self.config.patch_size)
         self.grid = self.patch_embed.grid_size
         if self.pos_embed is not None:
             self.pos_embed = replaced(self.pos_embed, resample_positions(self.pos_embed, before, self.grid))
-        block: Any
-        for block in self.blocks:
-            block.attn.set_grid(self.grid)
         self.set_feature_info()
 
     def set_feature_info(self) -> None:

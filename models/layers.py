@@ -139,7 +139,11 @@ class Backbone(LayeredNetwork):
 
         fields = {key: value for key, value in fields.items() if value is not None}
         old, self.config = self.config, replace(self.config, **fields)
-        self.resize(old)
+        try:
+            self.resize(old)
+        except ValueError:
+            self.config = old
+            raise
         update_model_input_size(self, **{**fields, "img_size": self.config.size})  # timm's data config reads it
 
     def resize(self, old: Any) -> None:

@@ -8,6 +8,7 @@ Shape letters: B batch, N tokens of a grid H x W (after P prefix tokens), C chan
 """
 
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import fields
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -52,7 +53,7 @@ class Pyramid(Backbone):
         num_prefix_tokens: prefix tokens of the last stage.
 
     Raises:
-        ValueError: if `attention` is softmax with a local branch.
+        ValueError: if `attention` is softmax with other than its default options.
     """
 
     config: PyramidConfig
@@ -68,10 +69,14 @@ class Pyramid(Backbone):
         norm_eps: float = 1e-5,
         num_prefix_tokens: int = 0,
     ) -> None:
-        if attention.name == SoftmaxConfig.name and attention.local_branch:
+        if attention.name == SoftmaxConfig.name and attention != SoftmaxConfig():
+            changed = next(f for f in fields(attention) if getattr(attention, f.name) != f.default)
+            default, value = (
+                str(getattr(one, "value", one)) for one in (changed.default, getattr(attention, changed.name))
+            )
             raise ValueError(
-                f"attention.local_branch must be false with attention=softmax ({config.family} keeps its own "
-                f"attention), got {attention.local_branch}"
+                f"attention.{changed.name} must be {default.lower()} with attention=softmax ({config.family} keeps its "
+                f"own attention), got {value}"
             )
         check_layers(attention, sum(config.depths))
         last = len(config.depths) - 1

@@ -79,7 +79,7 @@ def main() -> None:
     for model, chosen in choices(options.model, options.attention, options.size):
         counts = complexity_of(model, *chosen)
         attention = " ".join(word for word in chosen if "img_size" not in word).replace("attention.", "")
-        row = PAPER.get((model, attention))
+        row = None if options.size else PAPER.get((model, attention))
         published = f"{row.params:>16}{row.macs:>6}" if row and row.params else ""
         shape = "x".join(map(str, counts.input))
         print(f"{model:22}{shape:14}{attention:24}{counts.params / 1e6:12.3f}{counts.macs / 1e9:10.3f}{published}")

@@ -54,7 +54,7 @@ def experiment_config(name: str, *overrides: str) -> Any:
 
     train_cls.register_configs()
     train_gen.register_configs()
-    script = "train_gen" if name.startswith("table2/") else "train_cls"
+    script = "train_gen" if name.startswith("table2/") or "_dit_" in name else "train_cls"
     return to_dict(compose(script, [f"experiment={name}", "data.root=-", *overrides]))
 
 

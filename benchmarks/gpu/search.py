@@ -36,7 +36,7 @@ CANDIDATES += [BlockSizes(c, n, 8, 2) for c, n in ((64, 64), (64, 32))]
 
 
 def problems(tiny: bool) -> list[Sizes]:
-    """Return what is searched, most important first; all candidates in the first dtype, the fastest of it in others."""
+    """Return the problems in the order of the search. Dtypes after the first have its fastest candidates only."""
     if tiny:
         return [Sizes([TINY], dtype, 1, 1) for dtype in (torch.float32, torch.float16)]
     at = {shape.tokens: shape for shape in SHAPES}
@@ -146,6 +146,8 @@ def search(context: Context) -> Iterator[Row]:
                 for row in times(context, launch, name, run, candidates[name]):
                     rows.append({**about, **row})
                     yield rows[-1]
+                if not any("seconds" in row for row in rows):
+                    continue
                 fastest = fastest_of(rows)
                 best[key_of(fastest)] = fastest
                 sizes = BlockSizes(*(fastest[field] for field in BlockSizes._fields))
@@ -168,8 +170,12 @@ def times(
         launch.tiles = tiles._replace(**{name: sizes})
         return run()
 
-    expected = tuple(x.clone() for x in call(default))
-    baseline = graphed(partial(call, default), context.device, count)
+    try:
+        expected = tuple(x.clone() for x in call(default))
+        baseline = graphed(partial(call, default), context.device, count)
+    except Exception as error:  # of the compiler or the driver
+        yield {**default._asdict(), "failed": f"{type(error).__name__}: {error}"[:300]}
+        return
     for sizes in dict.fromkeys((default, *(block_sizes.capped(one, launch.n) for one in some))):
         try:
             if not (difference := differ(call(sizes), expected)) <= 0.02:

@@ -7,6 +7,7 @@ import torch
 
 from vca.attention import ATTENTIONS, build_attention
 from vca.attention.base import Tokens
+from vca.attention.comparison import differential_v2
 from vca.attention.reference import adaptive_bins, rms_norm
 
 
@@ -181,6 +182,18 @@ def differential_v2_oracle(module, x):
         out = [both[2 * m] - weights[b, :, m : m + 1] * both[2 * m + 1] for m in range(heads)]
         rows.append(torch.cat(out, -1) @ module.proj.weight.T + module.proj.bias)
     return torch.stack(rows)
+
+
+def test_differential_v2_sdpa_with_heads_inside_tokens(monkeypatch):
+    """SDPA for float32 on a GPU returns the heads of a token contiguous in memory."""
+    module = build("differential_v2")
+    x = torch.randn(2, 25, 16, dtype=torch.float64)
+    expected = module(x)
+    real = differential_v2.softmax_attention
+    monkeypatch.setattr(
+        differential_v2, "softmax_attention", lambda *heads: real(*heads).transpose(1, 2).contiguous().transpose(1, 2)
+    )
+    torch.testing.assert_close(module(x), expected, rtol=0, atol=0)
 
 
 def test_differential_v2_wrong_kv_heads_one_line():

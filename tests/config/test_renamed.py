@@ -6,7 +6,7 @@ import pytest
 
 from vca.config import compose
 from vca.runtime.errors import ConfigError
-from vca.runtime.renamed import RENAMED
+from vca.runtime.renamed import ADDED, RENAMED
 from vca.runtime.rundir import RunDirectory, read_config, to_dict
 
 
@@ -32,12 +32,17 @@ def test_renamed_run_with_old_keys_can_be_resumed(script, schedule, compiled, tm
         group, _, key = new.partition(".")
         if "=" not in old and key in before.get(group, {}):
             before[group][old.partition(".")[2]] = before[group].pop(key)
+    for (group, kind), added in ADDED.items():
+        if kind in (None, before[group]["name"], before[group].get("family")):
+            before[group] = {key: value for key, value in before[group].items() if key not in added}
     before["optim"] |= {"schedule": schedule}
     del before["optim"]["schedule_unit"]
     before["trainer"]["compile"] = compiled
     if script == "train_gen":  # keys of train_cls.py that train_gen.py once had
         before["trainer"] |= {"eval_batch_size": 250, "init_from": None, "init_weights": "ema", "eval_only": False}
     assert "global_batch" in before["trainer"]
+    assert "gate" not in before["attention"]
+    assert "conditional_position" not in before["model"]
     (tmp_path / "config.json").write_text(json.dumps(before))
     assert read_config(tmp_path) == json.loads(json.dumps(now))
     RunDirectory(tmp_path).check(now)

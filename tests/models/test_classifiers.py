@@ -348,6 +348,8 @@ def test_pyramid_attention_stages_and_contrast_grids(family):
     assert SoftmaxAttention not in own
     with pytest.raises(ValueError, match=rf"local_branch must be false .*{family} keeps its own attention\), got True"):
         CLASSIFIERS[family][1](CLASSIFIERS[family][0](**SMALL[family]), SoftmaxConfig(local_branch=True))
+    with pytest.raises(ValueError, match=r"attention.gate must be none with attention=softmax .*, got silu"):
+        CLASSIFIERS[family][1](CLASSIFIERS[family][0](**SMALL[family]), SoftmaxConfig(gate="silu"))
     grids = [[1, 2], [2, 2], [3, 2], [1, 1]]
     network = small(family, "vca", attention_stages=[1, 3], contrast_grid=grids)
     assert kinds(network) == [VisualContrastAttention, own[1], VisualContrastAttention, own[3]]

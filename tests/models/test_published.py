@@ -1,5 +1,7 @@
 """Experiments of published attentions: parameters and multiply-adds of the original models."""
 
+import re
+
 import pytest
 
 import train_cls
@@ -27,7 +29,9 @@ ORIGINALS = {
     "polaformer_pvt_tiny": (12_924_648, 2_256_500_224),
     "inline_pvt_tiny": (12_032_232, 1_975_843_840),
 }
-FILES = sorted(path.stem for path in (ROOT / "configs" / "experiment" / "published").glob("*.yaml"))
+FOLDER = ROOT / "configs" / "experiment" / "published"
+FILES = sorted(path.stem for path in FOLDER.glob("*.yaml"))
+IMAGENET = 1_281_167
 
 
 def test_published_experiments_all_counted():
@@ -41,6 +45,9 @@ def test_published_experiment_counts_equal_original(name):
     module.register_configs()
     config = compose(script, [f"experiment=published/{name}", "data.root=images"])
     counts = count(lambda: build_model(config.model, config.attention), lambda: example_inputs(config.model))
+    images = 400_000 * 256 if script == "train_gen" else IMAGENET * config.trainer.epochs
+    (hours,) = re.findall(r"# About (\d+) GPU-hours: an estimate", (FOLDER / f"{name}.yaml").read_text())
+    assert int(hours) == pytest.approx(6 * counts.macs * images / 40e12 / 3600, abs=0.6)
     params, macs = ORIGINALS[name]
     # InLine's PVT has 1,024 parameters less, as many as the final norm.
     assert counts.params == params + (1024 if name == "inline_pvt_tiny" else 0)

@@ -49,7 +49,8 @@ class AttentionConfig:
         local_branch: add a depthwise convolution of v on the grid, before the output projection.
         local_kernel: side of its kernels, odd.
         local_shared: use the same kernels in every head.
-        gate: multiply the heads, after the local branch, by a linear function of x (`linear`), or by its SiLU (`silu`).
+        gate: multiply the heads, after the local branch, by a linear function of the layer's input, normalized if the
+            variant normalizes it (`linear`), or by its SiLU (`silu`).
         qk_norm: RMSNorm of q and of k over the channels of all heads.
     """
 
@@ -90,10 +91,11 @@ def no_autocast(x: Tensor) -> torch.autocast:
     return torch.autocast(device, enabled=False)
 
 
-def norm_of_heads(norm: nn.Module, x: Tensor) -> Tensor:
+def norm_of_heads(norm: nn.RMSNorm, x: Tensor) -> Tensor:
     """Normalize `(B, N, M, D)` over all channels of a token, at least in float32."""
     acc_dtype = torch.promote_types(x.dtype, torch.float32)
-    return norm(x.flatten(2).to(acc_dtype)).to(x.dtype).unflatten(2, x.shape[2:])
+    weight = norm.weight.to(acc_dtype)
+    return F.rms_norm(x.flatten(2).to(acc_dtype), weight.shape, weight, norm.eps).to(x.dtype).unflatten(2, x.shape[2:])
 
 
 class ProjectedAttention(nn.Module):

@@ -102,10 +102,11 @@ def maps_of(module: ProjectedAttention, tokens: Tokens, patch: tuple[int, int]) 
 def derivative_of_output(module: ProjectedAttention, tokens: Tokens, query: int) -> Tensor:
     """Compute the derivative of a token's output by v, averaged over the channels of a head: `(B, M, N)`.
 
-    These are the attention weights if the output is a sum of values with the same weights in every channel.
+    These are the attention weights, averaged over heads that share v, if the output is a sum of values with the same
+    weights in every channel.
     """
     v = tokens.v.detach().requires_grad_()
     with torch.enable_grad():
         out = module.attend(tokens._replace(v=v))  # (B, M, N, D)
         (weights,) = torch.autograd.grad(out[:, :, query].sum(), v)  # (B, M, N, D)
-    return weights.mean(-1)
+    return weights.mean(-1) * (v.shape[1] / out.shape[1])  # v of several heads: their mean

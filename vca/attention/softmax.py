@@ -43,9 +43,7 @@ def softmax_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = Non
 class SoftmaxConfig(AttentionConfig):
     """Options of MHSA. Backbones with windows, stripes or spatial reduction use their original attention.
 
-    Attributes:
-        local_branch: add the local branch to MHSA, to measure its effect without VCA. Backbones that use their original
-            attention reject it.
+    These backbones reject other options than the defaults. The local branch measures its effect without VCA.
     """
 
     name: str = "softmax"

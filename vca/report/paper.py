@@ -11,8 +11,8 @@ class Recipe(NamedTuple):
 
     Attributes:
         text: a few words on its training, and on what differs from the model of this project.
-        same: what trains the same model in the same way here: a recipe in `configs/recipe/`, or an experiment such as
-            `published/inline_deit_tiny`; empty if there is none.
+        same: recipe in `configs/recipe/`, or experiment such as `published/inline_deit_tiny`, of this project with the
+            same model and training; empty if there is none.
     """
 
     text: str
@@ -56,7 +56,7 @@ POLA, MALA = "arXiv 2501.15061, ICLR 2025, README", "arXiv 2507.00698, ICCV 2025
 AS_DEIT, AS_PVT = Recipe("DeiT's, 300 epochs", "deit_original"), Recipe("PVT's, 300 epochs", "pvt")
 AS_SWIN, AS_CSWIN = Recipe("Swin's, 300 epochs", "swin"), Recipe("CSwin's, 310 epochs, EMA", "cswin")
 AS_DIT = Recipe("DiT's, 400,000 steps, EMA", "dit")
-RAW = Recipe("DeiT's, 300 epochs, raw weights; measured: EMA")
+RAW = Recipe("DeiT's, 300 epochs, raw weights reported, EMA measured here")
 AGENT_TINY = Recipe("300 epochs, batch 4096, no EMA", "agent_deit_tiny")
 AGENT_SMALL = Recipe("300 epochs, no repeated augmentation, no EMA", "agent_deit_small")
 AGENT_PVT = Recipe("310 epochs, no repeated augmentation", "agent_pvt_tiny")
@@ -64,13 +64,14 @@ AGENT_OTHER, AGENT_CSWIN = Recipe(AGENT_SMALL.text), Recipe("310 epochs, batch 1
 MHLA_DEIT = "200 epochs, EMA, mixup 0.2; 224 px, padded to 256; gain over linear attention (abstract): +3.6 %"
 MHLA_DIT = "80 epochs, EMA; sampling settings unknown"
 MHLA_DROPOUT = Recipe(f"{MHLA_DIT}; dropout 0.1 after the projection")
+LINEAR_DIT = Recipe(f"{MHLA_DIT}; the baseline of MHLA, feature map and norm unknown")
 LEAPLAB = "300 epochs, 20 of warm-up, clipping at 5, no EMA"
-WITH_CONVOLUTION = Recipe(f"{LEAPLAB}; no class token and positions, 3x3 convolution before each block")
+WITH_CONVOLUTION = Recipe(f"{LEAPLAB}; no class token, no positions, 3x3 convolution before each block")
 CIRCULANT_TINY = Recipe(WITH_CONVOLUTION.text, "published/circulant_deit_tiny")
 CIRCULANT_SMALL = Recipe(WITH_CONVOLUTION.text, "published/circulant_deit_small")
 VITTT_TINY = Recipe(f"{WITH_CONVOLUTION.text}; 6 heads", "published/ttt_deit_tiny")
 VITTT_SMALL = Recipe(WITH_CONVOLUTION.text, "published/ttt_deit_small")
-VITTT_DIT = Recipe("EMA, 250 steps, retrained; 3x3 convolution before each block")
+VITTT_DIT = Recipe("EMA, 250 sampling steps, retrained, length unknown; 3x3 convolution before each block")
 INLINE_TINY = Recipe(f"{LEAPLAB}; 6 heads", "published/inline_deit_tiny")
 INLINE_SMALL = Recipe(f"{LEAPLAB}; width 320, 10 heads", "published/inline_deit_small")
 INLINE_OTHER, INLINE_CSWIN = Recipe(LEAPLAB), Recipe("300 epochs, EMA")
@@ -130,17 +131,8 @@ REPORTED = (
     Reported("agent", "pvt_tiny", 11.6, 2.0, TOP1, 78.4, AGENT, AGENT_PVT),
     Reported("agent", "swin_tiny", 29, 4.5, TOP1, 82.6, AGENT, AS_SWIN),
     Reported("agent", "cswin_tiny", 21, 4.3, TOP1, 83.1, AGENT, AGENT_CSWIN),
-    Reported(LINEAR_RELU, "dit_s_2", None, None, FID, 89.7, MHLA, Recipe(f"{MHLA_DIT}; the baseline of MHLA")),
-    Reported(
-        MHLA_IN_DIT,
-        "dit_s_2",
-        None,
-        None,
-        FID,
-        59.8,
-        MHLA,
-        Recipe(f"{MHLA_DIT}; dropout 0.1 after the projection"),
-    ),
+    Reported(LINEAR_RELU, "dit_s_2", None, None, FID, 89.7, MHLA, LINEAR_DIT),
+    Reported(MHLA_IN_DIT, "dit_s_2", None, None, FID, 59.8, MHLA, MHLA_DROPOUT),
     Reported("mhla-pieces_4x4", "deit_tiny_256", None, None, TOP1, None, MHLA, Recipe(MHLA_DEIT)),
     Reported("mhla", "unknown", None, None, TOP1, 84.6, "third-party page", Recipe("unknown; its best figure")),
     Reported("mhla", "unknown", None, None, FID, 19.16, "third-party page", Recipe("unknown; its best figure")),

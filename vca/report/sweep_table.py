@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from vca.attention import variant_name
 from vca.report.tables import NOT_COMPARED, total_steps
+from vca.runtime.renamed import with_new_names
 from vca.runtime.rundir import RunDirectory, read_config
 
 Records = list[dict[str, Any]]
@@ -50,8 +51,9 @@ class FinishedRun:
 
 
 def flatten_config(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return the leaves of a config by full key, without keys that cannot change results."""
+    """Return the leaves of a config by full key, with today's names, without keys that cannot change results."""
     leaves: dict[str, Any] = {}
+    config = config if prefix else with_new_names(config)
     for name, value in config.items():
         key = f"{prefix}{name}"
         if key in (*NOT_COMPARED, "name"):

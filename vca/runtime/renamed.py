@@ -1,4 +1,4 @@
-"""Renamed config keys and options: an old name is an error that gives the new one; old `config.json` files load."""
+"""Renamed and added config keys: an old name is an error that gives the new one; old `config.json` files load."""
 
 from typing import Any
 
@@ -41,9 +41,21 @@ RENAMED = {
 # Keys of `trainer` that runs of train_gen.py once had, without effect.
 CLASSIFIER_KEYS = ("eval_batch_size", "init_from", "init_weights", "eval_only")
 
+CONDITIONAL = {"conditional_position": False}
+# Keys added later, with the value that is equal to runs without them: by group, and attention name or model family.
+ADDED: dict[tuple[str, str | None], dict[str, Any]] = {
+    ("attention", None): {"local_kernel": 3, "local_shared": False, "gate": "none", "qk_norm": False},
+    ("attention", "vca"): {"lambda_form": "scalar", "norm": True},
+    ("model", "deit"): {"class_token": True, "pos_embed": True, "norm": "layer", **CONDITIONAL},
+    ("model", "pvt"): CONDITIONAL,
+    ("model", "swin"): CONDITIONAL,
+    ("model", "cswin"): CONDITIONAL,
+    ("model", "dit"): {"qkv_bias": True, "proj_drop": 0.0, **CONDITIONAL},
+}
+
 
 def with_new_names(config: dict[str, Any]) -> dict[str, Any]:
-    """Return a run's config with old keys renamed, or removed if they had no effect."""
+    """Return a run's config with old keys renamed, or removed if they had no effect, and later keys added."""
     config = {key: dict(value) if isinstance(value, dict) else value for key, value in config.items()}
     for old, new in RENAMED.items():
         if "=" in old:
@@ -62,4 +74,8 @@ def with_new_names(config: dict[str, Any]) -> dict[str, Any]:
     if "objective" in config and isinstance(config.get("trainer"), dict):
         for key in CLASSIFIER_KEYS:
             config["trainer"].pop(key, None)
+    for (group, kind), values in ADDED.items():
+        section = config.get(group)
+        if isinstance(section, dict) and kind in (None, section.get("name"), section.get("family")):
+            config[group] = section | {key: value for key, value in values.items() if key not in section}
     return config

@@ -52,8 +52,8 @@ class DifferentialStagesAttention(PooledAttention):
         self.norm2_weight = nn.Parameter(torch.ones(self.head_dim))
 
     def attend(self, tokens: Tokens) -> Tensor:
-        q, k, v, _, grid = tokens
         """Compute both stages; the precision is that of VCA: SDPA rounds v+ and v-, their difference is float32."""
+        q, k, v, _, grid = tokens
         acc_dtype = torch.promote_types(q.dtype, torch.float32)
         t = self.contrast_tokens(q, grid)  # (B, M, n, D)
         (t1, t2), (q1, q2), (k1, k2) = (x.chunk(2, dim=-1) for x in (t, q, k))  # (B, M, n or N, D / 2)

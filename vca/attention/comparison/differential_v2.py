@@ -59,6 +59,6 @@ class DifferentialV2Attention(ProjectedAttention):
         acc_dtype = torch.promote_types(q.dtype, torch.float32)
         # The heads that share k and v attend as one head with more queries, so that k and v need no copies.
         queries = q.unflatten(1, (k.shape[1], -1)).flatten(2, 3)  # (B, Mkv, 2M / Mkv N, D)
-        heads = softmax_attention(queries, k, v).to(acc_dtype).view(q.shape).unflatten(1, (-1, 2))  # (B, M, 2, N, D)
+        heads = softmax_attention(queries, k, v).to(acc_dtype).reshape(q.shape).unflatten(1, (-1, 2))  # (B, M, 2, N, D)
         weight = self.lambda_proj(tokens.x).to(acc_dtype).sigmoid().transpose(1, 2)  # (B, M, N)
         return torch.addcmul(heads[:, :, 0], weight.unsqueeze(-1), heads[:, :, 1], value=-1).to(q.dtype)

@@ -7,9 +7,9 @@
     den  = sum_b A_ab (q_bt . z_b)                     `released`: q of the same place t in piece b
          = q_at . sum_b A_ab z_b                       `normalized`: the weights of a token sum to one
 
-The released code divides by the first, with which they do not. A is trained, one for all heads, and decayed like a
-weight. Its start depends on the distance d of two pieces and the largest one, d_max; except for `gaussian`, its columns
-are then divided by their sums:
+With the first, that of the released code, the weights do not sum to one. A is trained, one for all heads, and decayed
+like a weight. The initial A depends on the distance d of two pieces and the largest one, d_max; except for `gaussian`,
+its columns are then divided by their sums:
 
     linear 1 - d / d_max    cos cos(pi d / 4 d_max)    exp exp(-d / sigma)    local d <= 1.5
     gaussian exp(-d^2 / (2 (d_max / 3)^2))

@@ -73,7 +73,7 @@ class PolaFormerAttention(ProjectedAttention):
         self.position = nn.Parameter(torch.zeros(1, count, self.dim)) if self.config.positional else None
 
     def set_grid(self, grid: tuple[int, int]) -> None:
-        if self.position is not None:
+        if self.position is not None and grid != self.grid:
             resized = self.positions(grid).detach()
             self.position = nn.Parameter(resized, requires_grad=self.position.requires_grad)
         super().set_grid(grid)

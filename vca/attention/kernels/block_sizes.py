@@ -75,10 +75,10 @@ def is_power(x: Any) -> bool:
 
 
 def is_block(x: Any) -> bool:
-    return is_power(x) and x >= 16  # the smallest of tensor cores
+    return is_power(x) and x >= 16  # the smallest size of tensor cores
 
 
-# Keys of an entry, first those that say what was measured.
+# Keys of an entry; the first six identify the measurement.
 KEY = ("capability", "kernel", "head_dim", "dtype", "tokens", "contrast_tokens")
 VALID: dict[str, Callable[[Any], bool]] = {
     **dict.fromkeys(KEY, is_positive),
