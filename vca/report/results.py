@@ -96,7 +96,8 @@ def records_table(results: list[Result], folder: Path) -> str:
         links = [f"seed {one.seed}: {record_links(one, folder)}" for one in group]
         cells = [label_of(group[0], results), group[0].metric, *(mean_std(ones) if ones else "-" for ones in values)]
         cells += [str(len(group)), "; ".join(devices), ", ".join(commit[:7] for commit in commits)]
-        cells += [f"`python {starts[0]['command']}`", ", ".join(links)]
+        script, *overrides = starts[0]["command"].split(" ", 1)
+        cells += [f"`python {' '.join([Path(script).name, *overrides])}`", ", ".join(links)]  # a sweep runs a snapshot
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n" if results else "No record has been accepted yet.\n"
 
