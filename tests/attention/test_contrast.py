@@ -550,7 +550,7 @@ def test_vca_module_bfloat16_close_to_float32():
         (lambda: VCAConfig(pooling="median"), r"attention.pooling must be one of \['average', .*, got 'median'"),
         (lambda: ATTENTIONS["focused_linear"][0](power=0), "attention.power must be from 1 to 16, got 0"),
         (lambda: ATTENTIONS["focused_linear"][0](power=17), "attention.power must be from 1 to 16, got 17"),
-        (lambda: build_attention(ATTENTIONS["polaformer"][0](), 6, 2, (3, 3)), "head dim must be even, .*, got 3"),
+        (lambda: build_attention(ATTENTIONS["polaformer"][0](), 6, 2, (3, 3)), r"head dim must be even \(.*\), got 3"),
         (lambda: ATTENTIONS["polaformer"][0](alpha=-1), "attention.alpha must be from 0 to 16, got -1"),
         (lambda: ATTENTIONS["polaformer"][0](alpha=float("nan")), "attention.alpha must be from 0 to 16, got nan"),
         (lambda: VCAConfig(embedding_init_std=float("inf")), "embedding_init_std must be >= 0 and finite, got inf"),

@@ -7,6 +7,7 @@ import pytest
 import train_cls
 import train_gen
 from models import build_model
+from tests.config.test_recipes import IMAGENET
 from tests.processes import ROOT
 from vca.config import compose
 from vca.evaluation.complexity import count, example_inputs
@@ -31,7 +32,6 @@ ORIGINALS = {
 }
 FOLDER = ROOT / "configs" / "experiment" / "published"
 FILES = sorted(path.stem for path in FOLDER.glob("*.yaml"))
-IMAGENET = 1_281_167
 
 
 def test_published_experiments_all_counted():

@@ -33,7 +33,7 @@ class DifferentialConfig(AttentionConfig):
 def check_halves(head_dim: int) -> None:
     """Raise `ValueError` unless the head dim is even."""
     if head_dim % 2:
-        raise ValueError(f"head dim must be even (each half is a stream), got {head_dim}; change num_heads")
+        raise ValueError(f"head dim must be even (its halves are used separately), got {head_dim}; change num_heads")
 
 
 class DifferentialAttention(ProjectedAttention):

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vca.attention.base import AttentionConfig, Gate, ProjectedAttention, Tokens, no_autocast
+from vca.attention.comparison.differential import check_halves
 from vca.attention.geometry import to_image
 
 EPS = 1e-6  # added to the mean over all tokens
@@ -65,8 +66,7 @@ class PolaFormerAttention(ProjectedAttention):
     Config = PolaFormerConfig
 
     def add_parameters(self) -> None:
-        if self.head_dim % 2:
-            raise ValueError(f"head dim must be even, half of it for each polarity, got {self.head_dim}")
+        check_halves(self.head_dim)
         self.scale = nn.Parameter(torch.zeros(1, 1, self.dim))
         self.power = nn.Parameter(torch.zeros(1, self.num_heads, 1, self.head_dim))
         count = self.num_prefix_tokens + self.grid[0] * self.grid[1]
