@@ -210,7 +210,14 @@ def test_kernels_deterministic():
 
 def entry_of(**changes):
     """An entry of `tiles.json` for a CPU."""
-    entry = {"device": "cpu", "capability": 0, "kernel": "fwd", "head_dim": 40, "dtype": "float32", "tokens": 197}
+    entry = {
+        "device": "cpu",
+        "capability": 0,
+        "kernel": "stage1_fwd",
+        "head_dim": 40,
+        "dtype": "float32",
+        "tokens": 197,
+    }
     entry |= {"contrast_tokens": 49, "BLOCK_C": 16, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2}
     return {**entry, **changes}
 
@@ -232,7 +239,8 @@ def tiles(tmp_path, monkeypatch):
 
 def test_kernels_use_measured_block_sizes(tiles, monkeypatch):
     """Each kernel is launched with its own entry, and results equal eager's; without entries, with the defaults."""
-    sizes = {"fwd": (16, 64, 4, 2), "stage1_bwd": (32, 32, 8, 2), "dtokens": (64, 16, 4, 3), "dq": (16, 32, 2, 1)}
+    sizes = {"stage1_fwd": (16, 64, 4, 2), "stage2_fwd": (16, 32, 2, 1)}
+    sizes |= {"stage1_bwd": (32, 32, 8, 2), "stage2_bwd": (64, 16, 4, 3)}
     fields = BlockSizes._fields
     capability = block_sizes.capability_of(DEVICE)
     tiles([entry_of(kernel=k, capability=capability, **dict(zip(fields, v, strict=True))) for k, v in sizes.items()])
@@ -247,13 +255,11 @@ def test_kernels_use_measured_block_sizes(tiles, monkeypatch):
     exact, given, _ = both(TWO_BLOCKS)
     found = with_gradients(contrast_attention, given, backend="triton")
     assert_close(found, with_gradients(contrast_attention, exact), 1e-5)
-    assert launched["stage1_fwd_kernel"] == launched["stage2_fwd_kernel"] == sizes["fwd"]
-    assert launched["stage1_bwd_kernel"] == sizes["stage1_bwd"]
-    assert launched["stage2_bwd_kernel_dtokens"] == sizes["dtokens"]
-    assert launched["stage2_bwd_kernel_dq"] == sizes["dq"]
+    assert {kernel: launched[f"{kernel}_kernel"] for kernel in sizes} == sizes
+    assert launched["stage2_bwd_kernel_preprocess"] == sizes["stage2_fwd"]
     tiles([])
     with_gradients(contrast_attention, given, backend="triton")
-    assert launched["stage1_fwd_kernel"] == launched["stage2_bwd_kernel_dq"] == (32, 16, 8, 3)
+    assert launched["stage1_fwd_kernel"] == launched["stage2_bwd_kernel"] == (32, 16, 8, 3)
 
 
 def test_kernels_nearest_measured_block_sizes(tiles):
@@ -266,11 +272,11 @@ def test_kernels_nearest_measured_block_sizes(tiles):
     def sizes(tokens, contrast=49, dim=40, dtype=torch.float32):
         return block_sizes.block_sizes(tokens, contrast, dim, dtype, DEVICE)
 
-    assert sizes(800).fwd == (64, 64, 4, 2)
-    assert sizes(1000).fwd == (16, 32, 4, 2)
-    assert sizes(196, 9).fwd == (16, 64, 4, 2)
-    assert sizes(800).dq == (32, 16, 8, 3)
-    assert sizes(800, dim=24).fwd == (32, 16, 8, 3)
+    assert sizes(800).stage1_fwd == (64, 64, 4, 2)
+    assert sizes(1000).stage1_fwd == (16, 32, 4, 2)
+    assert sizes(196, 9).stage1_fwd == (16, 64, 4, 2)
+    assert sizes(800).stage2_bwd == (32, 16, 8, 3)
+    assert sizes(800, dim=24).stage1_fwd == (32, 16, 8, 3)
 
 
 @pytest.mark.parametrize(
@@ -472,7 +478,7 @@ def test_kernels_two_rank_run_equals_eager(tmp_path):
         (("cuda", torch.float32, 136, 49), "head dim must be <= 128, got 136"),
         (("cuda", torch.float32, 64, 257), "number of contrast tokens must be <= 256, got 257"),
         (("cpu", torch.float32, 64, 49), "device must be cuda, got cpu"),
-        (("cuda", torch.bfloat16, 128, 256), None),
+        (("cuda", torch.bfloat16, 64, 49), None),
     ],
 )
 def test_kernels_supported_and_unsupported_inputs(place, reason, monkeypatch):
@@ -496,6 +502,17 @@ def test_kernels_supported_and_unsupported_inputs(place, reason, monkeypatch):
         assert not use_triton(Backend.auto, torch.device(device), *rest)
 
 
+@pytest.mark.parametrize(("dim", "contrast"), [(72, 64), (32, 64), (64, 65), (64, 32)])
+def test_kernels_not_checked_on_a_gpu_only_on_request(dim, contrast, monkeypatch):
+    """`auto` warns and uses plain PyTorch where the kernels were not compared with float64 on a GPU."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    place = torch.device("cuda"), torch.bfloat16, dim, contrast
+    assert use_triton(Backend.triton, *place)
+    kernels.warn_once.cache_clear()
+    with pytest.warns(UserWarning, match=f"not for head dim {dim} and {contrast} contrast tokens; "):
+        assert not use_triton(Backend.auto, *place)
+
+
 def test_kernels_triton_missing_reported(monkeypatch):
     monkeypatch.setattr(kernels, "INSTALLED", False)
     assert unsupported_reason(torch.device("cuda"), torch.float32, 64, 49) == "triton is not installed"
@@ -506,15 +523,8 @@ def test_kernels_unknown_backend_refused():
         VCAConfig(backend="cuda")
 
 
-# Bytes spilled by ptxas: (kernel, head dim, contrast tokens, capability); 0 for other kernels.
-SPILLS = {
-    ("stage2_fwd", 32, 256, 80): 8,
-    ("stage2_bwd_preprocess", 128, 256, 80): 40,
-    ("stage2_bwd_dtokens", 64, 64, 80): 120,
-    ("stage2_bwd_dtokens", 64, 256, 80): 104,
-    ("stage1_bwd", 72, 64, 90): 104,
-    ("stage1_bwd", 72, 256, 90): 136,
-}
+# Bytes. On an H200 the tiles with spills were faster than smaller ones; the limit finds a tile that went to memory.
+LARGEST_SPILL = 640
 
 
 @pytest.fixture(scope="session")
@@ -543,12 +553,11 @@ def test_kernels_fit_a100_and_h100(compiled):
     rows = compiled["rows"]
     assert {(row["dim"], row["capability"]) for row in rows} == {(d, c) for d in (32, 64, 72, 128) for c in (80, 90)}
     assert {row["kernel"] for row in rows} == {
-        "contrast_tokens_fwd", "stage1_fwd", "stage2_fwd", "stage2_bwd_preprocess", "stage2_bwd_dtokens",
-        "stage1_bwd_preprocess", "stage1_bwd", "stage2_bwd_dq",
+        "contrast_tokens_fwd", "stage1_fwd", "stage2_fwd", "stage2_bwd_preprocess", "stage2_bwd",
+        "stage1_bwd_preprocess", "stage1_bwd", "avg_pool_bwd",
     }  # fmt: skip
     for row in rows:
-        key = (row["kernel"], row["dim"], row["contrast_tokens"], row["capability"])
-        assert row["spilled_bytes"] <= SPILLS.get(key, 0) + 64, row  # compilers differ
+        assert row["spilled_bytes"] <= LARGEST_SPILL, row
         assert row["shared_bytes"] <= (160 if row["capability"] == 80 else 224) * 1024, row
     products = {
         (row["kernel"], row["products"])
@@ -556,15 +565,14 @@ def test_kernels_fit_a100_and_h100(compiled):
         if row["kernel"].startswith("stage2") and row["dim"] == 64 and row["contrast_tokens"] == 64
     }
     # Two scores each, the product with v^, in the backward also dA; repeated computations are merged.
-    assert products == {("stage2_fwd", 3), ("stage2_bwd_dtokens", 4 + 3), ("stage2_bwd_dq", 4 + 2)}
+    assert products == {("stage2_fwd", 3), ("stage2_bwd_preprocess", 4), ("stage2_bwd", 3 + 5)}
 
 
 def test_kernels_every_variant_compiles(compiled):
     """Compilation finds errors that the interpreter does not: types in loops, arguments equal to 1."""
     every = {row["kernel"] for row in compiled["rows"]}
     kernels = {name: set(names) for name, names in compiled["variants"].items()}
-    assert kernels.pop("plain Stage II, blocks of contrast tokens") == every
-    every.remove("stage2_bwd_preprocess")  # launched for several blocks of contrast tokens
+    assert kernels.pop("given contrast tokens") == every - {"avg_pool_bwd"}
     assert kernels.pop("split tokens") == every | {"stage1_fwd_combine"}
     assert len(kernels) == 6
     assert all(names == every for names in kernels.values())

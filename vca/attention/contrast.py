@@ -72,7 +72,8 @@ class VCAConfig(PooledConfig):
         lambda_form: one learned lambda per stage (`scalar`, the paper), or the sigmoid of a linear function of x for
             each token and head (`token`, as in Differential Transformer V2), which Stage I pools on the grid.
         norm: RMSNorm and factor `1 - lambda_init` after each stage (the paper); false: neither.
-        backend: `eager` (PyTorch), `triton` (fused kernels) or `auto`; results agree up to rounding.
+        backend: `eager` (PyTorch), `triton` (fused kernels), or `auto`: the kernels where they are checked on a GPU.
+            Results agree up to rounding.
     """
 
     name: str = "vca"

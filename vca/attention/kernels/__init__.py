@@ -20,12 +20,13 @@ from enum import Enum
 import torch
 
 LARGEST_HEAD, LARGEST_CONTRAST = 128, 256
+CHECKED_HEAD, CHECKED_CONTRAST = 64, range(33, 65)  # compared with float64 on a GPU; `auto` uses no others
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 INSTALLED = importlib.util.find_spec("triton") is not None
 
 
 class Backend(Enum):
-    """Implementation of VCA: `auto` uses Triton on supported GPU calls and PyTorch otherwise."""
+    """Implementation of VCA: `auto` uses Triton on GPU calls that are supported and checked, and PyTorch otherwise."""
 
     auto = "auto"
     eager = "eager"
@@ -52,8 +53,17 @@ def unsupported_reason(device: torch.device, dtype: torch.dtype, head_dim: int, 
     return None
 
 
+def unchecked_reason(head_dim: int, num_contrast: int) -> str | None:
+    """Return why nobody has compared the kernels of a call with float64 on a GPU, or None if somebody has."""
+    if head_dim == CHECKED_HEAD and num_contrast in CHECKED_CONTRAST:
+        return None
+    checked = f"head dim {CHECKED_HEAD} and {CHECKED_CONTRAST[0]} to {CHECKED_CONTRAST[-1]} contrast tokens"
+    here = f"head dim {head_dim} and {num_contrast} contrast tokens"
+    return f"the kernels are checked on a GPU for {checked}, not for {here}; attention.backend=triton uses them"
+
+
 def use_triton(backend: Backend, device: torch.device, dtype: torch.dtype, head_dim: int, num_contrast: int) -> bool:
-    """Return whether to use the kernels. `auto` warns once if a call on a GPU is not supported.
+    """Return whether to use the kernels. `auto` warns once if a call on a GPU is not supported or not checked.
 
     Raises:
         ValueError: if the backend is `triton` and the kernels do not support the call.
@@ -63,6 +73,8 @@ def use_triton(backend: Backend, device: torch.device, dtype: torch.dtype, head_
     reason = unsupported_reason(device, dtype, head_dim, num_contrast)
     if reason is not None and backend is Backend.triton:
         raise ValueError(f"attention.backend=triton: {reason}; use attention.backend=auto")
+    if reason is None and backend is Backend.auto:
+        reason = unchecked_reason(head_dim, num_contrast)
     if reason is not None and not torch.compiler.is_compiling():
         warn_once(f"attention.backend=auto uses plain PyTorch: {reason}")
     return reason is None

@@ -235,15 +235,42 @@ def stage1_fwd_kernel_combine(
 
 
 @triton.jit
+def scores_of(x, x_rest, t, t_rest, offs_c, n, scale, D_REST: tl.constexpr, PRECISION: tl.constexpr):
+    """Compute base-2 scores of rows and contrast tokens, `(R, BLOCK_C)`; -inf for tokens >= n."""
+    scores = dot_nt(x, x_rest, t, t_rest, D_REST, PRECISION) * scale
+    return tl.where((offs_c < n)[None, :], scores, float("-inf"))
+
+
+@triton.jit
 def stream_scores(
     tokens, stream, block, x, x_rest, n, scale,
     D: tl.constexpr, D_MAIN: tl.constexpr, D_REST: tl.constexpr, BLOCK_C: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Compute base-2 scores of rows and a block of one stream's tokens, `(R, BLOCK_C)`; -inf for tokens >= n."""
+    """Compute the scores of rows and a block of one stream's tokens, `(R, BLOCK_C)`."""
     offs_c = block * BLOCK_C + tl.arange(0, BLOCK_C)
     t, t_rest = load_rows(tokens + stream * n * D, offs_c, D, offs_c < n, D, D_MAIN, D_REST)
-    scores = dot_nt(x, x_rest, t, t_rest, D_REST, PRECISION) * scale
-    return tl.where((offs_c < n)[None, :], scores, float("-inf"))
+    return scores_of(x, x_rest, t, t_rest, offs_c, n, scale, D_REST, PRECISION)
+
+
+@triton.jit
+def softmax_pair(pos, neg, CONTRAST: tl.constexpr, JOINT: tl.constexpr):
+    """Compute the probabilities A+ and A- of rows from all their scores, or those of one softmax over both streams."""
+    max_pos = tl.max(pos, axis=1)
+    max_neg = max_pos
+    if CONTRAST:
+        max_neg = tl.max(neg, axis=1)
+        if JOINT:
+            max_pos = tl.maximum(max_pos, max_neg)
+            max_neg = max_pos
+        neg = tl.exp2(neg - max_neg[:, None])
+    pos = tl.exp2(pos - max_pos[:, None])
+    sum_pos, sum_neg = tl.sum(pos, axis=1), tl.sum(neg, axis=1)
+    if JOINT:
+        sum_pos += sum_neg
+        sum_neg = sum_pos
+    if CONTRAST:
+        neg *= (1.0 / sum_neg)[:, None]
+    return pos * (1.0 / sum_pos)[:, None], neg
 
 
 @triton.jit
@@ -319,10 +346,7 @@ def stage2_fwd_kernel(
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Stage II: attention to the contrast tokens with the difference of two softmaxes, then the norm.
-
-    With a single block of contrast tokens the compiler merges the two computations of the scores.
-    """
+    """Stage II: attention to the contrast tokens with the difference of two softmaxes, then the norm."""
     i_bh = tl.program_id(0)
     i_b, i_h = (i_bh // heads).to(tl.int64), i_bh % heads
     offs_n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -330,20 +354,32 @@ def stage2_fwd_kernel(
     tokens += (i_bh * STREAMS).to(tl.int64) * n * D
     v_diff += i_bh.to(tl.int64) * n * D
     x, x_rest = load_rows(q + i_b * stride_b + i_h * stride_m, offs_n, stride_n, mask_n, D, D_MAIN, D_REST)
-    lse_pos, lse_neg = stage2_lse(
-        tokens, x, x_rest, n, scale, CONTRAST, JOINT, NUM_BLOCKS_C, D, D_MAIN, D_REST, BLOCK_C, BLOCK_N, PRECISION
-    )
+    minus_lam = 0.0
+    if CONTRAST:
+        minus_lam = -tl.load(lambda2)
+    lse_pos = tl.zeros((BLOCK_N,), tl.float32)
+    lse_neg = lse_pos
+    if NUM_BLOCKS_C > 1:
+        lse_pos, lse_neg = stage2_lse(
+            tokens, x, x_rest, n, scale, CONTRAST, JOINT, NUM_BLOCKS_C, D, D_MAIN, D_REST, BLOCK_C, BLOCK_N, PRECISION
+        )
 
     acc = tl.zeros((BLOCK_N, D_MAIN), tl.float32)
     acc_rest = acc
     if D_REST:
         acc_rest = tl.zeros((BLOCK_N, D_REST), tl.float32)
     for block in range(NUM_BLOCKS_C):
-        scores = stream_scores(tokens, 0, block, x, x_rest, n, scale, D, D_MAIN, D_REST, BLOCK_C, PRECISION)
-        weights = tl.exp2(scores - lse_pos[:, None])
+        a_pos = stream_scores(tokens, 0, block, x, x_rest, n, scale, D, D_MAIN, D_REST, BLOCK_C, PRECISION)
+        a_neg = a_pos
         if CONTRAST:
-            scores = stream_scores(tokens, 1, block, x, x_rest, n, scale, D, D_MAIN, D_REST, BLOCK_C, PRECISION)
-            weights -= tl.load(lambda2) * tl.exp2(scores - lse_neg[:, None])
+            a_neg = stream_scores(tokens, 1, block, x, x_rest, n, scale, D, D_MAIN, D_REST, BLOCK_C, PRECISION)
+        if NUM_BLOCKS_C == 1:
+            a_pos, a_neg = softmax_pair(a_pos, a_neg, CONTRAST, JOINT)
+        else:
+            a_pos, a_neg = tl.exp2(a_pos - lse_pos[:, None]), tl.exp2(a_neg - lse_neg[:, None])
+        weights = a_pos
+        if CONTRAST:
+            weights += minus_lam * a_neg
         v_hat, v_hat_rest = load_v_hat(v_diff, norm1, block, n, gain, eps, D, D_MAIN, D_REST, BLOCK_C)
         acc, acc_rest = dot_acc(weights, v_hat, v_hat_rest, acc, acc_rest, D_REST, PRECISION)
 

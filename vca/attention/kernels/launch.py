@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from vca.attention.kernels import backward_stage1, backward_stage2, forward
-from vca.attention.kernels.block_sizes import NUM_WARPS, BlockSizes, KernelBlocks, block_sizes, cdiv, next_power_of_2
+from vca.attention.kernels.block_sizes import BlockSizes, KernelBlocks, block_sizes, cdiv, next_power_of_2
 
 LOG2E = math.log2(math.e)
 
@@ -100,6 +100,11 @@ class KernelLaunch:
         """Block sizes of the kernels. They are not looked up for fake tensors, whose sizes may be symbols."""
         return block_sizes(self.num_tokens, self.n, self.dim, self.dtype, self.device)
 
+    @property
+    def pool_warps(self) -> int:
+        """Warps of the pooling kernels. With few, a thread has all rows of a small cell, and needs no other thread."""
+        return max(1, next_power_of_2(self.dim) // 64)
+
     def empty_tokens(self, like: Tensor, *leading: int, dtype: torch.dtype | None = None) -> Tensor:
         """Return an empty `(*leading, B, M, N, D)` with the heads of a token contiguous; not a view."""
         batch, heads, tokens, dim = self.batch, self.heads, self.num_tokens, self.dim
@@ -154,13 +159,13 @@ class KernelLaunch:
             BLOCK_D=next_power_of_2(self.dim),
             BLOCK_C=block,
             BLOCK_CELL=block_cell,
-            num_warps=NUM_WARPS,
+            num_warps=self.pool_warps,
         )
         return tokens
 
     def stage1_fwd(self, tokens: Tensor, k: Tensor, v: Tensor, v_diff: Tensor, v_neg: Tensor, lse: Tensor) -> None:
         """Compute `v_diff`, `v_neg` and `lse`, in place."""
-        tiles, streams = self.tiles.fwd, lse.shape[2]
+        tiles, streams = self.tiles.stage1_fwd, lse.shape[2]
         splits, size = self.split(tiles)
         num_partials = splits if splits > 1 else 0
         partial = partial_lse = lse  # placeholders, not read
@@ -212,7 +217,7 @@ class KernelLaunch:
 
     def stage2_fwd(self, q: Tensor, tokens: Tensor, v_diff: Tensor, norm1: Tensor, norm2: Tensor, out: Tensor) -> None:
         """Compute `out`, in place."""
-        forward.stage2_fwd_kernel[(self.num_bh, cdiv(self.num_tokens, self.tiles.fwd.BLOCK_N))](
+        forward.stage2_fwd_kernel[(self.num_bh, cdiv(self.num_tokens, self.tiles.stage2_fwd.BLOCK_N))](
             q,
             tokens,
             v_diff,
@@ -228,16 +233,18 @@ class KernelLaunch:
             self.scale,
             self.gain,
             self.eps,
-            **self.stage2_options(self.tiles.fwd),
+            **self.stage2_options(self.tiles.stage2_fwd),
         )
 
     def stage2_bwd_preprocess(
         self, q: Tensor, tokens: Tensor, v_diff: Tensor, norm1: Tensor, norm2: Tensor, do: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Backward preprocessing of Stage II: do before the norm, lse, delta."""
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """Backward preprocessing of Stage II: do before the norm, lse, delta, dlambda2, dnorm2."""
+        blocks = cdiv(self.num_tokens, self.tiles.stage2_fwd.BLOCK_N)
         do_raw = self.empty_tokens(q)
         lse, delta = (self.scratch(self.num_bh, 2, self.num_tokens) for _ in range(2))
-        backward_stage2.stage2_bwd_kernel_preprocess[(self.num_bh, cdiv(self.num_tokens, self.tiles.fwd.BLOCK_N))](
+        dnorm2, dlambda2 = self.scratch(blocks, self.num_bh, self.dim), self.scratch(blocks, self.num_bh)
+        backward_stage2.stage2_bwd_kernel_preprocess[(self.num_bh, blocks)](
             q,
             tokens,
             v_diff,
@@ -248,6 +255,8 @@ class KernelLaunch:
             do_raw,
             lse,
             delta,
+            dnorm2,
+            dlambda2,
             *q.stride()[:3],
             *do.stride()[:3],
             *do_raw.stride()[:3],
@@ -257,36 +266,36 @@ class KernelLaunch:
             self.scale,
             self.gain,
             self.eps,
-            **self.stage2_options(self.tiles.fwd),
+            **self.stage2_options(self.tiles.stage2_fwd),
         )
-        return do_raw, lse, delta
+        return do_raw, lse, delta, dlambda2.sum(), dnorm2.sum((0, 1))
 
-    def stage2_bwd_dtokens(
-        self, q: Tensor, tokens: Tensor, v_diff: Tensor, norm1: Tensor, norm2: Tensor, do: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Backward of Stage II to v^ `(splits, B M, n, D)` and the contrast tokens `(B, M, S, n, D)`."""
-        tiles = self.tiles.dtokens
+    def stage2_bwd(
+        self, q: Tensor, tokens: Tensor, v_diff: Tensor, norm1: Tensor, do_raw: Tensor, lse: Tensor, delta: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Backward of Stage II: dq `(B, M, N, D)`, dv^ `(splits, B M, n, D)`, dtokens `(B, M, S, n, D)`."""
+        tiles = self.tiles.stage2_bwd
         blocks, (splits, size) = cdiv(self.n, tiles.BLOCK_C), self.split(tiles)
-        lse = delta = norm1  # placeholders, not read
-        if blocks > 1:
-            do, lse, delta = self.stage2_bwd_preprocess(q, tokens, v_diff, norm1, norm2, do)
+        # Partial sums, in float32: dq per block of contrast tokens, the others per split.
+        dq = self.empty_tokens(q, blocks, dtype=q.dtype if blocks == 1 else torch.float32)
         dtype = q.dtype if splits == 1 else torch.float32
         dv_hat = q.new_empty(splits, self.num_bh, self.n, self.dim, dtype=dtype)
         dtokens = q.new_empty(splits, self.batch, self.heads, self.streams, self.n, self.dim, dtype=dtype)
-        backward_stage2.stage2_bwd_kernel_dtokens[(self.num_bh, blocks, splits)](
+        backward_stage2.stage2_bwd_kernel[(self.num_bh, blocks, splits)](
             q,
             tokens,
             v_diff,
             norm1 if self.lambda2 is None else self.lambda2,
             norm1,
-            norm2,
-            do,
+            do_raw,
             lse,
             delta,
+            dq,
             dv_hat,
             dtokens,
             *q.stride()[:3],
-            *do.stride()[:3],
+            *do_raw.stride()[:3],
+            *dq.stride()[:4],
             self.heads,
             self.num_tokens,
             self.n,
@@ -294,50 +303,40 @@ class KernelLaunch:
             self.scale,
             self.gain,
             self.eps,
-            **self.stage2_options(tiles),
+            STREAMS=self.streams,
+            CONTRAST=self.lambda2 is not None,
+            **tiles._asdict(),
+            **self.width,
+            **self.precision,
         )
-        return dv_hat, sum_partials(dtokens, q.dtype)
+        return sum_partials(dq, q.dtype), dv_hat, sum_partials(dtokens, q.dtype)
 
-    def stage2_bwd_dq(
-        self, q: Tensor, tokens: Tensor, v_diff: Tensor, norm1: Tensor, norm2: Tensor, do: Tensor, dtokens: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Backward of Stage II and the average pooling to q, and of Stage II to lambda2 and the norm weight."""
-        tiles = self.tiles.dq
-        blocks = cdiv(self.num_tokens, tiles.BLOCK_N)
-        dq = self.empty_tokens(q)
-        dnorm2 = self.scratch(blocks, self.num_bh, self.dim)
-        dlambda2 = self.scratch(blocks, self.num_bh)
-        backward_stage2.stage2_bwd_kernel_dq[(self.num_bh, blocks)](
-            q,
-            tokens,
-            v_diff,
-            norm1 if self.lambda2 is None else self.lambda2,
-            norm1,
-            norm2,
-            do,
+    def avg_pool_bwd(self, dq: Tensor, dtokens: Tensor) -> None:
+        """Add the gradient through the pooled queries to dq `(B, M, N, D)`, in place."""
+        pool_pos, pool_neg = self.pooled[0], self.pooled[1] and self.streams == 2
+        if not self.averages or not (pool_pos or pool_neg):
+            return
+        block_n = 32
+        backward_stage2.avg_pool_bwd_kernel[(self.num_bh, cdiv(self.num_tokens - self.prefix, block_n))](
             dtokens,
             dq,
-            dnorm2,
-            dlambda2,
-            *q.stride()[:3],
-            *do.stride()[:3],
             *dq.stride()[:3],
             self.heads,
             self.num_tokens,
             self.n,
-            self.scale,
-            self.gain,
-            self.eps,
             self.prefix,
             *self.grid,
             *self.contrast_grid,
             MAX_ROWS=overlaps(self.grid[0], self.contrast_grid[0]),
             MAX_COLUMNS=overlaps(self.grid[1], self.contrast_grid[1]),
-            POOL_POS=self.averages and self.pooled[0],
-            POOL_NEG=self.averages and self.pooled[1] and self.streams == 2,
-            **self.stage2_options(tiles),
+            POOL_POS=pool_pos,
+            POOL_NEG=pool_neg,
+            STREAMS=self.streams,
+            D=self.dim,
+            BLOCK_D=next_power_of_2(self.dim),
+            BLOCK_N=block_n,
+            num_warps=self.pool_warps,
         )
-        return dq, dlambda2.sum(), dnorm2.sum((0, 1))
 
     def stage1_bwd_preprocess(
         self, v_diff: Tensor, v_neg: Tensor, norm1: Tensor, dv_hat: Tensor

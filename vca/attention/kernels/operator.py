@@ -59,10 +59,12 @@ def run_backward(do: Tensor, v_diff: Tensor, v_neg: Tensor, lse: Tensor, *argume
     empty = x.q.new_empty(0)
     with torch.cuda.device_of(x.q):
         tokens = launch.contrast_tokens_fwd(x.q, x.t, x.e_pos, x.e_neg)
-        dv_hat, dtokens2 = launch.stage2_bwd_dtokens(x.q, tokens, v_diff, x.norm1, x.norm2, do)
+        do_raw, *rows, dlambda2, dnorm2 = launch.stage2_bwd_preprocess(x.q, tokens, v_diff, x.norm1, x.norm2, do)
+        dq, dv_hat, dtokens2 = launch.stage2_bwd(x.q, tokens, v_diff, x.norm1, do_raw, *rows)
+        del do_raw, rows  # frees as much memory as dq needs
         dv_diff, delta, dlambda1, dnorm1 = launch.stage1_bwd_preprocess(v_diff, v_neg, x.norm1, dv_hat)
         dk, dv, dtokens = launch.stage1_bwd(tokens, x.k, x.v, dv_diff, lse, delta, dtokens2)
-        dq, dlambda2, dnorm2 = launch.stage2_bwd_dq(x.q, tokens, v_diff, x.norm1, x.norm2, do, dtokens)
+        launch.avg_pool_bwd(dq, dtokens)
 
     streams = dtokens.unbind(2)  # S x (B, M, n, D)
     dt = empty
