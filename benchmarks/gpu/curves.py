@@ -1,8 +1,8 @@
-"""Stage 4: training curves of VCA, with and without the kernels, and of softmax attention.
+"""Stage 4: every attention of the project trained under one recipe.
 
-All images are on the device. Crops and flips are made there, from a generator that only the seed and the step decide,
-so that runs of one seed see the same images. `root` has `cifar10.xz` (of `scripts/gpu_bundle.py`) or
-`cifar-10-batches-py/`, and for Imagenette `train/` and `val/`.
+All images are on the device. Crops, flips, noise and times come from generators that only the seed and the step decide,
+so that runs of one seed see the same. `root` has `cifar10.xz` (of `scripts/gpu_bundle.py`) or `cifar-10-batches-py/`,
+and for Imagenette `train/` and `val/`.
 """
 
 import lzma
@@ -10,16 +10,19 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from typing import Any, NamedTuple
+from unittest import mock
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 import train_cls
-from benchmarks.gpu.runner import Context, Row
+import train_gen
+from benchmarks.gpu.runner import Context, Measurement, Row
+from benchmarks.timing import graphed
 from models import build_model
 from scripts.gpu_bundle import unpack_images
 from vca.config import compose
@@ -27,12 +30,21 @@ from vca.data import load_dataset
 from vca.data.augment import BatchMixer, Normalize, eval_transform, worker_transform
 from vca.data.loader import Batch
 from vca.evaluation.accuracy import evaluate
+from vca.generation.autoencoder import load_autoencoder
+from vca.generation.objective import build_objective
 from vca.runtime.distributed import World
-from vca.runtime.seeding import seed_torch
+from vca.runtime.seeding import derive_seed, seed_torch
+from vca.training import step
 from vca.training.classification import ClassificationLoss
+from vca.training.generation import GenerationLoss
+from vca.training.optim import learning_rate
 from vca.training.step import TrainState
 
-KINDS = {"VCA fused": "vca", "VCA eager": "vca", "softmax": "softmax"}
+ROWS = 6  # of a run
+# Attentions whose authors use no depthwise convolution of v, with it and without it; then those with it.
+OPTIONAL = ["softmax", "differential", "differential_v2", "linear", "linear_softmax", "linear_relu", "circulant"]
+OPTIONAL += ["inline", "ttt"]
+INCLUDED = ["agent", "focused_linear", "polaformer", "mala", "mhla", "vca", "vca_token_lambda", "vca_no_norm", "vca_v2"]
 
 
 class Images(NamedTuple):
@@ -42,18 +54,14 @@ class Images(NamedTuple):
     labels: Tensor
 
 
-class Task(NamedTuple):
-    """An experiment, its epochs and batch size, and the crops: smallest area, and shift in pixels."""
+class Case(NamedTuple):
+    """A run of a task."""
 
-    experiment: str
-    epochs: int
-    batch: int
-    area: float
-    shift: int
-
-
-CIFAR = Task("cifar10", 50, 512, 1.0, 4)
-IMAGENETTE = Task("imagenette", 100, 128, 0.25, 0)
+    task: str
+    attention: str
+    local_branch: bool
+    seed: int
+    backend: str = "eager"  # triton: VCA in the fused kernels
 
 
 @cache
@@ -98,7 +106,7 @@ def on_device(images: np.ndarray, labels: np.ndarray, context: Context) -> Image
     return Images(*(torch.from_numpy(np.ascontiguousarray(x)).to(context.device) for x in (images, labels.astype(int))))
 
 
-def augmented(images: Tensor, task: Task, seed: int, step: int) -> Tensor:
+def augmented(images: Tensor, task: "Task", seed: int, step: int) -> Tensor:
     """Crop, shift and flip uint8 images; returns float32 pixels from 0 to 255."""
     count, generator = len(images), torch.Generator().manual_seed(seed * 1_000_003 + step)
     scale = (torch.rand(count, generator=generator) * (1 - task.area) + task.area).sqrt()
@@ -112,50 +120,138 @@ def augmented(images: Tensor, task: Task, seed: int, step: int) -> Tensor:
     return F.grid_sample(images.float(), grid, align_corners=False)
 
 
-def train(context: Context, task: Task, kind: str, seed: int, data: tuple[Images, Images]) -> Iterator[Row]:
-    """Train a network; yield a row with loss and accuracy ten times in the run."""
-    epochs, batch = (1, 32) if context.tiny else (task.epochs, task.batch)
-    device, (training, held_out) = context.device, data
-    overrides = [f"experiment={task.experiment}", f"attention={KINDS[kind]}", "data.root=-"]
-    overrides += [f"trainer.epochs={epochs}", f"trainer.global_batch_size={batch}", f"seed={seed}"]
-    if kind != "softmax":
-        backend = "triton" if kind == "VCA fused" and device.type == "cuda" else "eager"
-        overrides.append(f"attention.backend={backend}")
+class Task(NamedTuple):
+    """An experiment, its data, and the crops of training: smallest area, and shift in pixels."""
+
+    script: str
+    overrides: tuple[str, ...]
+    load: Callable[[Context], tuple[Images, Images]]
+    area: float = 1.0
+    shift: int = 0
+
+
+CIFAR = ("experiment=cifar10", "model.class_token=false", "trainer.global_batch_size=256")
+IMAGENETTE = ("experiment=imagenette", "trainer.epochs=100", "trainer.global_batch_size=128")
+TASKS = {
+    "CIFAR-10": Task("train_cls", (*CIFAR, "trainer.ema_decay=null"), load_cifar, shift=4),
+    "CIFAR-10, DiT": Task("train_gen", ("experiment=cifar10_dit", "trainer.ema_decay=null"), load_cifar),
+    "Imagenette": Task("train_cls", IMAGENETTE, load_imagenette, area=0.25),
+}
+TINY = ("model.depth=1", "model.patch_size=8", "trainer.global_batch_size=32", "trainer.precision=fp32")
+TINY_CLASSIFIER = ("model=deit_mini", "augment=cifar", "data.img_size=32", "trainer.epochs=1")
+
+
+def cases() -> Iterator[Case]:
+    """Yield the runs, seed by seed, so that a stage that is cut off has all attentions with the first seeds."""
+    for seed in range(3):
+        for name in OPTIONAL:
+            yield from (Case("CIFAR-10", name, local, seed) for local in (True, False))
+        yield from (Case("CIFAR-10", name, True, seed) for name in INCLUDED)
+        yield Case("CIFAR-10", "vca", True, seed, "triton")
+        if seed < 2:
+            kinds = [("softmax", False), ("softmax", True), ("inline", True), ("vca", True)]
+            yield from (Case("CIFAR-10, DiT", name, local, seed) for name, local in kinds)
+    yield Case("Imagenette", "vca", True, 0, "triton")
+    yield Case("Imagenette", "softmax", False, 0)
+
+
+def settings(case: Case, context: Context) -> Any:
+    """Return the config of a run; that of a rehearsal has one layer and two steps."""
+    task = TASKS[case.task]
+    overrides = [*task.overrides, f"attention={case.attention}", f"attention.local_branch={case.local_branch}"]
+    overrides += ["data.root=-", f"seed={case.seed}"]
+    if case.attention.startswith("vca"):
+        overrides.append(f"attention.backend={case.backend if context.device.type == 'cuda' else 'eager'}")
     if context.tiny:
-        overrides += ["model=deit_mini", "model.depth=1", "model.patch_size=8", "data.img_size=32", "augment=cifar"]
-    config = compose("train_cls", overrides)
-    seed_torch(seed, "model")
+        overrides += [*TINY, *(TINY_CLASSIFIER if task.script == "train_cls" else ("trainer.steps=2",))]
+    (train_cls if task.script == "train_cls" else train_gen).register_configs()
+    return compose(task.script, overrides)
+
+
+def loss_function(config: Any, model: Any, device: torch.device) -> Callable[[nn.Module, Batch, int], Tensor]:
+    """Return the loss of `TrainState.train_step`."""
+    if not hasattr(config, "objective"):
+        return ClassificationLoss(BatchMixer(config.augment, config.data.num_classes, config.seed))
+    objective, autoencoder = build_objective(config.objective, device), load_autoencoder(config.autoencoder, device)
+    return GenerationLoss(objective, autoencoder, False, model.config.class_dropout_prob, model.null_label)
+
+
+def draws(images: Tensor, seed: int, step: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Draw what `GenerationLoss` needs for each image: two uniform numbers and the noise `(b, 1, C, H, W)`."""
+    generator = torch.Generator(images.device).manual_seed(derive_seed(seed, "draws", step))
+    u, drop = torch.rand(2, len(images), generator=generator, device=images.device)
+    return u, drop, torch.randn(images[:, None].shape, generator=generator, device=images.device)
+
+
+def step_function(state: TrainState, loss_of: Any, seed: int, example: Batch) -> Callable[[Batch], Tensor]:
+    """Return a function that runs a training step and returns its loss; on a GPU it replays a CUDA graph.
+
+    The host needs longer for the launches of a small network than the GPU for its work. The step is captured with
+    `example`, and runs once with a learning rate of 0, which only changes the moments of the optimizer.
+    """
+    device = state.world.device
+    if device.type == "cpu":
+        return lambda batch: state.train_step([batch], loss_of, seed).loss
+    lr, loss = torch.zeros((), device=device), torch.zeros((), device=device)
+    draws = tuple(x.clone() for x in example.draws)
+    static = example._replace(images=example.images.clone(), labels=example.labels.clone(), draws=draws)
+    for group in state.optimizer.param_groups:
+        group.update(lr=lr, capturable=True)
+
+    def run() -> None:
+        loss.copy_(state.train_step([static], loss_of, seed).loss)
+
+    with mock.patch.object(state, "set_learning_rates", return_value=0.0), mock.patch.object(step, "seed_torch"):
+        replay = graphed(run, device)
+    state.step = 0
+
+    def replayed(batch: Batch) -> Tensor:
+        for old, new in zip((*static[:2], *static.draws), (*batch[:2], *batch.draws), strict=True):
+            old.copy_(new)
+        lr.fill_(learning_rate(state.optim, state.step, state.total_steps, state.steps_per_epoch, state.peak_lr))
+        replay()
+        state.step += 1
+        return loss.clone()
+
+    return replayed
+
+
+def train(context: Context, case: Case) -> Iterator[Row]:
+    """Train a network; yield rows with the mean loss since the row before, the last one with a classifier's top-1."""
+    task, config, device = TASKS[case.task], settings(case, context), context.device
+    training, held_out = task.load(context)
+    count, size, normalize = len(training.labels), config.trainer.global_batch_size, Normalize(config.data, device)
+    seed_torch(case.seed, "model")
     model = build_model(config.model, config.attention)
-    steps = len(training.labels) // batch
-    state = TrainState(model, config.trainer, config.optim, World(0, 0, 1, device), steps)
-    loss_of = ClassificationLoss(BatchMixer(config.augment, config.data.num_classes, seed))
-    normalize, order = Normalize(config.data, device), torch.Generator().manual_seed(seed)
-    start, losses = time.perf_counter(), []
-    for epoch in range(1, epochs + 1):
-        permutation = torch.randperm(len(training.labels), generator=order).to(device)
-        for chosen in permutation[: steps * batch].view(steps, batch):
-            images = normalize(augmented(training.images[chosen], task, seed, state.step))
-            one = Batch(images, training.labels[chosen], torch.empty(0), torch.empty(0))
-            losses.append(state.train_step([one], loss_of, seed).loss)
-        if epoch % max(1, epochs // 10) == 0:
-            batches = (
-                (normalize(images), labels)
-                for images, labels in zip(held_out.images.split(500), held_out.labels.split(500), strict=True)
-            )
+    state = TrainState(model, config.trainer, config.optim, World(0, 0, 1, device), count // size)
+    order, permutation = torch.Generator().manual_seed(case.seed), torch.empty(0, dtype=torch.int64)
+    loss_of, run, losses, start = loss_function(config, model, device), None, [], time.perf_counter()
+    for number in range(1, state.total_steps + 1):
+        if len(permutation) < size:
+            permutation = torch.randperm(count, generator=order).to(device)
+        chosen, permutation = permutation[:size], permutation[size:]
+        images = normalize(augmented(training.images[chosen], task, case.seed, number))
+        noise = draws(images, case.seed, number) if task.script == "train_gen" else ()
+        batch = Batch(images, training.labels[chosen], torch.empty(0), torch.empty(0), None, noise)
+        run = run or step_function(state, loss_of, case.seed, batch)
+        losses.append(run(batch))
+        if ROWS * number // state.total_steps == ROWS * (number - 1) // state.total_steps:
+            continue
+        row = {**case._asdict(), "step": number, "epoch": round(number * size / count, 2), "batch_size": size}
+        row |= {"images": count, "loss": torch.stack(losses).mean().item()}
+        if number == state.total_steps and task.script == "train_cls":
+            pairs = zip(held_out.images.split(1000), held_out.labels.split(1000), strict=True)
+            batches = ((normalize(images), labels) for images, labels in pairs)
             result = evaluate({"val": state.model}, batches, state.world, state.autocast)
-            row = {"name": kind, "seed": seed, "epoch": epoch, "step": state.step, "images": len(training.labels)}
-            row |= {"loss": torch.stack(losses).mean().item(), "val/top1": result["val/top1"]}
-            yield {**row, "seconds": time.perf_counter() - start}
-            losses = []
+            row |= {"test_images": len(held_out.labels), "val/top1": result["val/top1"]}
+        losses = []
+        yield {**row, "seconds": time.perf_counter() - start}
 
 
-def curve(
-    task: Task, load: Callable[[Context], tuple[Images, Images]], kind: str, seed: int
-) -> Callable[[Context], Iterator[Row]]:
-    """Return the measurement of one run."""
-
-    def measure(context: Context) -> Iterator[Row]:
-        train_cls.register_configs()
-        yield from train(context, task, kind, seed, load(context))
-
-    return measure
+def measurements() -> Iterator[Measurement]:
+    """Yield the runs, seed by seed; a rehearsal has those of VCA and of softmax attention."""
+    minutes = {"CIFAR-10": 0.15, "CIFAR-10, DiT": 0.25, "Imagenette": 1.5}
+    for case in cases():
+        local, backend = "local branch" if case.local_branch else "no local branch", case.backend
+        name = f"{case.task}, {case.attention}, {local}, backend {backend}, seed {case.seed}"
+        yield Measurement(name, partial(train, case=case), minutes[case.task], case.attention in ("softmax", "vca"))

@@ -3,7 +3,7 @@
 from signal import SIGKILL, SIGUSR1
 
 from benchmarks.gpu import correctness, kernels, models, search, system
-from benchmarks.gpu.curves import CIFAR, IMAGENETTE, KINDS, curve, load_cifar, load_imagenette
+from benchmarks.gpu.curves import measurements
 from benchmarks.gpu.models import throughput
 from benchmarks.gpu.runner import Measurement, Stage
 
@@ -12,8 +12,6 @@ LONG = [("deit_small", 384), ("deit_small", 1024), ("dit_s_2", 512), ("dit_s_2",
 TABLE1 = [("deit_tiny", 224), ("deit_small", 224), ("pvt_tiny", 224), ("swin_tiny", 224), ("cswin_tiny", 224)]
 TABLE2 = [(f"dit_{size}_{patch}", 256) for size in "sb" for patch in (2, 4, 8)]
 HIGH = [("deit_tiny", 1024), ("pvt_tiny", 896), ("swin_tiny", 896), ("cswin_tiny", 896), ("dit_b_2", 1024)]
-CURVES = [("CIFAR-10", CIFAR, load_cifar, kind, seed, 0.7) for seed in range(3) for kind in KINDS]
-CURVES += [("Imagenette", IMAGENETTE, load_imagenette, kind, 0, 1.5) for kind in ("VCA fused", "softmax")]
 
 STAGES = {
     1: Stage(
@@ -29,16 +27,16 @@ STAGES = {
     2: Stage(
         "time of the kernels",
         [
-            Measurement("kernels", kernels.kernels, 0.5),
-            Measurement("cores", kernels.cores, 1.5),
-            Measurement("search of block sizes", search.search, search.MINUTES),
-            Measurement("layers", kernels.layers, 2.5),
+            Measurement("kernels", kernels.kernels, 0.3),
+            Measurement("cores", kernels.cores, 0.4),
+            Measurement("search of block sizes", search.search, 1.5),
+            Measurement("layers", kernels.layers, 1.0),
         ],
     ),
     3: Stage(
         "whole models",
         [
-            Measurement("models", throughput(*SMALL), 0.8),
+            Measurement("models", throughput(*SMALL), 0.5),
             Measurement("host", models.host, 0.3),
             Measurement("long inputs", throughput(*LONG), 1.2),
             Measurement("compiled", throughput(*SMALL, compiled=True), 1.5),
@@ -51,11 +49,8 @@ STAGES = {
         ],
     ),
     4: Stage(
-        "training curves",
-        [
-            Measurement(f"{data}, {kind}, seed {seed}", curve(task, load, kind, seed), minutes)
-            for data, task, load, kind, seed, minutes in CURVES
-        ],
+        "training of each attention",
+        list(measurements()),
     ),
     5: Stage(
         "the project on a GPU",

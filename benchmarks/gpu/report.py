@@ -1,17 +1,16 @@
 """Markdown tables, plots and goals from the JSON lines of the stages. Rows of a CPU are not reported as GPU figures."""
 
 import re
-import statistics
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from benchmarks.attention import relative_to_mhsa
-from benchmarks.gpu.plan import CURVES
 from benchmarks.gpu.runner import Row, read_rows
 from benchmarks.gpu.search import TILES, fastest_of
 from benchmarks.plot import plot_attention
 from vca.attention.kernels.block_sizes import FILE, BlockSizes
+from vca.report.sweep_table import mean_std, paired_cell
 from vca.runtime.compute import Precision
 from vca.runtime.devices import peak_flops
 from vca.runtime.files import write_text
@@ -99,11 +98,6 @@ def tables(rows: list[Row]) -> dict[str, list[str]]:
             best.setdefault((row["head_dim"], row["dtype"], row["tokens"], row["kernel"]), []).append(row)
     cores = [row for row in rows if row.get("level") == "core"]
     layers = relative_to_mhsa([row for row in rows if row.get("level") == "layer"])
-    runs: dict[tuple[str, str], dict[int, Row]] = {}
-    for row in rows:
-        if "val/top1" in row:
-            kind = row["measurement"].split(",")[0], row["name"]
-            runs.setdefault(kind, {})[row["seed"]] = row  # the last row of a run is its end
     measured = {
         "Errors of the kernels": markdown(
             ["measurement", "dtype", "cases", "within the limit", "largest error", "plain PyTorch"], errors
@@ -145,18 +139,16 @@ def tables(rows: list[Row]) -> dict[str, list[str]]:
                 if "steps" in r
             ),
         ),
-        "Training curves": markdown(
-            ["data", "attention", "seeds", "epochs", "top-1 (%)", "last training loss", "minutes a run"],
-            ([*kind, len(ends), *curve_cells(list(ends.values()))] for kind, ends in runs.items()),
-        ),
-        "Fused and eager curves": markdown(
-            ["data", "seed", "largest relative difference of the loss"], curve_differences(rows)
+        "Training": training_table(rows),
+        "Training losses, kernels and plain PyTorch": markdown(
+            ["task", "seed", "largest relative difference"], curve_differences(rows)
         ),
         "Runs and tests": markdown(
             ["measurement", "result"], ([r["measurement"], result] for r in rows if (result := outcome(r)))
         ),
         "Failed measurements": markdown(
-            ["measurement", "error"], ([r["measurement"], r["raised"][:200]] for r in rows if "raised" in r)
+            ["measurement", "error"],
+            ([r["measurement"], " ".join(r["raised"].split())[:200]] for r in rows if "raised" in r),
         ),
     }
     return measured
@@ -177,27 +169,52 @@ def model_line(row: Row) -> list[Any]:
     return [*cells, f"{row['batch'] / row['inference']['seconds']:.0f}", row["peak_bytes"] / 2**30]
 
 
-def curve_cells(ends: list[Row]) -> list[Any]:
-    """Return epochs, accuracy, loss and minutes of the last rows of some seeds, as mean ± std."""
+def training_runs(rows: list[Row]) -> dict[tuple[Any, ...], dict[int, list[Row]]]:
+    """Return the rows of each run of stage 4 by task, attention, local branch and backend, and by seed."""
+    runs: dict[tuple[Any, ...], dict[int, list[Row]]] = {}
+    for row in rows:
+        if "local_branch" in row and "loss" in row:
+            kind = row["task"], row["attention"], row["local_branch"], row["backend"]
+            runs.setdefault(kind, {}).setdefault(row["seed"], []).append(row)
+    return runs
 
-    def spread(key: str) -> str:
-        values = [row[key] for row in ends]
-        return f"{statistics.mean(values):.3f}" + (f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else "")
 
-    return [ends[0]["epoch"], spread("val/top1"), spread("loss"), statistics.mean(row["seconds"] for row in ends) / 60]
+def training_table(rows: list[Row]) -> list[str]:
+    """Return mean ± std over seeds, and that of the differences to softmax of the same seed and local branch."""
+    runs = {kind: {seed: own[-1] for seed, own in seeds.items()} for kind, seeds in training_runs(rows).items()}
+    lines = []
+    for (task, attention, local, backend), ends in runs.items():
+        key, decimals = ("val/top1", 2) if any("val/top1" in row for row in ends.values()) else ("loss", 4)
+        values = {seed: row[key] for seed, row in ends.items() if key in row}
+        base = {seed: row[key] for seed, row in runs.get((task, "softmax", local, "eager"), {}).items() if key in row}
+        differences = [value - base[seed] for seed, value in values.items() if seed in base]
+        end = next(iter(ends.values()))
+        length = f"{end['images']} images, batch {end['batch_size']}, {end['epoch']:g} epochs"
+        name = f"`{attention}`" + (", kernels" if backend == "triton" else "")
+        cells = [task, length, name, "yes" if local else "no", "top-1 (%)" if key == "val/top1" else "loss"]
+        paired = "-" if attention == "softmax" or not differences else paired_cell(differences, decimals)
+        lines.append([*cells, mean_std(list(values.values()), decimals), paired, len(values)])
+    headings = [
+        "task",
+        "training",
+        "attention",
+        "local branch",
+        "metric",
+        "mean ± std",
+        "difference to softmax",
+        "seeds",
+    ]
+    return markdown(headings, lines)
 
 
 def curve_differences(rows: list[Row]) -> Iterable[list[Any]]:
-    """Yield, for each seed, the largest relative difference of the training losses of VCA fused and VCA eager."""
-    losses: dict[tuple[str, int], dict[str, dict[int, float]]] = {}
-    for row in rows:
-        if "val/top1" in row:
-            runs = losses.setdefault((row["measurement"].split(",")[0], row["seed"]), {})
-            runs.setdefault(row["name"], {})[row["epoch"]] = row["loss"]
-    for (data, seed), runs in losses.items():
-        fused, eager = runs.get("VCA fused", {}), runs.get("VCA eager", {})
-        if common := fused.keys() & eager.keys():
-            yield [data, seed, max(abs(fused[epoch] / eager[epoch] - 1) for epoch in common)]
+    """Yield, for each task and seed, the largest relative difference of the losses of VCA with and without kernels."""
+    runs = training_runs(rows)
+    for (task, attention, local, backend), seeds in runs.items():
+        eager = runs.get((task, attention, local, "eager"), {})
+        for seed in seeds.keys() & eager.keys() if backend == "triton" else ():
+            pairs = zip(seeds[seed], eager[seed], strict=False)
+            yield [task, seed, max(abs(one["loss"] / other["loss"] - 1) for one, other in pairs)]
 
 
 def outcome(row: Row) -> str:
@@ -214,19 +231,6 @@ def outcome(row: Row) -> str:
     if "left_out" in row:
         return f"left out: {row['left_out']}"
     return f"{row['test']}: {row['failed']}" if "test" in row else ""
-
-
-def results_table(rows: list[Row]) -> list[str]:
-    """Return the table of docs/results.md: mean ± std of the finished runs of stage 4."""
-    ends: dict[tuple[str, str, str, int], list[Row]] = {}
-    for device in dict.fromkeys(row["device"] for row in rows) or ("any GPU",):
-        for data, task, _, kind, seed, _ in CURVES:
-            name = f"{data}, {kind}, seed {seed}"
-            own = [row for row in rows if row["device"] == device and row["measurement"] == name]
-            last = [row for row in own if row.get("epoch") == task.epochs]
-            ends.setdefault((device, data, kind, task.epochs), []).extend(last)
-    lines = [[*key, curve_cells(runs)[1] if runs else "not measured", len(runs)] for key, runs in ends.items()]
-    return markdown(["device", "data", "attention", "epochs", "top-1 (%)", "seeds"], lines)
 
 
 def update_block(document: Path, name: str, lines: list[str]) -> None:
@@ -252,12 +256,12 @@ def report(folder: Path, docs: Path, log: Callable[[str], None] = print) -> None
         lines += [*found, ""]
         for title, table in tables(own).items():
             lines += [f"### {title}", "", *table, ""] if table else []
-        if any("default_seconds" in row for row in own):
-            lines += [f"Install the block sizes: `cp {folder / TILES} {FILE}`", ""]
+        if (folder / TILES).exists():
+            lines += [f"Install the block sizes: `cp {folder / TILES} {FILE.relative_to(docs.parent)}`", ""]
         draw(folder, device, own)
     write_text(folder / "report.md", "\n".join(lines))
     update_block(docs / "performance.md", "results: gpu", block[:-1])
-    update_block(docs / "results.md", "gpu: curves", results_table(rows))
+    update_block(docs / "results.md", "gpu: training", training_table(rows) or ["Not measured."])
     log("\n".join(lines))
 
 
@@ -267,9 +271,9 @@ def draw(folder: Path, device: str, rows: list[Row]) -> None:
     if any(row.get("level") == "layer" for row in rows):
         plot_attention([row for row in rows if "level" in row], device, folder / f"{slug}-layers.png")
     curves: dict[str, dict[str, list[Row]]] = {}
-    for row in rows:
-        if "val/top1" in row:
-            data = row["measurement"].split(",")[0]
-            curves.setdefault(data, {}).setdefault(f"{row['name']}, seed {row['seed']}", []).append(row)
-    for data, runs in curves.items():
-        plot_curves(runs, folder / f"{slug}-{data.lower()}.png")
+    for (task, attention, local, backend), seeds in training_runs(rows).items():
+        for seed, own in seeds.items():
+            label = f"{attention}{'' if local else ', no local branch'}, {backend}, seed {seed}"
+            curves.setdefault(task, {})[label] = own
+    for task, runs in curves.items():
+        plot_curves(runs, folder / f"{slug}-{re.sub(r'[^a-z0-9]+', '-', task.lower())}.png")

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -68,14 +68,17 @@ class Context:
                 yield future.result()
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
+            for process in active_children():  # a case that is not finished would delay the exit
+                process.terminate()
 
 
 class Measurement(NamedTuple):
-    """A measurement, and the minutes that it is expected to take on an H100."""
+    """A measurement, the minutes that it is expected to take on an H200, and whether a rehearsal has it."""
 
     name: str
     function: Callable[[Context], Iterable[Row]]
     minutes: float
+    rehearsed: bool = True
 
 
 class Stage(NamedTuple):
@@ -108,11 +111,11 @@ def read_rows(file: Path) -> list[Row]:
     return rows
 
 
-def remaining(stage: Stage, rows: list[Row]) -> tuple[list[Measurement], list[Measurement]]:
+def remaining(measurements: list[Measurement], rows: list[Row]) -> tuple[list[Measurement], list[Measurement]]:
     """Return the measurements that were never finished nor failed, and those that failed."""
     finished = {row["measurement"] for row in rows if "finished" in row}
     failed = {row["measurement"] for row in rows if "raised" in row} - finished
-    left = [one for one in stage.measurements if one.name not in finished]
+    left = [one for one in measurements if one.name not in finished]
     return [one for one in left if one.name not in failed], [one for one in left if one.name in failed]
 
 
@@ -124,8 +127,9 @@ def run_stage(number: int, stage: Stage, context: Context) -> bool:
         append_line(file, "")  # ends a line that was cut off
     about = machine(context.device, context.tiny)
     same = [row for row in read_rows(file) if all(row[key] == about[key] for key in ("device", "rehearsal"))]
-    fresh, failed = remaining(stage, same)
-    print(f"stage {number}: {stage.title}; {len(fresh) + len(failed)} of {len(stage.measurements)} left", flush=True)
+    measurements = [one for one in stage.measurements if one.rehearsed or not context.tiny]
+    fresh, failed = remaining(measurements, same)
+    print(f"stage {number}: {stage.title}; {len(fresh) + len(failed)} of {len(measurements)} left", flush=True)
     good = True
     for place, one in enumerate([*fresh, *failed]):
         if one.minutes > context.minutes_left:

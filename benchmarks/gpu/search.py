@@ -30,9 +30,8 @@ MINUTES = 4.0  # limit of the search
 MARGIN = 0.98  # ratio to the time of the default sizes below which others replace them
 TILES = "tiles.json"
 
-CANDIDATES = [BlockSizes(c, n) for c, n in ((64, 64), (64, 32), (32, 64), (64, 16), (32, 32), (64, 128))]
-CANDIDATES += [BlockSizes(c, n, 4) for c, n in ((64, 32), (64, 64), (32, 64), (64, 16))]
-CANDIDATES += [BlockSizes(c, n, 8, 2) for c, n in ((64, 64), (64, 32))]
+CANDIDATES = [BlockSizes(64, n, warps) for n, warps in ((64, 4), (128, 8), (64, 8), (32, 4), (32, 8), (128, 4))]
+CANDIDATES += [BlockSizes(64, 64, 4, 2), BlockSizes(64, 128, 8, 2), BlockSizes(32, 64), BlockSizes(32, 32)]
 
 
 def problems(tiny: bool) -> list[Sizes]:
@@ -61,26 +60,29 @@ def calls_of(
     out, v_diff, v_neg, lse = launch.empty_results(x.q)
     do = torch.ones_like(out)
     tokens = launch.contrast_tokens_fwd(x.q, x.t, x.e_pos, x.e_neg)
-    stage2 = x.q, tokens, v_diff, x.norm1, x.norm2
+    stage2 = x.q, tokens, v_diff, x.norm1
 
-    def fwd() -> tuple[Tensor, ...]:
+    def stage1_fwd() -> tuple[Tensor, ...]:
         launch.stage1_fwd(tokens, x.k, x.v, v_diff, v_neg, lse)
-        launch.stage2_fwd(*stage2, out)
-        return out, v_diff, v_neg
+        return v_diff, v_neg
 
-    fwd()
-    dv_hat, dtokens2 = launch.stage2_bwd_dtokens(*stage2, do)
+    def stage2_fwd() -> tuple[Tensor, ...]:
+        launch.stage2_fwd(*stage2, x.norm2, out)
+        return (out,)
+
+    stage1_fwd()
+    do_raw, *rows = launch.stage2_bwd_preprocess(*stage2, x.norm2, do)[:3]
+    _, dv_hat, dtokens2 = launch.stage2_bwd(*stage2, do_raw, *rows)
 
     def stage1_bwd() -> tuple[Tensor, ...]:
         dv_diff, delta, *_ = launch.stage1_bwd_preprocess(v_diff, v_neg, x.norm1, dv_hat)
         return launch.stage1_bwd(tokens, x.k, x.v, dv_diff, lse, delta, dtokens2)
 
-    dtokens = stage1_bwd()[-1]
     return launch, {
-        "fwd": fwd,
+        "stage1_fwd": stage1_fwd,
+        "stage2_fwd": stage2_fwd,
         "stage1_bwd": stage1_bwd,
-        "dtokens": lambda: launch.stage2_bwd_dtokens(*stage2, do),
-        "dq": lambda: launch.stage2_bwd_dq(*stage2, do, dtokens)[:1],
+        "stage2_bwd": lambda: launch.stage2_bwd(*stage2, do_raw, *rows),
     }
 
 

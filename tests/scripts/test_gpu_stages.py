@@ -24,7 +24,6 @@ from vca.attention.kernels.block_sizes import FILE, KernelBlocks, read_entries
 
 H100 = "NVIDIA H100 80GB HBM3"
 PAGES = ("performance.md", "results.md")
-EPOCHS = {"C": 50, "I": 100}  # of a run on CIFAR-10 and Imagenette
 
 
 @pytest.fixture(scope="session")
@@ -59,6 +58,8 @@ def test_gpu_rehearsal_runs_every_measurement_and_continues(rehearsal):
         rows = read_rows(rehearsal / f"stage{number}.jsonl")
         assert not [row for row in rows if "raised" in row or not row["rehearsal"] or row["device"] != "cpu"]
         for one in stage.measurements:
+            if not one.rehearsed:
+                continue
             own = [row for row in rows if row["measurement"] == one.name]
             assert sum("finished" in row for row in own) == 1, one.name
             assert len(own) > 1, one.name
@@ -72,7 +73,7 @@ def test_gpu_rehearsal_runs_every_measurement_and_continues(rehearsal):
 
 @pytest.mark.process
 def test_gpu_report_of_rehearsal_not_measured(rehearsal, tmp_path):
-    """No row of a CPU is reported; the blocks of the documents are those of no measurement."""
+    """No row of a CPU is reported: both blocks of the documents say that nothing is measured."""
     shutil.copytree(rehearsal, tmp_path / "out", ignore=shutil.ignore_patterns("runs"))
     lines = []
     for page in PAGES:
@@ -80,9 +81,9 @@ def test_gpu_report_of_rehearsal_not_measured(rehearsal, tmp_path):
     report(tmp_path / "out", tmp_path, lines.append)
     assert lines[0].count("| not measured | not measured |") == len(GOALS) + 1
     assert "###" not in lines[0]
-    for page in PAGES:
-        assert (tmp_path / page).read_text() == (DOCS / page).read_text(), page
-    assert "| any GPU | Imagenette | softmax | 100 | not measured | 0 |" in (DOCS / "results.md").read_text()
+    performance, results = ((tmp_path / page).read_text() for page in PAGES)
+    assert performance.count("| not measured | not measured |") == len(GOALS) + 1
+    assert "<!-- gpu: training -->\nNot measured.\n<!-- end -->" in results
 
 
 @pytest.mark.process
@@ -92,7 +93,6 @@ def test_gpu_report_tables_and_goals(rehearsal, tmp_path):
     out.mkdir()
     for file in rehearsal.glob("stage*.jsonl"):
         rows = [{**row, "rehearsal": False, "device": H100} for row in read_rows(file)]
-        rows = [{**row, "epoch": EPOCHS[row["measurement"][0]]} if "epoch" in row else row for row in rows]
         (out / file.name).write_text("".join(json.dumps(row) + "\n" for row in rows))
     about = {"rehearsal": False, "device": H100, "torch": "2", "commit": None, "code": "", "started": "2", "stage": 2}
     times = {197: (500, 400), 1024: (1000, 500)}  # N -> microseconds of SDPA and of VCA
@@ -102,7 +102,7 @@ def test_gpu_report_tables_and_goals(rehearsal, tmp_path):
             timing = {"seconds": 1e-6 * value, "ratio": 1.0}
             row = {"level": "core", "tokens": tokens, "name": name, "forward": timing, "forward + backward": timing}
             more.append({**about, "measurement": "more", **row})
-    for kernel, seconds in (("stage2_fwd", 1e-4), ("stage2_bwd_dq", 3e-4)):
+    for kernel, seconds in (("stage2_fwd", 1e-4), ("stage2_bwd", 3e-4)):
         row = {"tokens": 1024, "kernel": kernel, "seconds": seconds, "bandwidth": 1e12, "floor_share": 0.5}
         more.append({**about, "measurement": "more", **row})
     for name, size in (("timm Attention", 100), ("VCA fused", 108)):
@@ -119,7 +119,7 @@ def test_gpu_report_tables_and_goals(rehearsal, tmp_path):
     text = (out / "report.md").read_text()
     assert text == lines[0]
     assert "speed-up of the core >= 0.9 | 1.25 (SDPA flash 500 µs, VCA 400 µs) | reached |" in text
-    gap = "not reached: 0.80 of it; stage2_bwd_dq takes 75 % of the kernels' time"
+    gap = "not reached: 0.80 of it; stage2_bwd takes 75 % of the kernels' time"
     assert f"speed-up of the core >= 2.5 | 2.00 (SDPA flash 1000 µs, VCA 500 µs) | {gap} |" in text
     assert (
         "| training memory of a layer / MHSA's <= 1.1 | at most 1.08 (saved activations at N = 256) | reached |" in text
@@ -135,8 +135,8 @@ def test_gpu_report_tables_and_goals(rehearsal, tmp_path):
         "Time on the host",
         "Overhead of the trainer",
         "Sampling",
-        "Training curves",
-        "Fused and eager curves",
+        "Training",
+        "Training losses, kernels and plain PyTorch",
         "Runs and tests",
         "Failed measurements",
     ]
@@ -144,11 +144,20 @@ def test_gpu_report_tables_and_goals(rehearsal, tmp_path):
     assert "resumed bit-exactly" in text
     assert f"Install the block sizes: `cp {out / 'tiles.json'} {FILE}`" in text
     assert gap in (tmp_path / "performance.md").read_text()
-    curves = (tmp_path / "results.md").read_text()
-    for kind in ("VCA fused", "VCA eager", "softmax"):
-        assert re.search(rf"\| {H100} \| CIFAR-10 \| {kind} \| 50 \| [\d.]+ ± [\d.]+ \| 3 \|", curves), kind
-    assert re.search(rf"\| {H100} \| Imagenette \| VCA fused \| 100 \| [\d.]+ \| 1 \|", curves)
-    assert len(list(out.glob("*.png"))) == 3
+    table = (tmp_path / "results.md").read_text()
+    number, spread = r"[\d.]+", r"[\d.]+ \+- [\d.]+"
+    about = r"64 images, batch 32, 1 epochs"
+    for name in ("`vca`, kernels", "`vca`"):
+        difference = rf"[+-]{spread} \(3 seeds\)"
+        assert re.search(
+            rf"\| CIFAR-10 \| {about} \| {name} \| yes \| top-1 \(%\) \| {spread} \| {difference} \| 3 \|", table
+        )
+    assert re.search(rf"\| CIFAR-10, DiT \| {about} \| `softmax` \| no \| loss \| {spread} \| - \| 2 \|", table)
+    assert re.search(
+        rf"\| Imagenette \| {about} \| `vca`, kernels \| yes \| top-1 \(%\) \| {number} \| - \| 1 \|", table
+    )
+    assert "| CIFAR-10 | 2 | 0 |" in text  # on a CPU, both are plain PyTorch
+    assert len(list(out.glob("*.png"))) == 4
 
 
 def stage_of(**functions):
@@ -184,7 +193,7 @@ def test_gpu_search_without_time_keeps_its_entries(tmp_path):
 
     entry = {
         "capability": 90,
-        "kernel": "dq",
+        "kernel": "stage2_bwd",
         "head_dim": 64,
         "dtype": "bfloat16",
         "tokens": 256,
