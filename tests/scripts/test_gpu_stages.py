@@ -21,6 +21,7 @@ from benchmarks.gpu.system import LINE
 from scripts.gpu_bundle import FILTERS, pack_images, unpack_images
 from tests.processes import ROOT, environment, run_command
 from vca.attention.kernels.block_sizes import FILE, KernelBlocks, read_entries
+from vca.sweep.plan import rows_of_ablation
 
 H100 = "NVIDIA H100 80GB HBM3"
 PAGES = ("performance.md", "results.md")
@@ -158,6 +159,19 @@ def test_gpu_report_tables_and_goals(rehearsal, tmp_path):
     )
     assert "| CIFAR-10 | 2 | 0 |" in text  # on a CPU, both are plain PyTorch
     assert len(list(out.glob("*.png"))) == 4
+
+
+def test_gpu_training_has_every_attention_of_the_ablations():
+    """Stage 4 trains those of ablation=attentions and ablation=v2, each once per seed and local branch."""
+    from benchmarks.gpu.curves import cases
+
+    every = {case for case in cases() if case.task == "CIFAR-10"}
+    for name in ("attentions", "v2"):
+        assert {case.attention for case in every} >= {row[0] for row in rows_of_ablation(name)}
+    assert {(case.attention, case.seed) for case in every if case.local_branch} == {
+        (case.attention, seed) for case in every for seed in range(3)
+    }
+    assert len(list(cases())) == len(set(cases()))
 
 
 def stage_of(**functions):
