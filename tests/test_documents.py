@@ -1,6 +1,7 @@
 """Documents: their length, links, commands, snippets, and the figures that they repeat from the configs."""
 
 import json
+import math
 import re
 import shlex
 import subprocess
@@ -10,7 +11,8 @@ import pytest
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from benchmarks.attention import relative_to_mhsa
+from benchmarks.attention import SHAPES, relative_to_mhsa
+from benchmarks.gpu.runner import read_rows
 from scripts.complexity import complexity_of
 from tests.processes import ROOT, run_script
 from vca.config import compose
@@ -94,10 +96,32 @@ def test_documents_reproduction_table():
 def test_documents_attention_benchmark_table():
     """The rows that `python -m benchmarks attention --json` prints for the stored results."""
     rows = json.loads((ROOT / "benchmarks" / "results" / "cpu-attention.json").read_text())["rows"]
-    printed = [line for line in relative_to_mhsa(rows) if re.match(r"\| \d", line)]
+    printed = [line for line in relative_to_mhsa(rows) if re.match(r"\| \d.* VCA eager ", line)]
     text = (ROOT / "docs" / "performance.md").read_text()
-    assert len(printed) == 10
+    assert len(printed) == 5
     assert [line for line in printed if line not in text] == []
+
+
+def test_documents_gpu_tables():
+    """Times of the cores, before and now, and images per second in docs/performance.md are the stored results."""
+    folder, text = ROOT / "benchmarks" / "results" / "gpu", (ROOT / "docs" / "performance.md").read_text()
+    runs: dict[tuple[int, str], list[tuple[float, float]]] = {}  # by N and core, in the order of the attempts
+    for row in read_rows(folder / "stage2.jsonl"):
+        if row.get("level") == "core":
+            pair = row["forward"]["seconds"], row["forward + backward"]["seconds"]
+            runs.setdefault((row["tokens"], row["name"]), []).append(pair)
+    for tokens, contrast in ((shape.tokens, math.prod(shape.contrast_grid)) for shape in SHAPES):
+        cells = [runs[tokens, name][-1] for name in ("SDPA cuDNN", "SDPA flash", "VCA eager")]
+        cells += [runs[tokens, "VCA fused"][0], runs[tokens, "VCA fused"][-1]]
+        printed = [f"{1e6 * forward:.0f} / {1e6 * both:.0f}" for forward, both in cells]
+        assert f"| {tokens} ({contrast}) | {' | '.join(printed)} |" in text
+    speeds: dict[str, list[str]] = {}
+    for row in read_rows(folder / "stage3.jsonl"):
+        if row["measurement"] == "models" and "name" in row:
+            training, inference = (row["batch"] / row[key]["seconds"] for key in ("training", "inference"))
+            speeds.setdefault(f"{row['batch']}", []).append(f"{training:.0f} ({inference:.0f})")
+    for batch, cells in speeds.items():
+        assert f"| {batch} | {' | '.join(cells)} |" in text
 
 
 def test_documents_forms_benchmark_table():
