@@ -5,17 +5,18 @@ the device copies as many bytes as the kernel's tensors have, each counted once.
 """
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 from unittest import mock
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from benchmarks.attention import HEADS, SHAPES, WIDTH, Shape, at_shape
+from benchmarks.attention import HEADS, SHAPES, WIDTH, Shape, at_shape, built
 from benchmarks.gpu.runner import Context, Row
 from benchmarks.timing import graphed, take_turns
-from vca.attention.kernels import launch
+from vca.attention.kernels import Backend, launch
 from vca.attention.kernels.launch import KernelInputs, KernelOptions
 from vca.attention.kernels.operator import contrast_attention, contrast_attention_backward
 
@@ -136,6 +137,31 @@ def cores(context: Context) -> Iterator[Row]:
 def layers(context: Context) -> Iterator[Row]:
     """Yield the layers at each N, with their saved activations and peak memory."""
     yield from attentions(context, "layer")
+
+
+def parts(context: Context) -> Iterator[Row]:
+    """Yield forward and backward of a VCA layer with and without local branch, and its convolution in two layouts."""
+    device, size = context.device, sizes(context.tiny)
+    for shape in size.shapes[:2]:
+        batch = max(1, size.tokens // shape.tokens)
+        x = torch.randn(batch, shape.tokens, WIDTH, device=device, requires_grad=True)
+        image = torch.randn(batch, WIDTH, *shape.grid, device=device)
+        kind = {"backend": Backend.triton if device.type == "cuda" else Backend.eager}
+        whole, bare = (built("vca", shape, device, local_branch=local, **kind) for local in (True, False))
+        functions: dict[str, tuple[nn.Module, Tensor]] = {"layer": (whole, x), "layer without local branch": (bare, x)}
+        for layout in (torch.channels_last, torch.contiguous_format):
+            convolution = nn.Conv2d(WIDTH, WIDTH, 3, padding=1, groups=WIDTH).to(device).to(memory_format=layout)
+            given = image.to(memory_format=layout).requires_grad_()
+            functions[f"convolution, {str(layout).removeprefix('torch.')}"] = convolution, given
+
+        def run(module: nn.Module, given: Tensor) -> None:
+            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                out = module(given)
+            out.backward(torch.ones_like(out))
+
+        runs = {name: graphed(partial(run, *pair), device) for name, pair in functions.items()}
+        for name, timing in take_turns(runs, None, context.budget(0.1), device).items():
+            yield {"part": name, "tokens": shape.tokens, "batch": batch, "seconds": timing.seconds}
 
 
 def attentions(context: Context, level: str) -> Iterator[Row]:

@@ -29,6 +29,7 @@ STAGES = {
         [
             Measurement("kernels", kernels.kernels, 0.3),
             Measurement("cores", kernels.cores, 0.4),
+            Measurement("parts of a layer", kernels.parts, 0.2),
             Measurement("search of block sizes", search.search, 1.5),
             Measurement("layers", kernels.layers, 1.0),
         ],

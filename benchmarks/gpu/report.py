@@ -120,6 +120,9 @@ def tables(rows: list[Row]) -> dict[str, list[str]]:
                 for r in cores
             ),
         ),
+        "Parts of a layer, forward + backward": markdown(
+            ["N", "part", "µs"], ([r["tokens"], r["part"], 1e6 * r["seconds"]] for r in rows if "part" in r)
+        ),
         "Layers, ratios to timm's Attention": layers if len(layers) > 2 else [],
         "Models": markdown(
             ["model", "px", "precision", "attention", "training images/s", "MFU", "inference images/s", "peak GiB"],

@@ -66,7 +66,7 @@ def test_gpu_rehearsal_runs_every_measurement_and_continues(rehearsal):
             assert len(own) > 1, one.name
     printed = (rehearsal / "stdout").read_text()
     assert "stage 1: correctness of the kernels; 0 of 5 left" in printed
-    assert "stage 2: time of the kernels; 3 of 4 left" in printed
+    assert "stage 2: time of the kernels; 4 of 5 left" in printed
     entries = read_entries(rehearsal / "tiles.json")
     found = {(entry["kernel"], entry["dtype"], entry["capability"]) for entry in entries}
     assert found == {(kernel, dtype, 0) for kernel in KernelBlocks._fields for dtype in ("float32", "float16")}
@@ -131,6 +131,7 @@ def test_gpu_report_tables_and_goals(rehearsal, tmp_path):
         "Kernels",
         "Fastest block sizes",
         "Cores",
+        "Parts of a layer, forward + backward",
         "Layers, ratios to timm's Attention",
         "Models",
         "Time on the host",
