@@ -157,6 +157,7 @@ OPTIONS = [
     {"plain2": True},
     {"plain1": True, "plain2": True},
     {"joint": True},
+    {"joint": True, "plain2": True},  # a plain stage has one stream
     {"streams": ("embedding", "embedding")},
     {"streams": ("pool", "pool+embedding")},
     {"streams": ("pool+embedding", "pool")},

@@ -262,13 +262,14 @@ def softmax_pair(pos, neg, CONTRAST: tl.constexpr, JOINT: tl.constexpr):
         if JOINT:
             max_pos = tl.maximum(max_pos, max_neg)
             max_neg = max_pos
-        neg = tl.exp2(neg - max_neg[:, None])
     pos = tl.exp2(pos - max_pos[:, None])
-    sum_pos, sum_neg = tl.sum(pos, axis=1), tl.sum(neg, axis=1)
-    if JOINT:
-        sum_pos += sum_neg
-        sum_neg = sum_pos
+    sum_pos = tl.sum(pos, axis=1)
     if CONTRAST:
+        neg = tl.exp2(neg - max_neg[:, None])
+        sum_neg = tl.sum(neg, axis=1)
+        if JOINT:
+            sum_pos += sum_neg
+            sum_neg = sum_pos
         neg *= (1.0 / sum_neg)[:, None]
     return pos * (1.0 / sum_pos)[:, None], neg
 
