@@ -8,9 +8,11 @@ and for Imagenette `train/` and `val/`.
 import lzma
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from functools import cache, partial
+from multiprocessing import get_context
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -248,10 +250,33 @@ def train(context: Context, case: Case) -> Iterator[Row]:
         yield {**row, "seconds": time.perf_counter() - start}
 
 
+@cache
+def worker() -> ProcessPoolExecutor:
+    """Return the process of the runs, whose crash ends one run instead of the stage."""
+    return ProcessPoolExecutor(1, get_context("spawn"))
+
+
+def rows_of(context: Context, case: Case) -> list[Row]:
+    return list(train(context, case))
+
+
+def measure(context: Context, case: Case) -> list[Row]:
+    """Train a network in the process of the runs.
+
+    Raises:
+        BrokenProcessPool: if the process crashes; the next call starts another one.
+    """
+    try:
+        return worker().submit(rows_of, context, case).result()
+    except BrokenProcessPool:
+        worker.cache_clear()
+        raise
+
+
 def measurements() -> Iterator[Measurement]:
     """Yield the runs, seed by seed; a rehearsal has those of VCA and of softmax attention."""
     minutes = {"CIFAR-10": 0.15, "CIFAR-10, DiT": 0.25, "Imagenette": 1.5}
     for case in cases():
         local, backend = "local branch" if case.local_branch else "no local branch", case.backend
         name = f"{case.task}, {case.attention}, {local}, backend {backend}, seed {case.seed}"
-        yield Measurement(name, partial(train, case=case), minutes[case.task], case.attention in ("softmax", "vca"))
+        yield Measurement(name, partial(measure, case=case), minutes[case.task], case.attention in ("softmax", "vca"))

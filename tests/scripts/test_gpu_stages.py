@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures.process import BrokenProcessPool
 
 import numpy as np
 import pytest
@@ -173,6 +174,21 @@ def test_gpu_training_has_every_attention_of_the_ablations():
         (case.attention, seed) for case in every for seed in range(3)
     }
     assert len(list(cases())) == len(set(cases()))
+
+
+@pytest.mark.process
+def test_gpu_training_process_crash_ends_one_run(tmp_path):
+    """A killed process is an error of its run; the next run starts another process."""
+    from benchmarks.gpu.curves import cases, measure, worker
+
+    context, case = Context(torch.device("cpu"), tmp_path, tiny=True), next(cases())
+    pid = worker().submit(os.getpid).result()
+    os.kill(pid, signal.SIGKILL)
+    with pytest.raises(BrokenProcessPool):
+        measure(context, case)
+    assert [row["step"] for row in measure(context, case)] == [1, 2]
+    worker().shutdown()
+    worker.cache_clear()
 
 
 def stage_of(**functions):
