@@ -124,6 +124,25 @@ def test_documents_gpu_tables():
         assert f"| {batch} | {' | '.join(cells)} |" in text
 
 
+def test_documents_dit_losses():
+    """Mean losses of the small DiT with local branches and their differences to softmax are those of the stored ones."""
+    rows = read_rows(ROOT / "benchmarks" / "results" / "cifar10-dit-local-branch.jsonl")
+    table = re.findall(
+        r"(?m)^\| (\d+) to (\d+) \| (0[^|]*) \| ([^|]*) \| ([^|]*) \|$", (ROOT / "docs" / "results.md").read_text()
+    )
+    assert len(table) == 5
+    for first, last, *cells in table:
+        mean = {}
+        for row in rows:
+            if int(first) <= row["step"] <= int(last):
+                mean.setdefault((row["attention"], row["seed"]), []).append(row["loss"])
+        mean = {key: sum(losses) / len(losses) for key, losses in mean.items()}
+        for attention, cell in zip(("softmax", "inline", "vca"), cells, strict=True):
+            pairs = ((mean[attention, seed], mean[attention, seed] / mean["softmax", seed] - 1) for seed in (0, 1))
+            printed = [f"{loss:.4f}" + (f" ({ratio:+.1%})" if attention != "softmax" else "") for loss, ratio in pairs]
+            assert cell == ", ".join(printed).replace("%", " %")
+
+
 def test_documents_forms_benchmark_table():
     """The pipeline's ratios of each form in benchmarks/README.md are the stored results."""
     rows = json.loads((ROOT / "benchmarks" / "results" / "cpu-forms.json").read_text())["rows"]
