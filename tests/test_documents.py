@@ -125,7 +125,7 @@ def test_documents_gpu_tables():
 
 
 def test_documents_dit_losses():
-    """Mean losses of the small DiT with local branches and their differences to softmax are those of the stored ones."""
+    """Mean losses of the small DiT with local branches, and differences to softmax, are those of the stored losses."""
     rows = read_rows(ROOT / "benchmarks" / "results" / "cifar10-dit-local-branch.jsonl")
     table = re.findall(
         r"(?m)^\| (\d+) to (\d+) \| (0[^|]*) \| ([^|]*) \| ([^|]*) \|$", (ROOT / "docs" / "results.md").read_text()
