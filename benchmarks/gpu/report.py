@@ -16,6 +16,7 @@ from vca.runtime.devices import peak_flops
 from vca.runtime.files import write_text
 from vca.training.curves import plot_curves
 
+ROOT = Path(__file__).parents[2]
 GOALS = {197: 0.9, 256: 0.9, 1024: 2.5, 4096: 8.0, 16384: 30.0}  # N -> speed-up over the fastest SDPA backend
 MEMORY_GOAL = 1.1  # of MHSA's
 BOTH = "forward + backward"
@@ -260,7 +261,7 @@ def report(folder: Path, docs: Path, log: Callable[[str], None] = print) -> None
         for title, table in tables(own).items():
             lines += [f"### {title}", "", *table, ""] if table else []
         if (folder / TILES).exists():
-            lines += [f"Install the block sizes: `cp {folder / TILES} {FILE.relative_to(docs.parent)}`", ""]
+            lines += [f"Install the block sizes: `cp {folder / TILES} {FILE.relative_to(ROOT)}`", ""]
         draw(folder, device, own)
     write_text(folder / "report.md", "\n".join(lines))
     update_block(docs / "performance.md", "results: gpu", block[:-1])

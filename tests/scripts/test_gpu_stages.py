@@ -21,6 +21,7 @@ from benchmarks.gpu.runner import Context, Measurement, Stage, read_rows, run_st
 from benchmarks.gpu.system import LINE
 from scripts.gpu_bundle import FILTERS, pack_images, unpack_images
 from tests.processes import ROOT, environment, run_command
+from vca.attention.kernels import block_sizes
 from vca.attention.kernels.block_sizes import FILE, KernelBlocks, read_entries
 from vca.sweep.plan import rows_of_ablation
 
@@ -68,7 +69,7 @@ def test_gpu_rehearsal_runs_every_measurement_and_continues(rehearsal):
     printed = (rehearsal / "stdout").read_text()
     assert "stage 1: correctness of the kernels; 0 of 5 left" in printed
     assert "stage 2: time of the kernels; 4 of 5 left" in printed
-    entries = read_entries(rehearsal / "tiles.json")
+    entries = [entry for entry in read_entries(rehearsal / "tiles.json") if entry["device"] == "cpu"]
     found = {(entry["kernel"], entry["dtype"], entry["capability"]) for entry in entries}
     assert found == {(kernel, dtype, 0) for kernel in KernelBlocks._fields for dtype in ("float32", "float16")}
 
@@ -93,6 +94,7 @@ def test_gpu_report_tables_and_goals(rehearsal, tmp_path):
     """All tables, from rows of a rehearsal relabelled as those of a GPU, and goals that are and are not reached."""
     out = tmp_path / "out"
     out.mkdir()
+    shutil.copy(rehearsal / "tiles.json", out)
     for file in rehearsal.glob("stage*.jsonl"):
         rows = [{**row, "rehearsal": False, "device": H100} for row in read_rows(file)]
         (out / file.name).write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -145,7 +147,7 @@ def test_gpu_report_tables_and_goals(rehearsal, tmp_path):
     ]
     assert "| broken | RuntimeError: out of luck |" in text
     assert "resumed bit-exactly" in text
-    assert f"Install the block sizes: `cp {out / 'tiles.json'} {FILE}`" in text
+    assert f"Install the block sizes: `cp {out / 'tiles.json'} {FILE.relative_to(ROOT)}`" in text
     assert gap in (tmp_path / "performance.md").read_text()
     table = (tmp_path / "results.md").read_text()
     number, spread = r"[\d.]+", r"[\d.]+ \+- [\d.]+"
@@ -218,7 +220,7 @@ def test_gpu_stage_errors_and_budget(tmp_path, capsys):
     assert "late: left out, 0.1 min expected" in capsys.readouterr().out
 
 
-def test_gpu_search_without_time_keeps_its_entries(tmp_path):
+def test_gpu_search_without_time_keeps_its_entries(tmp_path, monkeypatch):
     """What is left out is a row; entries of an earlier attempt stay, and replace installed ones."""
     from benchmarks.gpu.search import BlockSizes, fastest_of, read_best, search
 
@@ -232,6 +234,8 @@ def test_gpu_search_without_time_keeps_its_entries(tmp_path):
     }
     entry |= {"contrast_tokens": 64, **BlockSizes(64, 32)._asdict(), "seconds": 1e-4, "default_seconds": 2e-4}
     content = json.dumps([entry])
+    monkeypatch.setattr(block_sizes, "FILE", tmp_path / "installed.json")
+    (tmp_path / "installed.json").write_text(json.dumps([{**entry, "num_warps": 4}]))
     (tmp_path / "tiles.json").write_text(content)
     rows = list(search(Context(torch.device("cpu"), tmp_path, tiny=True, end=0.0)))
     assert rows == [{"left_out": f"head dim 64, torch.{name}, 17 tokens"} for name in ("float32", "float16")]
