@@ -4,6 +4,7 @@ import json
 import math
 import re
 import shlex
+import statistics
 import subprocess
 from pathlib import Path
 
@@ -122,6 +123,23 @@ def test_documents_gpu_tables():
             speeds.setdefault(f"{row['batch']}", []).append(f"{training:.0f} ({inference:.0f})")
     for batch, cells in speeds.items():
         assert f"| {batch} | {' | '.join(cells)} |" in text
+
+
+def test_documents_digits_table():
+    """Accuracies on digits and differences to softmax, with and without the local branch, are those of the runs."""
+    runs = json.loads((ROOT / "benchmarks" / "results" / "digits-attentions.json").read_text())
+    top1 = {(run["attention"], run["local_branch"], run["seed"]): run["top1"] for run in runs}
+    text = (ROOT / "docs" / "results.md").read_text()
+    for attention in {name for name, *_ in top1}:
+        cells = []
+        for local in (False, True):
+            values = [top1[attention, local, seed] for seed in range(3) if (attention, local, seed) in top1]
+            differences = [value - top1["softmax", local, seed] for seed, value in enumerate(values)]
+            assert len(values) in (0, 3)
+            spread = f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}" if values else "-"
+            paired = f"{statistics.mean(differences):+.2f} ± {statistics.stdev(differences):.2f}" if values else "-"
+            cells += [spread, "-" if attention == "softmax" else re.sub(r"^[+-]0\.00 ", "0.00 ", paired)]
+        assert f"| `{attention}` | {' | '.join(cells)} |" in text
 
 
 def test_documents_dit_losses():
