@@ -186,7 +186,7 @@ def draws(images: Tensor, seed: int, step: int) -> tuple[Tensor, Tensor, Tensor]
 
 
 def step_function(state: TrainState, loss_of: Any, seed: int, example: Batch) -> Callable[[Batch], Tensor]:
-    """Return a function that runs a training step and returns its loss; on a GPU it replays a CUDA graph.
+    """Return the training step, from batch to loss. On a GPU it is a CUDA graph.
 
     The host needs longer for the launches of a small network than the GPU for its work. The step is captured with
     `example`, and runs once with a learning rate of 0, which only changes the moments of the optimizer.

@@ -16,7 +16,7 @@ Shape letters: B batch, M heads, N = P + H W tokens, D head dim, n = h w contras
 import triton
 import triton.language as tl
 
-from vca.attention.kernels.forward import load_v_hat, scores_of, stage2_lse, stream_scores
+from vca.attention.kernels.forward import load_v_hat, scores_of, stage2_values, stream_scores
 from vca.attention.kernels.tiles import (
     dot_acc,
     dot_nt,
@@ -87,22 +87,10 @@ def stage2_bwd_kernel_preprocess(
     g, g_rest = load_rows(
         do + i_b * do_stride_b + i_h * do_stride_m, offs_n, do_stride_n, mask_n, D, D_MAIN, D_REST
     )  # fmt: skip
-    lse_pos, lse_neg = stage2_lse(
-        tokens, x, x_rest, n, scale, CONTRAST, JOINT, NUM_BLOCKS_C, D, D_MAIN, D_REST, BLOCK_C, BLOCK_N, PRECISION
-    )
-    acc = tl.zeros((BLOCK_N, D_MAIN), tl.float32)
-    acc_rest = acc
-    if D_REST:
-        acc_rest = tl.zeros((BLOCK_N, D_REST), tl.float32)
-    for block in range(NUM_BLOCKS_C):
-        scores = stream_scores(tokens, 0, block, x, x_rest, n, scale, D, D_MAIN, D_REST, BLOCK_C, PRECISION)
-        weights = tl.exp2(scores - lse_pos[:, None])
-        if CONTRAST:
-            scores = stream_scores(tokens, 1, block, x, x_rest, n, scale, D, D_MAIN, D_REST, BLOCK_C, PRECISION)
-            weights += minus_lam * tl.exp2(scores - lse_neg[:, None])
-        v_hat, v_hat_rest = load_v_hat(v_diff, norm1, block, n, gain, eps, D, D_MAIN, D_REST, BLOCK_C)
-        acc, acc_rest = dot_acc(weights, v_hat, v_hat_rest, acc, acc_rest, D_REST, PRECISION)
-
+    acc, acc_rest, lse_pos, lse_neg = stage2_values(
+        tokens, v_diff, norm1, minus_lam, x, x_rest, n, scale, gain, eps, False,
+        CONTRAST, JOINT, NUM_BLOCKS_C, D, D_MAIN, D_REST, BLOCK_C, BLOCK_N, PRECISION,
+    )  # fmt: skip
     weight, weight_rest = load_weight(norm2, gain, D, D_MAIN, D_REST)
     g, g_rest, dweight, dweight_rest = rms_norm_bwd(
         acc, acc_rest, g.to(tl.float32), g_rest.to(tl.float32), weight, weight_rest, eps, D, D_REST

@@ -316,6 +316,41 @@ def load_v_hat(
 
 
 @triton.jit
+def stage2_values(
+    tokens, v_diff, norm1, minus_lam, x, x_rest, n, scale, gain, eps, ONE_PASS: tl.constexpr,
+    CONTRAST: tl.constexpr, JOINT: tl.constexpr, NUM_BLOCKS_C: tl.constexpr,
+    D: tl.constexpr, D_MAIN: tl.constexpr, D_REST: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Compute `A v^` of rows, before the norm, and the lse of each stream; ONE_PASS is without lse, for one block."""
+    lse_pos = tl.zeros((BLOCK_N,), tl.float32)
+    lse_neg = lse_pos
+    if not ONE_PASS:
+        lse_pos, lse_neg = stage2_lse(
+            tokens, x, x_rest, n, scale, CONTRAST, JOINT, NUM_BLOCKS_C, D, D_MAIN, D_REST, BLOCK_C, BLOCK_N, PRECISION
+        )
+    acc = tl.zeros((BLOCK_N, D_MAIN), tl.float32)
+    acc_rest = acc
+    if D_REST:
+        acc_rest = tl.zeros((BLOCK_N, D_REST), tl.float32)
+    for block in range(NUM_BLOCKS_C):
+        a_pos = stream_scores(tokens, 0, block, x, x_rest, n, scale, D, D_MAIN, D_REST, BLOCK_C, PRECISION)
+        a_neg = a_pos
+        if CONTRAST:
+            a_neg = stream_scores(tokens, 1, block, x, x_rest, n, scale, D, D_MAIN, D_REST, BLOCK_C, PRECISION)
+        if ONE_PASS:
+            a_pos, a_neg = softmax_pair(a_pos, a_neg, CONTRAST, JOINT)
+        else:
+            a_pos, a_neg = tl.exp2(a_pos - lse_pos[:, None]), tl.exp2(a_neg - lse_neg[:, None])
+        weights = a_pos
+        if CONTRAST:
+            weights += minus_lam * a_neg
+        v_hat, v_hat_rest = load_v_hat(v_diff, norm1, block, n, gain, eps, D, D_MAIN, D_REST, BLOCK_C)
+        acc, acc_rest = dot_acc(weights, v_hat, v_hat_rest, acc, acc_rest, D_REST, PRECISION)
+    return acc, acc_rest, lse_pos, lse_neg
+
+
+@triton.jit
 def stage2_fwd_kernel(
     q,  # (B, M, N, D)
     tokens,  # (B, M, S, n, D)
@@ -358,32 +393,10 @@ def stage2_fwd_kernel(
     minus_lam = 0.0
     if CONTRAST:
         minus_lam = -tl.load(lambda2)
-    lse_pos = tl.zeros((BLOCK_N,), tl.float32)
-    lse_neg = lse_pos
-    if NUM_BLOCKS_C > 1:
-        lse_pos, lse_neg = stage2_lse(
-            tokens, x, x_rest, n, scale, CONTRAST, JOINT, NUM_BLOCKS_C, D, D_MAIN, D_REST, BLOCK_C, BLOCK_N, PRECISION
-        )
-
-    acc = tl.zeros((BLOCK_N, D_MAIN), tl.float32)
-    acc_rest = acc
-    if D_REST:
-        acc_rest = tl.zeros((BLOCK_N, D_REST), tl.float32)
-    for block in range(NUM_BLOCKS_C):
-        a_pos = stream_scores(tokens, 0, block, x, x_rest, n, scale, D, D_MAIN, D_REST, BLOCK_C, PRECISION)
-        a_neg = a_pos
-        if CONTRAST:
-            a_neg = stream_scores(tokens, 1, block, x, x_rest, n, scale, D, D_MAIN, D_REST, BLOCK_C, PRECISION)
-        if NUM_BLOCKS_C == 1:
-            a_pos, a_neg = softmax_pair(a_pos, a_neg, CONTRAST, JOINT)
-        else:
-            a_pos, a_neg = tl.exp2(a_pos - lse_pos[:, None]), tl.exp2(a_neg - lse_neg[:, None])
-        weights = a_pos
-        if CONTRAST:
-            weights += minus_lam * a_neg
-        v_hat, v_hat_rest = load_v_hat(v_diff, norm1, block, n, gain, eps, D, D_MAIN, D_REST, BLOCK_C)
-        acc, acc_rest = dot_acc(weights, v_hat, v_hat_rest, acc, acc_rest, D_REST, PRECISION)
-
+    acc, acc_rest, _, _ = stage2_values(
+        tokens, v_diff, norm1, minus_lam, x, x_rest, n, scale, gain, eps, NUM_BLOCKS_C == 1,
+        CONTRAST, JOINT, NUM_BLOCKS_C, D, D_MAIN, D_REST, BLOCK_C, BLOCK_N, PRECISION,
+    )  # fmt: skip
     weight, weight_rest = load_weight(norm2, gain, D, D_MAIN, D_REST)
     rstd = rstd_of_rows(acc, acc_rest, eps, D, D_REST)
     store_rows(
