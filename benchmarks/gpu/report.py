@@ -198,17 +198,8 @@ def training_table(rows: list[Row]) -> list[str]:
         cells = [task, length, name, "yes" if local else "no", "top-1 (%)" if key == "val/top1" else "loss"]
         paired = "-" if attention == "softmax" or not differences else paired_cell(differences, decimals)
         lines.append([*cells, mean_std(list(values.values()), decimals), paired, len(values)])
-    headings = [
-        "task",
-        "training",
-        "attention",
-        "local branch",
-        "metric",
-        "mean ± std",
-        "difference to softmax",
-        "seeds",
-    ]
-    return markdown(headings, lines)
+    headings = ["task", "training", "attention", "local branch", "metric", "mean ± std", "difference to softmax"]
+    return markdown([*headings, "seeds"], lines)
 
 
 def curve_differences(rows: list[Row]) -> Iterable[list[Any]]:
