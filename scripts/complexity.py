@@ -25,6 +25,7 @@ from vca.config import compose
 from vca.config.composition import CONFIGS
 from vca.evaluation.complexity import Complexity, count, example_inputs
 from vca.report.paper import PAPER
+from vca.runtime.errors import ConfigError
 from vca.sweep.plan import ablations, rows_of_ablation
 
 # Experiments of the models for small images; all other models are counted on ImageNet.
@@ -77,8 +78,14 @@ def main() -> None:
 
     print(f"{'model':22}{'input':14}{'attention':24}{'params (M)':>12}{'MACs (G)':>10}   paper: params  MACs")
     for model, chosen in choices(options.model, options.attention, options.size):
-        counts = complexity_of(model, *chosen)
         attention = " ".join(word for word in chosen if "img_size" not in word).replace("attention.", "")
+        try:
+            counts = complexity_of(model, *chosen)
+        except ConfigError:
+            raise
+        except ValueError as error:  # an image size that the model does not support
+            print(f"{model:22}{chosen[-1].partition('=')[2]:14}{attention:24}  {error}")
+            continue
         row = None if options.size else PAPER.get((model, attention))
         published = f"{row.params:>16}{row.macs:>6}" if row and row.params else ""
         shape = "x".join(map(str, counts.input))

@@ -1,16 +1,19 @@
 """Experiments of published attentions: parameters and multiply-adds of the original models."""
 
 import re
+import sys
 
 import pytest
 
 import train_cls
 import train_gen
 from models import build_model
+from scripts import complexity
 from tests.config.test_recipes import IMAGENET
 from tests.processes import ROOT
 from vca.config import compose
 from vca.evaluation.complexity import count, example_inputs
+from vca.runtime.errors import ConfigError
 
 # Experiment -> parameters, and multiply-adds of matrix products and convolutions, counted with the original code.
 ORIGINALS = {
@@ -55,3 +58,16 @@ def test_published_experiment_counts_equal_original(name):
         # The original projects the half spectrum, 2 x 14 x 8 real rows instead of 196; FFTs are not counted.
         macs -= config.model.depth * 3 * (2 * 14 * 8 - 14 * 14) * config.model.embed_dim**2
     assert counts.macs == pytest.approx(macs, rel=2e-3)  # here, denominators are sums and not matrix products
+
+
+def test_complexity_size_that_a_model_refuses_is_a_line(monkeypatch, capsys):
+    """The other models are counted; a wrong size is an error."""
+    arguments = ["complexity.py", "--model", "cswin_tiny", "deit_tiny", "--attention", "softmax", "--size"]
+    monkeypatch.setattr(sys, "argv", [*arguments, "512"])
+    complexity.main()
+    _, refused, counted = capsys.readouterr().out.splitlines()
+    assert refused.endswith("model.img_size must be a multiple of 224, such as 448 or 672, got 512")
+    assert counted.split()[:3] == ["deit_tiny", "3x512x512", "softmax"]
+    monkeypatch.setattr(sys, "argv", [*arguments, "large"])
+    with pytest.raises(ConfigError, match="data.img_size must be an integer, got 'large'"):
+        complexity.main()
