@@ -69,5 +69,5 @@ def test_complexity_size_that_a_model_refuses_is_a_line(monkeypatch, capsys):
     assert refused.endswith("model.img_size must be a multiple of 224, such as 448 or 672, got 512")
     assert counted.split()[:3] == ["deit_tiny", "3x512x512", "softmax"]
     monkeypatch.setattr(sys, "argv", [*arguments, "large"])
-    with pytest.raises(ConfigError, match="data.img_size must be an integer, got 'large'"):
+    with pytest.raises(ConfigError, match=r"data\.img_size must be an integer, got 'large'"):
         complexity.main()
