@@ -25,7 +25,6 @@ from vca.config import compose
 from vca.config.composition import CONFIGS
 from vca.evaluation.complexity import Complexity, count, example_inputs
 from vca.report.paper import PAPER
-from vca.runtime.errors import ConfigError
 from vca.sweep.plan import ablations, rows_of_ablation
 
 # Experiments of the models for small images; all other models are counted on ImageNet.
@@ -54,7 +53,7 @@ def complexity_of(model: str, attention: str, *overrides: str) -> Complexity:
     return count(lambda: build_model(config.model, config.attention), lambda: example_inputs(config.model))
 
 
-def choices(models: list[str], attentions: list[str], sizes: Sequence[str] = ()) -> list[tuple[str, tuple[str, ...]]]:
+def choices(models: list[str], attentions: list[str], sizes: Sequence[int] = ()) -> list[tuple[str, tuple[str, ...]]]:
     """Return the models to count, each with its attention and further overrides; `sizes` are image sizes in pixels."""
     rows: list[tuple[str, tuple[str, ...]]] = [
         (model, (attention, *size))
@@ -73,7 +72,7 @@ def main() -> None:
     parser.add_argument("--model", nargs="+", default=[], choices=sorted(load_sizes()), metavar="NAME")
     attentions = sorted(path.stem for path in (CONFIGS / "attention").glob("*.yaml"))
     parser.add_argument("--attention", nargs="+", default=[], choices=attentions, metavar="NAME")
-    parser.add_argument("--size", nargs="+", default=[], metavar="PIXELS", help="image sizes instead of the default")
+    parser.add_argument("--size", nargs="+", type=int, default=[], metavar="PIXELS", help="instead of the default size")
     options = parser.parse_args()
 
     print(f"{'model':22}{'input':14}{'attention':24}{'params (M)':>12}{'MACs (G)':>10}   paper: params  MACs")
@@ -81,8 +80,6 @@ def main() -> None:
         attention = " ".join(word for word in chosen if "img_size" not in word).replace("attention.", "")
         try:
             counts = complexity_of(model, *chosen)
-        except ConfigError:
-            raise
         except ValueError as error:  # an image size that the model does not support
             print(f"{model:22}{chosen[-1].partition('=')[2]:14}{attention:24}  {error}")
             continue
