@@ -5,6 +5,7 @@ Also counts every row of the ablations in configs/ablation/ on the models of Tab
 python scripts/complexity.py
 python scripts/complexity.py --model swin_tiny --attention agent differential       only these
 python scripts/complexity.py --model deit_tiny --attention softmax linear vca --size 224 512 1024
+python scripts/complexity.py model.contrast_grid=[8,8] --model deit_tiny --attention mhla vca --size 512 1024
 """
 
 import argparse
@@ -25,6 +26,7 @@ from vca.config import compose
 from vca.config.composition import CONFIGS
 from vca.evaluation.complexity import Complexity, count, example_inputs
 from vca.report.paper import PAPER
+from vca.runtime.errors import ConfigError
 from vca.sweep.plan import ablations, rows_of_ablation
 
 # Experiments of the models for small images; all other models are counted on ImageNet.
@@ -69,6 +71,7 @@ def choices(models: list[str], attentions: list[str], sizes: Sequence[int] = ())
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="config overrides for all models")
     parser.add_argument("--model", nargs="+", default=[], choices=sorted(load_sizes()), metavar="NAME")
     attentions = sorted(path.stem for path in (CONFIGS / "attention").glob("*.yaml"))
     parser.add_argument("--attention", nargs="+", default=[], choices=attentions, metavar="NAME")
@@ -79,11 +82,13 @@ def main() -> None:
     for model, chosen in choices(options.model, options.attention, options.size):
         attention = " ".join(word for word in chosen if "img_size" not in word).replace("attention.", "")
         try:
-            counts = complexity_of(model, *chosen)
+            counts = complexity_of(model, *chosen, *options.overrides)
+        except ConfigError:  # a wrong override
+            raise
         except ValueError as error:  # an image size that the model does not support
             print(f"{model:22}{chosen[-1].partition('=')[2]:14}{attention:24}  {error}")
             continue
-        row = None if options.size else PAPER.get((model, attention))
+        row = None if options.size or options.overrides else PAPER.get((model, attention))
         published = f"{row.params:>16}{row.macs:>6}" if row and row.params else ""
         shape = "x".join(map(str, counts.input))
         print(f"{model:22}{shape:14}{attention:24}{counts.params / 1e6:12.3f}{counts.macs / 1e9:10.3f}{published}")

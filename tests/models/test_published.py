@@ -13,6 +13,7 @@ from tests.config.test_recipes import IMAGENET
 from tests.processes import ROOT
 from vca.config import compose
 from vca.evaluation.complexity import count, example_inputs
+from vca.runtime.errors import ConfigError
 
 # Experiment -> parameters, and multiply-adds of matrix products and convolutions, counted with the original code.
 ORIGINALS = {
@@ -71,3 +72,14 @@ def test_complexity_size_that_a_model_refuses_is_a_line(monkeypatch, capsys):
     with pytest.raises(SystemExit, match="2"):
         complexity.main()
     assert "argument --size: invalid int value: 'large'" in capsys.readouterr().err
+
+
+def test_complexity_with_overrides(monkeypatch, capsys):
+    """The default 7 x 7 pieces of MHLA do not divide 32 x 32 tokens; a wrong key is an error."""
+    command = ["complexity.py", "--model", "deit_tiny", "--attention", "mhla", "--size", "512", "--"]
+    monkeypatch.setattr(sys, "argv", [*command, "model.contrast_grid=[8,8]"])
+    complexity.main()
+    assert capsys.readouterr().out.splitlines()[1].split()[:3] == ["deit_tiny", "3x512x512", "mhla"]
+    monkeypatch.setattr(sys, "argv", [*command, "model.contrast=[8,8]"])
+    with pytest.raises(ConfigError, match=r"unknown key 'model\.contrast'; did you mean 'model\.contrast_grid'"):
+        complexity.main()
