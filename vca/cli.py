@@ -22,7 +22,7 @@ from vca.config.composition import to_dataclass
 from vca.config.help import help_text
 from vca.config.hydra_errors import CONFIGS, config_dir, explain, options
 from vca.runtime.distributed import is_main_process
-from vca.runtime.errors import ConfigError, NonFiniteError, PreemptedError, check, known_cause
+from vca.runtime.errors import RANK_0_FAILED, ConfigError, NonFiniteError, PreemptedError, check, known_cause
 from vca.runtime.signals import EXIT_PREEMPTED
 from vca.sweep.launcher import LAUNCHER, launch, run_sweep
 from vca.sweep.summary import table
@@ -119,7 +119,7 @@ def exit_on_user_error() -> Iterator[None]:
     except Exception as error:
         if (cause := known_cause(error)) is None:
             raise
-        fail(f"stopped: {cause}", 1, on_all_ranks=False)
+        fail(f"stopped: {cause}", 1, on_all_ranks=cause.startswith(RANK_0_FAILED))
 
 
 def fail(line: str, code: int, on_all_ranks: bool = True) -> None:
