@@ -145,21 +145,20 @@ def test_documents_attentions_table(data, page):
 
 
 def test_documents_dit_losses():
-    """Mean losses of the small DiT with local branches, and differences to softmax, are those of the stored losses."""
-    rows = read_rows(ROOT / "benchmarks" / "results" / "cifar10-dit-local-branch.jsonl")
-    table = re.findall(
-        r"(?m)^\| (\d+) to (\d+) \| (0[^|]*) \| ([^|]*) \| ([^|]*) \|$", (ROOT / "docs" / "results.md").read_text()
-    )
+    """Mean losses of the small DiT, and differences to softmax, are those of the stored losses."""
+    rows = read_rows(ROOT / "benchmarks" / "results" / "cifar10-dit-attentions.jsonl")
+    columns = [("softmax", True), ("inline", True), ("vca", True), ("softmax", False), ("inline", False)]
+    table = re.findall(r"(?m)^\| (\d+) to (\d+) \| (0\..*) \|$", (ROOT / "docs" / "results.md").read_text())
     assert len(table) == 5
-    for first, last, *cells in table:
-        mean = {}
+    for first, last, cells in table:
+        losses = {}
         for row in rows:
             if int(first) <= row["step"] <= int(last):
-                mean.setdefault((row["attention"], row["seed"]), []).append(row["loss"])
-        mean = {key: sum(losses) / len(losses) for key, losses in mean.items()}
-        for attention, cell in zip(("softmax", "inline", "vca"), cells, strict=True):
-            pairs = ((mean[attention, seed], mean[attention, seed] / mean["softmax", seed] - 1) for seed in (0, 1))
-            printed = [f"{loss:.4f}" + (f" ({ratio:+.1%})" if attention != "softmax" else "") for loss, ratio in pairs]
+                losses.setdefault((row["attention"], row["local_branch"], row["seed"]), []).append(row["loss"])
+        mean = {key: statistics.mean(values) for key, values in losses.items()}
+        for (attention, local), cell in zip(columns, cells.split(" | "), strict=True):
+            pairs = [(mean[attention, local, seed], mean["softmax", local, seed]) for seed in (0, 1)]
+            printed = [f"{a:.4f}" + (f" ({a / b - 1:+.1%})" if attention != "softmax" else "") for a, b in pairs]
             assert cell == ", ".join(printed).replace("%", " %")
 
 
