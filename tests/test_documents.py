@@ -144,6 +144,16 @@ def test_documents_attentions_table(data, page):
         assert f"| `{attention}` | {' | '.join(cells)} |" in section
 
 
+def test_documents_attentions_all_images():
+    """Accuracies of softmax and VCA on all images of CIFAR-10 are the stored ones."""
+    top1 = {}
+    for row in read_rows(ROOT / "benchmarks" / "results" / "cifar10-all-images.jsonl"):
+        top1.setdefault((row["attention"], row["step"]), []).append(f"{row['top1']:.2f}")
+    for attention in ("softmax", "vca"):
+        cells = [", ".join(top1[attention, step]) for step in (780, 1560, 2340)]
+        assert f"| `{attention}` | {' | '.join(cells)} |" in (ROOT / "docs" / "results.md").read_text()
+
+
 def test_documents_dit_losses():
     """Mean losses of the small DiT, and differences to softmax, are those of the stored losses."""
     rows = read_rows(ROOT / "benchmarks" / "results" / "cifar10-dit-attentions.jsonl")
