@@ -130,7 +130,8 @@ def test_documents_attentions_table(data, page):
     """Accuracies and differences to softmax, with and without the local branch, are those of the stored runs."""
     runs = json.loads((ROOT / "benchmarks" / "results" / f"{data}-attentions.json").read_text())
     top1 = {(run["attention"], run["local_branch"], run["seed"]): run["top1"] for run in runs}
-    section = (ROOT / "docs" / page).read_text().split(f"{data}-attentions.json")[1]
+    text = (ROOT / "docs" / page).read_text()
+    (section,) = re.findall(rf"(?s){data}-attentions\.json(.*?)(?:\n## |\Z)", text)
     for attention in {name for name, *_ in top1}:
         cells = []
         for local in (False, True):

@@ -22,7 +22,7 @@ from vca.config.composition import to_dataclass
 from vca.config.help import help_text
 from vca.config.hydra_errors import CONFIGS, config_dir, explain, options
 from vca.runtime.distributed import is_main_process
-from vca.runtime.errors import RANK_0_FAILED, ConfigError, NonFiniteError, PreemptedError, check, known_cause
+from vca.runtime.errors import ConfigError, NonFiniteError, PreemptedError, RankZeroError, check, known_cause
 from vca.runtime.signals import EXIT_PREEMPTED
 from vca.sweep.launcher import LAUNCHER, launch, run_sweep
 from vca.sweep.summary import table
@@ -116,10 +116,12 @@ def exit_on_user_error() -> Iterator[None]:
         fail(f"stopped: {error}", EXIT_NON_FINITE)
     except PreemptedError as error:
         fail(f"stopped: {error}", EXIT_PREEMPTED)
+    except RankZeroError as error:
+        fail(f"stopped: {str(error).splitlines()[0]}", 1)
     except Exception as error:
         if (cause := known_cause(error)) is None:
             raise
-        fail(f"stopped: {cause}", 1, on_all_ranks=cause.startswith(RANK_0_FAILED))
+        fail(f"stopped: {cause}", 1, on_all_ranks=False)
 
 
 def fail(line: str, code: int, on_all_ranks: bool = True) -> None:

@@ -13,8 +13,9 @@ from tests.data.test_latents import QUICK
 from tests.data.test_loader import write_image_folder
 from tests.processes import ROOT, Launch, process_table, run_script
 from tests.support import DRAWN, SMALL_DIT, TINY, assert_same, last_step, metrics, train_and_kill, untimed
+from vca.cli import exit_on_user_error
 from vca.config import compose
-from vca.runtime.errors import NonFiniteError
+from vca.runtime.errors import NonFiniteError, RankZeroError
 from vca.training.checkpoint import load_latest
 
 pytestmark = pytest.mark.process
@@ -134,6 +135,17 @@ def test_fault_with_workers_ends_run(tmp_path, fault, ranks):
     assert 'train_cls.py", line' not in launch.stderr  # no traceback
     time.sleep(0.5)
     assert not [pid for pid in members if any(process.pid == pid for process in process_table())]
+
+
+def test_fault_of_rank_0_is_reported_by_other_ranks_after_it(monkeypatch, capsys):
+    """An exit of another rank before would end rank 0, since torchrun stops all ranks."""
+    waits = []
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(time, "sleep", waits.append)
+    with pytest.raises(SystemExit, match="1"), exit_on_user_error():
+        raise RankZeroError("rank 0 failed: no space left\non the device")
+    assert waits == [3.0]
+    assert capsys.readouterr().err == "stopped: rank 0 failed: no space left\n"
 
 
 @pytest.mark.parametrize("workers", [0, 2])

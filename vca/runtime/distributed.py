@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from vca.runtime.errors import RANK_0_FAILED, ConfigError
+from vca.runtime.errors import ConfigError, RankZeroError
 from vca.runtime.signals import end_workers
 
 COLLECTIVE_TIMEOUT_MINUTES = 24 * 60.0  # sampling, evaluation, compilation: ranks finish at different times
@@ -74,10 +74,10 @@ class World:
             except ConfigError as error:
                 outcome = error
             except Exception as error:
-                self.broadcast(RuntimeError(f"{RANK_0_FAILED}{error}"))  # else the other ranks wait for it
+                self.broadcast(RankZeroError(f"rank 0 failed: {error}"))  # else the other ranks wait for it
                 raise
         outcome = self.broadcast(outcome)
-        if isinstance(outcome, (ConfigError, RuntimeError)):
+        if isinstance(outcome, (ConfigError, RankZeroError)):
             raise outcome
         return outcome
 

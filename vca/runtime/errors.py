@@ -5,12 +5,13 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-# How `World.from_main` begins the message of an error of rank 0 on the other ranks.
-RANK_0_FAILED = "rank 0 failed: "
-
 
 class ConfigError(ValueError):
     """Invalid input. The root scripts print it as one line, `config error: ...`, and exit with code 2."""
+
+
+class RankZeroError(RuntimeError):
+    """Work of rank 0 failed; raised on the other ranks, which wait for its result."""
 
 
 class NonFiniteError(RuntimeError):
@@ -55,8 +56,6 @@ def known_cause(error: Exception) -> str | None:
         return text
     if not isinstance(error, RuntimeError):
         return None
-    if text.startswith(RANK_0_FAILED):  # World.from_main
-        return lines[0]
     text += f" {error.__cause__ or ''}"  # the signal that ended a loader worker
     if re.search("Bus error|shared memory|/torch_", text):
         return "/dev/shm is full; start the container with a larger --shm-size, or reduce trainer.workers"
